@@ -1,0 +1,29 @@
+"""The one exception whose text is meant for the user."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from functools import wraps
+
+
+class UDAError(RuntimeError):
+    """Bad input, found and explained.
+
+    The message names the file, what was found, what was expected and what to do. Commands print it without a
+    traceback and exit with status 1.
+    """
+
+
+def command(main: Callable[..., None]) -> Callable[..., None]:
+    """Turn a ``main(argv=None)`` into a console entry point: ``UDAError`` becomes one message and exit status 1."""
+
+    @wraps(main)
+    def entry_point(argv: list[str] | None = None) -> None:
+        try:
+            main(argv)
+        except UDAError as error:
+            print(f"ERROR: {error}", file=sys.stderr)
+            raise SystemExit(1) from None
+
+    return entry_point
