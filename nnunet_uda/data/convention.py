@@ -1,0 +1,176 @@
+"""Where the unlabelled target lies, and what a dataset must look like before a trainer may use it.
+
+Raw dataset: ``imagesTr`` + ``labelsTr`` (labelled source), ``imagesTu`` (unlabelled target for training), optionally
+``imagesTs`` + ``labelsTs`` (target test, labels for evaluation alone). ``dataset.json`` names both domains under
+``uda``. Nothing in this module, or in training, opens ``labelsTs``.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from batchgenerators.utilities.file_and_folder_operations import load_json
+from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw, nnUNet_results
+from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
+
+from nnunet_uda.errors import UDAError
+
+TARGET_FOLDER = "imagesTu"
+SPLITS_TARGET = "splits_target.json"
+_VARIABLES = {"nnUNet_raw": nnUNet_raw, "nnUNet_preprocessed": nnUNet_preprocessed, "nnUNet_results": nnUNet_results}
+
+
+def environment_folder(variable: str) -> Path:
+    """The folder in nnU-Net's environment variable ``variable``.
+
+    Raises:
+        UDAError: if it is unset; the message holds the line to add.
+    """
+    if not _VARIABLES[variable].is_set():
+        raise UDAError(f"the environment variable {variable} is not set. Add: export {variable}=/path/to/{variable}")
+    return Path(_VARIABLES[variable].get())
+
+
+def dataset_name(name_or_id: str | int) -> str:
+    """``DatasetXXX_NAME`` of an id or a name, as nnU-Net resolves it."""
+    if str(name_or_id).startswith("Dataset"):
+        return str(name_or_id)
+    if not str(name_or_id).isdigit():
+        raise UDAError(f"-d takes a dataset's id or its full name (DatasetXXX_NAME), found {name_or_id!r}")
+    if not any(path.is_set() for path in _VARIABLES.values()):
+        environment_folder("nnUNet_raw")
+    try:
+        return maybe_convert_to_dataset_name(int(name_or_id))
+    except RuntimeError as error:
+        folders = ", ".join(f"{name}={os.environ.get(name, '(unset)')}" for name in _VARIABLES)
+        raise UDAError(f"found not exactly one dataset with id {int(name_or_id):03d} in {folders}") from error
+
+
+def read_json(path: Path) -> Any:
+    """JSON content of ``path``; a missing or broken file is a ``UDAError`` that names it."""
+    try:
+        return load_json(str(path))
+    except FileNotFoundError:
+        raise UDAError(f"{path} does not exist") from None
+    except ValueError as error:
+        raise UDAError(f"{path} is not valid JSON: {error}") from error
+
+
+@dataclass(frozen=True)
+class Domains:
+    """The two domains' names, from ``dataset.json``'s ``uda`` key."""
+
+    source: str
+    target: str
+
+
+def read_domains(dataset_json: dict[str, Any], where: str = "dataset.json") -> Domains:
+    """Names of both domains.
+
+    Raises:
+        UDAError: if the ``uda`` key is missing or lacks a name.
+    """
+    uda = dataset_json.get("uda")
+    example = '"uda": {"source_domain": "MR", "target_domain": "CT"}'
+    if not isinstance(uda, dict):
+        raise UDAError(
+            f"{where} has no 'uda' key, so this is no dataset with an unlabelled target. "
+            f"Make it with nnUNetUDA_convert, or add {example} and the folder {TARGET_FOLDER}"
+        )
+    for key in ("source_domain", "target_domain"):
+        if not isinstance(uda.get(key), str) or not uda[key]:
+            raise UDAError(f"{where}: 'uda' needs the name of the domain '{key}', for instance {example}")
+    return Domains(uda["source_domain"], uda["target_domain"])
+
+
+def normalisation_warning(dataset_json: dict[str, Any], domains: Domains) -> str | None:
+    """What nnU-Net will do where a channel is called CT although a domain is not CT, or ``None``."""
+    is_ct = [domain.strip().lower() == "ct" for domain in (domains.source, domains.target)]
+    for index, channel in dataset_json["channel_names"].items():
+        if str(channel).lower() == "ct" and not all(is_ct):
+            return (
+                f"channel {index} is called CT, but the domains are {domains.source} and {domains.target}: nnU-Net will "
+                "clip and normalise every image, the other modality's too, with the source's foreground statistics. "
+                "Rename the channel (for instance to 'intensity') to have each image z-scored"
+            )
+    return None
+
+
+def case_files(folder: Path, file_ending: str) -> dict[str, list[Path]]:
+    """Image files of each case in ``folder``, by id, channels in order (``ID_0000.nii.gz``, ``ID_0001.nii.gz``)."""
+    pattern = re.compile(rf"(.+)_(\d{{4}}){re.escape(file_ending)}")
+    cases: dict[str, list[Path]] = {}
+    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
+        match = pattern.fullmatch(path.name)
+        if match:
+            cases.setdefault(match.group(1), []).append(path)
+    return cases
+
+
+def target_cases(raw_dataset: Path, dataset_json: dict[str, Any]) -> dict[str, list[Path]]:
+    """The unlabelled target's image files by id, after checking everything that can be checked without reading them.
+
+    Raises:
+        UDAError: no ``imagesTu`` or an empty one, a target label in a training folder, a wrong number of channels.
+    """
+    folder = raw_dataset / TARGET_FOLDER
+    if not folder.is_dir():
+        raise UDAError(f"{folder} does not exist: it must hold the unlabelled target images for training")
+    ending = dataset_json["file_ending"]
+    cases = case_files(folder, ending)
+    if not cases:
+        raise UDAError(f"{folder} holds no image: expected files named like CASE_0000{ending}")
+    if (raw_dataset / "labelsTu").exists():
+        raise UDAError(
+            f"{raw_dataset / 'labelsTu'} exists, but the target's training images must be unlabelled. "
+            "Move target labels to labelsTs, where only evaluation reads them"
+        )
+    for forbidden in ("labelsTr", "imagesTr"):
+        suffix = ending if forbidden == "labelsTr" else f"_0000{ending}"
+        for identifier in cases:
+            path = raw_dataset / forbidden / f"{identifier}{suffix}"
+            if path.exists():
+                raise UDAError(
+                    f"{path} belongs to a target case ({identifier} lies in {TARGET_FOLDER}): "
+                    "training must not see a target label. Remove it, or rename the case if it is a source case"
+                )
+    channels = len(dataset_json["channel_names"])
+    for identifier, paths in cases.items():
+        expected = [f"{identifier}_{channel:04d}{ending}" for channel in range(channels)]
+        if [path.name for path in paths] != expected:
+            raise UDAError(
+                f"{folder}: case {identifier} has {len(paths)} channel file(s) {[path.name for path in paths]}, but "
+                f"dataset.json lists {channels} channel(s), as the source has: expected {expected}"
+            )
+    return cases
+
+
+def check_splits(splits: Any, known: set[str], where: Path | str) -> list[dict[str, list[str]]]:
+    """Check the form of a splits file and that its ids exist in ``known``."""
+    if not isinstance(splits, list) or not splits:
+        raise UDAError(f"{where} must hold a list of folds, each with 'train' and 'val'")
+    for fold, split in enumerate(splits):
+        if not isinstance(split, dict) or not all(
+            isinstance(split.get(key), list) and all(isinstance(i, str) for i in split[key]) for key in ("train", "val")
+        ):
+            raise UDAError(f"{where}: fold {fold} must hold two lists of case ids, 'train' and 'val'")
+        missing = sorted((set(split["train"]) | set(split["val"])) - known)
+        if missing:
+            raise UDAError(f"{where}: fold {fold} names cases that do not exist: {missing[:5]}")
+        both = sorted(set(split["train"]) & set(split["val"]))
+        if both:
+            raise UDAError(f"{where}: fold {fold} has cases in both 'train' and 'val': {both[:5]}")
+        if not split["train"]:
+            raise UDAError(f"{where}: fold {fold} has no training case")
+    return splits
+
+
+def fold_of(splits: list[dict[str, list[str]]], fold: int, where: Path | str) -> dict[str, list[str]]:
+    """Fold ``fold`` of ``splits``; a fold outside is refused (stock nnU-Net would draw a random split)."""
+    if not 0 <= fold < len(splits):
+        raise UDAError(f"fold {fold} does not exist: {where} holds {len(splits)} fold(s), 0 to {len(splits) - 1}")
+    return splits[fold]

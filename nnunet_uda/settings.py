@@ -1,0 +1,139 @@
+"""Typed settings of the methods, read from the ``uda`` object of a plans file.
+
+The object holds the settings shared by all trainers and, under a method's name, that method's own::
+
+    "uda": {"num_epochs": 100, "cisfa": {"generator_width": 32}}
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from nnunet_uda.errors import UDAError
+
+METHODS = ("cisfa",)
+"""The names that may hold a method's own settings inside ``uda``."""
+
+
+@dataclass(frozen=True)
+class UDASettings:
+    """Schedule, data stream and segmenter: shared by every trainer, so that bounds and methods are comparable."""
+
+    num_epochs: int = 200
+    iterations_per_epoch: int = 250
+    val_iterations_per_epoch: int = 50
+    segmenter_optimizer: Literal["sgd", "adam"] = "sgd"
+    segmenter_learning_rate: float = 1e-2
+    segmenter_weight_decay: float = 3e-5
+    segmenter_schedule: Literal["poly", "constant"] = "poly"
+    segmentation_loss: Literal["dice_ce", "dice"] = "dice_ce"
+    deep_supervision: bool = True
+    augmentation: Literal["nnunet", "spatial", "none"] = "nnunet"
+    mirror: bool = True
+    foreground_oversampling: float = 0.33
+    save_every: int = 10
+    picture_every: int = 10
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("num_epochs", "iterations_per_epoch", "val_iterations_per_epoch", "save_every", "picture_every"):
+            require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
+        require(0 <= self.foreground_oversampling <= 1, "foreground_oversampling", "between 0 and 1")
+        require(self.segmenter_learning_rate > 0, "segmenter_learning_rate", "positive")
+
+
+def require(condition: bool, name: str, expected: str, found: Any = "another value") -> None:
+    """Raise a ``ValueError`` that names the setting where ``condition`` does not hold."""
+    if not condition:
+        raise ValueError(f"'{name}' must be {expected}, found {found}")
+
+
+Settings = TypeVar("Settings")
+
+
+def parse_settings(settings_class: type[Settings], values: dict[str, Any], where: str) -> Settings:
+    """Build ``settings_class`` from JSON values.
+
+    Raises:
+        UDAError: for an unknown key, a wrong type or a value out of range; it names the key and lists what exists.
+    """
+    if not isinstance(values, dict):
+        raise UDAError(f"{where} must be a JSON object, found {type(values).__name__}")
+    hints = get_type_hints(settings_class)
+    unknown = sorted(set(values) - set(hints))
+    if unknown:
+        raise UDAError(f"{where}: unknown setting {', '.join(map(repr, unknown))}. Existing ones: {', '.join(hints)}")
+    checked = {}
+    for name, value in values.items():
+        if not _has_type(value, hints[name]):
+            raise UDAError(f"{where}: '{name}' must be {_describe(hints[name])}, found {value!r}")
+        checked[name] = float(value) if _wants_float(hints[name]) and value is not None else value
+    try:
+        return settings_class(**checked)
+    except ValueError as error:
+        raise UDAError(f"{where}: {error}") from error
+
+
+def split_settings(uda: Any, method: str | None, where: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Split a ``uda`` object into the shared settings and those of ``method``.
+
+    Raises:
+        UDAError: if an object belongs to no known method.
+    """
+    if not isinstance(uda, dict):
+        raise UDAError(f"{where}: 'uda' must be a JSON object, found {type(uda).__name__}")
+    allowed = set(METHODS) | ({method} if method else set())
+    shared = {key: value for key, value in uda.items() if key not in allowed}
+    nested = [key for key, value in shared.items() if isinstance(value, dict)]
+    if nested:
+        raise UDAError(
+            f"{where}: 'uda' holds settings for an unknown method {nested[0]!r}. Known methods: {', '.join(allowed)}"
+        )
+    return shared, uda.get(method, {}) if method else {}
+
+
+def describe_settings(settings_class: type) -> list[tuple[str, str, Any]]:
+    """``(name, type, default)`` of every setting, for help texts."""
+    hints = get_type_hints(settings_class)
+    return [(field.name, _describe(hints[field.name]), field.default) for field in dataclasses.fields(settings_class)]
+
+
+def _options(hint: Any) -> tuple[Any, ...]:
+    return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+
+
+def _wants_float(hint: Any) -> bool:
+    return float in _options(hint)
+
+
+def _has_type(value: Any, hint: Any) -> bool:
+    for option in _options(hint):
+        if get_origin(option) is Literal:
+            if isinstance(value, str) and value in get_args(option):
+                return True
+        elif option is type(None):
+            if value is None:
+                return True
+        elif option is float:
+            if isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < float("inf"):
+                return True
+        elif option is int:
+            if isinstance(value, int) and not isinstance(value, bool):
+                return True
+        elif isinstance(value, option):
+            return True
+    return False
+
+
+def _describe(hint: Any) -> str:
+    names = {int: "an integer", float: "a number", bool: "true or false", str: "a string", type(None): "null"}
+    words = []
+    for option in _options(hint):
+        if get_origin(option) is Literal:
+            words.append("one of " + ", ".join(repr(value) for value in get_args(option)))
+        else:
+            words.append(names.get(option, str(option)))
+    return " or ".join(words)
