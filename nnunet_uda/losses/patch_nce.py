@@ -1,0 +1,90 @@
+"""Weighted patch-wise contrastive loss of CISFA (equations 2 to 4)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from nnunet_uda.errors import UDAError
+
+
+class PatchNCELoss(nn.Module):
+    r"""Patch-wise contrastive loss of one layer, averaged over its sampled positions.
+
+    .. math:: L_{pcl}(l, u) = -\log \frac{\exp(u \cdot u^+ / \tau)}{\sum_{v \in F^l - u} \exp(u \cdot v / \tau)}
+
+    u is a vector of the translated image and u+ that of the input image at the same position (the direction in which
+    a gradient reaches the generator; CUT, Park et al. 2020). Vectors of other images are never negatives.
+    The expectation over layers in eq 4 is the mean of this loss over the layers, taken by the caller.
+
+    Args:
+        temperature: tau, 0.2 in the paper.
+        negatives: ``"both"``, eq 2's set F^l: the other positions of the translated AND of the input image; or
+            ``"input"``, as in CUT: the other positions of the input image only.
+    """
+
+    def __init__(self, temperature: float = 0.2, negatives: str = "both") -> None:
+        super().__init__()
+        if negatives not in ("both", "input"):
+            raise UDAError(f'PatchNCE negatives is {negatives!r}; set it to "both" (the paper) or "input" (CUT).')
+        if temperature <= 0:
+            raise UDAError(f"PatchNCE temperature is {temperature}; set it to a number above 0 (0.2 in the paper).")
+        self.temperature = temperature
+        self.negatives = negatives
+
+    def forward(self, queries: Tensor, keys: Tensor, weights: Tensor | None = None) -> Tensor:
+        """Mean over B and P of weight * loss (divided by their count, not by the sum of the weights).
+
+        Keys are detached here. Translated vectors that serve as negatives keep their gradient: repulsion between two
+        of them is symmetric, so detaching would only halve it.
+
+        Args:
+            queries: [B, P, C] float, L2-normalised vectors of the translated image at P positions.
+            keys: [B, P, C] float, L2-normalised vectors of the input image at the same positions.
+            weights: [B, P] float, w_p of eq 3 (see :func:`position_weights`); None is 1 everywhere.
+
+        Returns:
+            Scalar, float32, also under autocast; 0 with a graph where B or P is 0, and 0 where P is 1 (no negatives).
+        """
+        with torch.autocast(queries.device.type, enabled=False):
+            queries, keys = queries.float(), keys.detach().float()
+            batch, positions, _ = queries.shape
+            if batch * positions == 0:
+                return queries.sum()
+            similarity = torch.bmm(queries, keys.transpose(1, 2))  # the diagonal holds u . u+
+            if self.negatives == "both":  # eq 2: v runs over F^l without u itself
+                within = torch.bmm(queries, queries.transpose(1, 2))
+                itself = torch.eye(positions, dtype=torch.bool, device=queries.device)
+                similarity = torch.cat((similarity, within.masked_fill(itself, float("-inf"))), dim=2)
+            positive = torch.arange(positions, device=queries.device).repeat(batch)
+            loss = F.cross_entropy((similarity / self.temperature).flatten(0, 1), positive, reduction="none")  # eq 2
+            if weights is not None:
+                loss = loss * weights.float().flatten()  # eq 4
+            return loss.mean()
+
+
+def position_weights(
+    label: Tensor, feature_shape: Sequence[int], positions: Tensor, foreground_weight: float
+) -> Tensor:
+    """w_p of eq 3: 1 where the label, downsampled by nearest to the feature map, is background, else w.
+
+    Args:
+        label: [B, 1, *S] integer classes of the input image; background is <= 0.
+        feature_shape: spatial shape *s of the layer's feature map.
+        positions: [P] int64, flat positions in ``feature_shape``, last axis fastest.
+        foreground_weight: w, 2 in the paper.
+
+    Returns:
+        [B, P] float32.
+    """
+    index, stride = torch.zeros_like(positions), 1
+    rest = positions
+    for size, feature_size in zip(reversed(label.shape[2:]), reversed(feature_shape), strict=True):
+        index = index + rest % feature_size * size // feature_size * stride  # nearest: floor(i * size / feature_size)
+        rest = rest // feature_size
+        stride *= size
+    foreground = label.flatten(1).index_select(1, index) > 0
+    return torch.where(foreground, float(foreground_weight), 1.0)
