@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from functools import wraps
+from types import TracebackType
 
 
 class UDAError(RuntimeError):
@@ -27,3 +28,11 @@ def command(main: Callable[..., None]) -> Callable[..., None]:
             raise SystemExit(1) from None
 
     return entry_point
+
+
+def print_without_traceback(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+    """An ``excepthook`` for programs that are not ours, such as ``nnUNetv2_train``: ``UDAError`` is one message."""
+    if isinstance(error, UDAError):
+        print(f"ERROR: {error}", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, traceback)

@@ -62,7 +62,7 @@ def parse_settings(settings_class: type[Settings], values: dict[str, Any], where
     """
     if not isinstance(values, dict):
         raise UDAError(f"{where} must be a JSON object, found {type(values).__name__}")
-    hints = get_type_hints(settings_class)
+    hints = _hints(settings_class)
     unknown = sorted(set(values) - set(hints))
     if unknown:
         raise UDAError(f"{where}: unknown setting {', '.join(map(repr, unknown))}. Existing ones: {', '.join(hints)}")
@@ -97,8 +97,13 @@ def split_settings(uda: Any, method: str | None, where: str) -> tuple[dict[str, 
 
 def describe_settings(settings_class: type) -> list[tuple[str, str, Any]]:
     """``(name, type, default)`` of every setting, for help texts."""
-    hints = get_type_hints(settings_class)
+    hints = _hints(settings_class)
     return [(field.name, _describe(hints[field.name]), field.default) for field in dataclasses.fields(settings_class)]
+
+
+def _hints(settings_class: type) -> dict[str, Any]:
+    # nnU-Net's finder drops a trainer's module from sys.modules, where get_type_hints would look
+    return get_type_hints(settings_class, settings_class.__init__.__globals__)
 
 
 def _options(hint: Any) -> tuple[Any, ...]:

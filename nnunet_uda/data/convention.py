@@ -93,8 +93,8 @@ def normalisation_warning(dataset_json: dict[str, Any], domains: Domains) -> str
     for index, channel in dataset_json["channel_names"].items():
         if str(channel).lower() == "ct" and not all(is_ct):
             return (
-                f"channel {index} is called CT, but the domains are {domains.source} and {domains.target}: nnU-Net will "
-                "clip and normalise every image, the other modality's too, with the source's foreground statistics. "
+                f"channel {index} is called CT, but the domains are {domains.source} and {domains.target}: nnU-Net "
+                "will clip and normalise every image, the other modality's too, with the source's statistics. "
                 "Rename the channel (for instance to 'intensity') to have each image z-scored"
             )
     return None

@@ -1,0 +1,199 @@
+"""The unlabelled target, preprocessed with the plans' settings into a sibling of nnU-Net's own folder.
+
+nnU-Net deletes and lists its own folders (``nnUNetPlans_2d``), so the target lies in ``nnUNetPlans_2d_target``. Its
+``manifest.json`` records what the cases were made from: a case counts as present only once it stands there.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import shutil
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from nnunetv2.paths import nnUNet_raw
+from nnunetv2.training.dataloading.nnunet_dataset import comp_blosc2_params, nnUNetDatasetBlosc2
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
+from tqdm import tqdm
+
+from nnunet_uda.data.convention import SPLITS_TARGET, check_splits, environment_folder, fold_of, read_json, target_cases
+from nnunet_uda.errors import UDAError
+from nnunet_uda.files import exclusive, sha256, write_json
+
+MANIFEST = "manifest.json"
+_PLANS_KEYS = ("image_reader_writer", "transpose_forward", "foreground_intensity_properties_per_channel")
+_CONFIGURATION_KEYS = (
+    "preprocessor_name",
+    "spacing",
+    "normalization_schemes",
+    "use_mask_for_norm",
+    "resampling_fn_data",
+    "resampling_fn_data_kwargs",
+)
+
+
+class TargetDataset(nnUNetDatasetBlosc2):
+    """Preprocessed target cases. ``seg`` is nnU-Net's nonzero mask (0 inside, -1 outside): there are no labels."""
+
+
+def target_folder(preprocessed_dataset: Path, configuration: ConfigurationManager) -> Path:
+    """``<preprocessed>/<dataset>/<data identifier>_target``."""
+    return preprocessed_dataset / f"{configuration.data_identifier}_target"
+
+
+def preprocess_target(
+    plans: PlansManager,
+    configuration_name: str,
+    dataset_json: dict[str, Any],
+    num_processes: int = 8,
+    log: Callable[[str], None] = print,
+) -> Path:
+    """Bring the preprocessed target up to date with the raw dataset and the plans; return its folder.
+
+    Cases whose files and settings have not changed are kept. Where ``nnUNet_raw`` does not hold the dataset (training
+    on another machine), a complete folder made with the same settings is accepted as it is.
+
+    Raises:
+        UDAError: for everything ``target_cases`` refuses, unreadable, non-finite or constant images, or a missing
+            folder that cannot be made.
+    """
+    preprocessed = environment_folder("nnUNet_preprocessed") / plans.dataset_name
+    configuration = plans.get_configuration(configuration_name)
+    folder = target_folder(preprocessed, configuration)
+    settings = _preprocessing_settings(plans, configuration)
+    raw_dataset = Path(nnUNet_raw.get()) / plans.dataset_name if nnUNet_raw.is_set() else None
+
+    with exclusive(folder):
+        manifest = read_json(folder / MANIFEST) if (folder / MANIFEST).exists() else None
+        if raw_dataset is None or not raw_dataset.is_dir():
+            return _accept_without_raw(folder, manifest, settings, plans.dataset_name)
+        cases = target_cases(raw_dataset, dataset_json)
+        _copy_splits(raw_dataset, preprocessed, set(cases))
+        kept = {}
+        if manifest is not None and manifest["settings"] == settings:
+            kept = {i: case for i, case in manifest["cases"].items() if i in cases and _unchanged(case, cases[i])}
+        elif manifest is not None:
+            log(f"{folder} was made with other settings: preprocessing the target again")
+        todo = {identifier: files for identifier, files in cases.items() if identifier not in kept}
+        complete = {f"{identifier}{suffix}" for identifier in kept for suffix in (".b2nd", "_seg.b2nd", ".pkl")}
+        for path in folder.iterdir():
+            if path.name not in complete | {".lock", MANIFEST}:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        _write_manifest(folder, settings, kept)
+        if not todo:
+            return folder
+        log(f"Preprocessing {len(todo)} unlabelled target case(s) of {plans.dataset_name} into {folder}")
+        work = partial(
+            _preprocess_case, folder=folder, plans=plans.plans, configuration=configuration_name, dataset=dataset_json
+        )
+        num_processes = min(num_processes, len(todo))
+        if num_processes <= 1:
+            results = map(work, todo.items())
+            _collect(results, folder, settings, kept, len(todo))
+        else:
+            with multiprocessing.get_context("spawn").Pool(num_processes) as pool:
+                _collect(pool.imap_unordered(work, todo.items()), folder, settings, kept, len(todo))
+    return folder
+
+
+def target_identifiers(folder: Path, fold: int | str) -> list[str]:
+    """Ids of the target cases that fold ``fold`` trains on: ``train`` of ``splits_target.json``, else all cases."""
+    known = set(read_json(folder / MANIFEST)["cases"])
+    splits_file = folder.parent / SPLITS_TARGET
+    if fold == "all" or not splits_file.exists():
+        return sorted(known)
+    splits = check_splits(read_json(splits_file), known, splits_file)
+    return sorted(fold_of(splits, int(fold), splits_file)["train"])
+
+
+def _collect(results: Any, folder: Path, settings: dict, done: dict, total: int) -> None:
+    for identifier, case in tqdm(results, total=total, desc="target", unit="case"):
+        done[identifier] = case
+        _write_manifest(folder, settings, done)
+
+
+def _write_manifest(folder: Path, settings: dict, cases: dict) -> None:
+    write_json({"settings": settings, "cases": {i: cases[i] for i in sorted(cases)}}, folder / MANIFEST)
+
+
+def _accept_without_raw(folder: Path, manifest: dict | None, settings: dict, name: str) -> Path:
+    if manifest is None or not manifest["cases"]:
+        raise UDAError(
+            f"{folder} holds no preprocessed target, and the raw dataset {name} is not to be found: set nnUNet_raw "
+            "(export nnUNet_raw=/path/to/nnUNet_raw) or copy the preprocessed folder here"
+        )
+    if manifest["settings"] != settings:
+        raise UDAError(
+            f"{folder} is stale: it was made with other plans. It cannot be made again because the raw dataset {name} "
+            "is not to be found: set nnUNet_raw (export nnUNet_raw=/path/to/nnUNet_raw)"
+        )
+    return folder
+
+
+def _preprocessing_settings(plans: PlansManager, configuration: ConfigurationManager) -> dict[str, Any]:
+    """What decides how a preprocessed case looks. JSON values, so that they compare equal after a round trip."""
+    chosen = {key: plans.plans.get(key) for key in _PLANS_KEYS}
+    if not any(scheme == "CTNormalization" for scheme in configuration.normalization_schemes):
+        chosen.pop("foreground_intensity_properties_per_channel")
+    return chosen | {key: configuration.configuration.get(key) for key in _CONFIGURATION_KEYS}
+
+
+def _fingerprint(path: Path) -> dict[str, Any]:
+    stat = path.stat()
+    return {"name": path.name, "size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "sha256": sha256(path)}
+
+
+def _unchanged(case: list[dict[str, Any]], files: list[Path]) -> bool:
+    if [old["name"] for old in case] != [path.name for path in files]:
+        return False
+    for old, path in zip(case, files, strict=True):
+        stat = path.stat()
+        if stat.st_size != old["size"] or (stat.st_mtime_ns != old["mtime_ns"] and sha256(path) != old["sha256"]):
+            return False
+    return True
+
+
+def _copy_splits(raw_dataset: Path, preprocessed: Path, known: set[str]) -> None:
+    """Take ``splits_target.json`` over from the raw dataset, as nnU-Net's planner does with ``splits_final.json``."""
+    if (raw_dataset / SPLITS_TARGET).exists():
+        splits = check_splits(read_json(raw_dataset / SPLITS_TARGET), known, raw_dataset / SPLITS_TARGET)
+        write_json(splits, preprocessed / SPLITS_TARGET)
+
+
+def _preprocess_case(
+    item: tuple[str, list[Path]], folder: Path, plans: dict, configuration: str, dataset: dict
+) -> tuple[str, list[dict[str, Any]]]:
+    identifier, files = item
+    plans_manager = PlansManager(plans)
+    manager = plans_manager.get_configuration(configuration)
+    preprocessor = manager.preprocessor_class(verbose=False)
+    fingerprint = [_fingerprint(path) for path in files]
+    check_images(files, plans_manager)
+    data, seg, properties = preprocessor.run_case([str(path) for path in files], None, plans_manager, manager, dataset)
+    properties["class_locations"] = {}
+    data, seg = data.astype(np.float32, copy=False), seg.astype(np.int16, copy=False)
+    blocks, chunks = comp_blosc2_params(data.shape, tuple(manager.patch_size), data.itemsize)
+    blocks_seg, chunks_seg = comp_blosc2_params(seg.shape, tuple(manager.patch_size), seg.itemsize)
+    TargetDataset.save_case(
+        data, seg, properties, str(folder / identifier), chunks=chunks, blocks=blocks, chunks_seg=chunks_seg,
+        blocks_seg=blocks_seg,
+    )  # fmt: skip
+    return identifier, fingerprint
+
+
+def check_images(files: list[Path], plans: PlansManager) -> None:
+    """Refuse images that cannot be read, are not finite or are constant; the message names the file."""
+    reader = plans.image_reader_writer_class()
+    for path in files:
+        try:
+            image, _ = reader.read_images([str(path)])
+        except Exception as error:  # SimpleITK raises bare RuntimeErrors of many texts
+            raise UDAError(f"{path} cannot be read as an image (truncated or damaged?): {error}") from error
+        if not np.isfinite(image).all():
+            count = int((~np.isfinite(image)).sum())
+            raise UDAError(f"{path} holds {count} NaN or infinite voxels: replace them, or leave the case out")
+        if image.min() == image.max():
+            raise UDAError(f"{path} is constant ({image.min():g} everywhere): leave the case out of the target images")

@@ -1,0 +1,72 @@
+"""Source validation volumes, translated on the fly, for nnU-Net's final validation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from monai.inferers import sliding_window_inference
+from nnunetv2.training.dataloading.nnunet_dataset import nnUNetBaseDataset
+
+
+def translate_volume(
+    volume: torch.Tensor, translate: Callable[[torch.Tensor], torch.Tensor], patch_size: list[int], batch_size: int = 4
+) -> torch.Tensor:
+    """Translate a whole preprocessed volume by sliding window (overlap 0.5, Gaussian weights).
+
+    Args:
+        volume: ``(C, Z, Y, X)``, normalised intensities.
+        translate: maps patches ``(B, C, *patch_size)`` to patches of the same shape.
+        patch_size: two numbers (each slice along the first axis on its own) or three.
+
+    Returns:
+        ``(C, Z, Y, X)``, on the device of ``volume``.
+    """
+    if len(patch_size) == 2:
+        slices = volume.transpose(0, 1)
+        parts = [_slide(part, translate, patch_size, batch_size) for part in slices.split(batch_size)]
+        return torch.cat(parts).transpose(0, 1)
+    return _slide(volume[None], translate, patch_size, batch_size)[0]
+
+
+def _slide(images: torch.Tensor, translate: Callable, patch_size: list[int], batch_size: int) -> torch.Tensor:
+    return sliding_window_inference(images, patch_size, batch_size, translate, overlap=0.5, mode="gaussian")
+
+
+class TranslatedDataset:
+    """Stands in for a preprocessed dataset: the same cases with their images translated.
+
+    Made for ``nnUNetTrainer.perform_actual_validation``, which only builds it, lists ``identifiers`` and calls
+    ``load_case``.
+    """
+
+    def __init__(
+        self,
+        dataset_class: type[nnUNetBaseDataset],
+        translate: Callable[[torch.Tensor], torch.Tensor],
+        patch_size: list[int],
+        device: torch.device,
+    ) -> None:
+        self.dataset_class = dataset_class
+        self.translate = translate
+        self.patch_size = patch_size
+        self.device = device
+
+    def __call__(
+        self, folder: str, identifiers: list[str] | None = None, folder_with_segs_from_previous_stage: str | None = None
+    ) -> TranslatedDataset:
+        """What calling a dataset class does: open ``folder``."""
+        self.dataset = self.dataset_class(folder, identifiers, folder_with_segs_from_previous_stage)
+        self.identifiers = self.dataset.identifiers
+        return self
+
+    def get_identifiers(self, folder: str) -> list[str]:
+        return self.dataset_class.get_identifiers(folder)
+
+    def load_case(self, identifier: str) -> tuple[np.ndarray, np.ndarray, np.ndarray | None, dict]:
+        data, seg, previous, properties = self.dataset.load_case(identifier)
+        volume = torch.from_numpy(np.asarray(data[:], dtype=np.float32)).to(self.device)
+        with torch.no_grad():
+            translated = translate_volume(volume, self.translate, self.patch_size)
+        return translated.float().cpu().numpy(), seg, previous, properties

@@ -1,0 +1,579 @@
+"""The base of every trainer here: nnU-Net's trainer with a second, unlabelled data stream and several networks."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from acvl_utils.cropping_and_padding.bounding_boxes import crop_and_pad_nd
+from batchgenerators.dataloading.nondet_multi_threaded_augmenter import NonDetMultiThreadedAugmenter
+from batchgenerators.dataloading.single_threaded_augmenter import SingleThreadedAugmenter
+from batchgenerators.utilities.file_and_folder_operations import join, load_json, save_json
+from batchgeneratorsv2.transforms.noise.gaussian_blur import GaussianBlurTransform
+from batchgeneratorsv2.transforms.spatial.mirroring import MirrorTransform
+from batchgeneratorsv2.transforms.spatial.spatial import SpatialTransform
+from batchgeneratorsv2.transforms.utils.random import RandomTransform
+from nnunetv2.configuration import default_num_processes
+from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
+from nnunetv2.training.dataloading.nnunet_dataset import nnUNetBaseDataset
+from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
+from torch import Tensor, nn
+from torch._dynamo import OptimizedModule
+
+from nnunet_uda.data.convention import environment_folder, normalisation_warning, read_domains
+from nnunet_uda.data.target import TargetDataset, preprocess_target, target_identifiers
+from nnunet_uda.errors import UDAError, print_without_traceback
+from nnunet_uda.files import whole_file
+from nnunet_uda.losses.dice import soft_dice_loss
+from nnunet_uda.settings import UDASettings, parse_settings, split_settings
+from nnunet_uda.training.checkpoint import random_state, seed_everything, set_random_state
+from nnunet_uda.training.pictures import plot_losses, write_panels
+from nnunet_uda.training.translated_dataset import TranslatedDataset
+
+
+class NonFiniteLossError(UDAError):
+    """A loss term became NaN or infinite."""
+
+
+class _Unlabelled:
+    """The label manager of the target's loader: nnU-Net's loader asks it only for these two."""
+
+    all_labels: tuple[int, ...] = ()
+    has_ignore_label = False
+
+
+class UDATrainer(nnUNetTrainer):
+    """Two data streams, several networks, one segmenter that predicts.
+
+    ``self.network`` is nnU-Net's auto-configured network: its checkpoints are nnU-Net checkpoints. A method adds
+    ``build_networks`` and ``build_optimizers`` for everything else, and ``train_on``, which makes named ``update`` calls.
+    What lives in ``self.networks`` (buffers such as memory banks included) and ``self.optimizers`` is saved, restored
+    and put into training or evaluation mode here.
+
+    Settings come from the plans' ``uda`` object (``nnunet_uda.settings``); a subclass fixes some of its method's own
+    in ``fixed_settings``.
+    """
+
+    method: str | None = None
+    method_settings: type | None = None
+    fixed_settings: dict[str, Any] = {}
+    needs_target = True
+
+    def __init__(
+        self,
+        plans: dict,
+        configuration: str,
+        fold: int,
+        dataset_json: dict,
+        device: torch.device = torch.device("cuda"),  # noqa: B008 - nnU-Net's signature
+    ):
+        sys.excepthook = print_without_traceback
+        for variable in ("nnUNet_preprocessed", "nnUNet_results"):
+            environment_folder(variable)
+        where = f"plans {plans['plans_name']!r}, key 'uda'"
+        shared, own = split_settings(plans.get("uda", {}), self.method, where)
+        self.settings: UDASettings = parse_settings(UDASettings, shared, where)
+        self.own_settings = None
+        if self.method_settings is not None:
+            clash = sorted(key for key, value in self.fixed_settings.items() if own.get(key, value) != value)
+            if clash:
+                raise UDAError(f"{where}: {type(self).__name__} fixes {clash}; train another variant, or remove them")
+            self.own_settings = parse_settings(
+                self.method_settings, own | self.fixed_settings, f"{where}.{self.method}"
+            )
+
+        super().__init__(plans, configuration, fold, dataset_json, device)
+
+        self.initial_lr = self.settings.segmenter_learning_rate
+        self.weight_decay = self.settings.segmenter_weight_decay
+        self.num_epochs = self.settings.num_epochs
+        self.num_iterations_per_epoch = self.settings.iterations_per_epoch
+        self.num_val_iterations_per_epoch = self.settings.val_iterations_per_epoch
+        self.oversample_foreground_percent = self.settings.foreground_oversampling
+        self.enable_deep_supervision = self.settings.deep_supervision
+        self.save_every = self.settings.save_every
+
+        self.networks = nn.ModuleDict()
+        self.optimizers: dict[str, torch.optim.Optimizer] = {}
+        self.dataloader_target = None
+        self.loss_history: dict[str, list[float]] = {}
+        self._terms: dict[str, Tensor] = {}
+        self._restored_random_state: dict[str, Any] | None = None
+
+    # -- what a method overrides ---------------------------------------------------------------------------------
+
+    def build_networks(self) -> dict[str, nn.Module]:
+        """Networks beside the segmenter, by name."""
+        return {}
+
+    def build_optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        """Optimisers beside the segmenter's, by the name of the update they make."""
+        return {}
+
+    def train_on(self, source: Tensor, label: Tensor | list[Tensor], target: Tensor | None) -> None:
+        """One training step: forward passes and ``update`` calls.
+
+        Args:
+            source: ``(B, C, *patch)`` z-scored source images.
+            label: ``(B, 1, *patch)`` integer labels; with deep supervision a list from fine to coarse.
+            target: ``(B, C, *patch)`` z-scored target images without labels, unrelated to ``source``.
+        """
+        raise NotImplementedError
+
+    def translate(self, source: Tensor) -> Tensor:
+        """Source images as the segmenter is to see them at validation; here unchanged. ``(B, C, *patch)``."""
+        return source
+
+    # -- set-up --------------------------------------------------------------------------------------------------
+
+    def initialize(self):
+        self._refuse_unsupported()
+        if self.device.type == "cpu":
+            torch.set_flush_denormal(True)  # denormals in a discriminator made a step ten times slower
+        if self.settings.seed is not None:
+            seed_everything(self.settings.seed)
+        super().initialize()
+        self.networks = nn.ModuleDict(self.build_networks()).to(self.device)
+        self.optimizers = {"segmenter": self.optimizer, **self.build_optimizers()}
+        self._base_rates = {name: optimizer.param_groups[0]["lr"] for name, optimizer in self.optimizers.items()}
+        module = self.plain_network
+        self.encoder, self.decoder = module.encoder, module.decoder
+        if self._do_i_compile():
+            self.encoder, self.decoder = torch.compile(module.encoder), torch.compile(module.decoder)
+            for network in self.networks.values():
+                network.compile()
+        self.print_to_log_file(f"Settings: {self.settings_dict()}")
+
+    def _refuse_unsupported(self) -> None:
+        name = type(self).__name__
+        if self.is_ddp:
+            raise UDAError(f"{name} trains on one device: run it without -num_gpus")
+        if self.is_cascaded:
+            raise UDAError(f"{name} does not support cascades: train the configuration 2d or 3d_fullres")
+        if self.label_manager.has_regions:
+            raise UDAError(
+                f"{name} does not support region-based labels (dataset.json, 'labels'): give each structure one integer"
+            )
+
+    def settings_dict(self) -> dict[str, Any]:
+        """All settings in force, defaults included."""
+        own = {self.method: dataclasses.asdict(self.own_settings)} if self.own_settings is not None else {}
+        return dataclasses.asdict(self.settings) | own
+
+    @property
+    def plain_network(self) -> nn.Module:
+        """The segmenter without torch.compile's wrapper."""
+        return self.network._orig_mod if isinstance(self.network, OptimizedModule) else self.network
+
+    def configure_optimizers(self):
+        if self.settings.segmenter_optimizer == "sgd":
+            return super().configure_optimizers()
+        _, scheduler = super().configure_optimizers()
+        optimizer = torch.optim.Adam(
+            self.network.parameters(), self.initial_lr, betas=(0.5, 0.999), weight_decay=self.weight_decay
+        )
+        scheduler.optimizer = optimizer
+        return optimizer, scheduler
+
+    def _build_loss(self):
+        if self.settings.segmentation_loss == "dice_ce":
+            return super()._build_loss()
+        if not self.enable_deep_supervision:
+            return soft_dice_loss
+        weights = np.array([1 / 2**level for level in range(len(self._get_deep_supervision_scales()))])
+        weights[-1] = 0
+        return DeepSupervisionWrapper(soft_dice_loss, weights / weights.sum())
+
+    # -- data ----------------------------------------------------------------------------------------------------
+
+    def configure_rotation_dummyDA_mirroring_and_inital_patch_size(self):
+        rotation, dummy_2d, initial_patch_size, mirror_axes = (
+            super().configure_rotation_dummyDA_mirroring_and_inital_patch_size()
+        )
+        if not self.settings.mirror:
+            mirror_axes = self.inference_allowed_mirroring_axes = None
+        if self.settings.augmentation == "none":
+            initial_patch_size = np.array(self.configuration_manager.patch_size)
+        return rotation, dummy_2d, initial_patch_size, mirror_axes
+
+    def get_training_transforms(self, *args, **kwargs):
+        """nnU-Net's pipeline, less what the setting ``augmentation`` turns off; reproducible where a seed is set."""
+        pipeline = nnUNetTrainer.get_training_transforms(*args, **kwargs)
+        if self.settings.augmentation == "none":
+            pipeline.transforms = [t for t in pipeline.transforms if not isinstance(t, MirrorTransform)]
+        if self.settings.augmentation != "nnunet":
+            # RandomTransform wraps exactly nnU-Net's intensity transforms (cascades, which it also serves, are refused)
+            pipeline.transforms = [t for t in pipeline.transforms if not isinstance(t, RandomTransform)]
+        for transform in pipeline.transforms:
+            inner = transform.transform if isinstance(transform, RandomTransform) else transform
+            if isinstance(inner, SpatialTransform) and self.settings.augmentation == "none":
+                inner.p_rotation = inner.p_scaling = 0
+            if isinstance(inner, GaussianBlurTransform) and self.settings.seed is not None:
+                inner.benchmark = False  # the faster of two algorithms, chosen by a stopwatch: not reproducible
+        return pipeline
+
+    def do_split(self):
+        """nnU-Net's split, but a fold outside the splits and too few cases are refused."""
+        splits_file = Path(self.preprocessed_dataset_folder_base, "splits_final.json")
+        if self.fold != "all":
+            if splits_file.exists():
+                number = len(load_json(str(splits_file)))
+                if not 0 <= self.fold < number:
+                    raise UDAError(f"fold {self.fold} does not exist: {splits_file} holds folds 0 to {number - 1}")
+            elif self.dataset_json["numTraining"] < 5:
+                raise UDAError(
+                    f"{self.dataset_json['numTraining']} labelled source case(s) are too few for 5-fold cross-validation:"
+                    f" train the fold 'all', or write {splits_file} with fewer folds"
+                )
+        return super().do_split()
+
+    def get_dataloaders(self):
+        if not self.needs_target:
+            return super().get_dataloaders()
+        workers = get_allowed_n_proc_DA()  # one budget for both streams
+        share = max(1, workers // 2) if workers else 0
+        with _environment("nnUNet_n_proc_DA", str(max(1, workers - share) if workers else 0)):
+            loaders = super().get_dataloaders()
+        self.dataloader_target = self._target_loader(share)
+        return loaders
+
+    def get_tr_and_val_datasets(self):
+        training, self.validation_dataset = super().get_tr_and_val_datasets()
+        return training, self.validation_dataset
+
+    def prepare_target(self) -> TargetDataset:
+        """The fold's target training cases, preprocessed now if they are missing or stale."""
+        domains = read_domains(self.dataset_json)
+        warning = normalisation_warning(self.dataset_json, domains)
+        if warning:
+            self.print_to_log_file(f"WARNING: {warning}")
+        folder = preprocess_target(
+            self.plans_manager,
+            self.configuration_name,
+            self.dataset_json,
+            default_num_processes,
+            self.print_to_log_file,
+        )
+        identifiers = target_identifiers(folder, self.fold)
+        self.print_to_log_file(
+            f"Unlabelled target: {len(identifiers)} {domains.target} case(s) from {folder}. No target label is read; "
+            f"pseudo Dice and checkpoint_best come from {domains.source} validation cases"
+        )
+        return TargetDataset(str(folder), identifiers)
+
+    def _target_loader(self, num_processes: int) -> Iterator[dict]:
+        self.target_dataset = self.prepare_target()
+        rotation, dummy_2d, initial_patch_size, mirror_axes = (
+            self.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
+        )
+        transforms = self.get_training_transforms(
+            self.configuration_manager.patch_size, rotation, None, mirror_axes, dummy_2d,
+            use_mask_for_norm=self.configuration_manager.use_mask_for_norm,
+        )  # fmt: skip
+        loader = nnUNetDataLoader(
+            self.target_dataset, self.batch_size, initial_patch_size, self.configuration_manager.patch_size, _Unlabelled(),
+            oversample_foreground_percent=0.0, transforms=transforms,
+        )  # fmt: skip
+        if num_processes == 0:
+            return SingleThreadedAugmenter(loader, None)
+        return NonDetMultiThreadedAugmenter(
+            loader, None, num_processes, num_cached=max(6, num_processes // 2), seeds=None,
+            pin_memory=self.device.type == "cuda", wait_time=0.002,
+        )  # fmt: skip
+
+    # -- the loop ------------------------------------------------------------------------------------------------
+
+    def on_train_start(self):
+        self._refuse_other_settings()
+        super().on_train_start()
+        if self._restored_random_state is not None:
+            set_random_state(self._restored_random_state)  # last: opening the loaders has drawn random numbers
+
+    def _refuse_other_settings(self) -> None:
+        """The output folder's plans describe every fold in it, so another ``uda`` object must not go there."""
+        written = Path(self.output_folder_base, "plans.json")
+        if written.exists() and load_json(str(written)).get("uda", {}) != self.plans_manager.plans.get("uda", {}):
+            raise UDAError(
+                f"{written} was written by a training with other settings (its 'uda' differs from that of plans "
+                f"{self.plans_manager.plans_name!r}). Save the new settings under a plans name of their own: "
+                "nnUNetUDA_configure -p NEW_NAME"
+            )
+
+    def on_train_epoch_start(self):
+        super().on_train_epoch_start()
+        self.networks.train()
+        if self.settings.segmenter_schedule == "constant":
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.initial_lr
+
+    def train_step(self, batch: dict) -> dict:
+        source, label = self._to_device(batch["data"]), self._to_device(batch["target"])
+        target = self._to_device(next(self.dataloader_target)["data"]) if self.needs_target else None
+        self._terms = {}
+        self.train_on(source, label, target)
+        if self.grad_scaler is not None:
+            self.grad_scaler.update()
+        values = torch.stack([value.float() for value in self._terms.values()]).cpu()
+        losses = dict(zip(self._terms, values.tolist(), strict=True))
+        for name, value in losses.items():
+            if not np.isfinite(value):
+                raise NonFiniteLossError(
+                    f"the loss term '{name}' became {value} in epoch {self.current_epoch}; all terms: {losses}. Training "
+                    f"stops; the checkpoints in {self.output_folder} are from before. Lower its learning rate or weight"
+                )
+        return {"loss": losses["segmentation"], **losses}
+
+    def update(self, name: str, terms: dict[str, Tensor], max_norm: float | None = None) -> None:
+        """One step of the optimiser ``name`` on the sum of ``terms``, each of which is logged under its own name."""
+        optimizer = self.optimizers[name]
+        optimizer.zero_grad(set_to_none=True)
+        loss = torch.stack([value.float() for value in terms.values()]).sum()
+        if self.grad_scaler is not None:
+            self.grad_scaler.scale(loss).backward()
+            self.grad_scaler.unscale_(optimizer)
+        else:
+            loss.backward()
+        if max_norm is not None:
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            nn.utils.clip_grad_norm_(parameters, max_norm)
+        if self.grad_scaler is not None:
+            self.grad_scaler.step(optimizer)
+        else:
+            optimizer.step()
+        self._terms.update({key: value.detach() for key, value in terms.items()})
+
+    def autocast(self):
+        """Mixed precision where CUDA has it, nothing elsewhere."""
+        return torch.autocast("cuda") if self.device.type == "cuda" else nullcontext()
+
+    def _to_device(self, data: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
+        if isinstance(data, list):
+            return [item.to(self.device, non_blocking=True) for item in data]
+        return data.to(self.device, non_blocking=True)
+
+    def on_train_epoch_end(self, train_outputs: list[dict]):
+        super().on_train_epoch_end([{"loss": output["loss"]} for output in train_outputs])
+        for name in train_outputs[0]:
+            if name != "loss":
+                mean = float(np.mean([output[name] for output in train_outputs]))
+                self.loss_history.setdefault(name, []).append(mean)
+        self.print_to_log_file("losses:", {name: round(values[-1], 4) for name, values in self.loss_history.items()})
+
+    def on_validation_epoch_start(self):
+        super().on_validation_epoch_start()
+        self.networks.eval()
+
+    def validation_step(self, batch: dict) -> dict:
+        """nnU-Net's step on source validation images as ``translate`` returns them: no target label is needed."""
+        with self.autocast():
+            translated = self.translate(self._to_device(batch["data"]))
+        return super().validation_step(batch | {"data": translated.float()})
+
+    def on_epoch_end(self):
+        epoch = self.current_epoch
+        super().on_epoch_end()
+        last = epoch == self.num_epochs - 1
+        if last or epoch % self.settings.picture_every == 0:
+            plot_losses(join(self.output_folder, "losses.png"), self.loss_history)
+            self.draw_pictures(Path(self.output_folder, f"pictures/epoch_{epoch:04d}.png"))
+
+    def on_train_end(self):
+        super().on_train_end()
+        if isinstance(self.dataloader_target, NonDetMultiThreadedAugmenter):
+            self.dataloader_target._finish()
+
+    @torch.no_grad()
+    def draw_pictures(self, path: Path) -> None:
+        """Always the same slices: source | translated | label | prediction, and target | prediction."""
+        path.parent.mkdir(exist_ok=True)
+        self.network.eval()
+        self.networks.eval()
+        source, label = self._whole_patch(self.validation_dataset, by_label=True)
+        translated = self.translate(source)
+        seen = _middle(translated)
+        rows = [
+            [
+                ("source", _middle(source), None),
+                ("translated", seen, None),
+                ("label", seen, _middle(label)),
+                ("prediction", seen, _middle(self._segmentation(translated))),
+            ]
+        ]
+        if self.needs_target:
+            target, _ = self._whole_patch(self.target_dataset, by_label=False)
+            shown = _middle(target)
+            rows.append([("target", shown, None), ("prediction", shown, _middle(self._segmentation(target)))])
+        write_panels(path, rows, len(self.label_manager.foreground_labels))
+
+    def _whole_patch(self, dataset: nnUNetBaseDataset, by_label: bool) -> tuple[Tensor, Tensor]:
+        """The patch around the middle of the first case, or around its slice with most label: ``(1, C, *patch)``."""
+        data, seg, _, _ = dataset.load_case(dataset.identifiers[0])
+        seg = seg[:]
+        index = int((seg[0] > 0).sum((1, 2)).argmax()) if by_label else seg.shape[1] // 2
+        patch = [1, *self.configuration_manager.patch_size][-3:]
+        centre = [index, seg.shape[2] // 2, seg.shape[3] // 2]
+        box = [[c - size // 2, c - size // 2 + size] for c, size in zip(centre, patch, strict=True)]
+        tensors = [torch.from_numpy(crop_and_pad_nd(array, box, 0)).float()[None] for array in (data[:], seg)]
+        if len(self.configuration_manager.patch_size) == 2:
+            tensors = [tensor[:, :, 0] for tensor in tensors]
+        return tensors[0].to(self.device), tensors[1].to(self.device)
+
+    def _segmentation(self, images: Tensor) -> Tensor:
+        with self.autocast():
+            return self.finest(self.segment(images)).argmax(1, keepdim=True)
+
+    # -- checkpoints and validation ------------------------------------------------------------------------------
+
+    def save_checkpoint(self, filename: str) -> None:
+        """nnU-Net's checkpoint with everything else under the key ``uda``, written whole or not at all."""
+        if self.disable_checkpointing:
+            self.print_to_log_file("No checkpoint written, checkpointing is disabled")
+            return
+        # nnU-Net saves checkpoint_latest before it compares this epoch with the best
+        best = max(
+            [value for value in (self._best_ema, *self.logger.get_value("ema_fg_dice", None)[-1:]) if value is not None]
+        )
+        checkpoint = {
+            "network_weights": self.plain_network.state_dict(),
+            "optimizer_state": self.optimizer.state_dict(),
+            "grad_scaler_state": self.grad_scaler.state_dict() if self.grad_scaler is not None else None,
+            "logging": self.logger.get_checkpoint(),
+            "_best_ema": best,
+            "current_epoch": self.current_epoch + 1,
+            "init_args": self.my_init_kwargs,
+            "trainer_name": type(self).__name__,
+            "inference_allowed_mirroring_axes": self.inference_allowed_mirroring_axes,
+            "uda": {
+                "settings": self.settings_dict(),
+                "networks": self.networks.state_dict(),
+                "optimizers": {n: o.state_dict() for n, o in self.optimizers.items() if n != "segmenter"},
+                "random_state": random_state(),
+                "loss_history": self.loss_history,
+            },
+        }
+        try:
+            with whole_file(filename) as temporary:
+                torch.save(checkpoint, temporary)
+        except (OSError, RuntimeError) as error:
+            raise UDAError(
+                f"{filename} could not be written ({error}). Is the disk full, or the folder read-only? The previous "
+                "checkpoint is intact: make room and continue with --c"
+            ) from error
+
+    def load_checkpoint(self, filename_or_checkpoint: str) -> None:
+        """Restore everything ``save_checkpoint`` wrote.
+
+        Raises:
+            UDAError: unreadable file, a checkpoint of another trainer, other plans or other settings.
+        """
+        path = filename_or_checkpoint
+        try:
+            checkpoint = torch.load(path, map_location="cpu", weights_only=False)
+        except Exception as error:  # a cut pickle raises whatever its last byte makes of it
+            raise UDAError(f"{path} cannot be read as a checkpoint (cut short?): {error}") from error
+        self._check_checkpoint(checkpoint, path)
+        super().load_checkpoint(path)
+        extra = checkpoint["uda"]
+        self.networks.load_state_dict(extra["networks"])
+        for name, state in extra["optimizers"].items():
+            self.optimizers[name].load_state_dict(state)
+        self.loss_history = extra["loss_history"]
+        self._restored_random_state = extra["random_state"]
+
+    def _check_checkpoint(self, checkpoint: dict, path: str) -> None:
+        name = type(self).__name__
+        advice = "Use the trainer and plans that wrote it, or start anew (-pretrained_weights takes a segmenter only)"
+        if checkpoint.get("trainer_name") != name or "uda" not in checkpoint:
+            raise UDAError(f"{path} was written by {checkpoint.get('trainer_name')}, not by {name}. {advice}")
+        written = checkpoint["init_args"]
+        if (
+            written["configuration"] != self.configuration_name
+            or written["plans"]["configurations"] != self.plans_manager.plans["configurations"]
+        ):
+            raise UDAError(
+                f"{path} was written with other plans ({written['plans']['plans_name']}, {written['configuration']}) than "
+                f"the present ones ({self.plans_manager.plans_name}, {self.configuration_name}). {advice}"
+            )
+        old, new = checkpoint["uda"]["settings"], self.settings_dict()
+        changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
+        if changed:
+            found = {key: old.get(key) for key in changed}
+            raise UDAError(
+                f"{path} was written with other settings: {found}, now { ({k: new.get(k) for k in changed}) }. {advice}"
+            )
+
+    def perform_actual_validation(self, save_probabilities: bool = False):
+        """nnU-Net's final validation; where the method translates, on translated source volumes."""
+        if type(self).translate is UDATrainer.translate:
+            super().perform_actual_validation(save_probabilities)
+            return
+        self.networks.eval()
+        domains = read_domains(self.dataset_json)
+        note = (
+            f"{domains.source} validation cases translated to {domains.target} by the generator, against their own "
+            f"{domains.source} labels: no {domains.target} label was read"
+        )
+        self.print_to_log_file(f"Final validation: {note}")
+        dataset_class = self.dataset_class
+        patch_size = self.configuration_manager.patch_size
+        self.dataset_class = TranslatedDataset(dataset_class, self._translate_whole, patch_size, self.device)
+        try:
+            super().perform_actual_validation(save_probabilities)
+        finally:
+            self.dataset_class = dataset_class
+        save_json({"validated_on": note}, join(self.output_folder, "validation", "about.json"))
+
+    def _translate_whole(self, source: Tensor) -> Tensor:
+        with self.autocast():
+            return self.translate(source)
+
+    # -- segmenter -----------------------------------------------------------------------------------------------
+
+    def segment(self, images: Tensor) -> list[Tensor] | Tensor:
+        """Logits of the segmenter, a list from fine to coarse with deep supervision."""
+        return self.decoder(self.encoder(images))
+
+    def finest(self, outputs: list[Tensor] | Tensor) -> Tensor:
+        """The full-resolution map of what ``segment`` or the loader's labels hold."""
+        return outputs[0] if isinstance(outputs, (list, tuple)) else outputs
+
+
+def _middle(images: Tensor) -> np.ndarray:
+    """``(1, C, *patch)`` to its first channel's (middle) slice, ``(H, W)``."""
+    image = images[0, 0].float().cpu().numpy()
+    return image[image.shape[0] // 2] if image.ndim == 3 else image
+
+
+@contextmanager
+def frozen(*networks: nn.Module) -> Iterator[None]:
+    """No gradients for the weights of ``networks`` inside: gradients flow through them, none is computed for them."""
+    parameters = [p for network in networks for p in network.parameters() if p.requires_grad]
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+
+
+@contextmanager
+def _environment(variable: str, value: str) -> Iterator[None]:
+    before = os.environ.get(variable)
+    os.environ[variable] = value
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[variable]
+        else:
+            os.environ[variable] = before

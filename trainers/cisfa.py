@@ -1,0 +1,256 @@
+"""CISFA: contrastive image synthesis and self-supervised feature adaptation (Hu, Wang and Shi).
+
+A generator translates source slices to the target; the segmenter learns from the translations with the source's labels.
+A patch-wise contrastive loss, weighted by the label, keeps shapes (section 3.2); a global contrastive loss between an
+image and its translation adapts the segmenter's encoder (section 3.3). Every step updates the generator, then the
+segmenter on freshly translated images, then both discriminators on fresh outputs (section 3.4).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from nnunet_uda.losses.adversarial import lsgan_loss
+from nnunet_uda.losses.global_contrastive import GlobalContrastiveLoss
+from nnunet_uda.losses.patch_nce import PatchNCELoss, position_weights
+from nnunet_uda.networks.patch_discriminator import PatchDiscriminator
+from nnunet_uda.networks.patch_projector import PatchProjector
+from nnunet_uda.networks.projection_head import ProjectionHead
+from nnunet_uda.networks.resnet_generator import ResnetGenerator
+from nnunet_uda.settings import require
+from nnunet_uda.training.uda_trainer import UDATrainer, frozen
+
+
+@dataclass(frozen=True)
+class CISFASettings:
+    """Settings under ``uda.cisfa``. Defaults are the paper's (sections 3.2, 3.3 and 4.2)."""
+
+    generator_width: int = 64
+    generator_blocks: int = 9
+    discriminator_width: int = 64
+    discriminator_layers: int = 3
+    gan_learning_rate: float = 2e-4
+    gan_beta1: float = 0.5
+    gan_schedule: Literal["constant", "linear"] = "constant"
+    image_adversarial_weight: float = 1.0
+    patch_contrastive_weight: float = 1.0
+    patch_contrastive_temperature: float = 0.2
+    patch_contrastive_negatives: Literal["both", "input"] = "both"
+    patches: int = 256
+    patch_features: int = 128
+    foreground_weight: float = 2.0
+    identity_weight: float = 0.0
+    global_contrastive_weight: float = 1.0
+    global_contrastive_temperature: float = 0.2
+    global_contrastive_update: Literal["sum", "sequential"] = "sum"
+    segmenter_adversarial: Literal["translated", "target", "both"] = "translated"
+    segmenter_adversarial_weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("generator_width", "discriminator_width", "discriminator_layers", "patches", "patch_features"):
+            require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
+        for name in ("gan_learning_rate", "patch_contrastive_temperature", "global_contrastive_temperature"):
+            require(getattr(self, name) > 0, name, "positive", getattr(self, name))
+        require(self.generator_blocks >= 1, "generator_blocks", "at least 1", self.generator_blocks)
+        require(self.foreground_weight >= 1, "foreground_weight", "at least 1 (eq. 3)", self.foreground_weight)
+
+
+class CISFATrainer(UDATrainer):
+    """The paper's method. ``uda.cisfa`` in the plans holds its settings (``CISFASettings``)."""
+
+    method = "cisfa"
+    method_settings = CISFASettings
+
+    def build_networks(self) -> dict[str, nn.Module]:
+        settings, channels = self.own_settings, self.num_input_channels
+        patch_size = self.configuration_manager.patch_size
+        dimension = len(patch_size)
+        generator = ResnetGenerator(
+            channels,
+            dimension,
+            settings.generator_width,
+            settings.generator_blocks,
+            self.configuration_manager.pool_op_kernel_sizes[1:3],  # the segmenter's own strides: thin axes stay whole
+        )
+        discriminator = {
+            "dimension": dimension,
+            "patch_size": patch_size,
+            "width": settings.discriminator_width,
+            "num_layers": settings.discriminator_layers,
+        }
+        bottleneck = self.plain_network.encoder.output_channels[-1]
+        self.patch_contrastive = PatchNCELoss(
+            settings.patch_contrastive_temperature, settings.patch_contrastive_negatives
+        )
+        self.global_contrastive = GlobalContrastiveLoss(settings.global_contrastive_temperature)
+        return {
+            "generator": generator,
+            "patch_projector": PatchProjector(generator.feature_channels, settings.patch_features, settings.patches),
+            "projection_head": ProjectionHead(bottleneck),
+            "image_discriminator": PatchDiscriminator(channels, **discriminator),
+            "segmentation_discriminator": PatchDiscriminator(
+                self.label_manager.num_segmentation_heads, **discriminator
+            ),
+        }
+
+    def build_optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        def adam(*names: str) -> torch.optim.Optimizer:
+            parameters = [p for name in names for p in self.networks[name].parameters()]
+            return torch.optim.Adam(
+                parameters, self.own_settings.gan_learning_rate, (self.own_settings.gan_beta1, 0.999)
+            )
+
+        self.optimizer.add_param_group({"params": list(self.networks["projection_head"].parameters())})
+        return {
+            "generator": adam("generator", "patch_projector"),
+            "image_discriminator": adam("image_discriminator"),
+            "segmentation_discriminator": adam("segmentation_discriminator"),
+        }
+
+    def initialize(self):
+        super().initialize()
+        if self._do_i_compile():
+            generator = self.networks["generator"]
+            generator.forward_with_features = torch.compile(generator.forward_with_features)
+            generator.encode = torch.compile(generator.encode)
+
+    def on_train_epoch_start(self):
+        super().on_train_epoch_start()
+        if self.own_settings.gan_schedule == "linear":  # constant for one half, then down to zero
+            factor = min(1.0, 2 * (1 - self.current_epoch / self.num_epochs))
+            for name in ("generator", "image_discriminator", "segmentation_discriminator"):
+                for group in self.optimizers[name].param_groups:
+                    group["lr"] = factor * self.own_settings.gan_learning_rate
+
+    def translate(self, source: Tensor) -> Tensor:
+        return self.networks["generator"](source)
+
+    def train_on(self, source: Tensor, label: Tensor | list[Tensor], target: Tensor | None) -> None:
+        self.update_generator(source, self.finest(label), target)
+        with torch.no_grad(), self.autocast():
+            translated = self.networks["generator"](source)  # with the new weights (section 3.4)
+        self.update_segmenter(source, translated, label, target)
+        self.update_discriminators(translated, target)
+
+    def update_generator(self, source: Tensor, label: Tensor, target: Tensor) -> None:
+        """Eq. 4: fool D_g, keep the shapes."""
+        settings, generator = self.own_settings, self.networks["generator"]
+        terms = {}
+        with self.autocast(), frozen(self.networks["image_discriminator"]):
+            if settings.patch_contrastive_weight > 0:
+                translated, features = generator.forward_with_features(source)
+                loss = self.patch_contrastive_loss(features, generator.encode(translated), label)  # eqs 2 and 3
+                terms["patch_contrastive"] = settings.patch_contrastive_weight * loss
+            else:
+                translated = generator(source)
+            if settings.identity_weight > 0:  # not in the paper: a target image should stay as it is
+                same, features = generator.forward_with_features(target)
+                terms["identity"] = settings.identity_weight * self.patch_contrastive_loss(
+                    features, generator.encode(same), torch.zeros_like(target[:, :1])
+                )
+            logits = self.networks["image_discriminator"](translated)
+            terms["generator_adversarial"] = settings.image_adversarial_weight * lsgan_loss(logits, is_real=True)
+        self.update("generator", terms)
+
+    def update_segmenter(
+        self, source: Tensor, translated: Tensor, label: Tensor | list[Tensor], target: Tensor
+    ) -> None:
+        """Eq. 6: segment the translation, fool D_s, and encode an image and its translation alike (eq. 5)."""
+        settings = self.own_settings
+        contrast = settings.global_contrastive_weight > 0
+        if contrast and settings.global_contrastive_update == "sequential":  # Table 3: the encoder first, on its own
+            with self.autocast():
+                loss = self.global_contrastive_loss(source, self.encoder(translated)[-1])
+            self.update("segmenter", {"global_contrastive": settings.global_contrastive_weight * loss}, max_norm=12)
+        terms = {}
+        with self.autocast(), frozen(self.networks["segmentation_discriminator"]):
+            skips = self.encoder(translated)
+            outputs = self.decoder(skips)
+            terms["segmentation"] = self.loss(outputs, label)
+            if contrast and settings.global_contrastive_update == "sum":
+                loss = self.global_contrastive_loss(source, skips[-1])
+                terms["global_contrastive"] = settings.global_contrastive_weight * loss
+            if settings.segmenter_adversarial_weight > 0:
+                loss = self.segmenter_adversarial_loss(outputs, target)
+                terms["segmenter_adversarial"] = settings.segmenter_adversarial_weight * loss
+        self.update("segmenter", terms, max_norm=12)
+
+    def update_discriminators(self, translated: Tensor, target: Tensor) -> None:
+        """Eqs 1 and 7, on outputs of the new weights. D_s takes segmentations of real target images for real."""
+        with self.autocast():
+            image = self.networks["image_discriminator"]
+            loss = lsgan_loss(image(target), is_real=True) + lsgan_loss(image(translated), is_real=False)
+        self.update("image_discriminator", {"image_discriminator": 0.5 * loss})
+        if self.own_settings.segmenter_adversarial_weight > 0:
+            with torch.no_grad(), self.autocast():
+                of_target, of_translated = self.segmentation_maps(self.segment(torch.cat([target, translated]))).chunk(
+                    2
+                )
+            with self.autocast():
+                maps = self.networks["segmentation_discriminator"]
+                loss = lsgan_loss(maps(of_target), is_real=True) + lsgan_loss(maps(of_translated), is_real=False)
+            self.update("segmentation_discriminator", {"segmentation_discriminator": 0.5 * loss})
+
+    def patch_contrastive_loss(self, features: list[Tensor], of_translated: list[Tensor], label: Tensor) -> Tensor:
+        """Mean over the encoder's layers of the weighted PatchNCE loss (eqs 2 to 4)."""
+        projector = self.networks["patch_projector"]
+        positions = projector.sample_positions(features)
+        keys, queries = projector(features, positions), projector(of_translated, positions)
+        losses = []
+        for feature, position, key, query in zip(features, positions, keys, queries, strict=True):
+            weights = position_weights(label, feature.shape[2:], position, self.own_settings.foreground_weight)
+            losses.append(self.patch_contrastive(query, key, weights))
+        return torch.stack(losses).mean()
+
+    def global_contrastive_loss(self, source: Tensor, bottleneck_of_translated: Tensor) -> Tensor:
+        """Eq. 5 over the batch's pairs of a source slice and its own translation."""
+        head = self.networks["projection_head"]
+        return self.global_contrastive(head(self.encoder(source)[-1]), head(bottleneck_of_translated))
+
+    def segmenter_adversarial_loss(self, outputs: Tensor | list[Tensor], target: Tensor) -> Tensor:
+        """The segmenter's part against D_s: make Seg(G(x_a)) look real (eq. 6), or Seg(x_b) look translated, or both."""
+        maps, kind = self.networks["segmentation_discriminator"], self.own_settings.segmenter_adversarial
+        losses = []
+        if kind in ("translated", "both"):
+            losses.append(lsgan_loss(maps(self.segmentation_maps(outputs)), is_real=True))
+        if kind in ("target", "both"):
+            losses.append(lsgan_loss(maps(self.segmentation_maps(self.segment(target))), is_real=False))
+        return torch.stack(losses).sum()
+
+    def segmentation_maps(self, outputs: Tensor | list[Tensor]) -> Tensor:
+        """Full-resolution class probabilities, ``(B, classes, *patch)``."""
+        return self.finest(outputs).float().softmax(1)
+
+
+class CISFANoWeightTrainer(CISFATrainer):
+    """Tables 1 and 2, "no weight": every patch counts the same."""
+
+    fixed_settings = {"foreground_weight": 1.0}
+
+
+class CISFANoPCLTrainer(CISFATrainer):
+    """Table 3: without the patch-wise contrastive loss."""
+
+    fixed_settings = {"patch_contrastive_weight": 0.0}
+
+
+class CISFANoGCLTrainer(CISFATrainer):
+    """Table 3: without the global contrastive loss."""
+
+    fixed_settings = {"global_contrastive_weight": 0.0}
+
+
+class CISFANoPCLNoGCLTrainer(CISFATrainer):
+    """Table 3: without both contrastive losses."""
+
+    fixed_settings = {"patch_contrastive_weight": 0.0, "global_contrastive_weight": 0.0}
+
+
+class CISFASequentialGCLTrainer(CISFATrainer):
+    """Table 3, "sequential": the encoder is updated by the global contrastive loss before the segmenter's other losses."""
+
+    fixed_settings = {"global_contrastive_update": "sequential"}
