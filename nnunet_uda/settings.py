@@ -14,8 +14,8 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 from nnunet_uda.errors import UDAError
 
-METHODS = ("cisfa",)
-"""The names that may hold a method's own settings inside ``uda``."""
+METHODS = {"cisfa": "nnunet_uda.trainers.cisfa:CISFASettings"}
+"""The names that may hold a method's own settings inside ``uda``, and where those are defined."""
 
 
 @dataclass(frozen=True)
@@ -85,12 +85,13 @@ def split_settings(uda: Any, method: str | None, where: str) -> tuple[dict[str, 
     """
     if not isinstance(uda, dict):
         raise UDAError(f"{where}: 'uda' must be a JSON object, found {type(uda).__name__}")
-    allowed = set(METHODS) | ({method} if method else set())
+    allowed = {*METHODS, *([method] if method else [])}
     shared = {key: value for key, value in uda.items() if key not in allowed}
     nested = [key for key, value in shared.items() if isinstance(value, dict)]
     if nested:
         raise UDAError(
-            f"{where}: 'uda' holds settings for an unknown method {nested[0]!r}. Known methods: {', '.join(allowed)}"
+            f"{where}: 'uda' holds settings for an unknown method {nested[0]!r}. "
+            f"Known methods: {', '.join(sorted(allowed))}"
         )
     return shared, uda.get(method, {}) if method else {}
 

@@ -55,9 +55,9 @@ class UDATrainer(nnUNetTrainer):
     """Two data streams, several networks, one segmenter that predicts.
 
     ``self.network`` is nnU-Net's auto-configured network: its checkpoints are nnU-Net checkpoints. A method adds
-    ``build_networks`` and ``build_optimizers`` for everything else, and ``train_on``, which makes named ``update`` calls.
-    What lives in ``self.networks`` (buffers such as memory banks included) and ``self.optimizers`` is saved, restored
-    and put into training or evaluation mode here.
+    ``build_networks`` and ``build_optimizers`` for everything else, and ``train_on``, which makes named ``update``
+    calls. What lives in ``self.networks`` (buffers such as memory banks included) and ``self.optimizers`` is saved,
+    restored and put into training or evaluation mode here.
 
     Settings come from the plans' ``uda`` object (``nnunet_uda.settings``); a subclass fixes some of its method's own
     in ``fixed_settings``.
@@ -231,8 +231,8 @@ class UDATrainer(nnUNetTrainer):
                     raise UDAError(f"fold {self.fold} does not exist: {splits_file} holds folds 0 to {number - 1}")
             elif self.dataset_json["numTraining"] < 5:
                 raise UDAError(
-                    f"{self.dataset_json['numTraining']} labelled source case(s) are too few for 5-fold cross-validation:"
-                    f" train the fold 'all', or write {splits_file} with fewer folds"
+                    f"{self.dataset_json['numTraining']} labelled source case(s) are too few for 5-fold "
+                    f"cross-validation: train the fold 'all', or write {splits_file} with fewer folds"
                 )
         return super().do_split()
 
@@ -280,8 +280,8 @@ class UDATrainer(nnUNetTrainer):
             use_mask_for_norm=self.configuration_manager.use_mask_for_norm,
         )  # fmt: skip
         loader = nnUNetDataLoader(
-            self.target_dataset, self.batch_size, initial_patch_size, self.configuration_manager.patch_size, _Unlabelled(),
-            oversample_foreground_percent=0.0, transforms=transforms,
+            self.target_dataset, self.batch_size, initial_patch_size, self.configuration_manager.patch_size,
+            _Unlabelled(), oversample_foreground_percent=0.0, transforms=transforms,
         )  # fmt: skip
         if num_processes == 0:
             return SingleThreadedAugmenter(loader, None)
@@ -327,8 +327,9 @@ class UDATrainer(nnUNetTrainer):
         for name, value in losses.items():
             if not np.isfinite(value):
                 raise NonFiniteLossError(
-                    f"the loss term '{name}' became {value} in epoch {self.current_epoch}; all terms: {losses}. Training "
-                    f"stops; the checkpoints in {self.output_folder} are from before. Lower its learning rate or weight"
+                    f"the loss term '{name}' became {value} in epoch {self.current_epoch}; all terms: {losses}. "
+                    f"Training stops; the checkpoints in {self.output_folder} are from before it. Lower the learning "
+                    "rate or the term's weight"
                 )
         return {"loss": losses["segmentation"], **losses}
 
@@ -439,9 +440,8 @@ class UDATrainer(nnUNetTrainer):
             self.print_to_log_file("No checkpoint written, checkpointing is disabled")
             return
         # nnU-Net saves checkpoint_latest before it compares this epoch with the best
-        best = max(
-            [value for value in (self._best_ema, *self.logger.get_value("ema_fg_dice", None)[-1:]) if value is not None]
-        )
+        means = [self._best_ema, *self.logger.get_value("ema_fg_dice", None)[-1:]]
+        best = max((value for value in means if value is not None), default=None)
         checkpoint = {
             "network_weights": self.plain_network.state_dict(),
             "optimizer_state": self.optimizer.state_dict(),
@@ -500,16 +500,14 @@ class UDATrainer(nnUNetTrainer):
             or written["plans"]["configurations"] != self.plans_manager.plans["configurations"]
         ):
             raise UDAError(
-                f"{path} was written with other plans ({written['plans']['plans_name']}, {written['configuration']}) than "
-                f"the present ones ({self.plans_manager.plans_name}, {self.configuration_name}). {advice}"
+                f"{path} was written with other plans ({written['plans']['plans_name']}, {written['configuration']}) "
+                f"than the present ones ({self.plans_manager.plans_name}, {self.configuration_name}). {advice}"
             )
         old, new = checkpoint["uda"]["settings"], self.settings_dict()
         changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
         if changed:
-            found = {key: old.get(key) for key in changed}
-            raise UDAError(
-                f"{path} was written with other settings: {found}, now { ({k: new.get(k) for k in changed}) }. {advice}"
-            )
+            before, now = ({key: settings.get(key) for key in changed} for settings in (old, new))
+            raise UDAError(f"{path} was written with other settings: {before}, now {now}. {advice}")
 
     def perform_actual_validation(self, save_probabilities: bool = False):
         """nnU-Net's final validation; where the method translates, on translated source volumes."""

@@ -1,0 +1,115 @@
+"""``nnUNetUDA_configure``: write a plans file with settings of its own."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+from nnunet_uda.data.convention import dataset_name, environment_folder, read_json
+from nnunet_uda.errors import UDAError, command
+from nnunet_uda.files import write_json
+from nnunet_uda.plans import (
+    PLANES,
+    PROTOCOLS,
+    derive_plans,
+    merge_uda,
+    method_settings_class,
+    replan_plane,
+)
+from nnunet_uda.settings import METHODS, UDASettings, describe_settings
+
+
+def parse_assignment(text: str) -> tuple[str, Any]:
+    """``name=value`` with a JSON value; anything that is no JSON is taken as a string."""
+    name, separator, value = text.partition("=")
+    if not separator or not name:
+        raise UDAError(
+            f"-set takes NAME=VALUE, for instance num_epochs=100 or cisfa.generator_width=32, found {text!r}"
+        )
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
+
+
+def list_settings() -> str:
+    """All settings with type and default, as text."""
+    lines = ["Shared by all trainers:"]
+    lines += [f"  {name} = {json.dumps(default)}  ({kind})" for name, kind, default in describe_settings(UDASettings)]
+    for method in METHODS:
+        lines.append(f"Settings of {method}:")
+        for name, kind, default in describe_settings(method_settings_class(method)):
+            lines.append(f"  {method}.{name} = {json.dumps(default)}  ({kind})")
+    return "\n".join(lines)
+
+
+@command
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="nnUNetUDA_configure",
+        description="Write a plans file of its own name: another plan's configuration with settings for the trainers "
+        "here. Train with it by nnUNetv2_train ... -p NAME.",
+        epilog="Example: nnUNetUDA_configure -d 501 -p nnUNetPlansSmall -patch_size 128 128 -set num_epochs=100 "
+        "cisfa.generator_width=32",
+    )
+    parser.add_argument("-d", help="dataset id or name")
+    parser.add_argument("-p", help="name of the new plans")
+    parser.add_argument("-from", dest="base", default="nnUNetPlans", help="plans to start from [nnUNetPlans]")
+    parser.add_argument("-c", default="2d", help="configuration to change [2d]")
+    parser.add_argument("-set", nargs="+", default=[], metavar="NAME=VALUE", help="settings; see --list")
+    parser.add_argument("-protocol", choices=sorted(PROTOCOLS), help="a paper's own schedule and network")
+    parser.add_argument("-plane", choices=sorted(PLANES), help="slice plane; plans and data are made anew for it")
+    parser.add_argument("-patch_size", nargs="+", type=int, help="voxels an axis")
+    parser.add_argument("-batch_size", type=int)
+    parser.add_argument("-base_features", type=int, help="channels of the segmenter's first stage")
+    parser.add_argument("-max_features", type=int, help="most channels of a stage of the segmenter")
+    parser.add_argument("-stages", type=int, help="at most so many resolution stages of the segmenter")
+    parser.add_argument("-slice_size", nargs=2, type=int, help="2D: resample so that the median slice has this size")
+    parser.add_argument("--overwrite", action="store_true", help="replace plans of that name")
+    parser.add_argument("--list", action="store_true", help="list all settings and their defaults, then stop")
+    args = parser.parse_args(argv)
+    if args.list:
+        print(list_settings())
+        return
+    if args.d is None or args.p is None:
+        parser.error("-d and -p are required")
+
+    dataset = dataset_name(args.d)
+    folder = environment_folder("nnUNet_preprocessed") / dataset
+    path = folder / f"{args.p}.json"
+    if args.p == args.base or args.p != path.stem or "/" in args.p:
+        raise UDAError(
+            f"-p must be a new name without a path: planning again would drop settings from {args.base}.json"
+        )
+    if path.exists() and not args.overwrite:
+        raise UDAError(f"{path} exists: choose another name, or replace it with --overwrite")
+    base = read_json(folder / f"{args.base}.json")
+    plans = replan_plane(dataset, base, args.plane, args.p) if args.plane else base
+    uda, options = base.get("uda", {}), {}
+    if args.protocol:
+        fingerprint = read_json(folder / "dataset_fingerprint.json")
+        protocol, options = PROTOCOLS[args.protocol](fingerprint, plans["transpose_forward"][0])
+        uda = uda | protocol
+    given = {
+        "patch_size": args.patch_size,
+        "batch_size": args.batch_size,
+        "base_features": args.base_features,
+        "max_features": args.max_features,
+        "stages": args.stages,
+        "slice_size": args.slice_size,
+    }
+    options |= {key: value for key, value in given.items() if value is not None}
+    uda = merge_uda(uda, dict(parse_assignment(text) for text in args.set))
+    plans = derive_plans(plans, args.c, args.p, uda, **options)
+    write_json(plans, path)
+
+    chosen = plans["configurations"][args.c]
+    print(f"Wrote {path}: patch {chosen['patch_size']}, batch {chosen['batch_size']}, uda {json.dumps(uda)}")
+    if chosen["data_identifier"] != base["configurations"][args.c]["data_identifier"]:
+        print(f"Its images are preprocessed differently. Next: nnUNetv2_preprocess -d {args.d} -plans_name {args.p} -c "
+              f"{args.c} -np 8")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,184 @@
+"""Plans files for runs with their own settings: the ``uda`` object, and changes to a configuration.
+
+Planning again rewrites ``nnUNetPlans.json`` and drops what it does not know, so settings live in a plans file of their
+own name. nnU-Net copies that file into the results: a run is described by files alone.
+"""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from nnunetv2.experiment_planning.experiment_planners.network_topology import get_pool_and_conv_props
+from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
+
+from nnunet_uda.errors import UDAError
+from nnunet_uda.settings import METHODS, UDASettings, parse_settings, split_settings
+
+PLANES = {"axial": [0, 1, 2], "coronal": [1, 0, 2], "sagittal": [2, 0, 1]}
+"""``transpose_forward`` of images that nnU-Net's reader has reoriented to RAS, whose array axes are (S, A, R)."""
+
+
+def method_settings_class(method: str) -> type:
+    """The settings dataclass of a shipped method."""
+    module_name, class_name = METHODS[method].split(":")
+    return getattr(import_module(module_name), class_name)
+
+
+def check_uda(uda: dict[str, Any], where: str) -> None:
+    """Validate a ``uda`` object with every method's own settings in it; raise ``UDAError`` for the first fault."""
+    for method in METHODS:
+        shared, own = split_settings(uda, method, where)
+        shared = {key: value for key, value in shared.items() if key not in METHODS}
+        parse_settings(UDASettings, shared, where)
+        parse_settings(method_settings_class(method), own, f"{where}.{method}")
+
+
+def merge_uda(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """``changes`` over ``base``, where keys are names of shared settings or ``method.name``."""
+    merged = deepcopy(base)
+    for key, value in changes.items():
+        *method, name = key.split(".", 1)
+        (merged.setdefault(method[0], {}) if method else merged)[name] = value
+    return merged
+
+
+def cisfa_protocol(fingerprint: dict[str, Any], slice_axis: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Section 4.2 of CISFA: ``(uda settings, options for derive_plans)``.
+
+    Adam 2e-4 with betas (0.5, 0.999), constant; batch 4; 200 epochs over all source slices; no augmentation; Dice; a
+    U-Net of 4 stages; slices resampled to 160 x 160.
+    """
+    slices = sum(shape[slice_axis] for shape in fingerprint["shapes_after_crop"])
+    uda = {
+        "num_epochs": 200,
+        "iterations_per_epoch": max(1, round(slices / 4)),
+        "segmenter_optimizer": "adam",
+        "segmenter_learning_rate": 2e-4,
+        "segmenter_weight_decay": 0.0,
+        "segmenter_schedule": "constant",
+        "segmentation_loss": "dice",
+        "deep_supervision": False,
+        "augmentation": "none",
+        "mirror": False,
+        "foreground_oversampling": 0.0,
+        "cisfa": {},
+    }
+    return uda, {"batch_size": 4, "stages": 4, "base_features": 64, "max_features": 1024, "slice_size": (160, 160)}
+
+
+PROTOCOLS = {"cisfa": cisfa_protocol}
+
+
+def derive_plans(
+    plans: dict[str, Any],
+    configuration: str,
+    name: str,
+    uda: dict[str, Any],
+    *,
+    patch_size: tuple[int, ...] | None = None,
+    batch_size: int | None = None,
+    base_features: int | None = None,
+    max_features: int | None = None,
+    stages: int | None = None,
+    slice_size: tuple[int, int] | None = None,
+) -> dict[str, Any]:
+    """A copy of ``plans`` named ``name`` with the settings ``uda`` and a changed ``configuration``.
+
+    Args:
+        patch_size: voxels an axis; strides and kernels follow by nnU-Net's own rule, and the size is padded to fit.
+        base_features: channels of the first stage, doubled each stage up to ``max_features``.
+        stages: at most so many resolution stages.
+        slice_size: 2D only: choose the spacing so that the median slice has this size in voxels, and make it the patch.
+    """
+    plans = deepcopy(plans)
+    plans["plans_name"] = name
+    if uda:
+        check_uda(uda, f"plans {name!r}, key 'uda'")
+        plans["uda"] = uda
+    if configuration not in plans["configurations"]:
+        raise UDAError(f"the plans have no configuration {configuration!r}; they have {list(plans['configurations'])}")
+    chosen = plans["configurations"][configuration]
+    if "architecture" not in chosen:
+        raise UDAError(f"configuration {configuration!r} inherits from another one: choose {chosen['inherits_from']!r}")
+    kwargs = chosen["architecture"]["arch_kwargs"]
+    dimension = len(chosen["patch_size"])
+
+    if slice_size is not None:
+        if dimension != 2:
+            raise UDAError(f"a slice size needs a 2D configuration, {configuration!r} is {dimension}D")
+        median = plans["original_median_shape_after_transp"][1:]
+        spacing = plans["original_median_spacing_after_transp"][1:]
+        chosen["spacing"] = [float(s * m / n) for s, m, n in zip(spacing, median, slice_size, strict=True)]
+        chosen["median_image_size_in_voxels"] = [float(n) for n in slice_size]
+        chosen["data_identifier"] = f"{name}_{configuration}"
+        patch_size = tuple(slice_size)
+    if patch_size is not None and len(patch_size) != dimension:
+        raise UDAError(f"the patch size of {configuration!r} has {dimension} numbers, found {len(patch_size)}")
+    if patch_size is not None or stages is not None:
+        size = patch_size or chosen["patch_size"]
+        max_pool = 999999 if stages is None else stages - 1
+        _, strides, kernels, padded, _ = get_pool_and_conv_props(chosen["spacing"], size, 4, max_pool)
+        if len(strides) < 2:
+            raise UDAError(f"patch size {tuple(size)} is too small for a U-Net: give at least 8 voxels an axis")
+        kwargs["strides"] = [list(stride) for stride in strides]
+        kwargs["kernel_sizes"] = [list(kernel) for kernel in kernels]
+        chosen["patch_size"] = [int(n) for n in padded]
+        _resize_stages(kwargs, len(strides))
+    if base_features is not None or max_features is not None:
+        first = base_features or kwargs["features_per_stage"][0]
+        most = max_features or max(kwargs["features_per_stage"])
+        kwargs["features_per_stage"] = [min(most, first * 2**stage) for stage in range(kwargs["n_stages"])]
+    if batch_size is not None:
+        if batch_size < 1:
+            raise UDAError(f"the batch size must be at least 1, found {batch_size}")
+        chosen["batch_size"] = batch_size
+    return plans
+
+
+def _resize_stages(kwargs: dict[str, Any], number: int) -> None:
+    for key, length in (
+        ("features_per_stage", number),
+        ("n_conv_per_stage", number),
+        ("n_blocks_per_stage", number),
+        ("n_conv_per_stage_decoder", number - 1),
+    ):
+        if key in kwargs:
+            values = list(kwargs[key])
+            kwargs[key] = (values + [values[-1]] * length)[:length]
+    kwargs["n_stages"] = number
+
+
+def replan_plane(dataset: str, plans: dict[str, Any], plane: str, name: str) -> dict[str, Any]:
+    """Plan ``dataset`` again by the planner of ``plans``, with slices along ``plane`` instead of the largest spacing.
+
+    Writes ``<name>.json`` into the preprocessed dataset, as nnU-Net's planner does, and returns it.
+
+    Raises:
+        UDAError: unless ``dataset.json`` asks for the reader that reorients to RAS: else planes differ between files.
+    """
+    import nnunetv2
+
+    if plans["image_reader_writer"] != "SimpleITKIOWithReorient":
+        raise UDAError(
+            f"a plane can only be chosen when images are reoriented on reading, but the plans use "
+            f'{plans["image_reader_writer"]}. Set "overwrite_image_reader_writer": "SimpleITKIOWithReorient" in '
+            f"{dataset}'s raw dataset.json and plan again"
+        )
+    planner_class = recursive_find_python_class(
+        str(Path(nnunetv2.__path__[0], "experiment_planning")),
+        plans["experiment_planner_used"],
+        current_module="nnunetv2.experiment_planning",
+    )
+    forward = PLANES[plane]
+
+    class PlanePlanner(planner_class):
+        def determine_transpose(self):
+            return forward, [int(np.argwhere(np.array(forward) == axis)[0][0]) for axis in range(3)]
+
+    PlanePlanner.__name__ = planner_class.__name__  # recorded in the plans, and looked up in nnU-Net by name
+    planner = PlanePlanner(dataset, plans_name=name)
+    return planner.plan_experiment()
