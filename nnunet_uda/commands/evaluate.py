@@ -1,0 +1,232 @@
+"""``nnUNetUDA_evaluate``: score predictions, compare runs, write tables and a page with overlays."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from nnunet_uda.errors import UDAError, command
+from nnunet_uda.evaluation.metrics import evaluate_case, parallel
+from nnunet_uda.evaluation.overlays import PLANES, OverlayTask, draw_case, label_colours
+from nnunet_uda.evaluation.report import (
+    markdown_table,
+    summary_markdown,
+    summary_tables,
+    volume_table,
+    write_csv,
+    write_html,
+    write_json,
+)
+from nnunet_uda.evaluation.runs import (
+    Labels,
+    Run,
+    cases_of_folds,
+    choose_volumes,
+    find_images,
+    find_raw_dataset,
+    image_folders,
+    parse_runs,
+    read_labels,
+)
+from nnunet_uda.evaluation.tables import Volume, compare_runs
+
+REPORT = "evaluation.json"
+MAX_PANELS = 1000
+"""Pictures in one page at most (about 20 kB each): with more volumes or runs, fewer slices of each are drawn."""
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="nnUNetUDA_evaluate",
+        description="Dice, ASSD (mm) and HD95 (mm) of one or several runs against references: evaluation.json, .csv, "
+        ".md and .html (tables, a plot of every volume, overlays), and the tables on the screen.",
+        epilog="Example: nnUNetUDA_evaluate -d 501 -f 0 1 2 3 -p CISFA=preds/fold_{fold} lower=source_only/fold_{fold} "
+        "upper=supervised/fold_{fold} -lower lower -upper upper -o evaluation",
+    )
+    parser.add_argument("-d", metavar="DATASET", help="dataset id or name: gives labels, references and images")
+    parser.add_argument("-p", metavar="[NAME=]FOLDER", nargs="+", required=True, help="runs: folders of predictions; "
+                        "{fold} in FOLDER stands for the fold's number")  # fmt: skip
+    parser.add_argument("-o", metavar="FOLDER", required=True, help="output folder; a former evaluation is replaced")
+    parser.add_argument("-r", metavar="FOLDER", help="references (default: the dataset's labelsTs)")
+    parser.add_argument("-i", metavar="FOLDER", help="images for the overlays (default: the dataset's imagesTs, or "
+                        "imagesTu)")  # fmt: skip
+    parser.add_argument("-djfile", metavar="FILE", help="dataset.json with the labels (default: the dataset's)")
+    parser.add_argument("-f", metavar="FOLD", nargs="+", type=int, help="score exactly the 'val' cases of these folds")
+    parser.add_argument("-splits", metavar="FILE", help="splits for -f (default: the dataset's splits_target.json)")
+    parser.add_argument("-lower", metavar="NAME", help="run that is the lower bound, for the gap closed")
+    parser.add_argument("-upper", metavar="NAME", help="run that is the upper bound, for the gap closed")
+    parser.add_argument(
+        "-slices", metavar="N", type=int, default=5, help="overlays of each volume, at most (default: 5)"
+    )
+    parser.add_argument("-plane", choices=list(PLANES), help="plane of the overlays (default: the thick-slice plane)")
+    parser.add_argument("-np", metavar="N", type=int, default=min(8, os.cpu_count() or 1), help="number of processes "
+                        "(default: %(default)s)")  # fmt: skip
+    parser.add_argument("--no_overlays", action="store_true", help="draw no overlays")
+    arguments = parser.parse_args(argv)
+    if arguments.slices < 1 or arguments.np < 1:
+        raise UDAError(f"-slices and -np must be at least 1, found {arguments.slices} and {arguments.np}")
+    return arguments
+
+
+@contextmanager
+def whole_folder(target: Path) -> Iterator[Path]:
+    """A temporary folder beside ``target`` that takes its place at the end, or is removed after an error.
+
+    Raises:
+        UDAError: if ``target`` holds something else than a former evaluation, or cannot be written.
+    """
+    if target.exists() and not (target.is_dir() and ((target / REPORT).is_file() or not any(target.iterdir()))):
+        raise UDAError(f"{target} exists and holds no former evaluation ({REPORT}): choose another folder with -o")
+    temporary = None
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        temporary.chmod(0o777 & ~_umask())
+        yield temporary
+        former = None
+        if target.exists():
+            former = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent)) / "former"
+            target.rename(former)
+        try:
+            temporary.rename(target)
+        except OSError:
+            if former is not None:
+                former.rename(target)
+            raise
+        if former is not None:
+            shutil.rmtree(former.parent)
+    except OSError as error:
+        raise UDAError(f"cannot write the evaluation to {target}: {error}") from error
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _umask() -> int:
+    umask = os.umask(0)
+    os.umask(umask)
+    return umask
+
+
+def score_runs(
+    runs: Sequence[Run], volumes: Sequence[tuple[int | None, str]], reference: Path, labels: Labels, num_processes: int
+) -> dict[str, list[Volume]]:
+    """Scores of every run's volumes, in the order of ``volumes``."""
+    tasks = [
+        (
+            reference / f"{case}{labels.file_ending}",
+            run.folder_of(fold) / f"{case}{labels.file_ending}",
+            labels.structures,
+            labels.ignore,
+        )
+        for run in runs
+        for fold, case in volumes
+    ]
+    scores = iter(parallel(evaluate_case, tasks, num_processes, "Scores"))
+    return {run.name: [Volume(case, next(scores), fold) for fold, case in volumes] for run in runs}
+
+
+def draw_overlays(
+    folder: Path,
+    runs: Sequence[Run],
+    volumes: Sequence[tuple[int | None, str]],
+    reference: Path,
+    images: dict[str, Path],
+    labels: Labels,
+    plane: str | None,
+    n_slices: int,
+    num_processes: int,
+) -> list[dict[str, Any]]:
+    """Write the overlays' PNG files to ``folder``; ``{"volume", "slices"}`` of each volume for the page."""
+    folder.mkdir()
+    names = [case if fold is None else f"{case} (fold {fold})" for fold, case in volumes]
+    tasks = []
+    for fold, case in volumes:
+        file = f"{case}{labels.file_ending}"
+        segmentations = {"reference": reference / file}
+        for run in runs:
+            title = run.name if run.name not in ("image", "reference") else f"run {run.name}"
+            segmentations[title] = run.folder_of(fold) / file
+        name = case if fold is None else f"fold_{fold}_{case}"
+        tasks.append((OverlayTask(name, images[case], segmentations, labels.structures, folder, n_slices, plane),))
+    drawn = parallel(draw_case, tasks, num_processes, "Overlays")
+    return [{"volume": name, "slices": slices} for name, slices in zip(names, drawn, strict=True)]
+
+
+@command
+def main(argv: list[str] | None = None) -> None:
+    arguments = parse_arguments(argv)
+    raw = find_raw_dataset(arguments.d) if arguments.d else None
+    for option, value in (("-r", arguments.r), ("-djfile", arguments.djfile)):
+        if raw is None and value is None:
+            raise UDAError(f"without -d, {option} is needed too: -d DATASET, or -r REFERENCES -djfile dataset.json")
+    labels = read_labels(Path(arguments.djfile) if arguments.djfile else raw / "dataset.json")
+    reference = Path(arguments.r) if arguments.r else raw / "labelsTs"
+    runs = parse_runs(arguments.p)
+    for option, name in (("-lower", arguments.lower), ("-upper", arguments.upper)):
+        if name is not None and name not in [run.name for run in runs]:
+            raise UDAError(f"{option} {name} is not among the runs: {', '.join(run.name for run in runs)}")
+    fold_cases = None
+    if arguments.f is not None:
+        if raw is None and arguments.splits is None:
+            raise UDAError("without -d, -f needs the splits file too: -splits splits_target.json")
+        splits = Path(arguments.splits) if arguments.splits else raw / "splits_target.json"
+        fold_cases = cases_of_folds(splits, arguments.f)
+    elif arguments.splits:
+        raise UDAError("-splits is of use with -f only: add the folds to score, as in -f 0 1 2 3")
+    volumes = choose_volumes(runs, reference, labels.file_ending, fold_cases)
+
+    images: dict[str, Path] = {}
+    n_slices = max(1, min(arguments.slices, MAX_PANELS // (len(volumes) * (len(runs) + 2))))
+    if arguments.no_overlays:
+        note = "No overlays were drawn (--no_overlays)."
+    elif arguments.i is None and raw is None:
+        note = "No overlays were drawn: without a dataset (-d) they need the images' folder (-i)."
+        print(note)
+    else:
+        folders = [Path(arguments.i)] if arguments.i else image_folders(raw, fold_cases is not None)
+        images = find_images(sorted({case for _, case in volumes}), folders, labels.file_ending)
+        note = (
+            f"At most {n_slices} slice{'s' if n_slices > 1 else ''} of each volume, evenly over the "
+            "reference's extent; one is the slice where the runs together have the most wrong voxels. Axial slices as "
+            "seen from the feet, all others with the head up. The same pictures lie in the folder overlays."
+        )
+
+    with whole_folder(Path(arguments.o)) as folder:
+        scores = score_runs(runs, volumes, reference, labels, arguments.np)
+        comparison = compare_runs(scores, arguments.lower, arguments.upper)
+        comparison["bounds"] = {"lower": arguments.lower, "upper": arguments.upper}
+        setup = {
+            "dataset": raw.name if raw else None,
+            "reference": str(reference),
+            "runs": {run.name: run.folder for run in runs},
+            "structures": labels.structures,
+            "folds": None if fold_cases is None else list(fold_cases),
+        }
+        overlays = []
+        if images:
+            overlays = draw_overlays(
+                folder / "overlays", runs, volumes, reference, images, labels, arguments.plane, n_slices, arguments.np
+            )
+        tables = summary_tables(scores, comparison)
+        text = summary_markdown(setup, tables)
+        write_json(folder / REPORT, setup, scores, comparison)
+        write_csv(folder / "evaluation.csv", scores)
+        (folder / "evaluation.md").write_text(
+            text + "\n" + markdown_table(volume_table(scores)) + "\n", encoding="utf-8"
+        )
+        colours = label_colours(labels.structures)
+        by_name = {name: colours[value] for name, value in labels.structures.items()}
+        write_html(folder / "evaluation.html", setup, scores, tables, overlays, by_name, note)
+    print(text)
+    print(f"Written to {arguments.o}: {REPORT}, evaluation.csv, evaluation.md, evaluation.html (open it in a browser)")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,266 @@
+"""Dice, ASSD and HD95 of one volume or of a folder of volumes.
+
+For each structure, with R the reference and P the prediction:
+
+* Dice = 2 |R and P| / (|R| + |P|).
+* A surface is the set of the voxels of a mask that have a face neighbour outside it (outside the image counts as
+  outside). Distances run between voxel centres, in mm, from every surface voxel to the nearest of the other surface.
+* ASSD (mm) = the sum of both directed sets of distances / the number of surface voxels of both.
+* HD95 (mm) = the larger of the two directed 95th percentiles.
+
+Rule for empty masks. Both empty: all values are NaN, the volume does not count (as in ``nnUNetv2_evaluate_folder``).
+Only one empty: Dice is 0; ASSD and HD95 are NaN, and the tables count the volume as undefined beside their means.
+"""
+
+from __future__ import annotations
+
+import gzip
+import math
+import zlib
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import SimpleITK as sitk
+from tqdm import tqdm
+
+from nnunet_uda.errors import UDAError
+
+METRICS = ("Dice", "ASSD", "HD95")
+GEOMETRY_TOLERANCE = 1e-3
+
+
+def read_image(path: Path) -> sitk.Image:
+    """Read a 2D or 3D image of one channel.
+
+    Raises:
+        UDAError: if the file is missing, unreadable, truncated, or has another number of dimensions or channels.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UDAError(f"{path} does not exist")
+    try:
+        _check_complete(path)
+        image = sitk.ReadImage(str(path))
+    except (RuntimeError, OSError, EOFError, zlib.error) as error:
+        reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
+        raise UDAError(f"{path} cannot be read, it may be truncated ({reason}). Copy or predict it again") from error
+    if image.GetDimension() not in (2, 3) or image.GetNumberOfComponentsPerPixel() != 1:
+        found = f"{image.GetDimension()} dimensions and {image.GetNumberOfComponentsPerPixel()} component(s) per voxel"
+        raise UDAError(f"{path} has {found}, expected a 2D or 3D image with one value per voxel")
+    return image
+
+
+def _check_complete(path: Path) -> None:
+    """Refuse a truncated NIfTI: ITK reads it without an error and fills what is missing with zeros."""
+    if not path.name.endswith((".nii", ".nii.gz")):
+        return
+    reader = sitk.ImageFileReader()
+    reader.SetFileName(str(path))
+    reader.ReadImageInformation()
+    bits_per_voxel = int(reader.GetMetaData("bitpix"))
+    expected = int(float(reader.GetMetaData("vox_offset"))) + bits_per_voxel // 8 * math.prod(reader.GetSize())
+    with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
+        found = sum(len(chunk) for chunk in iter(lambda: file.read(1 << 22), b""))
+    if found < expected:
+        raise EOFError(f"its header asks for {expected} bytes, it holds {found}")
+
+
+def read_segmentation(path: Path, labels: dict[str, int], ignore_label: int | None = None) -> sitk.Image:
+    """Read a label map whose values are 0, those of ``labels`` or ``ignore_label``.
+
+    Raises:
+        UDAError: as ``read_image``, and for a value that is not an integer or not among the labels.
+    """
+    image = read_image(path)
+    array = sitk.GetArrayViewFromImage(image)
+    values = np.unique(array)
+    broken = values[~np.isfinite(values) | (values != np.round(values))]
+    if broken.size:
+        raise UDAError(f"{path} holds the non-integer label {broken[0]}, expected integer labels only")
+    known = {0, *labels.values()} | (set() if ignore_label is None else {ignore_label})
+    unknown = [int(value) for value in values if int(value) not in known]
+    if unknown:
+        listed = ", ".join(f"{value} {name}" for name, value in labels.items())
+        raise UDAError(
+            f"{path} holds the label(s) {', '.join(map(str, unknown[:5]))}, which the dataset does not have "
+            f"(it has {listed}). Map the labels to the dataset's, or use the dataset.json that belongs to them"
+        )
+    return image
+
+
+def check_geometry(reference: sitk.Image, other: sitk.Image, reference_path: Path, other_path: Path) -> None:
+    """Refuse two images whose size, spacing, origin or direction differ by more than 1e-3.
+
+    Raises:
+        UDAError: naming both files, the property and both values.
+    """
+    for name in ("Size", "Spacing", "Origin", "Direction"):
+        expected, found = getattr(reference, f"Get{name}")(), getattr(other, f"Get{name}")()
+        same = len(expected) == len(found) and np.allclose(expected, found, rtol=0, atol=GEOMETRY_TOLERANCE)
+        if not same:
+            shown = [tuple(round(value, 4) for value in values) for values in (expected, found)]
+            raise UDAError(
+                f"{other_path} and {reference_path} differ in {name.lower()}: {shown[1]} and {shown[0]}. "
+                "Both must lie on one voxel grid; resample the first onto the second (labels by nearest neighbour)"
+            )
+
+
+def surface_distances(
+    reference: np.ndarray, prediction: np.ndarray, spacing: Sequence[float]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Distances (mm) of the prediction's surface voxels to the reference's surface, and the other way round.
+
+    Args:
+        reference: bool, any number of dimensions, not empty.
+        prediction: bool, same shape, not empty.
+        spacing: mm for each axis of the arrays.
+    """
+    from monai.metrics import get_mask_edges, get_surface_distance
+
+    union = reference | prediction
+    box = []
+    for axis in range(union.ndim):
+        occupied = np.flatnonzero(union.any(axis=tuple(i for i in range(union.ndim) if i != axis)))
+        box.append(slice(occupied[0], occupied[-1] + 1))
+    # one voxel of background around the box, so that a mask touching the image's border has a surface there
+    masks = [np.pad(mask[tuple(box)], 1) for mask in (prediction, reference)]
+    edges = get_mask_edges(*masks, crop=False)  # given a spacing, it would return sub-voxel edges instead
+    there = get_surface_distance(edges[0], edges[1], spacing=tuple(spacing))
+    back = get_surface_distance(edges[1], edges[0], spacing=tuple(spacing))
+    return np.asarray(there, dtype=np.float64), np.asarray(back, dtype=np.float64)
+
+
+def evaluate_masks(reference: np.ndarray, prediction: np.ndarray, spacing: Sequence[float]) -> dict[str, float]:
+    """Dice, ASSD (mm) and HD95 (mm) of one structure, and the voxel counts of both masks.
+
+    Args:
+        reference: bool, any number of dimensions.
+        prediction: bool, same shape.
+        spacing: mm for each axis of the arrays.
+    """
+    n_reference, n_prediction = int(reference.sum()), int(prediction.sum())
+    scores = {"Dice": math.nan, "ASSD": math.nan, "HD95": math.nan}
+    if n_reference + n_prediction:
+        scores["Dice"] = 2 * int((reference & prediction).sum()) / (n_reference + n_prediction)
+    if n_reference and n_prediction:
+        there, back = surface_distances(reference, prediction, spacing)
+        scores["ASSD"] = float((there.sum() + back.sum()) / (there.size + back.size))
+        scores["HD95"] = float(max(np.percentile(there, 95), np.percentile(back, 95)))
+    return scores | {"n_reference": n_reference, "n_prediction": n_prediction}
+
+
+def evaluate_case(
+    reference: Path, prediction: Path, labels: dict[str, int], ignore_label: int | None = None
+) -> dict[str, dict[str, float]]:
+    """Scores of one volume: ``{structure: {"Dice", "ASSD", "HD95", "n_reference", "n_prediction"}}``.
+
+    Args:
+        reference: file of the reference label map.
+        prediction: file of the predicted label map, on the same voxel grid.
+        labels: value of each structure; a value of 0 is background and is left out.
+        ignore_label: voxels with this value in the reference are background in both.
+
+    Raises:
+        UDAError: for an unreadable file, different voxel grids or an unknown label; it names the file(s).
+    """
+    reference_image = read_segmentation(reference, labels, ignore_label)
+    prediction_image = read_segmentation(prediction, labels)
+    check_geometry(reference_image, prediction_image, reference, prediction)
+    reference_array = sitk.GetArrayFromImage(reference_image)
+    prediction_array = sitk.GetArrayFromImage(prediction_image)
+    if ignore_label is not None:
+        ignored = reference_array == ignore_label
+        reference_array[ignored] = 0
+        prediction_array[ignored] = 0
+    spacing = reference_image.GetSpacing()[::-1]  # arrays are (z, y, x)
+    return {
+        name: evaluate_masks(reference_array == value, prediction_array == value, spacing)
+        for name, value in labels.items()
+        if value != 0
+    }
+
+
+def list_cases(folder: Path, file_ending: str) -> list[str]:
+    """Sorted ids of the segmentations in ``folder``.
+
+    Raises:
+        UDAError: if the folder is missing or holds no file with this ending.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UDAError(f"the folder {folder} does not exist")
+    names = [path.name for path in folder.iterdir() if path.is_file() and not path.name.startswith(".")]
+    cases = sorted(name[: -len(file_ending)] for name in names if name.endswith(file_ending))
+    if not cases:
+        raise UDAError(f"{folder} holds no segmentation: expected files named like CASE{file_ending}")
+    return cases
+
+
+def check_cases(reference: Path, prediction: Path, file_ending: str, cases: Sequence[str] | None = None) -> list[str]:
+    """The cases to score: ``cases``, or every reference. Predictions must be exactly these.
+
+    Raises:
+        UDAError: naming a case without a reference, a missing or an extra prediction.
+    """
+    references, predictions = list_cases(reference, file_ending), list_cases(prediction, file_ending)
+    expected = sorted(references if cases is None else cases)
+    origin = f"the references in {reference}" if cases is None else "the cases of the fold(s)"
+    for problem, found, advice in (
+        (f"no reference in {reference}", set(expected) - set(references), "Add it, or correct the list of cases"),
+        (f"no prediction in {prediction}", set(expected) - set(predictions), "Predict it: none is left out silently"),
+        (f"a prediction in {prediction}, but not among {origin}", set(predictions) - set(expected), "Move it away"),
+    ):
+        if found:
+            names = ", ".join(name + file_ending for name in sorted(found)[:10])
+            more = f" and {len(found) - 10} more" if len(found) > 10 else ""
+            raise UDAError(f"{problem}: {names}{more}. {advice}")
+    return expected
+
+
+def evaluate_folder(
+    reference: Path,
+    prediction: Path,
+    labels: dict[str, int],
+    file_ending: str = ".nii.gz",
+    cases: Sequence[str] | None = None,
+    ignore_label: int | None = None,
+    num_processes: int = 1,
+) -> dict[str, dict[str, dict[str, float]]]:
+    """``evaluate_case`` of every reference (or of exactly ``cases``) in a folder, by case id.
+
+    Raises:
+        UDAError: as ``evaluate_case``, and for a missing or an extra prediction.
+    """
+    reference, prediction = Path(reference), Path(prediction)
+    chosen = check_cases(reference, prediction, file_ending, cases)
+    tasks = [(reference / f"{c}{file_ending}", prediction / f"{c}{file_ending}", labels, ignore_label) for c in chosen]
+    return dict(zip(chosen, parallel(evaluate_case, tasks, num_processes, "Scores"), strict=True))
+
+
+def parallel(function: Callable[..., Any], tasks: Sequence[tuple], num_processes: int, description: str) -> list[Any]:
+    """``[function(*task) for task in tasks]`` with progress, in spawned processes where ``num_processes`` > 1."""
+    if num_processes <= 1 or len(tasks) <= 1:
+        return [function(*task) for task in tqdm(tasks, desc=description, unit="volume")]
+    workers = min(num_processes, len(tasks))
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_use_one_thread) as pool:
+        futures = [pool.submit(function, *task) for task in tasks]
+        try:
+            for future in tqdm(as_completed(futures), desc=description, unit="volume", total=len(futures)):
+                future.result()
+        except BrokenProcessPool as error:
+            raise UDAError("a worker process was killed, most often for lack of memory: use fewer (-np 1)") from error
+        finally:
+            pool.shutdown(cancel_futures=True)
+        return [future.result() for future in futures]
+
+
+def _use_one_thread() -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)

@@ -1,0 +1,228 @@
+"""Pictures of a slice with the contours of its structures, and the slices of a volume for the report."""
+
+from __future__ import annotations
+
+import base64
+import colorsys
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import SimpleITK as sitk
+from scipy.ndimage import binary_erosion, zoom
+
+from nnunet_uda.errors import UDAError
+from nnunet_uda.evaluation.metrics import check_geometry, read_image
+
+_COLOURS = (
+    (239, 71, 61),
+    (64, 160, 255),
+    (82, 214, 96),
+    (255, 202, 40),
+    (224, 92, 235),
+    (38, 214, 214),
+    (255, 140, 40),
+    (160, 128, 255),
+    (190, 230, 70),
+    (255, 150, 190),
+)
+PLANES = {"axial": 0, "coronal": 1, "sagittal": 2}
+"""Axis of a (z, y, x) array in LPS orientation that is perpendicular to each plane."""
+
+
+def label_colours(labels: dict[str, int]) -> dict[int, tuple[int, int, int]]:
+    """A bright RGB colour (0 to 255) for each foreground label, in the order of ``labels``."""
+    values = [value for value in labels.values() if value != 0]
+    colours = {}
+    for i, value in enumerate(values):
+        spun = colorsys.hsv_to_rgb((i * 0.618034) % 1, 0.65, 1)
+        colours[value] = _COLOURS[i] if i < len(_COLOURS) else tuple(round(255 * part) for part in spun)
+    return colours
+
+
+def draw_overlay(
+    image2d: np.ndarray,
+    seg2d: np.ndarray | None = None,
+    colours: dict[int, tuple[int, int, int]] | None = None,
+    spacing: tuple[float, float] = (1.0, 1.0),
+    window: tuple[float, float] | None = None,
+    size: int = 320,
+    line_width: int = 2,
+) -> np.ndarray:
+    """Draw a slice in grey with the contour of every label.
+
+    Args:
+        image2d: any real dtype, (rows, columns).
+        seg2d: integer labels of the same shape, 0 is background; ``None`` draws the image alone.
+        colours: RGB of each label, 0 to 255; by default in the order of the labels' values.
+        spacing: mm of a row and of a column; the picture has square pixels.
+        window: intensities drawn black and white; by default the 0.5th and 99.5th percentile of the slice.
+        size: pixels of the picture's longer side.
+        line_width: pixels of a contour, drawn inside the structure's border.
+
+    Returns:
+        uint8, (height, width, 3).
+    """
+    image2d = np.asarray(image2d, dtype=np.float32)
+    if image2d.ndim != 2 or (seg2d is not None and np.shape(seg2d) != image2d.shape):
+        raise ValueError(f"expected a 2D slice and labels of its shape, got {image2d.shape} and {np.shape(seg2d)}")
+    low, high = np.percentile(image2d, (0.5, 99.5)) if window is None else window
+    grey = np.clip((image2d - low) / (high - low), 0, 1) if high > low else np.zeros_like(image2d)
+    extent = np.array(image2d.shape) * spacing
+    height, width = np.maximum(np.round(extent * size / extent.max()), 1).astype(int)
+    factors = (height / image2d.shape[0], width / image2d.shape[1])
+    smooth = zoom(grey, factors, order=1, mode="nearest", grid_mode=True)
+    picture = np.repeat((255 * np.clip(smooth, 0, 1)).astype(np.uint8)[..., None], 3, axis=2)
+    if seg2d is None:
+        return picture
+    labels = zoom(np.asarray(seg2d, dtype=np.int32), factors, order=0, mode="nearest", grid_mode=True)
+    values = [int(value) for value in np.unique(labels) if value != 0]
+    colours = label_colours({str(value): value for value in values}) if colours is None else colours
+    for value in values:
+        mask = labels == value
+        picture[mask & ~binary_erosion(mask, np.ones((3, 3)), iterations=line_width)] = colours[value]
+    return picture
+
+
+@dataclass(frozen=True)
+class OverlayTask:
+    """Files and settings of one volume's overlays."""
+
+    name: str
+    image: Path
+    segmentations: dict[str, Path]
+    """The reference first, then each run's prediction, by the title of their panel."""
+    labels: dict[str, int]
+    folder: Path
+    n_slices: int
+    plane: str | None = None
+
+
+def draw_case(task: OverlayTask) -> list[dict[str, Any]]:
+    """Write ``NAME_PLANE_INDEX.png`` for the chosen slices of one volume.
+
+    Returns:
+        For each slice ``{"title", "file", "panels": [{"title", "jpeg"}]}``: the image alone, then each segmentation;
+        ``jpeg`` is base64.
+
+    Raises:
+        UDAError: if the image lies on another grid than the reference.
+    """
+    image = read_image(task.image)
+    reference_path = next(iter(task.segmentations.values()))
+    segmentations = {title: read_image(path) for title, path in task.segmentations.items()}
+    check_geometry(next(iter(segmentations.values())), image, reference_path, task.image)
+    if image.GetDimension() == 3:
+        image = sitk.DICOMOrient(image, "LPS")
+        segmentations = {title: sitk.DICOMOrient(segmentation, "LPS") for title, segmentation in segmentations.items()}
+    spacing = np.array(image.GetSpacing()[::-1])
+    array = sitk.GetArrayFromImage(image).astype(np.float32)
+    if not np.isfinite(array).all():
+        raise UDAError(f"{task.image} holds values that are not finite; repair it, or use --no_overlays")
+    arrays = {title: sitk.GetArrayFromImage(segmentation) for title, segmentation in segmentations.items()}
+    if array.ndim == 2:
+        array, arrays = array[None], {title: labels[None] for title, labels in arrays.items()}
+        spacing = np.array([1.0, *spacing])
+    plane = task.plane or _thick_plane(spacing)
+    axis = PLANES[plane]
+    in_plane = tuple(spacing[[i for i in range(3) if i != axis]])
+    window = tuple(np.percentile(array, (0.5, 99.5)))
+    colours = label_colours(task.labels)
+
+    slices = []
+    stack = list(arrays.values())
+    for index, reason in choose_slices(stack[0], stack[1:], axis, task.n_slices):
+        panels = {"image": draw_overlay(_cut(array, axis, index), None, colours, in_plane, window)}
+        for title, labels in arrays.items():
+            panels[title] = draw_overlay(_cut(array, axis, index), _cut(labels, axis, index), colours, in_plane, window)
+        title = f"{plane} slice {index + 1} of {array.shape[axis]}{reason}"
+        file = f"{task.name}_{plane}_{index:03d}.png"
+        _save_figure(task.folder / file, f"{task.name}, {title}", panels, task.labels, colours)
+        jpegs = [{"title": name, "jpeg": _jpeg(panel)} for name, panel in panels.items()]
+        slices.append({"title": title, "file": file, "panels": jpegs})
+    return slices
+
+
+def _thick_plane(spacing: np.ndarray) -> str:
+    """The acquisition plane where one spacing is clearly the largest, else axial."""
+    order = np.argsort(spacing)
+    thick = spacing[order[2]] > 1.2 * spacing[order[1]]
+    return list(PLANES)[order[2]] if thick else "axial"
+
+
+def _cut(array: np.ndarray, axis: int, index: int) -> np.ndarray:
+    """One slice of an LPS array, anterior or superior side up."""
+    cut = np.take(array, index, axis=axis)
+    return cut if axis == 0 else cut[::-1]
+
+
+def choose_slices(
+    reference: np.ndarray, predictions: Sequence[np.ndarray], axis: int, n_slices: int
+) -> list[tuple[int, str]]:
+    """``n_slices`` slices at most: evenly over the reference's extent, one of them where the runs err most.
+
+    Args:
+        reference: labels, (z, y, x); where it is empty the predictions' extent is used.
+        predictions: labels of each run, same shape.
+        axis: the axis to walk along.
+        n_slices: at least 1.
+
+    Returns:
+        ``(index, reason)`` in order; the reason is empty or says that this slice holds the most wrong voxels.
+    """
+    others = tuple(i for i in range(reference.ndim) if i != axis)
+    errors = sum(((prediction != reference).sum(axis=others) for prediction in predictions), np.zeros(1, dtype=int))
+    occupied = np.flatnonzero((reference != 0).any(axis=others))
+    if not len(occupied):
+        occupied = np.flatnonzero(errors)
+    if not len(occupied):
+        return [(reference.shape[axis] // 2, "")]
+    worst = int(np.argmax(errors)) if errors.any() else None
+    even = n_slices if worst is None else n_slices - 1
+    positions = (np.arange(even) + 0.5) / max(even, 1) * len(occupied)
+    chosen = {int(occupied[int(position)]) for position in positions} | ({worst} if worst is not None else set())
+    return [(index, ", most wrong voxels" if index == worst else "") for index in sorted(chosen)]
+
+
+def _jpeg(picture: np.ndarray) -> str:
+    from matplotlib.image import imsave
+
+    buffer = io.BytesIO()
+    imsave(buffer, picture, format="jpeg", pil_kwargs={"quality": 80, "subsampling": 0})
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def _save_figure(
+    path: Path,
+    title: str,
+    panels: dict[str, np.ndarray],
+    labels: dict[str, int],
+    colours: dict[int, tuple[int, int, int]],
+) -> None:
+    """All panels side by side, each with its title, and the legend, at one picture pixel a figure pixel."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
+    height, width, _ = next(iter(panels.values())).shape
+    structures = [(name, value) for name, value in labels.items() if value != 0]
+    gap, top = 8, 52
+    total = len(panels) * (width + gap) + gap
+    columns = max(1, min(len(structures), total // 130))
+    bottom = 22 * -(-len(structures) // columns) + 10
+    figure_height = top + height + bottom
+    figure = Figure(figsize=(total / 100, figure_height / 100), dpi=100, facecolor="white")
+    FigureCanvasAgg(figure)
+    figure.text(gap / total, 1 - 16 / figure_height, title, fontsize=9, color="#333", va="center")
+    for i, (name, panel) in enumerate(panels.items()):
+        box = ((gap + i * (width + gap)) / total, bottom / figure_height, width / total, height / figure_height)
+        axes = figure.add_axes(box)
+        axes.imshow(panel, interpolation="nearest", aspect="auto")
+        axes.set_title(name, fontsize=9, pad=4)
+        axes.axis("off")
+    patches = [Patch(color=[part / 255 for part in colours[value]], label=name) for name, value in structures]
+    figure.legend(handles=patches, loc="lower center", ncols=columns, frameon=False, fontsize=8, borderaxespad=0.2)
+    figure.savefig(path)

@@ -1,0 +1,312 @@
+"""Write an evaluation: JSON, CSV, Markdown and one self-contained HTML page."""
+
+from __future__ import annotations
+
+import csv
+import html
+import json
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from nnunet_uda.evaluation.metrics import METRICS
+from nnunet_uda.evaluation.page import PAGE
+from nnunet_uda.evaluation.tables import MEAN, Volume
+
+UNITS = {"Dice": "Dice", "ASSD": "ASSD (mm)", "HD95": "HD95 (mm)"}
+DIGITS = {"Dice": 3, "ASSD": 2, "HD95": 2}
+RULES = (
+    "Cells: mean ± sample standard deviation over volumes. ASSD is the sum of both directed surface distances divided "
+    "by the number of surface voxels of both; HD95 is the larger of the two directed 95th percentiles; both in mm.",
+    "Empty masks: where reference and prediction are both empty, the volume does not count for the structure (as in "
+    "nnUNetv2_evaluate_folder). Where only one is empty, Dice is 0 and the distances are undefined: they are missing "
+    "from the mean and counted beside it. n is given where it is not the number of volumes.",
+    f"'{MEAN}' takes the mean of each volume's defined structures first, then mean and deviation over volumes; its "
+    "undefined count is over volumes and structures.",
+)
+
+
+def jsonable(value: Any) -> Any:
+    """``value`` with NaN as ``None`` and paths as strings, all the way down."""
+    if isinstance(value, dict):
+        return {str(key): jsonable(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [jsonable(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return str(value) if isinstance(value, Path) else value
+
+
+def write_json(path: Path, setup: dict[str, Any], runs: dict[str, list[Volume]], comparison: dict[str, Any]) -> None:
+    """``evaluation.json``: ``setup``, the volumes of every run with all scores, and ``compare_runs``'s result."""
+    volumes = {
+        name: [
+            {
+                "case": volume.case,
+                "fold": volume.fold,
+                "metrics": volume.metrics,
+                "mean": {metric: volume.value(MEAN, metric) for metric in METRICS},
+            }
+            for volume in run
+        ]
+        for name, run in runs.items()
+    }
+    content = jsonable({**setup, "rules": RULES, "volumes": volumes, **comparison})
+    path.write_text(json.dumps(content, indent=2, allow_nan=False, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def write_csv(path: Path, runs: dict[str, list[Volume]]) -> None:
+    """``evaluation.csv``: one row for each run, volume and structure; undefined values are empty cells."""
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(
+            ["run", "fold", "case", "structure", "dice", "assd_mm", "hd95_mm", "voxels_reference", "voxels_prediction"]
+        )
+        for name, volumes in runs.items():
+            for volume in volumes:
+                for structure, scores in volume.metrics.items():
+                    values = ["" if math.isnan(scores[metric]) else repr(scores[metric]) for metric in METRICS]
+                    fold = "" if volume.fold is None else volume.fold
+                    counts = [scores["n_reference"], scores["n_prediction"]]
+                    writer.writerow([name, fold, volume.case, structure, *values, *counts])
+
+
+# --- tables: a caption, a header and rows of text, rendered as Markdown or HTML -------------------------------------
+
+
+def _number(value: float, metric: str) -> str:
+    return "–" if math.isnan(value) else f"{value:.{DIGITS[metric]}f}"
+
+
+def _cell(cell: dict[str, float], metric: str, n_expected: int) -> str:
+    """``mean ± std``, with n where it is not ``n_expected`` and the number of undefined values where there are any."""
+    text = _number(cell["mean"], metric) + ("" if math.isnan(cell["std"]) else f" ± {_number(cell['std'], metric)}")
+    remarks = [f"n = {cell['n']}"] if cell["n"] != n_expected else []
+    if cell.get("n_undefined"):
+        remarks.append(f"{cell['n_undefined']} undefined")
+    return text + (f" ({', '.join(remarks)})" if remarks else "")
+
+
+def summary_tables(runs: dict[str, list[Volume]], comparison: dict[str, Any]) -> list[dict[str, Any]]:
+    """The tables of a paper: all runs, over folds, gap closed, paired tests; each ``{"caption", "header", "rows"}``."""
+    first = next(iter(runs))
+    n = len(runs[first])
+    summary, folds, gaps = comparison["summary"], comparison["folds"], comparison["gap_closed"]
+    rows_of = list(summary[first])
+    tables = [
+        {
+            "caption": f"Scores over {n} volume{'s' if n > 1 else ''}",
+            "header": ["metric", "run", *rows_of, "n"],
+            "rows": [
+                [UNITS[metric], run, *(_cell(summary[run][row][metric], metric, n) for row in rows_of), str(n)]
+                for metric in METRICS
+                for run in runs
+            ],
+        }
+    ]
+    if folds is not None:
+        n_folds = len(folds[first]["by_fold"])
+        rows = []
+        for metric in METRICS:
+            for run in runs:
+                cells = folds[run]["over_folds"]
+                rows.append([UNITS[metric], run, *(_cell(cells[row][metric], metric, n_folds) for row in rows_of)])
+        tables.append(
+            {
+                "caption": f"Mean ± sample standard deviation over the means of {n_folds} folds",
+                "header": ["metric", "run", *rows_of],
+                "rows": rows,
+            }
+        )
+        fold_names = list(folds[first]["by_fold"])
+        tables.append(
+            {
+                "caption": f"Each fold ({MEAN}, mean ± sample standard deviation over its volumes)",
+                "header": ["metric", "run", *(f"fold {fold}" for fold in fold_names)],
+                "rows": [
+                    [
+                        UNITS[metric],
+                        run,
+                        *(
+                            _cell(folds[run]["by_fold"][fold][MEAN][metric], metric, _fold_size(runs[run], fold))
+                            for fold in fold_names
+                        ),
+                    ]
+                    for metric in METRICS
+                    for run in runs
+                ],
+            }
+        )
+    if gaps:
+        rows, notes = [], []
+        for metric in ("Dice", "ASSD"):
+            for run, gap in gaps.items():
+                percents = [gap[row][metric]["percent"] for row in rows_of]
+                rows.append([metric, run, *("–" if math.isnan(value) else f"{value:.1f} %" for value in percents)])
+                for row in rows_of:
+                    if gap[row][metric]["note"]:
+                        notes.append(f"{run}, {row}, {metric}: {gap[row][metric]['note']}.")
+        tables.append(
+            {
+                "caption": "Gap closed: (run − lower) / (upper − lower) of the means over volumes; "
+                f"lower bound: {comparison['bounds']['lower']}, upper bound: {comparison['bounds']['upper']}",
+                "header": ["of", "run", *rows_of],
+                "rows": rows,
+                "notes": notes,
+            }
+        )
+    if comparison["wilcoxon"]:
+        tables.append(
+            {
+                "caption": "Paired two-sided Wilcoxon signed-rank test over volumes, on each volume's mean Dice",
+                "header": ["runs", "difference of the means", "n", "p", "note"],
+                "rows": [
+                    [
+                        f"{test['run_a']} − {test['run_b']}",
+                        "–" if math.isnan(test["mean_difference"]) else f"{test['mean_difference']:+.3f}",
+                        str(test["n"]),
+                        "–" if math.isnan(test["p"]) else f"{test['p']:.3g}",
+                        test["note"],
+                    ]
+                    for test in comparison["wilcoxon"]
+                ],
+            }
+        )
+    return tables
+
+
+def _fold_size(volumes: Sequence[Volume], fold: str) -> int:
+    return sum(str(volume.fold) == fold for volume in volumes)
+
+
+def volume_table(runs: dict[str, list[Volume]]) -> dict[str, Any]:
+    """One row for each volume and run: the scores as ``Dice / ASSD / HD95`` of each structure and of their mean."""
+    first = next(iter(runs))
+    rows_of = [*runs[first][0].metrics, MEAN]
+    rows = []
+    for i, volume in enumerate(runs[first]):
+        for run, volumes in runs.items():
+            scores = [
+                " / ".join(_number(volumes[i].value(row, metric), metric) for metric in METRICS) for row in rows_of
+            ]
+            rows.append([volume_name(volume), run, *scores])
+    return {
+        "caption": "Each volume: Dice / ASSD (mm) / HD95 (mm)",
+        "header": ["volume", "run", *rows_of],
+        "rows": rows,
+    }
+
+
+def volume_name(volume: Volume) -> str:
+    return volume.case if volume.fold is None else f"{volume.case} (fold {volume.fold})"
+
+
+def markdown_table(table: dict[str, Any]) -> str:
+    """A table as Markdown, columns padded so that it also reads well in a terminal."""
+    lines = [[str(cell).replace("|", "\\|") for cell in row] for row in (table["header"], *table["rows"])]
+    widths = [max(3, *(len(line[i]) for line in lines)) for i in range(len(lines[0]))]
+    text = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) + " |" for line in lines]
+    text.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    notes = [f"- {note}" for note in table.get("notes", [])]
+    return "\n".join([f"**{table['caption']}**", "", *text, *(["", *notes] if notes else [])])
+
+
+def summary_markdown(setup: dict[str, Any], tables: Sequence[dict[str, Any]]) -> str:
+    """Title, what was scored, the summary tables and the rules."""
+    blocks = [f"# {_title(setup)}", _description(setup), *(markdown_table(table) for table in tables)]
+    return "\n\n".join([*blocks, *RULES]) + "\n"
+
+
+def _title(setup: dict[str, Any]) -> str:
+    return f"Evaluation of {setup['dataset']}" if setup["dataset"] else "Evaluation"
+
+
+def _description(setup: dict[str, Any]) -> str:
+    folds = f" Folds: {', '.join(map(str, setup['folds']))}." if setup["folds"] else ""
+    return f"References: {setup['reference']}. Runs: {', '.join(setup['runs'])}.{folds}"
+
+
+# --- the page --------------------------------------------------------------------------------------------------------
+
+
+def html_table(table: dict[str, Any], merge_first: bool = True) -> str:
+    """A table as HTML; equal neighbours in the first column share one cell."""
+    escape: Callable[[Any], str] = lambda text: html.escape(str(text))  # noqa: E731
+    head = "".join(f"<th scope=col>{escape(cell)}</th>" for cell in table["header"])
+    body = []
+    previous = None
+    for i, row in enumerate(table["rows"]):
+        cells = "".join(f"<td>{escape(cell)}</td>" for cell in row[1:])
+        if merge_first and row[0] == previous:
+            body.append(f"<tr>{cells}</tr>")
+            continue
+        previous = row[0]
+        span = 1
+        while merge_first and i + span < len(table["rows"]) and table["rows"][i + span][0] == previous:
+            span += 1
+        body.append(f"<tr class=first><th scope=rowgroup rowspan={span}>{escape(row[0])}</th>{cells}</tr>")
+    notes = "".join(f"<li>{escape(note)}</li>" for note in table.get("notes", []))
+    return (
+        f"<h3>{escape(table['caption'])}</h3><div class=scroll><table><thead><tr>{head}</tr></thead>"
+        f"<tbody>{''.join(body)}</tbody></table></div>" + (f"<ul class=notes>{notes}</ul>" if notes else "")
+    )
+
+
+def write_html(
+    path: Path,
+    setup: dict[str, Any],
+    runs: dict[str, list[Volume]],
+    tables: Sequence[dict[str, Any]],
+    overlays: Sequence[dict[str, Any]],
+    colours: dict[str, tuple[int, int, int]],
+    overlay_note: str,
+) -> None:
+    """``evaluation.html``: tables, a plot of every volume and overlays, in one file that asks the network for nothing.
+
+    Args:
+        path: the file to write.
+        setup: what was scored: ``dataset``, ``reference``, ``runs``, ``folds``.
+        runs: volumes of each run.
+        tables: ``summary_tables``'s result.
+        overlays: ``{"volume", "slices"}`` for each volume, slices as ``draw_case`` returns them.
+        colours: RGB of each structure.
+        overlay_note: how the slices were chosen, or why there are none.
+    """
+    first = next(iter(runs))
+    rows_of = [*runs[first][0].metrics, MEAN]
+    data = {
+        "metrics": [{"key": metric, "label": UNITS[metric], "digits": DIGITS[metric]} for metric in METRICS],
+        "rows": rows_of,
+        "runs": list(runs),
+        "volumes": [volume_name(volume) for volume in runs[first]],
+        "values": {
+            metric: {row: [[volume.value(row, metric) for volume in run] for run in runs.values()] for row in rows_of}
+            for metric in METRICS
+        },
+        "undefined": {
+            metric: {
+                row: [[volume.undefined(row, metric) for volume in run] for run in runs.values()] for row in rows_of
+            }
+            for metric in METRICS
+        },
+        "overlays": overlays,
+    }
+    legend = "".join(
+        f'<span><i style="background:rgb{tuple(colour)}"></i>{html.escape(name)}</span>'
+        for name, colour in colours.items()
+    )
+    parts = {
+        "TITLE": html.escape(_title(setup)),
+        "DESCRIPTION": html.escape(_description(setup)),
+        "TABLES": "".join(html_table(table) for table in tables),
+        "VOLUMES": html_table(volume_table(runs)),
+        "RULES": "".join(f"<p>{html.escape(rule)}</p>" for rule in RULES),
+        "LEGEND": legend,
+        "OVERLAY_NOTE": html.escape(overlay_note),
+        # "<" escaped, so that no name can end the script element
+        "DATA": json.dumps(jsonable(data), allow_nan=False).replace("<", "\\u003c"),
+    }
+    pieces = PAGE.split("@@")  # text, name, text, name, ..., text
+    text = "".join(parts[piece] if i % 2 else piece for i, piece in enumerate(pieces))
+    path.write_text(text, encoding="utf-8")

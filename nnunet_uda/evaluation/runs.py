@@ -1,0 +1,168 @@
+"""What is to be scored: the dataset's labels and folders, the runs' folders, the volumes of the chosen folds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nnunet_uda.data.convention import (
+    SPLITS_TARGET,
+    TARGET_FOLDER,
+    case_files,
+    dataset_name,
+    environment_folder,
+    fold_of,
+    read_json,
+)
+from nnunet_uda.errors import UDAError
+from nnunet_uda.evaluation.metrics import check_cases
+
+FOLD = "{fold}"
+
+
+@dataclass(frozen=True)
+class Labels:
+    """Structures of a dataset, in the order of its ``dataset.json``, background left out."""
+
+    structures: dict[str, int]
+    ignore: int | None
+    file_ending: str
+
+
+@dataclass(frozen=True)
+class Run:
+    """A folder of predictions and its name in the tables; ``{fold}`` in the folder stands for the fold's number."""
+
+    name: str
+    folder: str
+
+    def folder_of(self, fold: int | None) -> Path:
+        return Path(self.folder if fold is None else self.folder.replace(FOLD, str(fold)))
+
+
+def find_raw_dataset(name_or_id: str) -> Path:
+    """The raw folder of a dataset.
+
+    Raises:
+        UDAError: ``nnUNet_raw`` is unset, or the dataset does not exist there.
+    """
+    raw = environment_folder("nnUNet_raw")
+    folder = raw / dataset_name(name_or_id)
+    if not folder.is_dir():
+        raise UDAError(f"{folder} does not exist: -d takes a dataset in nnUNet_raw ({raw})")
+    return folder
+
+
+def read_labels(dataset_json: Path) -> Labels:
+    """Structures, ignore label and file ending of a ``dataset.json``.
+
+    Raises:
+        UDAError: for a missing key, regions, or a label that is no integer.
+    """
+    content: dict[str, Any] = read_json(dataset_json)
+    for key in ("labels", "file_ending"):
+        if key not in content:
+            raise UDAError(f"{dataset_json} has no '{key}', which every nnU-Net dataset.json must have")
+    labels = content["labels"]
+    for name, value in labels.items():
+        if isinstance(value, list):
+            raise UDAError(f"{dataset_json}: label '{name}' is a region ({value}); only plain labels are supported")
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise UDAError(f"{dataset_json}: label '{name}' must be an integer, found {value!r}")
+    structures = {name: value for name, value in labels.items() if value != 0 and name != "ignore"}
+    if not structures:
+        raise UDAError(f"{dataset_json}: 'labels' has no structure besides the background")
+    return Labels(structures, labels.get("ignore"), content["file_ending"])
+
+
+def parse_runs(arguments: Sequence[str]) -> list[Run]:
+    """Runs from ``NAME=FOLDER`` or ``FOLDER`` (then named as the folder).
+
+    Raises:
+        UDAError: for an empty or a repeated name, or ``{fold}`` in the name of a bare folder.
+    """
+    runs: list[Run] = []
+    for argument in arguments:
+        name, separator, folder = argument.partition("=")
+        if not separator or Path(argument).is_dir():
+            name, folder = Path(argument).resolve().name, argument
+            if FOLD in name:
+                raise UDAError(f"-p {argument}: give the run a name, NAME={argument}")
+        if not name or not folder:
+            raise UDAError(f"-p takes NAME=FOLDER or FOLDER, found {argument!r}")
+        if name in [run.name for run in runs]:
+            raise UDAError(f"-p: two runs are called {name}; give them different names, NAME=FOLDER")
+        runs.append(Run(name, folder))
+    return runs
+
+
+def cases_of_folds(splits_file: Path, folds: Sequence[int]) -> dict[int, list[str]]:
+    """The test cases (``val``) of each fold in a splits file.
+
+    Raises:
+        UDAError: no such file, a fold outside it, or one without test cases.
+    """
+    if not splits_file.is_file():
+        raise UDAError(f"{splits_file} does not exist: -f scores the 'val' cases of a fold of {SPLITS_TARGET}")
+    splits = read_json(splits_file)
+    if not isinstance(splits, list) or not all(isinstance(s, dict) and isinstance(s.get("val"), list) for s in splits):
+        raise UDAError(f"{splits_file} must hold a list of folds, each with 'train' and 'val'")
+    cases = {fold: sorted(fold_of(splits, fold, splits_file)["val"]) for fold in sorted(set(folds))}
+    for fold, names in cases.items():
+        if not names:
+            raise UDAError(f"{splits_file}: fold {fold} has no case under 'val', so there is nothing to score")
+    return cases
+
+
+def choose_volumes(
+    runs: Sequence[Run], reference: Path, file_ending: str, fold_cases: dict[int, list[str]] | None
+) -> list[tuple[int | None, str]]:
+    """``(fold, case)`` of every volume, after checking that each run's folder holds exactly the predictions due.
+
+    Raises:
+        UDAError: naming a case without a reference, a missing or an extra prediction; ``{fold}`` without folds.
+    """
+    volumes: list[tuple[int | None, str]] = []
+    for run in runs:
+        if fold_cases is None:
+            if FOLD in run.folder:
+                raise UDAError(
+                    f"-p {run.name}={run.folder} holds {FOLD}, but no fold is given: add -f, as in -f 0 1 2 3"
+                )
+            volumes = [(None, case) for case in check_cases(reference, run.folder_of(None), file_ending)]
+            continue
+        if FOLD in run.folder:
+            for fold, cases in fold_cases.items():
+                check_cases(reference, run.folder_of(fold), file_ending, cases)
+        else:
+            union = sorted({case for cases in fold_cases.values() for case in cases})
+            check_cases(reference, run.folder_of(None), file_ending, union)
+        volumes = [(fold, case) for fold, cases in fold_cases.items() for case in cases]
+    return volumes
+
+
+def find_images(cases: Sequence[str], folders: Sequence[Path], file_ending: str) -> dict[str, Path]:
+    """The first channel's image of each case, from the first of ``folders`` that has it.
+
+    Raises:
+        UDAError: naming a case without an image.
+    """
+    found: dict[str, Path] = {}
+    for folder in reversed(folders):
+        found.update({case: paths[0] for case, paths in case_files(folder, file_ending).items()})
+    missing = sorted(set(cases) - set(found))
+    if missing:
+        looked = " or ".join(str(folder) for folder in folders)
+        raise UDAError(
+            f"no image {missing[0]}_0000{file_ending} in {looked} for the overlays. "
+            "Give the images' folder (-i), or leave the overlays out (--no_overlays)"
+        )
+    return {case: found[case] for case in cases}
+
+
+def image_folders(raw_dataset: Path, with_folds: bool) -> list[Path]:
+    """Where the target test images lie: ``imagesTs``, or ``imagesTu`` in a fold protocol."""
+    names = (TARGET_FOLDER, "imagesTs") if with_folds else ("imagesTs", TARGET_FOLDER)
+    return [raw_dataset / name for name in names]

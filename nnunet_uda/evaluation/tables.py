@@ -1,0 +1,188 @@
+"""From scores of volumes to the figures of a paper: means, deviations, folds, gap closed, paired tests."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+
+from nnunet_uda.errors import UDAError
+from nnunet_uda.evaluation.metrics import METRICS
+
+MEAN = "mean over structures"
+SMALLEST_N = 6
+"""Pairs from which a two-sided signed-rank test can reach p < 0.05: the smallest p of n pairs is 2 / 2**n."""
+
+
+@dataclass(frozen=True)
+class Volume:
+    """Scores of one volume: ``metrics[structure][metric]`` as ``evaluate_case`` returns them; fold or ``None``."""
+
+    case: str
+    metrics: dict[str, dict[str, float]]
+    fold: int | None = None
+
+    @property
+    def key(self) -> tuple[int | None, str]:
+        return self.fold, self.case
+
+    def value(self, row: str, metric: str) -> float:
+        """Score of a structure, or for ``MEAN`` the mean of the volume's defined scores (NaN where there is none)."""
+        if row != MEAN:
+            return self.metrics[row][metric]
+        return _mean([scores[metric] for scores in self.metrics.values()])
+
+    def undefined(self, row: str, metric: str) -> int:
+        """Number of the row's scores that are undefined since exactly one of the two masks is empty."""
+        rows = self.metrics.values() if row == MEAN else [self.metrics[row]]
+        return sum(math.isnan(scores[metric]) and not math.isnan(scores["Dice"]) for scores in rows)
+
+
+def _mean(values: Sequence[float]) -> float:
+    defined = [value for value in values if not math.isnan(value)]
+    return float(np.mean(defined)) if defined else math.nan
+
+
+def _std(values: Sequence[float]) -> float:
+    """Sample deviation (n - 1) of the defined values; NaN for fewer than two."""
+    defined = [value for value in values if not math.isnan(value)]
+    return float(np.std(defined, ddof=1)) if len(defined) > 1 else math.nan
+
+
+def _count(values: Sequence[float]) -> int:
+    return sum(not math.isnan(value) for value in values)
+
+
+def summarise(volumes: Sequence[Volume]) -> dict[str, dict[str, dict[str, float]]]:
+    """``{row: {metric: {"mean", "std", "n", "n_undefined"}}}`` over volumes; rows are the structures and ``MEAN``."""
+    summary: dict[str, dict[str, dict[str, float]]] = {}
+    for row in (*volumes[0].metrics, MEAN):
+        summary[row] = {}
+        for metric in METRICS:
+            values = [volume.value(row, metric) for volume in volumes]
+            undefined = sum(volume.undefined(row, metric) for volume in volumes)
+            summary[row][metric] = {
+                "mean": _mean(values),
+                "std": _std(values),
+                "n": _count(values),
+                "n_undefined": undefined,
+            }
+    return summary
+
+
+def summarise_folds(volumes: Sequence[Volume]) -> dict[str, Any]:
+    """Means of each fold and their mean and sample deviation over folds: ``{"by_fold": ..., "over_folds": ...}``."""
+    folds = sorted({volume.fold for volume in volumes if volume.fold is not None})
+    by_fold = {fold: summarise([volume for volume in volumes if volume.fold == fold]) for fold in folds}
+    over_folds: dict[str, dict[str, dict[str, float]]] = {}
+    for row in (*volumes[0].metrics, MEAN):
+        over_folds[row] = {}
+        for metric in METRICS:
+            means = [by_fold[fold][row][metric]["mean"] for fold in folds]
+            over_folds[row][metric] = {"mean": _mean(means), "std": _std(means), "n": _count(means)}
+    return {"by_fold": {str(fold): summary for fold, summary in by_fold.items()}, "over_folds": over_folds}
+
+
+def gap_closed(run: float, lower: float, upper: float, metric: str) -> tuple[float, str]:
+    """100 (run - lower) / (upper - lower) in percent, and a note where it is undefined (then NaN)."""
+    if any(math.isnan(value) for value in (run, lower, upper)):
+        return math.nan, f"undefined: no mean {metric} for the run or for a bound"
+    if (upper <= lower) if metric == "Dice" else (upper >= lower):
+        return (
+            math.nan,
+            f"undefined: the upper bound's {metric} ({upper:.4g}) is no better than the lower's ({lower:.4g})",
+        )
+    return 100 * (run - lower) / (upper - lower), ""
+
+
+def wilcoxon(a: Sequence[Volume], b: Sequence[Volume]) -> dict[str, Any]:
+    """Paired two-sided Wilcoxon signed-rank test of the volumes' mean Dice.
+
+    Returns ``n`` (volumes where both are defined), ``n_nonzero`` (pairs that differ: those the test uses),
+    ``mean_difference`` (a - b), ``statistic``, ``p`` (NaN where no pair differs) and ``note``.
+    """
+    from scipy.stats import wilcoxon as signed_rank
+
+    scores_b = {volume.key: volume.value(MEAN, "Dice") for volume in b}
+    differences = np.array([volume.value(MEAN, "Dice") - scores_b[volume.key] for volume in a])
+    differences = differences[~np.isnan(differences)]
+    nonzero = differences[differences != 0]
+    result = {
+        "n": len(differences),
+        "n_nonzero": len(nonzero),
+        "mean_difference": float(differences.mean()) if len(differences) else math.nan,
+        "statistic": math.nan,
+        "p": math.nan,
+        "note": "",
+    }
+    if not len(nonzero):
+        return result | {"note": "no volume differs, so there is nothing to test"}
+    test = signed_rank(nonzero, alternative="two-sided")
+    result |= {"statistic": float(test.statistic), "p": float(test.pvalue)}
+    if len(nonzero) < SMALLEST_N:
+        smallest = min(1.0, 2 / 2 ** len(nonzero))
+        result["note"] = (
+            f"too few pairs: {len(nonzero)} cannot reach p < 0.05 (the smallest possible p is {smallest:.3g})"
+        )
+    return result
+
+
+def compare_runs(
+    runs: dict[str, Sequence[Volume]], lower: str | None = None, upper: str | None = None
+) -> dict[str, Any]:
+    """Everything that the tables show, for one or several runs over the same volumes.
+
+    Args:
+        runs: volumes of each run, by the run's name.
+        lower: name of the run that is the lower bound (with ``upper``: the gap closed is computed).
+        upper: name of the run that is the upper bound.
+
+    Returns:
+        ``{"summary": {run: summarise()}, "folds": {run: summarise_folds()} or None with fewer than two folds,
+        "gap_closed": {run: {row: {"Dice": {"percent", "note"}, "ASSD": ...}}} or None,
+        "wilcoxon": [{"run_a", "run_b", ...}]}``.
+
+    Raises:
+        UDAError: for an unknown bound, only one bound, or runs over different volumes.
+    """
+    for option, name in (("lower", lower), ("upper", upper)):
+        if name is not None and name not in runs:
+            raise UDAError(f"-{option} {name} is not among the runs: {', '.join(runs)}")
+    if (lower is None) != (upper is None) or (lower is not None and lower == upper):
+        raise UDAError("the gap closed needs two bounds: give -lower and -upper, each the name of another run")
+    keys = {name: {volume.key for volume in volumes} for name, volumes in runs.items()}
+    first = next(iter(runs))
+    for name in runs:
+        if keys[name] != keys[first] or not keys[name]:
+            raise UDAError(f"the runs {first} and {name} must cover the same volumes, at least one")
+
+    summary = {name: summarise(volumes) for name, volumes in runs.items()}
+    folds = {fold for fold, _ in keys[first] if fold is not None}
+    gap = None
+    if lower is not None and upper is not None:
+        gap = {
+            name: _gaps(summary[name], summary[lower], summary[upper]) for name in runs if name not in (lower, upper)
+        }
+    return {
+        "summary": summary,
+        "folds": {name: summarise_folds(volumes) for name, volumes in runs.items()} if len(folds) > 1 else None,
+        "gap_closed": gap,
+        "wilcoxon": [{"run_a": a, "run_b": b} | wilcoxon(runs[a], runs[b]) for a, b in combinations(runs, 2)],
+    }
+
+
+def _gaps(run: dict, lower: dict, upper: dict) -> dict[str, dict[str, dict[str, Any]]]:
+    gaps: dict[str, dict[str, dict[str, Any]]] = {}
+    for row in run:
+        gaps[row] = {}
+        for metric in ("Dice", "ASSD"):
+            cells = [table[row][metric] for table in (run, lower, upper)]
+            percent, note = gap_closed(*(cell["mean"] for cell in cells), metric)
+            if not note and any(cell["n_undefined"] for cell in cells):
+                note = "volumes with an undefined distance are missing from these means"
+            gaps[row][metric] = {"percent": percent, "note": note}
+    return gaps
