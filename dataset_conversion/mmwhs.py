@@ -1,0 +1,220 @@
+"""MM-WHS 2017 (Multi-Modality Whole Heart Segmentation), MR <-> CT.
+
+Expected tree (-i), as the challenge distributes it; ct_test and mr_test are not used:
+
+    VENDOR_TREE/ct_train/ct_train_1001_image.nii.gz   ct_train_1001_label.nii.gz   ... 1020
+    VENDOR_TREE/mr_train/mr_train_1001_image.nii.gz   mr_train_1001_label.nii.gz   ... 1020
+
+Data: https://zmiclab.github.io/zxh/0/mmwhs/ (registration; free for research under the terms stated there, not to be
+passed on). Please cite Zhuang et al., Medical Image Analysis 58, 2019.
+
+Label values: 205 myocardium of the left ventricle, 420 LA, 500 LV, 550 RA, 600 RV, 820 AA (ascending aorta), 850 PA.
+Classes are numbered as given to -structures; the other structures become background. Images are never cropped.
+
+Repaired, and listed in the summary:
+  421         means 420 (LA); known in mr_train_1010
+  border      a piece of a structure is set to background when it is not the structure's largest one, touches the
+              volume's border, and either lies wholly within the outermost two voxel layers of one face or has less
+              than 1 % of the largest piece's voxels; known in mr_train_1002. The rule sees one label file alone.
+
+Protocols:
+  sifa    fixed test set CT 1003 1008 1014 1019, MR 1007 1009 1018 1019. Source: the scans outside the source
+          modality's own test set (16 of 20), so that each modality trains on 16, in 4 seeded folds. Target: test scans
+          to imagesTs and labelsTs, all others to imagesTu without labels, used in every fold. With -test_ids these
+          target scans are the test set instead, and the source is used whole.
+  cisfa   4 disjoint, seeded folds of volumes in both domains. All target images go to imagesTu, their labels to
+          labelsTs; fold k trains on the rest and tests on splits_target.json[k]["val"].
+
+Target labels are read for labelsTs alone. With --upper_bound they ARE used for training: it writes the supervised
+upper bound's dataset, the same target training scans WITH their labels as imagesTr and labelsTr, to be trained with a
+plain trainer. With -protocol cisfa its splits_final.json holds the target's folds: test with checkpoint_final.pth, as
+nnU-Net's best checkpoint is chosen on the test fold.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import SimpleITK as sitk
+from scipy import ndimage
+
+from nnunet_uda.dataset_conversion import common
+from nnunet_uda.dataset_conversion.common import Case, Group
+from nnunet_uda.dataset_conversion.reading import LabelMap, check_same_geometry, read_image
+from nnunet_uda.errors import UDAError
+
+VALUES = {"myocardium": 205, "LA": 420, "LV": 500, "RA": 550, "RV": 600, "AA": 820, "PA": 850}
+SIFA_TEST = {"ct": ("1003", "1008", "1014", "1019"), "mr": ("1007", "1009", "1018", "1019")}
+FOLDS = 4
+
+
+def read_label(path: Path, image: sitk.Image, image_path: Path) -> tuple[sitk.Image, list[str]]:
+    """The label with both known faults repaired (see above), on the image's grid."""
+    label = read_image(path)
+    check_same_geometry(image, image_path, label, path)
+    voxels = sitk.GetArrayFromImage(label)
+    notes = []
+    wrong = voxels == 421
+    if wrong.any():
+        voxels[wrong] = 420
+        notes.append(f"{path.name}: {int(wrong.sum())} voxels of value 421 set to 420 (LA)")
+    for name, value in VALUES.items():
+        spurious = border_pieces(voxels == value)
+        if spurious.any():
+            voxels[spurious] = 0
+            notes.append(f"{path.name}: {int(spurious.sum())} spurious {name} voxels on the border set to background")
+    repaired = sitk.GetImageFromArray(voxels)
+    repaired.CopyInformation(label)
+    return repaired, notes
+
+
+def border_pieces(mask: np.ndarray) -> np.ndarray:
+    """Spurious pieces on the volume's border, by the rule in the module's text. Bool in, bool out, same 3D shape."""
+    spurious = np.zeros_like(mask)
+    boxes = ndimage.find_objects(mask.view(np.uint8))
+    if not boxes or not _touches(boxes[0], mask.shape):
+        return spurious
+    pieces, count = ndimage.label(mask, np.ones((3, 3, 3)))
+    sizes = np.bincount(pieces.ravel(), minlength=count + 1)[1:]
+    main = int(np.argmax(sizes))
+    for piece, box in enumerate(ndimage.find_objects(pieces)):
+        in_layers = any(s.stop <= 2 or s.start >= n - 2 for s, n in zip(box, mask.shape, strict=True))
+        small = sizes[piece] < 0.01 * sizes[main]
+        if piece != main and _touches(box, mask.shape) and (in_layers or small):
+            spurious[box] |= pieces[box] == piece + 1
+    return spurious
+
+
+def _touches(box: tuple[slice, ...], shape: tuple[int, ...]) -> bool:
+    return any(s.start == 0 or s.stop == n for s, n in zip(box, shape, strict=True))
+
+
+def find_cases(tree: Path, modality: str, label_map: LabelMap) -> dict[str, Case]:
+    """Cases of ``<modality>_train`` by number, labels attached where the file exists (it is not opened)."""
+    folder = tree / f"{modality}_train"
+    rule = f"{modality}_train_<number>_image.nii.gz and {modality}_train_<number>_label.nii.gz"
+    if not folder.is_dir():
+        found = ", ".join(sorted(p.name for p in tree.iterdir())[:8]) if tree.is_dir() else "no such folder"
+        raise UDAError(f"{folder} is missing (in {tree}: {found}); expected it to hold {rule}. Check -i.")
+    files: dict[str, dict[str, Path]] = {"image": {}, "label": {}}
+    for path in sorted(folder.iterdir()):
+        match = re.fullmatch(rf"{modality}_train_(\d+)_(image|label)\.nii\.gz", path.name)
+        if match:
+            files[match[2]][match[1]] = path
+        elif path.name.lower().endswith((".nii", ".nii.gz")) and not path.name.startswith("."):
+            raise UDAError(f"{path}: unexpected file; expected only {rule}. Rename or remove it.")
+    if not files["image"]:
+        raise UDAError(f"{folder} holds no image; expected {rule}. Check -i.")
+    for number in sorted(set(files["label"]) - set(files["image"])):
+        raise UDAError(f"{files['label'][number]}: its image is missing; expected {rule}. Add it or remove the label.")
+    return {
+        number: Case(f"{modality}_{number}", (path,), files["label"].get(number), label_map, read_label=read_label)
+        for number, path in sorted(files["image"].items())
+    }
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-i", type=Path, required=True, metavar="VENDOR_TREE", help="folder with ct_train and mr_train")
+    parser.add_argument("-source", choices=("mr", "ct"), required=True, help="modality whose labels are used")
+    parser.add_argument("-target", choices=("mr", "ct"), required=True, help="modality to adapt to")
+    parser.add_argument(
+        "-structures", nargs="+", choices=tuple(VALUES), default=["myocardium", "LA", "LV", "AA"], metavar="NAME",
+        help=f"classes 1, 2, ... among {', '.join(VALUES)} [myocardium LA LV AA]",
+    )  # fmt: skip
+    parser.add_argument("-protocol", choices=("sifa", "cisfa"), default="sifa", help="split, see above [sifa]")
+    parser.add_argument("-test_ids", nargs="+", metavar="NUMBER", help="target test scans instead of sifa's, e.g. 1003")
+    parser.add_argument(
+        "--upper_bound", action="store_true", help="write the supervised dataset of the target, WITH target labels"
+    )
+    common.add_common_arguments(parser)
+
+
+def convert(args: argparse.Namespace) -> None:
+    """Run the conversion that ``args`` (of ``add_arguments``) describe."""
+    if args.source == args.target:
+        raise UDAError(f"-source and -target are both {args.source}; expected mr and ct, or ct and mr.")
+    if args.test_ids and args.protocol != "sifa":
+        raise UDAError("-test_ids goes with -protocol sifa; cisfa tests on every scan once, in folds.")
+    unknown_advice = "Correct the label file: only 421 and pieces on the border are repaired."
+    classes = {VALUES[name]: args.structures.index(name) + 1 if name in args.structures else 0 for name in VALUES}
+    label_map = LabelMap(classes, names={value: name for name, value in VALUES.items()}, hint=unknown_advice)
+    source = find_cases(args.i, args.source, label_map)
+    target = find_cases(args.i, args.target, label_map)
+    source_name, target_name = args.source.upper(), args.target.upper()
+    warnings: list[str] = []
+
+    target_splits = None
+    if args.protocol == "cisfa":
+        training, test = target, {}
+        target_splits = common.folds_of([case.identifier for case in target.values()], FOLDS, args.seed)
+        source_splits = common.folds_of([case.identifier for case in source.values()], FOLDS, args.seed)
+    else:
+        test = {number: target[number] for number in _test_numbers(target, args, warnings)}
+        training = {number: case for number, case in target.items() if number not in test}
+        if not training:
+            raise UDAError(
+                f"{args.i / f'{args.target}_train'}: all of its scans are test scans; none is left to train."
+            )
+        if not args.test_ids:
+            source = {number: case for number, case in source.items() if number not in SIFA_TEST[args.source]}
+        labelled = training if args.upper_bound else source
+        source_splits, few = common.source_folds([case.identifier for case in labelled.values()], FOLDS, args.seed)
+        warnings += few
+
+    test_group = Group(target_name, list(test.values()), "imagesTs", "labelsTs")
+    if args.upper_bound:
+        name = args.name or f"MMWHS_{target_name}_upper_bound"
+        groups = [Group(target_name, list(training.values()), "imagesTr", "labelsTr"), test_group]
+        source_splits, target_splits = target_splits or source_splits, None
+        what = f"supervised upper bound, trained WITH {target_name} labels"
+    else:
+        name = args.name or f"MMWHS_{source_name}2{target_name}"
+        evaluated = "labelsTs" if args.protocol == "cisfa" else None
+        groups = [
+            Group(source_name, list(source.values()), "imagesTr", "labelsTr"),
+            Group(
+                target_name,
+                [case if evaluated else replace(case, label=None) for case in training.values()],
+                "imagesTu",
+                evaluated,
+            ),
+            test_group,
+        ]
+        what = f"{source_name} to {target_name}"
+    common.write_dataset(
+        args.d, name, groups, args.structures, common.channel_names(args.channel, 1),
+        adaptation=not args.upper_bound, source_splits=source_splits, target_splits=target_splits,
+        information={
+            "description": f"MM-WHS 2017, {what}, protocol {args.protocol}, seed {args.seed}",
+            "reference": "https://zmiclab.github.io/zxh/0/mmwhs/",
+            "licence": "MM-WHS terms: research use after registration, not to be passed on",
+        },
+        warnings=warnings, overwrite=args.overwrite, processes=args.np,
+    )  # fmt: skip
+
+
+def _test_numbers(target: dict[str, Case], args: argparse.Namespace, warnings: list[str]) -> list[str]:
+    wanted = tuple(dict.fromkeys(args.test_ids)) if args.test_ids else SIFA_TEST[args.target]
+    present = [number for number in wanted if number in target]
+    folder, has = args.i / f"{args.target}_train", ", ".join(target)
+    if args.test_ids and len(present) < len(wanted):
+        missing = ", ".join(n for n in wanted if n not in target)
+        raise UDAError(f"{folder}: -test_ids names {missing}, which is not there; expected some of {has}.")
+    if not present:
+        raise UDAError(
+            f"{folder} holds {has}, none of which is in the fixed test set of -protocol sifa ({', '.join(wanted)}). "
+            "Name the test scans with -test_ids."
+        )
+    if len(present) < len(wanted):
+        warnings.append(f"{folder} holds only {', '.join(present)} of the fixed test set {', '.join(wanted)}")
+    return present
+
+
+main = common.script(__doc__, add_arguments, convert)
+
+if __name__ == "__main__":
+    main()
