@@ -307,24 +307,33 @@ def _check_request(
 
 
 @contextmanager
-def _whole_folder(dataset_id: int, folder: str, overwrite: bool, warnings: list[str]) -> Iterator[tuple[Path, Path]]:
-    """Yield (temporary folder, final folder); the first becomes the second when the block succeeds, else it goes."""
-    raw = environment_folder("nnUNet_raw")
-    raw.mkdir(parents=True, exist_ok=True)
-    final = raw / folder
-    prefix = f".converting_Dataset{dataset_id:03d}"
+def _locked(raw: Path, prefix: str, warnings: list[str]) -> Iterator[None]:
     with open(raw / f"{prefix}.lock", "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            if error.errno not in (errno.EAGAIN, errno.EACCES):
-                warnings.append(f"{raw} cannot be locked ({error}): do not run two conversions of one dataset at once")
-            else:
-                raise UDAError(
-                    f"{final}: another conversion to dataset {dataset_id} is running. Wait for it."
-                ) from None
+            if error.errno in (errno.EAGAIN, errno.EACCES):
+                raise UDAError(f"{lock.name}: another conversion to this dataset id is running. Wait for it.") from None
+            warnings.append(f"{raw} cannot be locked ({error}): do not run two conversions of one dataset at once")
+        try:
+            yield
+        finally:
+            Path(lock.name).unlink(missing_ok=True)
+
+
+@contextmanager
+def _whole_folder(dataset_id: int, folder: str, overwrite: bool, warnings: list[str]) -> Iterator[tuple[Path, Path]]:
+    """Yield (temporary folder, final folder); the first becomes the second when the block succeeds, else it goes."""
+    raw = environment_folder("nnUNet_raw")
+    try:
+        raw.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UDAError(f"nnUNet_raw is {raw}, which cannot be made: {error}. Set it to a folder you own.") from None
+    final = raw / folder
+    prefix = f".converting_Dataset{dataset_id:03d}"
+    with _locked(raw, prefix, warnings):
         replaced = raw / f"{prefix}_replaced"
-        if replaced.exists() and not final.exists() and (replaced / folder).is_dir():
+        if not final.exists() and (replaced / folder).is_dir():
             os.replace(replaced / folder, final)  # killed between the two renames below
         for leftover in raw.glob(f"{prefix}_*"):
             print(f"Removing {leftover}, left by an interrupted conversion")
@@ -345,7 +354,6 @@ def _whole_folder(dataset_id: int, folder: str, overwrite: bool, warnings: list[
             raise
         finally:
             shutil.rmtree(replaced, ignore_errors=True)
-            Path(lock.name).unlink(missing_ok=True)
 
 
 def _check_free(dataset_id: int, final: Path, overwrite: bool, warnings: list[str]) -> None:

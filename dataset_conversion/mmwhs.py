@@ -13,9 +13,10 @@ Classes are numbered as given to -structures; the other structures become backgr
 
 Repaired, and listed in the summary:
   421         means 420 (LA); known in mr_train_1010
-  border      a piece of a structure is set to background when it is not the structure's largest one, touches the
-              volume's border, and either lies wholly within the outermost two voxel layers of one face or has less
-              than 1 % of the largest piece's voxels; known in mr_train_1002. The rule sees one label file alone.
+  border      a piece of a structure that touches the volume's border and is disconnected from the rest is set to
+              background when it lies wholly within the outermost two voxel layers of one face, or has less than 1 % of
+              the voxels of the structure's largest other piece; known in mr_train_1002. A structure that lies in those
+              layers altogether is kept. The rule sees one label file alone.
 
 Protocols:
   sifa    fixed test set CT 1003 1008 1014 1019, MR 1007 1009 1018 1019. Source: the scans outside the source
@@ -80,11 +81,16 @@ def border_pieces(mask: np.ndarray) -> np.ndarray:
         return spurious
     pieces, count = ndimage.label(mask, np.ones((3, 3, 3)))
     sizes = np.bincount(pieces.ravel(), minlength=count + 1)[1:]
-    main = int(np.argmax(sizes))
-    for piece, box in enumerate(ndimage.find_objects(pieces)):
-        in_layers = any(s.stop <= 2 or s.start >= n - 2 for s, n in zip(box, mask.shape, strict=True))
+    boxes = ndimage.find_objects(pieces)
+    flat = np.array(
+        [any(s.stop <= 2 or s.start >= n - 2 for s, n in zip(box, mask.shape, strict=True)) for box in boxes]
+    )
+    if flat.all():
+        return spurious
+    main = int(np.argmax(np.where(flat, 0, sizes)))
+    for piece, box in enumerate(boxes):
         small = sizes[piece] < 0.01 * sizes[main]
-        if piece != main and _touches(box, mask.shape) and (in_layers or small):
+        if piece != main and _touches(box, mask.shape) and (flat[piece] or small):
             spurious[box] |= pieces[box] == piece + 1
     return spurious
 

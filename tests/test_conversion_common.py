@@ -1,0 +1,410 @@
+"""The shared part of the converters: reading, refusing, label maps, folds, and writing whole or not at all."""
+
+from __future__ import annotations
+
+import fcntl
+import gzip
+import json
+import math
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+
+from nnunet_uda.dataset_conversion import common
+from nnunet_uda.dataset_conversion.common import Case, Group, write_dataset
+from nnunet_uda.dataset_conversion.reading import LabelMap, check_image, check_same_geometry, read_image
+from nnunet_uda.errors import UDAError
+
+MAP = LabelMap({7: 1})
+
+
+def image_of(array: np.ndarray, spacing=(1.0, 1.5, 2.0), origin=(3.0, -4.0, 5.0), direction=None) -> sitk.Image:
+    image = sitk.GetImageFromArray(array)
+    image.SetSpacing(spacing)
+    image.SetOrigin(origin)
+    if direction is not None:
+        image.SetDirection(direction)
+    return image
+
+
+def scan(seed: int, shape=(6, 8, 10), dtype=np.int16) -> np.ndarray:
+    return np.random.default_rng(seed).integers(-500, 500, shape).astype(dtype)
+
+
+def label(shape=(6, 8, 10), value=7) -> np.ndarray:
+    array = np.zeros(shape, np.int16)
+    array[2:4, 2:5, 3:6] = value
+    return array
+
+
+def save(image: sitk.Image, path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sitk.WriteImage(image, str(path), path.name.endswith("gz"))
+    return path
+
+
+@pytest.fixture
+def raw(tmp_path, monkeypatch) -> Path:
+    for variable in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
+        monkeypatch.setenv(variable, str(tmp_path / variable))
+    return tmp_path / "nnUNet_raw"
+
+
+@pytest.fixture
+def groups(tmp_path) -> list[Group]:
+    source, target = [], []
+    for i in range(2):
+        image = save(image_of(scan(i)), tmp_path / "in" / f"s{i}.nii.gz")
+        source.append(Case(f"s{i}", (image,), save(image_of(label()), tmp_path / "in" / f"s{i}_l.nii.gz"), MAP))
+        target.append(Case(f"t{i}", (save(image_of(scan(9 + i)), tmp_path / "in" / f"t{i}.nii.gz"),)))
+    return [Group("MR", source, "imagesTr", "labelsTr"), Group("CT", target, "imagesTu")]
+
+
+def write(groups, **options) -> Path:
+    return write_dataset(7, "Tiny", groups, ["organ"], ["intensity"], **{"processes": 1, **options})
+
+
+def leftovers(raw: Path) -> list[str]:
+    return sorted(path.name for path in raw.iterdir() if not path.name.startswith("Dataset"))
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ending", ["nii", "nii.gz", "hdr", "nrrd", "nhdr", "mha", "mhd", "gipl", "gipl.gz"])
+def test_reads_every_format_and_refuses_a_truncated_one(tmp_path, ending):
+    array = scan(0, (10, 20, 30))
+    path = save(image_of(array), tmp_path / f"a.{ending}")
+    assert (sitk.GetArrayFromImage(read_image(path)) == array).all()
+    data = {"hdr": tmp_path / "a.img", "nhdr": tmp_path / "a.raw", "mhd": tmp_path / "a.raw"}.get(ending, path)
+    data.write_bytes(data.read_bytes()[: data.stat().st_size * 2 // 3])
+    with pytest.raises(UDAError, match=rf"a\.{ending}: .*(truncated|cannot be read)"):
+        read_image(path)
+
+
+def test_refuses_damaged_nifti(tmp_path):
+    path = save(image_of(scan(0)), tmp_path / "a.nii.gz")
+    whole = path.read_bytes()
+    for damaged in (
+        b"",
+        b"not an image",
+        whole[:-4],  # all voxels there, checksum cut
+        whole[:500] + bytes([whole[500] ^ 255]) + whole[501:],
+        gzip.compress(gzip.decompress(whole)[:-10]),  # whole gzip of a short NIfTI
+    ):
+        path.write_bytes(damaged)
+        with pytest.raises(UDAError, match=r"a\.nii\.gz: "):
+            read_image(path)
+    with pytest.raises(UDAError, match=r"none\.nii: there is no such file"):
+        read_image(tmp_path / "none.nii")
+
+
+def test_refuses_dimensions_and_components(tmp_path):
+    flat = save(sitk.GetImageFromArray(scan(0)[0]), tmp_path / "flat.nii.gz")
+    four = save(sitk.JoinSeries([image_of(scan(0)), image_of(scan(1))]), tmp_path / "four.nii.gz")
+    colour = save(sitk.GetImageFromArray(np.zeros((4, 5, 6, 3), np.uint8), isVector=True), tmp_path / "rgb.mha")
+    for path, found in ((flat, "2 dimensions"), (four, "4 dimensions"), (colour, "3 components")):
+        with pytest.raises(UDAError, match=rf"{path.name}: .*{found}.*expected one"):
+            read_image(path)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_refuses_non_finite(value):
+    array = scan(0).astype(np.float32)
+    array[1, 2, 3] = value
+    with pytest.raises(UDAError, match=r"x\.nii: 1 of 480 voxels are NaN or infinite"):
+        check_image(image_of(array), Path("x.nii"))
+
+
+def test_refuses_constant():
+    with pytest.raises(UDAError, match=r"x\.nii: every voxel is 4"):
+        check_image(image_of(np.full((3, 4, 5), 4)), Path("x.nii"))
+
+
+@pytest.mark.parametrize(
+    ("what", "options"),
+    [
+        ("size", {"array": np.zeros((6, 8, 11))}),
+        ("spacing", {"spacing": (1.0, 1.5, 2.2)}),
+        ("origin", {"origin": (3.0, -4.0, 6.0)}),
+        ("direction", {"direction": (-1.0, 0, 0, 0, 1, 0, 0, 0, 1)}),
+    ],
+)
+def test_geometry_differences_are_named(what, options):
+    image, other = image_of(np.zeros((6, 8, 10))), image_of(**{"array": np.zeros((6, 8, 10)), **options})
+    with pytest.raises(UDAError, match=rf"l\.nii: its geometry differs from that of i\.nii: .*{what} \("):
+        check_same_geometry(image, Path("i.nii"), other, Path("l.nii"))
+
+
+def test_geometry_tolerates_header_rounding():
+    image = image_of(np.zeros((6, 8, 10)))
+    other = image_of(np.zeros((6, 8, 10)), spacing=(1.00001, 1.5, 2.0), origin=(3.0005, -4.0, 5.0))
+    check_same_geometry(image, Path("i.nii"), other, Path("l.nii"))
+
+
+# --- labels -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.uint64, np.int64, np.float32])
+def test_label_map_against_a_dictionary(dtype):
+    values = {5: 2, 90: 1, 30: 0}
+    array = np.random.default_rng(0).choice([0, 5, 30, 90], (5, 6, 7)).astype(dtype)
+    expected = np.vectorize({0: 0, **values}.get)(array.astype(int))
+    assert (LabelMap(values).apply(sitk.GetImageFromArray(array), Path("l")) == expected).all()
+
+
+def test_label_map_refuses_or_ignores_other_values():
+    array = np.array([[[0, 5, 6, 40000, 3]]])
+    with pytest.raises(UDAError, match=r"l\.nii: the label holds the values 3, 6, 40000.*0, 5 \(liver\)"):
+        LabelMap({5: 1}, names={5: "liver"}).apply(sitk.GetImageFromArray(array), Path("l.nii"))
+    ignored = LabelMap({5: 1}, ignore_other=True).apply(sitk.GetImageFromArray(array), Path("l.nii"))
+    assert ignored.tolist() == [[[0, 1, 0, 0, 0]]]
+    negative = LabelMap({-1: 1}).apply(sitk.GetImageFromArray(np.array([[[0, -1]]])), Path("l.nii"))
+    assert negative.tolist() == [[[0, 1]]]
+
+
+@pytest.mark.parametrize("value", [0.5, np.nan])
+def test_label_map_refuses_non_integers(value):
+    with pytest.raises(UDAError, match=r"l\.nii: the label holds non-integer values"):
+        LabelMap({1: 1}).apply(sitk.GetImageFromArray(np.array([[[0.0, 1.0, value]]])), Path("l.nii"))
+
+
+# --- folds ------------------------------------------------------------------------------------------------------------
+
+
+def test_folds_are_a_seeded_partition():
+    ids = [f"c{i:02d}" for i in range(20)]
+    folds = common.folds_of(ids, 4, 1)
+    assert [len(fold["val"]) for fold in folds] == [5, 5, 5, 5]
+    assert sorted(i for fold in folds for i in fold["val"]) == ids
+    assert all(sorted(fold["train"] + fold["val"]) == ids for fold in folds)
+    assert folds == common.folds_of(ids[::-1], 4, 1) != common.folds_of(ids, 4, 2)
+    json.dumps(folds)
+
+
+def test_too_few_cases_for_the_folds():
+    with pytest.raises(UDAError, match=r"4 folds were asked for, with 3 cases \(a, b, c\)"):
+        common.folds_of(["a", "b", "c"], 4, 0)
+    splits, warnings = common.source_folds(["a", "b", "c"], 4, 0)
+    assert len(splits) == 3 and "3 folds instead of 4" in warnings[0]
+    splits, warnings = common.source_folds(["a"], 4, 0)
+    assert splits == [{"train": ["a"], "val": ["a"]}] and "measures nothing" in warnings[0]
+
+
+# --- the dataset ------------------------------------------------------------------------------------------------------
+
+
+def test_round_trip_keeps_voxels_types_and_oblique_geometry(raw, tmp_path):
+    c, s = math.cos(0.3), math.sin(0.3)
+    directions = [(1, 0, 0, 0, 1, 0, 0, 0, 1), (-1, 0, 0, 0, -1, 0, 0, 0, 1), (c, -s, 0, s, c, 0, 0, 0, 1)]
+    directions += [(0, 0, 1, 1, 0, 0, 0, 1, 0), (0, -c, s, 0, s, c, -1, 0, 0)]
+    cases = []
+    for i, direction in enumerate(directions):
+        dtype = (np.int16, np.uint8, np.float32, np.float64, np.int32)[i]
+        image = image_of(np.abs(scan(i)).clip(0, 255).astype(dtype), direction=[float(d) for d in direction])
+        mask = image_of(label(), direction=[float(d) for d in direction])
+        ending = "nii.gz" if i % 2 else "nrrd"
+        paths = save(image, tmp_path / f"{i}.{ending}"), save(mask, tmp_path / f"{i}_l.{ending}")
+        cases.append(Case(f"c{i}", paths[:1], paths[1], MAP))
+    target = Case("t", (save(image_of(scan(50)), tmp_path / "t.nii.gz"),))
+    out = write([Group("MR", cases, "imagesTr", "labelsTr"), Group("CT", [target], "imagesTu")], processes=2)
+    for i, case in enumerate(cases):
+        before, after = sitk.ReadImage(str(case.images[0])), sitk.ReadImage(str(out / f"imagesTr/c{i}_0000.nii.gz"))
+        mask = sitk.ReadImage(str(out / f"labelsTr/c{i}.nii.gz"))
+        assert before.GetPixelID() == after.GetPixelID()
+        assert (sitk.GetArrayFromImage(before) == sitk.GetArrayFromImage(after)).all()
+        assert (sitk.GetArrayFromImage(mask) == (label() == 7)).all()
+        for get in ("GetSpacing", "GetOrigin", "GetDirection"):
+            assert np.allclose(getattr(before, get)(), getattr(after, get)(), atol=1e-5)
+            assert getattr(mask, get)() == getattr(after, get)()
+
+
+def test_verify_dataset_integrity_and_reader(raw, groups, capfd):
+    from nnunetv2.experiment_planning.verify_dataset_integrity import verify_dataset_integrity
+
+    out = write(groups)
+    verify_dataset_integrity(str(out), num_processes=1)
+    printed = capfd.readouterr().out
+    assert "verify_dataset_integrity Done" in printed and "WARNING! " not in printed and "Error" not in printed
+    content = json.loads((out / "dataset.json").read_text())
+    assert content["uda"] == {
+        "source_domain": "MR",
+        "target_domain": "CT",
+        "numSource": 2,
+        "numTarget": 2,
+        "numTest": 0,
+    }
+    assert content["overwrite_image_reader_writer"] == "SimpleITKIOWithReorient"
+
+
+def test_conversion_is_deterministic(raw, groups):
+    first = {p.name: p.read_bytes() for p in write(groups).rglob("*.*") if p.is_file()}
+    time.sleep(1.1)  # a gzip time stamp would differ
+    assert first == {p.name: p.read_bytes() for p in write(groups, overwrite=True).rglob("*.*") if p.is_file()}
+
+
+def test_summary(raw, groups, capsys):
+    write(groups)
+    text = capsys.readouterr().out
+    volume = 2 * 3 * 3 * 3.0 / 1000
+    assert "imagesTr: 2 MR case(s)" in text and "imagesTu: 2 CT case(s), no labels" in text
+    assert "10 x 8 x 6" in text and "1 x 1.5 x 2" in text and "LPS (2)" in text
+    assert f"1 organ: mean {volume:.1f} ml" in text and "in 2 of 2 cases" in text
+
+
+def test_warns_of_thick_axes_and_zero_background(raw, tmp_path, groups, capsys):
+    masked = scan(3)
+    masked[:, :, :5] = 0
+    coronal = image_of(masked, spacing=(1.0, 1.0, 4.0), direction=(1.0, 0, 0, 0, 0, 1, 0, -1, 0))
+    target = Case("t", (save(coronal, tmp_path / "t.nii.gz"),))
+    write([groups[0], Group("CT", [target], "imagesTu")])
+    text = capsys.readouterr().out
+    assert "thick slices lie along inferior-superior in the source and along posterior-anterior in the target" in text
+    assert "0% of the source's voxels are exactly 0, 50% of the target's" in text
+
+
+def test_every_bad_file_is_listed_and_nothing_remains(raw, groups):
+    for name in ("s0", "t1"):
+        path = next(c.images[0] for g in groups for c in g.cases if c.identifier == name)
+        path.write_bytes(path.read_bytes()[:300])
+    for processes in (1, 2):
+        with pytest.raises(UDAError, match=r"(?s)2 cases cannot be converted.*s0\.nii\.gz.*t1\.nii\.gz"):
+            write(groups, processes=processes)
+        assert list(raw.iterdir()) == []
+
+
+def test_structure_that_never_occurs_is_refused(raw, groups):
+    with pytest.raises(UDAError, match="holds the structure 'tumour'"):
+        write_dataset(7, "Tiny", groups, ["organ", "tumour"], ["intensity"], processes=1)
+    assert list(raw.iterdir()) == []
+
+
+def test_requests_that_are_refused(raw, groups):
+    source, target = groups
+    twice = Group("CT", [*target.cases, Case("T0", target.cases[1].images)], "imagesTu")
+    same_file = Group("CT", [Case("x", source.cases[0].images)], "imagesTs", "labelsTs")
+    two_channels = Group("CT", [Case("t", (target.cases[0].images[0], target.cases[1].images[0]))], "imagesTu")
+    unlabelled = Group("MR", [Case("s", source.cases[0].images)], "imagesTr", "labelsTr")
+    for bad, message in (
+        ([source], "no unlabelled target case"),
+        ([source, Group("CT", [], "imagesTu")], "no unlabelled target case"),
+        ([target], "no labelled case"),
+        ([source, twice], "case id T0 is already that of"),
+        ([source, target, same_file], "the same file is used for s0 and for x"),
+        ([source, two_channels], r"t0\.nii\.gz: .* has 2 channel\(s\), the dataset has 1"),
+        ([unlabelled, target], r"s0\.nii\.gz: there is no label"),
+    ):
+        with pytest.raises(UDAError, match=message):
+            write(bad)
+    for arguments, message in (
+        ((0, "Tiny", groups, ["a"], ["i"]), "-d 0"),
+        ((7, "../Tiny", groups, ["a"], ["i"]), "-name '../Tiny'"),
+        ((7, "Tiny", groups, ["a", "a"], ["i"]), "each once"),
+        ((7, "Tiny", groups, ["background"], ["i"]), "'background'"),
+    ):
+        with pytest.raises(UDAError, match=message):
+            write_dataset(*arguments)
+
+
+def test_ct_channel_of_a_domain_that_is_not_ct_is_warned_of(raw, groups, capsys):
+    write_dataset(7, "Tiny", groups, ["organ"], ["CT"], processes=1)
+    assert "WARNING: channel 0 is called CT, but the domains are MR and CT" in capsys.readouterr().out
+
+
+def test_nnunet_raw_unset(groups, monkeypatch):
+    monkeypatch.delenv("nnUNet_raw", raising=False)
+    with pytest.raises(UDAError, match=r"nnUNet_raw is not set.*export nnUNet_raw="):
+        write(groups)
+
+
+def test_existing_dataset_and_taken_id(raw, groups, tmp_path, capsys):
+    out = write(groups)
+    (out / "mine.txt").write_text("kept")
+    with pytest.raises(UDAError, match=r"Dataset007_Tiny: this dataset exists already. Use --overwrite"):
+        write(groups)
+    assert (out / "mine.txt").exists()
+    with pytest.raises(UDAError, match=r"Dataset007_Tiny: dataset id 7 is already taken"):
+        write_dataset(7, "Other", groups, ["organ"], ["intensity"], overwrite=True, processes=1)
+    (tmp_path / "nnUNet_preprocessed" / "Dataset007_Tiny").mkdir(parents=True)
+    write(groups, overwrite=True)
+    assert not (out / "mine.txt").exists() and leftovers(raw) == []
+    assert "plan, preprocess and train again" in capsys.readouterr().out
+    (tmp_path / "nnUNet_results" / "Dataset008_Else").mkdir(parents=True)
+    with pytest.raises(UDAError, match=r"Dataset008_Else: dataset id 8 is already taken in nnUNet_results"):
+        write_dataset(8, "Tiny", groups, ["organ"], ["intensity"], processes=1)
+
+
+def test_failed_overwrite_keeps_the_old_dataset(raw, groups):
+    out = write(groups)
+    before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
+    groups[1].cases[0].images[0].write_bytes(b"broken")
+    with pytest.raises(UDAError, match=r"t0\.nii\.gz"):
+        write(groups, overwrite=True)
+    assert before == {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} and leftovers(raw) == []
+
+
+def test_two_conversions_at_once_are_refused(raw, groups):
+    raw.mkdir()
+    with open(raw / ".converting_Dataset007.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(UDAError, match="another conversion to this dataset id is running"):
+            write(groups)
+    write(groups)
+
+
+def slow_read(path: Path) -> sitk.Image:
+    time.sleep(60 if path.name.startswith("t1") else 0)
+    return read_image(path)
+
+
+def test_killed_conversion_leaves_nothing_visible_and_the_next_completes(raw, groups, tmp_path):
+    """SIGKILL while the last case is being read."""
+    program = (
+        "import sys; from pathlib import Path; sys.path.insert(0, sys.argv[1])\n"
+        "from test_conversion_common import *\n"
+        "files = Path(sys.argv[2])\n"
+        "s = [Case('s0', (files / 's0.nii.gz',), files / 's0_l.nii.gz', MAP)]\n"
+        "t = [Case(f't{i}', (files / f't{i}.nii.gz',), read_image=slow_read) for i in range(2)]\n"
+        "write([Group('MR', s, 'imagesTr', 'labelsTr'), Group('CT', t, 'imagesTu')])\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", program, str(Path(__file__).parent), str(tmp_path / "in")])
+    deadline = time.time() + 40
+    while not list(raw.glob(".converting_Dataset007_*/imagesTu/t0_0000.nii.gz")):
+        assert time.time() < deadline and process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not list(raw.glob("Dataset*")) and list(raw.glob(".converting_Dataset007_*"))
+    out = write(groups)
+    assert leftovers(raw) == [] and len(list((out / "imagesTu").iterdir())) == 2
+
+
+def test_kill_between_the_two_renames_of_an_overwrite(raw, groups):
+    out = write(groups)
+    replaced = raw / ".converting_Dataset007_replaced"
+    replaced.mkdir()
+    out.rename(replaced / out.name)
+    with pytest.raises(UDAError, match="exists already"):
+        write(groups)
+    assert (out / "dataset.json").exists() and leftovers(raw) == []
+
+
+def test_a_full_disk_is_noticed(raw, groups, tmp_path):
+    """SimpleITK leaves a short file without an error; a file size limit stands for the full disk."""
+    big = save(image_of(scan(1, (20, 60, 60))), tmp_path / "in" / "big.nii.gz")
+    groups[1] = Group("CT", [Case("big", (big,))], "imagesTu")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20000, limits[1]))
+    try:
+        with pytest.raises(UDAError, match=r"big_0000\.nii\.gz: cannot be written whole"):
+            write(groups)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list(raw.iterdir()) == []

@@ -1,0 +1,252 @@
+"""The general converter: names, channels, labels by name, domains, and real scans."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+
+from nnunet_uda.commands.convert import main
+
+SHAPE = (6, 8, 10)
+
+
+def save(path: Path, seed: int | None = None, array: np.ndarray | None = None) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if array is None:
+        array = np.random.default_rng(seed).integers(0, 900, SHAPE).astype(np.int16)
+    sitk.WriteImage(sitk.GetImageFromArray(array), str(path), path.name.endswith("gz"))
+    return path
+
+
+def organs(*values: int) -> np.ndarray:
+    array = np.zeros(SHAPE, np.uint8)
+    for i, value in enumerate(values):
+        array[2:4, 3:5, 2 * i] = value
+    return array
+
+
+@pytest.fixture
+def data(tmp_path, monkeypatch) -> Path:
+    for variable in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
+        monkeypatch.setenv(variable, str(tmp_path / variable))
+    for i in range(3):
+        save(tmp_path / "si" / f"a{i}.nii.gz", i)
+        save(tmp_path / "sl" / f"a{i}.nrrd", array=organs(5, 1))
+        save(tmp_path / "ti" / f"a{i}.mha", 10 + i)  # the same names as in the source
+    save(tmp_path / "xi" / "b 1.nii", 20)
+    save(tmp_path / "xl" / "b 1.nii.gz", array=organs(5, 1))
+    return tmp_path
+
+
+def arguments(data: Path, *more: str, **changes: str | list[str] | None) -> list[str]:
+    options: dict = {
+        "-d": "510", "-source": "CT", "-target": "MR", "-np": "1",
+        "-source_images": str(data / "si"), "-source_labels": str(data / "sl"), "-target_images": str(data / "ti"),
+        "-labels": ["liver=5", "spleen=1"], **{f"-{key}": value for key, value in changes.items()},
+    }  # fmt: skip
+    words = []
+    for option, value in options.items():
+        if value is not None:
+            words += [option, *([value] if isinstance(value, str) else value)]
+    return ["folders", *words, *more]
+
+
+def convert(data: Path, *more: str, **changes: str | list[str] | None) -> Path:
+    main(arguments(data, *more, **changes))
+    return next((data / "nnUNet_raw").glob("Dataset510_*"))
+
+
+def refused(capsys, data: Path, *more: str, **changes: str | list[str] | None) -> str:
+    with pytest.raises(SystemExit) as exit_:
+        main(arguments(data, *more, **changes))
+    assert exit_.value.code == 1
+    raw = data / "nnUNet_raw"
+    assert not raw.exists() or not list(raw.iterdir())
+    return capsys.readouterr().err.split("ERROR: ")[1]
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(p.name.removesuffix(".nii.gz") for p in folder.iterdir())
+
+
+def load(path: Path) -> np.ndarray:
+    return sitk.GetArrayFromImage(sitk.ReadImage(str(path)))
+
+
+def test_formats_names_and_labels(data):
+    out = convert(data, target_test_images=str(data / "xi"), target_test_labels=str(data / "xl"))
+    assert out.name == "Dataset510_CT2MR"
+    assert names(out / "imagesTr") == ["CT_a0_0000", "CT_a1_0000", "CT_a2_0000"]
+    assert names(out / "labelsTr") == ["CT_a0", "CT_a1", "CT_a2"]
+    assert names(out / "imagesTu") == ["MR_a0_0000", "MR_a1_0000", "MR_a2_0000"]
+    assert names(out / "imagesTs") == ["MR_b_1_0000"] and names(out / "labelsTs") == ["MR_b_1"]
+    expected = (organs(5, 1) == 5) * 1 + (organs(5, 1) == 1) * 2
+    assert (load(out / "labelsTr/CT_a1.nii.gz") == expected).all()
+    assert (load(out / "labelsTs/MR_b_1.nii.gz") == expected).all()
+    assert (load(out / "imagesTu/MR_a2_0000.nii.gz") == load(data / "ti/a2.mha")).all()
+    content = json.loads((out / "dataset.json").read_text())
+    assert content["labels"] == {"background": 0, "liver": 1, "spleen": 2}
+    assert content["uda"]["numTest"] == 1
+    assert len(json.loads((out / "splits_final.json").read_text())) == 3
+
+
+def test_several_values_to_one_name_and_other_labels(data, capsys):
+    save(data / "sl" / "a0.nrrd", array=organs(5, 1, 9, 200))
+    text = refused(capsys, data)
+    assert "a0.nrrd: the label holds the values 9, 200" in text and "--ignore_other_labels" in text
+    out = convert(data, "--ignore_other_labels", labels=["both=1,5", "nine=9"])
+    assert load(out / "labelsTr/CT_a0.nii.gz")[2, 3, :8].tolist() == [1, 0, 1, 0, 2, 0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (["liver"], "-labels liver: expected name=value"),
+        (["liver=5.5"], "expected name=value"),
+        (["liver=0"], "already the background"),
+        (["liver=5", "spleen=5"], "value 5 is already liver"),
+        (["liver=5", "liver=1"], "liver is named twice"),
+        (["liver=5", "background=1"], "'background'"),
+    ],
+)
+def test_label_arguments_that_are_refused(data, capsys, labels, message):
+    assert message in refused(capsys, data, labels=labels)
+
+
+def test_wrong_value_for_a_structure_is_refused(data, capsys):
+    text = refused(capsys, data, "--ignore_other_labels", labels=["liver=50", "spleen=1"])
+    assert "the structure 'liver'" in text
+
+
+def test_channels(data, capsys):
+    for i in range(2):
+        for c in range(2):
+            save(data / "sm" / f"a{i}_{c:04d}.nii.gz", 30 + 2 * i + c)
+            save(data / "tm" / f"a{i}_{c:04d}.nii.gz", 40 + 2 * i + c)
+    (data / "sl" / "a2.nrrd").unlink()
+    many = {"source_images": str(data / "sm"), "target_images": str(data / "tm")}
+    text = refused(capsys, data, source_images=many["source_images"])
+    assert "has 1 channel(s), the dataset has 2" in text and "ti/a0.mha" in text
+    out = convert(data, **many)
+    assert names(out / "imagesTu") == ["MR_a0_0000", "MR_a0_0001", "MR_a1_0000", "MR_a1_0001"]
+    assert (load(out / "imagesTr/CT_a1_0001.nii.gz") == load(data / "sm/a1_0001.nii.gz")).all()
+    content = json.loads((out / "dataset.json").read_text())
+    assert content["channel_names"] == {"0": "intensity_0", "1": "intensity_1"}
+
+
+def test_channel_gaps_and_numbers_that_are_no_channels(data, capsys):
+    save(data / "tm" / "a_0000.nii.gz", 1)
+    save(data / "tm" / "a_0002.nii.gz", 2)
+    text = refused(capsys, data, target_images=str(data / "tm"))
+    assert "a_0002.nii.gz: case a has the channels 0000, 0002" in text and "--single_channel" in text
+    out = convert(data, "--single_channel", target_images=str(data / "tm"))
+    assert names(out / "imagesTu") == ["MR_a_0000_0000", "MR_a_0002_0000"]
+
+
+def test_year_like_numbers_stay_in_the_name(data):
+    save(data / "tm" / "ct_train_1001.nii.gz", 1)
+    save(data / "tm" / "ct_train_1002.nii.gz", 2)
+    out = convert(data, target_images=str(data / "tm"))
+    assert names(out / "imagesTu") == ["MR_ct_train_1001_0000", "MR_ct_train_1002_0000"]
+
+
+def test_nnunet_style_single_channel_images(data):
+    for i in range(3):
+        (data / "si" / f"a{i}.nii.gz").rename(data / "si" / f"a{i}_0000.nii.gz")
+    assert names(convert(data) / "imagesTr") == ["CT_a0_0000", "CT_a1_0000", "CT_a2_0000"]
+
+
+def test_files_patterns_and_one_pair_of_unlike_names(data):
+    save(data / "other" / "seg.nii.gz", array=organs(5, 1))
+    out = convert(
+        data,
+        source_images=str(data / "si" / "a0.nii.gz"),
+        source_labels=str(data / "other" / "seg.nii.gz"),
+        target_images=[str(data / "ti" / "a[01].mha"), str(data / "xi")],
+    )
+    assert names(out / "labelsTr") == ["CT_a0"] and len(names(out / "imagesTu")) == 3
+
+
+def test_same_domain_names(data):
+    out = convert(data, source="MR", target="mr")
+    assert names(out / "imagesTr")[0] == "source_a0_0000" and names(out / "imagesTu")[0] == "target_a0_0000"
+
+
+def test_target_folds_for_own_data(data):
+    for i in range(3):
+        save(data / "tl" / f"a{i}.nii.gz", array=organs(1, 5))
+    out = convert(data, target_labels=str(data / "tl"), target_folds="3", folds="2")
+    assert names(out / "labelsTs") == ["MR_a0", "MR_a1", "MR_a2"] and not (out / "imagesTs").exists()
+    splits = json.loads((out / "splits_target.json").read_text())
+    assert sorted(i for s in splits for i in s["val"]) == names(out / "labelsTs") and len(splits) == 3
+    assert len(json.loads((out / "splits_final.json").read_text())) == 2
+
+
+def test_channel_called_ct(data, capsys):
+    convert(data, channel="CT")
+    assert "nnU-Net will clip and normalise every image" in capsys.readouterr().out
+
+
+def test_inputs_that_are_refused(data, capsys):
+    empty = data / "empty"
+    empty.mkdir()
+    (empty / "notes.txt").write_text("x")
+    assert "(-target_images) holds no image (found: notes.txt)" in refused(capsys, data, target_images=str(empty))
+    assert "no such folder or file" in refused(capsys, data, target_images=str(data / "nowhere"))
+    assert "4 folds were asked for, with 3 cases" in refused(capsys, data, folds="4")
+    assert "without -target_test_images" in refused(capsys, data, target_test_labels=str(data / "xl"))
+    assert "without -target_labels" in refused(capsys, data, target_folds="2")
+    assert "-channel a b: 2 name(s)" in refused(capsys, data, channel=["a", "b"])
+    assert "the same file is used" in refused(capsys, data, target_images=str(data / "si"))
+    assert "is already that of" in refused(capsys, data, target_test_images=str(data / "ti"))
+    save(data / "dup" / "a-b.nii.gz", 1)
+    save(data / "dup" / "a-b.nrrd", 2)
+    assert "a-b.nrrd: its case id a-b is already that of" in refused(capsys, data, target_images=str(data / "dup"))
+    save(data / "dup2" / "a b.nii.gz", 1)
+    save(data / "dup2" / "a_b.nii.gz", 2)
+    assert "case id MR_a_b is already that of" in refused(capsys, data, target_images=str(data / "dup2"))
+    (data / "sl" / "a1.nrrd").rename(data / "sl" / "c1.nrrd")
+    assert "c1.nrrd: no image belongs to this label" in refused(capsys, data)
+    (data / "sl" / "c1.nrrd").unlink()
+    assert "a1.nii.gz: there is no label for this CT case" in refused(capsys, data)
+
+
+def test_bad_voxels_are_refused(data, capsys):
+    target = data / "ti" / "a0.mha"
+    bad = np.random.default_rng(0).normal(size=SHAPE).astype(np.float32)
+    bad[0, 0, 0] = np.nan
+    save(target, array=bad)
+    assert "a0.mha: 1 of 480 voxels are NaN" in refused(capsys, data)
+    save(target, array=np.zeros(SHAPE, np.int16))
+    assert "a0.mha: every voxel is 0" in refused(capsys, data)
+    volume = sitk.GetImageFromArray(np.zeros(SHAPE, np.int16))
+    sitk.WriteImage(sitk.JoinSeries([volume, volume]), str(target))
+    assert "a0.mha: the image has 4 dimensions" in refused(capsys, data)
+
+
+def test_real_ct_to_mr(tmp_path, monkeypatch, capsys):
+    if not os.environ.get("NNUNET_UDA_TEST_DATA"):
+        pytest.skip("NNUNET_UDA_TEST_DATA is not set: no real scans to convert")
+    real = Path(os.environ["NNUNET_UDA_TEST_DATA"]) / "totalseg"
+    if not real.is_dir():
+        pytest.skip(f"{real} is absent")
+    for variable in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
+        monkeypatch.setenv(variable, str(tmp_path / variable))
+    main(
+        [
+            "folders", "-d", "510", "-source", "CT", "-target", "MR", "-np", "1", "--ignore_other_labels",
+            "-source_images", str(real / "example_ct_sm.nii.gz"), "-source_labels", str(real / "example_seg.nii.gz"),
+            "-target_images", str(real / "example_mr_sm.nii.gz"), "-target_labels", str(real / "example_seg_mr.nii.gz"),
+            "-labels", "liver=5", "spleen=1",
+        ]
+    )  # fmt: skip
+    out = tmp_path / "nnUNet_raw" / "Dataset510_CT2MR"
+    before, after = load(real / "example_seg.nii.gz"), load(out / "labelsTr" / "CT_example_ct_sm.nii.gz")
+    assert ((before == 5) == (after == 1)).all() and ((before == 1) == (after == 2)).all()
+    assert (load(out / "imagesTu/MR_example_mr_sm_0000.nii.gz") == load(real / "example_mr_sm.nii.gz")).all()
+    assert "RAS (1)" in capsys.readouterr().out
