@@ -3,8 +3,8 @@
 Each patient is an own chest (body wall with ribs, lungs, spine, liver, vessels, heart) built from deformed, posed and
 scaled solids; each scan is an own acquisition (voxel size, field of view, enhancement or gain, noise, blur, and in MR
 a coil bias field). Tissue contrasts follow the modalities: contrast-enhanced CT in HU, bSSFP-like MR in arbitrary
-units: blood is brighter than muscle in both, arterial blood brighter than venous blood (T2 preparation in MR, the timing
-of the bolus in CT), but fat, bone and lung differ.
+units. Blood is brighter than muscle in both, and arterial blood brighter than venous blood (T2 preparation in MR, the
+timing of the bolus in CT); fat, bone, marrow and lung differ.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +33,7 @@ TISSUES: dict[str, tuple[float, float, float, float, float, float]] = {
     "lung": (55, -810, 0.15, 30, 20, 35),
     "fat": (400, -95, 0.06, 8, 30, 10),
     "muscle": (190, 60, 0.06, 6, 14, 10),
-    "myocardium": (230, 105, 0.05, 12, 14, 10),
+    "myocardium": (230, 120, 0.05, 12, 14, 10),
     "liver": (270, 110, 0.08, 12, 18, 10),
     "cortical bone": (60, 780, 0.15, 60, 10, 60),
     "marrow": (320, 430, 0.08, 30, 30, 50),
@@ -62,7 +63,7 @@ def _ellipsoid(p: Array, centre: Array, axes: Array, frame: Array | None = None)
 def _tube(p: Array, points: Array, radius: float) -> Array:
     """Signed distance (mm) to a tube around a polyline."""
     distance = np.full(p.shape[1:], np.inf, np.float32)
-    for start, end in zip(points[:-1], points[1:], strict=True):
+    for start, end in pairwise(points):
         axis = (end - start).astype(np.float32)
         q = p - np.reshape(start, (3, 1, 1, 1)).astype(np.float32)
         t = np.clip(np.tensordot(axis, q, 1) / (axis @ axis), 0, 1)
@@ -125,7 +126,7 @@ def _paint_chest(canvas: _Canvas, p: Array, rng: np.random.Generator) -> None:
     canvas.paint(liver, "liver")
 
     spine = np.array([rng.uniform(-4, 4), middle[1] + body[1] - fat - rng.uniform(26, 30), 0])
-    canvas.paint(np.maximum(_ellipsoid(flat, spine + [0, 8, 0], [44, 26, 1e3]), skin + fat), "muscle")
+    canvas.paint(np.maximum(_ellipsoid(flat, np.add(spine, [0, 8, 0]), [44, 26, 1e3]), skin + fat), "muscle")
     process = np.minimum(_tube(p, spine + np.array([[-30, 22, 0], [0, 20, 0], [30, 22, 0]]), 5),
                          np.maximum(np.abs(x - spine[0]) - 4, np.abs(y - spine[1] - 26) - 12))  # fmt: skip
     canvas.paint(process, "cortical bone")
@@ -135,7 +136,7 @@ def _paint_chest(canvas: _Canvas, p: Array, rng: np.random.Generator) -> None:
     canvas.paint(vertebra, "cortical bone")
     canvas.paint(vertebra + 2.5, "marrow")
     canvas.paint(np.maximum(vertebra + 1, disc), "muscle")
-    canvas.paint(_ellipsoid(flat, spine + [0, 20, 0], [8, 7, 1e3]), "muscle")
+    canvas.paint(_ellipsoid(flat, np.add(spine, [0, 20, 0]), [8, 7, 1e3]), "muscle")
 
     front = middle[1] - 2 - (body[1] - fat - 14)
     sternum = _ellipsoid(flat, [rng.uniform(-3, 3), front - 4, 0], [19, 6, 1e3])
@@ -190,11 +191,11 @@ def _paint_heart(canvas: _Canvas, p: Array, rng: np.random.Generator) -> None:
     canvas.paint(cava, "right blood")
     chamber(ra, "right blood", "RA", 2.5)
     rv = _ellipsoid(p, lv + about(-27, -19, 1), size(42, 25, 27), frame)
-    outflow = _tube(p, np.stack([lv + [-20, -26, 14], valve]), rng.uniform(12, 14))
+    outflow = _tube(p, np.stack([np.add(lv, [-20, -26, 14]), valve]), rng.uniform(12, 14))
     chamber(np.maximum(_smooth_union(rv, outflow, 8), -(ra - 2.5)), "right blood", "RV", 3.5)
 
-    arms = np.minimum(_tube(p, np.stack([fork, fork + [-46, 2, -2]]), rng.uniform(8, 10)),
-                      _tube(p, np.stack([fork, fork + [32, 14, 2]]), rng.uniform(8, 10)))  # fmt: skip
+    arms = np.minimum(_tube(p, np.stack([fork, np.add(fork, [-46, 2, -2])]), rng.uniform(8, 10)),
+                      _tube(p, np.stack([fork, np.add(fork, [32, 14, 2])]), rng.uniform(8, 10)))  # fmt: skip
     chamber(_smooth_union(_tube(p, pulmonary, rng.uniform(12, 14.5)), arms, 5), "right blood", "PA", 1.5)
 
     chamber(_ellipsoid(p, la_centre, size(32, 21, 24)), "left blood", "LA", 2.5)
