@@ -47,7 +47,7 @@ class NonFiniteLossError(UDAError):
 class _Unlabelled:
     """The label manager of the target's loader: nnU-Net's loader asks it only for these two."""
 
-    all_labels: tuple[int, ...] = ()
+    all_labels: list[int] = []
     has_ignore_label = False
 
 
