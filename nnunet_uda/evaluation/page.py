@@ -67,15 +67,15 @@ button:focus-visible, select:focus-visible, summary:focus-visible {
 
 <h2>Tables</h2>
 @@TABLES@@
-<details><summary>Every volume</summary>@@VOLUMES@@</details>
+<details><summary>The scores of every volume</summary>@@VOLUMES@@</details>
 <details><summary>How the figures are computed</summary><div class="rules">@@RULES@@</div></details>
 
 <h2>Every volume</h2>
 <div class="bar" id="metrics"></div>
 <div class="legend" id="runs"></div>
 <div id="plot"></div>
-<p class="soft">A dot is a volume, a bar the mean, a thin line joins one volume across the runs. Point at a dot for its
-name, click it for its overlays.</p>
+<p class="soft">A dot is a volume, a bar the mean, a cross an undefined distance (exactly one mask is empty); a thin
+line joins one volume across the runs. Point at a dot for its name, click it for its overlays.</p>
 
 <h2 id="overlays">Overlays</h2>
 <p class="soft">@@OVERLAY_NOTE@@</p>

@@ -1,0 +1,335 @@
+"""``nnUNetUDA_evaluate`` from the command line to the page, its overlays, and what bad input gets."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import io
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+from matplotlib.image import imread
+
+from nnunet_uda.commands.evaluate import main
+from nnunet_uda.evaluation import draw_overlay, evaluate_case
+from nnunet_uda.evaluation.overlays import choose_slices, label_colours
+from nnunet_uda.evaluation.tables import MEAN
+
+CASES = ["ct_1", "ct_2", "ct_3", "ct_4"]
+SPACING = (1.5, 1.0, 3.0)
+RUNS = {"lower": 3, "ours": 1, "upper": 0}
+"""Shift of each run's predictions, in voxels."""
+
+
+def write(path: Path, array: np.ndarray) -> None:
+    image = sitk.GetImageFromArray(array)
+    image.SetSpacing(SPACING)
+    image.SetDirection((0, 1, 0, -1, 0, 0, 0, 0, 1))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sitk.WriteImage(image, str(path))
+
+
+@pytest.fixture
+def dataset(tmp_path, monkeypatch) -> Path:
+    """Raw dataset in the fold protocol (two folds of two cases) and three runs in ``preds``; returns ``tmp_path``."""
+    raw = tmp_path / "raw" / "Dataset501_Test"
+    rng = np.random.default_rng(0)
+    for i, case in enumerate(CASES):
+        labels = np.zeros((8, 20, 18), np.uint8)
+        labels[2:6, 4:10, 4 : 10 + i % 2] = 2
+        labels[3:5, 11:15, 3:9] = 1
+        write(raw / "labelsTs" / f"{case}.nii.gz", labels)
+        write(raw / "imagesTu" / f"{case}_0000.nii.gz", (100 * labels + rng.normal(0, 9, labels.shape)).astype("f4"))
+        for run, shift in RUNS.items():
+            write(
+                tmp_path / "preds" / run / f"fold_{i // 2}" / f"{case}.nii.gz", np.roll(labels, shift + i % 2, axis=2)
+            )
+            write(tmp_path / "preds" / f"{run}_all" / f"{case}.nii.gz", np.roll(labels, shift + i % 2, axis=2))
+    content = {"channel_names": {"0": "intensity"}, "labels": {"background": 0, "zulu": 2, "alpha": 1}}
+    (raw / "dataset.json").write_text(json.dumps({**content, "numTraining": 1, "file_ending": ".nii.gz"}))
+    splits = [{"train": CASES[2:], "val": CASES[:2]}, {"train": CASES[:2], "val": CASES[2:]}]
+    (raw / "splits_target.json").write_text(json.dumps(splits))
+    monkeypatch.setenv("nnUNet_raw", str(tmp_path / "raw"))
+    for variable in ("nnUNet_preprocessed", "nnUNet_results"):
+        monkeypatch.delenv(variable, raising=False)
+    return tmp_path
+
+
+def evaluate(folder: Path, *arguments: str) -> dict:
+    main([*map(str, arguments), "-o", str(folder / "out"), "-np", "1"])
+    return json.loads((folder / "out" / "evaluation.json").read_text())
+
+
+def fails(capsys, folder: Path, *arguments: str) -> str:
+    """The message of a run that must fail and leave nothing behind."""
+    before = sorted(folder.iterdir())
+    with pytest.raises(SystemExit) as stop:
+        evaluate(folder, *arguments)
+    assert stop.value.code == 1
+    assert sorted(folder.iterdir()) == before
+    return capsys.readouterr().err
+
+
+class Page(HTMLParser):
+    """Tags, attribute values and the data of a page."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.sources: list[str] = []
+        self.data = ""
+        self._in_data = False
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.sources += [value for name, value in attrs if name in ("src", "href", "srcset", "action")]
+        self._in_data = ("id", "data") in attrs
+
+    def handle_data(self, data):
+        if self._in_data:
+            self.data += data
+
+    def handle_endtag(self, tag):
+        self._in_data = False
+
+
+def test_fold_protocol_with_three_runs(dataset, capsys):
+    runs = [f"{run}={dataset / 'preds' / run}/fold_{{fold}}" for run in RUNS]
+    arguments = ("-d", "501", "-f", "0", "1", "-p", *runs, "-lower", "lower", "-upper", "upper", "-slices", "2")
+    result = evaluate(dataset, *arguments)
+
+    raw = dataset / "raw" / "Dataset501_Test"
+    assert list(result["structures"]) == ["zulu", "alpha"], "dataset.json's order"
+    assert [(v["fold"], v["case"]) for v in result["volumes"]["ours"]] == [(i // 2, c) for i, c in enumerate(CASES)]
+    for volume in result["volumes"]["ours"]:
+        file = f"{volume['case']}.nii.gz"
+        prediction = dataset / "preds" / "ours" / f"fold_{volume['fold']}" / file
+        assert volume["metrics"] == evaluate_case(raw / "labelsTs" / file, prediction, {"zulu": 2, "alpha": 1})
+    dice = {run: result["summary"][run][MEAN]["Dice"]["mean"] for run in RUNS}
+    gap = result["gap_closed"]["ours"][MEAN]["Dice"]["percent"]
+    assert gap == pytest.approx(100 * (dice["ours"] - dice["lower"]) / (dice["upper"] - dice["lower"]))
+    assert result["folds"]["ours"]["over_folds"]["zulu"]["ASSD"]["n"] == 2
+    assert [(t["run_a"], t["run_b"], t["n"]) for t in result["wilcoxon"]] == [
+        ("lower", "ours", 4),
+        ("lower", "upper", 4),
+        ("ours", "upper", 4),
+    ]
+    assert "too few pairs" in result["wilcoxon"][0]["note"]
+
+    out = dataset / "out"
+    with open(out / "evaluation.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 3 * 4 * 2
+    row = next(r for r in rows if (r["run"], r["case"], r["structure"]) == ("ours", "ct_3", "alpha"))
+    assert float(row["dice"]) == result["volumes"]["ours"][2]["metrics"]["alpha"]["Dice"]
+    assert row["fold"] == "1"
+    markdown = (out / "evaluation.md").read_text()
+    assert f"{dice['ours']:.3f}" in markdown
+    printed = capsys.readouterr().out
+    assert markdown.startswith(printed[:500])
+    assert "| ours" in printed
+
+    text = (out / "evaluation.html").read_text()
+    page = Page(text)
+    assert not re.search(r"https?:|//|@import|url\(", text.replace(page.data, "")), "nothing is asked from a network"
+    assert page.sources == []
+    assert not {"link", "iframe", "object", "embed"} & set(page.tags)
+    data = json.loads(page.data)
+    assert data["volumes"] == [f"{case} (fold {i // 2})" for i, case in enumerate(CASES)]
+    assert data["values"]["Dice"]["alpha"][1][2] == float(row["dice"])
+    assert [overlay["volume"] for overlay in data["overlays"]] == data["volumes"]
+    for overlay in data["overlays"]:
+        assert 1 <= len(overlay["slices"]) <= 2
+        for part in overlay["slices"]:
+            assert [panel["title"] for panel in part["panels"]] == ["image", "reference", *RUNS]
+            assert (out / "overlays" / part["file"]).is_file()
+            assert imread(io.BytesIO(base64.b64decode(part["panels"][0]["jpeg"])), format="jpeg").shape[2] == 3
+    assert len(list((out / "overlays").iterdir())) == sum(len(o["slices"]) for o in data["overlays"])
+
+
+def test_one_folder_for_all_folds_and_one_fold_alone(dataset, capsys):
+    folder = dataset / "preds" / "ours_all"
+    result = evaluate(dataset, "-d", "Dataset501_Test", "-f", "0", "1", "-p", folder, "--no_overlays")
+    assert [v["case"] for v in result["volumes"]["ours_all"]] == CASES
+    assert not (dataset / "out" / "overlays").exists()
+    result = evaluate(dataset, "-d", "501", "-f", "1", "-p", f"x={dataset}/preds/ours/fold_{{fold}}", "--no_overlays")
+    assert [v["case"] for v in result["volumes"]["x"]] == CASES[2:], "a former evaluation is replaced"
+    assert result["folds"] is None
+    message = fails(capsys, dataset, "-d", "501", "-f", "0", "-p", folder)
+    assert "ct_3.nii.gz, ct_4.nii.gz" in message
+
+
+def test_without_dataset(dataset, capsys):
+    raw = dataset / "raw" / "Dataset501_Test"
+    arguments = ("-r", raw / "labelsTs", "-djfile", raw / "dataset.json", "-p", f"a={dataset / 'preds' / 'ours_all'}")
+    result = evaluate(dataset, *arguments)
+    assert [v["fold"] for v in result["volumes"]["a"]] == [None] * 4
+    assert result["dataset"] is None
+    assert "they need the images' folder (-i)" in capsys.readouterr().out
+    result = evaluate(dataset, *arguments, "-i", raw / "imagesTu", "-plane", "coronal", "-slices", "1")
+    assert len(list((dataset / "out" / "overlays").glob("ct_*_coronal_*.png"))) == 4
+    assert "-djfile is needed too" in fails(
+        capsys, dataset, "-r", raw / "labelsTs", "-p", dataset / "preds" / "ours_all"
+    )
+
+
+def test_names_cannot_break_the_page(dataset):
+    raw = dataset / "raw" / "Dataset501_Test"
+    content = json.loads((raw / "dataset.json").read_text())
+    name = "</script><img src=x> | &"
+    content["labels"] = {"background": 0, name: 2, "alpha": 1}
+    (raw / "dataset.json").write_text(json.dumps(content))
+    evaluate(dataset, "-d", "501", "-p", f"<b>={dataset / 'preds' / 'ours_all'}", "--no_overlays")
+    page = Page((dataset / "out" / "evaluation.html").read_text())
+    assert json.loads(page.data)["rows"][0] == name
+    assert page.sources == []
+    assert "b" not in page.tags
+    header = next(x for x in (dataset / "out" / "evaluation.md").read_text().splitlines() if x.startswith("| metric"))
+    assert "\\| &" in header
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("-d", "501", "-p", "{all}", "-lower", "nobody", "-upper", "ours_all"), "-lower nobody is not among the runs"),
+        (("-d", "501", "-p", "{all}", "-lower", "ours_all"), "needs two bounds"),
+        (("-d", "501", "-p", "{all}", "-f", "2"), "fold 2 does not exist"),
+        (("-d", "501", "-p", "{all}", "-f", "-1"), "fold -1 does not exist"),
+        (("-d", "501", "-p", "a={folds}"), "no fold is given: add -f"),
+        (("-d", "501", "-p", "{folds}", "-f", "0"), "give the run a name"),
+        (("-d", "501", "-p", "a={all}", "a={folds}"), "two runs are called a"),
+        (("-d", "501", "-p", "{all}", "-i", "{all}"), "no image ct_1_0000.nii.gz"),
+        (("-d", "502", "-p", "{all}"), "id 502"),
+        (("-d", "501", "-p", "{all}", "-splits", "x.json"), "add the folds to score"),
+        (("-d", "501", "-p", "{all}", "-slices", "0"), "at least 1"),
+        (("-p", "{all}"), "-r is needed too"),
+    ],
+)
+def test_bad_arguments(dataset, capsys, arguments, message):
+    places = {"{all}": str(dataset / "preds" / "ours_all"), "{folds}": str(dataset / "preds" / "ours" / "fold_{fold}")}
+    for place, path in places.items():
+        arguments = [argument.replace(place, path) for argument in arguments]
+    assert message in fails(capsys, dataset, *arguments)
+
+
+def test_unset_environment_variable_names_the_line_to_add(dataset, capsys, monkeypatch):
+    monkeypatch.delenv("nnUNet_raw")
+    message = fails(capsys, dataset, "-d", "501", "-p", dataset / "preds" / "ours_all")
+    assert "export nnUNet_raw=" in message
+
+
+def test_missing_prediction_of_a_fold_and_no_splits(dataset, capsys):
+    (dataset / "preds" / "ours" / "fold_1" / "ct_4.nii.gz").unlink()
+    arguments = ("-d", "501", "-f", "0", "1", "-p", f"x={dataset}/preds/ours/fold_{{fold}}")
+    message = fails(capsys, dataset, *arguments)
+    assert "no prediction in" in message
+    assert "ct_4.nii.gz" in message
+    (dataset / "raw" / "Dataset501_Test" / "splits_target.json").unlink()
+    assert "splits_target.json does not exist" in fails(capsys, dataset, *arguments)
+
+
+def test_bad_prediction_is_named_and_the_former_evaluation_survives(dataset, capsys):
+    arguments = ("-d", "501", "-p", dataset / "preds" / "ours_all", "--no_overlays")
+    former = evaluate(dataset, *arguments)
+    path = dataset / "preds" / "ours_all" / "ct_2.nii.gz"
+    path.write_bytes(path.read_bytes()[:-30])
+    assert str(path) in fails(capsys, dataset, *arguments)
+    assert json.loads((dataset / "out" / "evaluation.json").read_text()) == former
+
+
+def test_foreign_output_folder_is_left_alone(dataset, capsys):
+    (dataset / "out").mkdir()
+    (dataset / "out" / "thesis.txt").write_text("years of work")
+    message = fails(capsys, dataset, "-d", "501", "-p", dataset / "preds" / "ours_all", "--no_overlays")
+    assert "holds no former evaluation" in message
+    assert (dataset / "out" / "thesis.txt").read_text() == "years of work"
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ({"background": 0, "a": [1, 2]}, "is a region"),
+        ({"background": 0, "a": "1"}, "an integer"),
+        ({}, "no structure"),
+    ],
+)
+def test_bad_dataset_json(dataset, capsys, labels, message):
+    path = dataset / "raw" / "Dataset501_Test" / "dataset.json"
+    path.write_text(json.dumps({"labels": labels, "file_ending": ".nii.gz"}))
+    assert message in fails(capsys, dataset, "-d", "501", "-p", dataset / "preds" / "ours_all")
+
+
+def test_output_that_cannot_be_written(dataset, capsys):
+    with pytest.raises(SystemExit):
+        evaluate(dataset / "preds" / "ours_all" / "ct_1.nii.gz", "-d", "501", "-p", dataset / "preds" / "ours_all")
+    assert "cannot write the evaluation to" in capsys.readouterr().err
+
+
+# --- pictures ---------------------------------------------------------------------------------------------------------
+
+
+def test_overlay_draws_contours_on_the_image():
+    image = np.tile(np.linspace(0, 1, 20), (10, 1))
+    labels = np.zeros((10, 20), int)
+    labels[2:8, 4:12] = 3
+    picture = draw_overlay(image, labels, {3: (255, 0, 0)}, spacing=(2.0, 1.0), size=200, window=(0, 1))
+    assert picture.shape == (200, 200, 3), "square pixels: 20 mm by 20 mm"
+    assert picture.dtype == np.uint8
+    red = (picture == (255, 0, 0)).all(axis=2)
+    rows, columns = np.nonzero(red)
+    assert (rows.min(), rows.max(), columns.min(), columns.max()) == (40, 159, 40, 119)
+    assert not red[50:150, 50:110].any(), "only the contour is drawn"
+    plain = draw_overlay(image, None, spacing=(2.0, 1.0), size=200, window=(0, 1))
+    assert (plain[~red] == picture[~red]).all()
+    assert plain[100, 5, 0] < plain[100, 195, 0]
+    with pytest.raises(ValueError, match="2D slice"):
+        draw_overlay(image, labels[:5])
+
+
+def test_overlay_of_a_constant_image_and_default_colours():
+    picture = draw_overlay(np.full((8, 8), 5.0), np.eye(8, dtype=int), size=64)
+    assert {tuple(colour) for colour in picture.reshape(-1, 3)} == {(0, 0, 0), label_colours({"1": 1})[1]}
+
+
+def test_colours_are_distinct():
+    colours = label_colours({f"s{i}": i for i in range(30)})
+    assert len(colours) == len(set(colours.values())) == 29
+
+
+def test_slices_cover_the_reference_and_hold_the_worst():
+    reference = np.zeros((30, 4, 4), int)
+    reference[5:25] = 1
+    prediction = reference.copy()
+    prediction[27] = 1
+    chosen = choose_slices(reference, [prediction], 0, 5)
+    assert [index for index, _ in chosen] == [7, 12, 17, 22, 27]
+    assert chosen[-1][1] == ", most wrong voxels"
+    assert [index for index, _ in choose_slices(reference, [reference], 0, 4)] == [7, 12, 17, 22]
+    assert choose_slices(0 * reference, [0 * reference], 0, 4) == [(15, "")]
+    assert [index for index, _ in choose_slices(0 * reference, [prediction], 1, 1)] == [0]
+
+
+def test_overlay_of_a_flipped_scan_shows_anterior_up(tmp_path):
+    """A marker at the anterior, right, superior corner is drawn top left, whatever the file's orientation."""
+    from nnunet_uda.evaluation.overlays import OverlayTask, draw_case
+
+    labels = np.zeros((6, 10, 10), np.uint8)
+    labels[5, 0:3, 0:3] = 1  # LPS: superior, anterior, right
+    image = sitk.GetImageFromArray(labels)
+    for orientation in ("LPS", "RAS", "PIR"):
+        turned = sitk.DICOMOrient(image, orientation)
+        path = tmp_path / f"{orientation}.nii.gz"
+        sitk.WriteImage(turned, str(path))
+        for plane in ("axial", "coronal"):
+            task = OverlayTask("x", path, {"reference": path}, {"a": 1}, tmp_path, 1, plane)
+            panel = draw_case(task)[0]["panels"][0]["jpeg"]
+            picture = imread(io.BytesIO(base64.b64decode(panel)), format="jpeg")[..., 0]
+            rows, columns = np.nonzero(picture > 200)
+            assert rows.max() < picture.shape[0] / 2, (orientation, plane)
+            assert columns.max() < picture.shape[1] / 2, (orientation, plane)
