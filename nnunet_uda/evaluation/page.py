@@ -140,7 +140,7 @@ function plot() {
     const start = left + gap / 2 + g * (groupWidth + gap);
     const x = r => start + groupWidth * (r + .5) / D.runs.length;
     const spread = Math.min(36, groupWidth / D.runs.length / 2);
-    const jitter = v => ((v * .618034) % 1 - .5) * spread;
+    const jitter = v => ((v * .618034 + .5) % 1 - .5) * spread;
     const bar = spread / 2 + 7;
     D.volumes.forEach((_, v) => {
       const points = D.runs.map((_, r) => [r, values[row][r][v]]).filter(p => p[1] !== null);
