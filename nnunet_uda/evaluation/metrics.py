@@ -127,9 +127,8 @@ def surface_distances(
     for axis in range(union.ndim):
         occupied = np.flatnonzero(union.any(axis=tuple(i for i in range(union.ndim) if i != axis)))
         box.append(slice(occupied[0], occupied[-1] + 1))
-    # one voxel of background around the box, so that a mask touching the image's border has a surface there
-    masks = [np.pad(mask[tuple(box)], 1) for mask in (prediction, reference)]
-    edges = get_mask_edges(*masks, crop=False)  # given a spacing, it would return sub-voxel edges instead
+    # mask minus its erosion, outside the box counting as background; given a spacing, it would return sub-voxel edges
+    edges = get_mask_edges(prediction[tuple(box)], reference[tuple(box)], crop=False)
     there = get_surface_distance(edges[0], edges[1], spacing=tuple(spacing))
     back = get_surface_distance(edges[1], edges[0], spacing=tuple(spacing))
     return np.asarray(there, dtype=np.float64), np.asarray(back, dtype=np.float64)
