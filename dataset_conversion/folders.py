@@ -1,11 +1,12 @@
 """Any data: folders of images, one 3D file per case and channel, in every format that SimpleITK reads.
 
-    -source_images DIR   -source_labels DIR        labelled source, all used for training
-    -target_images DIR                             unlabelled target, used for training
-    [-target_labels DIR [-target_folds N]]              their labels, for evaluation alone: with -target_folds each fold
-                                                   trains without its part and tests on it; else the test scans are
-                                                   the (unlabelled) training scans themselves
-    -target_test_images DIR [-target_test_labels DIR]   held-out target scans; labels for evaluation alone
+    -source_images DIR -source_labels DIR    labelled source, all used for training
+    -target_images DIR                       unlabelled target, used for training
+    [-target_test_images DIR [-target_test_labels DIR]]
+                                             held-out target scans; labels for evaluation alone
+    [-target_labels DIR [-target_folds N]]   labels of the target training scans, for evaluation alone: with
+                                             -target_folds each fold trains without its part and tests on it; without,
+                                             the model is tested on scans that it saw (unlabelled) in training
 
 Each option takes folders, single files or quoted patterns ('img/*_t2.nii.gz'). An image and its label have the same
 name up to the ending (a.nii.gz, a.nrrd); images may end in a channel number, as nnU-Net's do (a_0000.nii.gz,

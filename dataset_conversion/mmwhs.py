@@ -68,6 +68,8 @@ def read_label(path: Path, image: sitk.Image, image_path: Path) -> tuple[sitk.Im
         if spurious.any():
             voxels[spurious] = 0
             notes.append(f"{path.name}: {int(spurious.sum())} spurious {name} voxels on the border set to background")
+    if not notes:
+        return label, notes
     repaired = sitk.GetImageFromArray(voxels)
     repaired.CopyInformation(label)
     return repaired, notes
@@ -76,27 +78,23 @@ def read_label(path: Path, image: sitk.Image, image_path: Path) -> tuple[sitk.Im
 def border_pieces(mask: np.ndarray) -> np.ndarray:
     """Spurious pieces on the volume's border, by the rule in the module's text. Bool in, bool out, same 3D shape."""
     spurious = np.zeros_like(mask)
-    boxes = ndimage.find_objects(mask.view(np.uint8))
-    if not boxes or not _touches(boxes[0], mask.shape):
+    whole = ndimage.find_objects(mask.view(np.uint8))
+    if not whole or not any(s.start == 0 or s.stop == n for s, n in zip(whole[0], mask.shape, strict=True)):
         return spurious
-    pieces, count = ndimage.label(mask, np.ones((3, 3, 3)))
+    pieces, count = ndimage.label(mask[whole[0]], np.ones((3, 3, 3)))
     sizes = np.bincount(pieces.ravel(), minlength=count + 1)[1:]
-    boxes = ndimage.find_objects(pieces)
-    flat = np.array(
-        [any(s.stop <= 2 or s.start >= n - 2 for s, n in zip(box, mask.shape, strict=True)) for box in boxes]
-    )
+    ends = [
+        [(w.start + s.start, n - w.start - s.stop) for w, s, n in zip(whole[0], box, mask.shape, strict=True)]
+        for box in ndimage.find_objects(pieces)
+    ]  # voxels between the piece and both faces, per axis
+    shape = np.array(mask.shape)[:, None]
+    touches = np.array([np.min(gaps) == 0 for gaps in ends])
+    flat = np.array([np.max(gaps - shape) >= -2 for gaps in ends])
     if flat.all():
         return spurious
-    main = int(np.argmax(np.where(flat, 0, sizes)))
-    for piece, box in enumerate(boxes):
-        small = sizes[piece] < 0.01 * sizes[main]
-        if piece != main and _touches(box, mask.shape) and (flat[piece] or small):
-            spurious[box] |= pieces[box] == piece + 1
+    small = sizes < 0.01 * np.where(flat, 0, sizes).max()
+    spurious[whole[0]] = np.isin(pieces, 1 + np.flatnonzero(touches & (flat | small)))
     return spurious
-
-
-def _touches(box: tuple[slice, ...], shape: tuple[int, ...]) -> bool:
-    return any(s.start == 0 or s.stop == n for s, n in zip(box, shape, strict=True))
 
 
 def find_cases(tree: Path, modality: str, label_map: LabelMap) -> dict[str, Case]:

@@ -6,6 +6,7 @@ import fcntl
 import gzip
 import json
 import math
+import os
 import resource
 import signal
 import subprocess
@@ -357,6 +358,17 @@ def test_two_conversions_at_once_are_refused(raw, groups):
         with pytest.raises(UDAError, match="another conversion to this dataset id is running"):
             write(groups)
     write(groups)
+
+
+def dying_read(path: Path) -> sitk.Image:
+    os._exit(9)
+
+
+def test_a_killed_worker_is_explained(raw, groups):
+    groups[1] = Group("CT", [Case("t", groups[1].cases[0].images, read_image=dying_read)], "imagesTu")
+    with pytest.raises(UDAError, match="a worker process was killed.*smaller -np"):
+        write(groups, processes=2)
+    assert list(raw.iterdir()) == []
 
 
 def slow_read(path: Path) -> sitk.Image:
