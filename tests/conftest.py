@@ -1,0 +1,191 @@
+"""Tiny datasets, made on the fly, and nnU-Net's folders in a temporary place."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+import torch
+
+REPOSITORY = Path(__file__).parent.parent
+TRAINERS = REPOSITORY / "trainers"
+
+
+def write_volume(path: Path, array: np.ndarray, spacing: tuple[float, float, float] = (2.0, 2.0, 4.0)) -> None:
+    """Write a ``(Z, Y, X)`` array as NIfTI in RAS."""
+    image = sitk.GetImageFromArray(array)
+    image.SetSpacing(spacing)
+    image.SetDirection((-1.0, 0, 0, 0, -1.0, 0, 0, 0, 1.0))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sitk.WriteImage(image, str(path))
+
+
+def draw_case(rng: np.random.Generator, target: bool, size: tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """A body with two blobs, 1 and 2; tissue intensities differ between the domains."""
+    z, y, x = np.meshgrid(*(np.linspace(-1, 1, n) for n in size), indexing="ij")
+    body = x**2 + y**2 < 0.85
+    label = np.zeros(size, np.uint8)
+    for value, centre in ((1, -0.35), (2, 0.35)):
+        shift = rng.uniform(-0.08, 0.08, 2)
+        radius = rng.uniform(0.22, 0.3)
+        label[(x - centre - shift[0]) ** 2 + (y - shift[1]) ** 2 + (0.4 * z) ** 2 < radius**2] = value
+    values = (-900.0, 40.0, 300.0, 120.0) if target else (5.0, 250.0, 700.0, 500.0)
+    image = np.where(body, values[1], values[0])
+    image[label == 1], image[label == 2] = values[2], values[3]
+    return (image + rng.normal(0, 20, size)).astype(np.float32), label
+
+
+def make_raw_dataset(
+    raw: Path,
+    name: str = "Dataset501_Blobs",
+    num_source: int = 5,
+    num_target: int = 4,
+    num_test: int = 2,
+    size: tuple[int, int, int] = (10, 36, 36),
+    seed: int = 0,
+) -> Path:
+    """A raw dataset in the target convention, MR to CT."""
+    rng = np.random.default_rng(seed)
+    folder = raw / name
+    groups = [("Tr", num_source, False, True), ("Tu", num_target, True, False), ("Ts", num_test, True, True)]
+    for group, number, target, labelled in groups:
+        for index in range(number):
+            case = f"{'ct' if target else 'mr'}_{group}{index:02d}"
+            image, label = draw_case(rng, target, size)
+            write_volume(folder / f"images{group}" / f"{case}_0000.nii.gz", image)
+            if labelled:
+                write_volume(folder / f"labels{group}" / f"{case}.nii.gz", label)
+    dataset = {
+        "channel_names": {"0": "intensity"},
+        "labels": {"background": 0, "left": 1, "right": 2},
+        "numTraining": num_source,
+        "file_ending": ".nii.gz",
+        "overwrite_image_reader_writer": "SimpleITKIOWithReorient",
+        "uda": {
+            "source_domain": "MR",
+            "target_domain": "CT",
+            "numSource": num_source,
+            "numTarget": num_target,
+            "numTest": num_test,
+        },
+    }
+    (folder / "dataset.json").write_text(json.dumps(dataset))
+    return folder
+
+
+@dataclass
+class Workspace:
+    """nnU-Net's three folders, and commands run in them."""
+
+    root: Path
+
+    @property
+    def raw(self) -> Path:
+        return self.root / "raw"
+
+    @property
+    def preprocessed(self) -> Path:
+        return self.root / "preprocessed"
+
+    @property
+    def results(self) -> Path:
+        return self.root / "results"
+
+    @property
+    def environment(self) -> dict[str, str]:
+        variables = {"nnUNet_raw": self.raw, "nnUNet_preprocessed": self.preprocessed, "nnUNet_results": self.results}
+        threads = {"OMP_WAIT_POLICY": "passive", "nnUNet_def_n_proc": "1"}
+        paths = {name: str(path) for name, path in variables.items()}
+        scripts = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+        return {**os.environ, **paths, **threads, "nnUNet_extTrainer": str(TRAINERS), "PATH": scripts}
+
+    def run(self, *command: str, check: bool = True, **variables: str) -> subprocess.CompletedProcess:
+        """Run a command to its end; with ``check`` its output is shown if it fails."""
+        done = subprocess.run(
+            command, env=self.environment | variables, capture_output=True, text=True, check=False, timeout=900
+        )
+        if check and done.returncode != 0:
+            raise AssertionError(f"{' '.join(command)} exited with {done.returncode}\n{done.stdout}\n{done.stderr}")
+        return done
+
+    def plan(self, dataset: str = "501", *configurations: str) -> None:
+        self.run(
+            "nnUNetv2_plan_and_preprocess", "-d", dataset, "-c", *(configurations or ("2d",)), "-npfp", "1", "-np", "1",
+            "--verify_dataset_integrity",
+        )  # fmt: skip
+
+    def configure(self, name: str, *settings: str, configuration: str = "2d", options: tuple[str, ...] = ()) -> None:
+        """Write plans of a network that trains in seconds."""
+        patch = ("32", "32") if configuration == "2d" else ("8", "32", "32")
+        self.run(
+            "nnUNetUDA_configure", "-d", "501", "-p", name, "-c", configuration, "-patch_size", *patch,
+            "-batch_size", "2", "-base_features", "4", "-max_features", "8", "-stages", "3", *options, "-set",
+            "num_epochs=2", "iterations_per_epoch=2", "val_iterations_per_epoch=1", "save_every=1", "seed=7",
+            "cisfa.generator_width=4", "cisfa.generator_blocks=2", "cisfa.discriminator_width=4", "cisfa.patches=16",
+            *settings,
+        )  # fmt: skip
+
+    def train(
+        self, trainer: str, plans: str, *options: str, configuration: str = "2d", fold: str = "0", check: bool = True
+    ) -> subprocess.CompletedProcess:
+        return self.run(
+            "nnUNetv2_train", "501", configuration, fold, "-tr", trainer, "-p", plans, "-device", "cpu", *options,
+            check=check, nnUNet_n_proc_DA="0",
+        )  # fmt: skip
+
+    def fold_folder(self, trainer: str, plans: str, configuration: str = "2d", fold: str = "0") -> Path:
+        return self.results / "Dataset501_Blobs" / f"{trainer}__{plans}__{configuration}" / f"fold_{fold}"
+
+
+@pytest.fixture(scope="session")
+def planned(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    """A planned dataset with the plans ``tiny``; tests must not change its raw data or these plans."""
+    workspace = Workspace(tmp_path_factory.mktemp("workspace"))
+    make_raw_dataset(workspace.raw)
+    workspace.plan("501", "2d", "3d_fullres")
+    workspace.configure("tiny")
+    return workspace
+
+
+@pytest.fixture
+def in_workspace(planned: Workspace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Workspace:
+    """``planned`` as this process's nnU-Net folders, with results of the test's own and no worker processes."""
+    for name, value in planned.environment.items():
+        if name.startswith("nnUNet"):
+            monkeypatch.setenv(name, value)
+    monkeypatch.setenv("nnUNet_results", str(tmp_path / "results"))
+    monkeypatch.setenv("nnUNet_n_proc_DA", "0")
+    monkeypatch.setattr(sys, "excepthook", sys.__excepthook__)
+    return planned
+
+
+def make_trainer(name: str, plans: str = "tiny", configuration: str = "2d", fold: int | str = 0, **uda: object):
+    """A trainer of this process, found as nnU-Net finds it; ``uda`` changes settings of the plans on the way."""
+    from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
+
+    from nnunet_uda.plans import merge_uda
+
+    folder = Path(os.environ["nnUNet_preprocessed"], "Dataset501_Blobs")
+    content = json.loads((folder / f"{plans}.json").read_text())
+    content["uda"] = merge_uda(content.get("uda", {}), {key.replace("__", "."): value for key, value in uda.items()})
+    content["continue_training"] = False
+    dataset = json.loads((folder / "dataset.json").read_text())
+    trainer_class = recursive_find_trainer_class_by_name(name)
+    return trainer_class(content, configuration, fold, dataset, torch.device("cpu"))
+
+
+def weights(trainer) -> dict[str, torch.Tensor]:
+    """All weights of a trainer: the segmenter's and every other network's."""
+    return {**trainer.plain_network.state_dict(), **trainer.networks.state_dict()}
+
+
+def same_weights(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    """Equal bit for bit."""
+    return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)

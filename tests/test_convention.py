@@ -1,0 +1,116 @@
+from __future__ import annotations
+
+import pytest
+from conftest import make_raw_dataset
+
+from nnunet_uda.data import convention
+from nnunet_uda.errors import UDAError
+
+
+@pytest.fixture
+def raw(tmp_path):
+    return make_raw_dataset(tmp_path / "raw", num_source=2, num_target=3, num_test=1, size=(2, 6, 6))
+
+
+def read(raw):
+    return convention.read_json(raw / "dataset.json")
+
+
+def test_target_cases_are_found_by_id(raw):
+    assert list(convention.target_cases(raw, read(raw))) == ["ct_Tu00", "ct_Tu01", "ct_Tu02"]
+
+
+def test_missing_and_empty_target_folders_are_refused(raw):
+    for path in (raw / "imagesTu").iterdir():
+        path.unlink()
+    with pytest.raises(UDAError, match="imagesTu holds no image"):
+        convention.target_cases(raw, read(raw))
+    (raw / "imagesTu").rmdir()
+    with pytest.raises(UDAError, match="imagesTu does not exist"):
+        convention.target_cases(raw, read(raw))
+
+
+def test_a_target_label_in_a_training_folder_is_refused(raw):
+    label = raw / "labelsTr" / "ct_Tu01.nii.gz"
+    label.write_bytes((raw / "labelsTr" / "mr_Tr00.nii.gz").read_bytes())
+    with pytest.raises(UDAError, match=r"labelsTr/ct_Tu01.nii.gz belongs to a target case"):
+        convention.target_cases(raw, read(raw))
+    label.unlink()
+    (raw / "labelsTu").mkdir()
+    with pytest.raises(UDAError, match="labelsTu exists"):
+        convention.target_cases(raw, read(raw))
+
+
+def test_a_target_with_other_channels_is_refused(raw):
+    (raw / "imagesTu" / "ct_Tu01_0001.nii.gz").write_bytes((raw / "imagesTu" / "ct_Tu01_0000.nii.gz").read_bytes())
+    with pytest.raises(UDAError, match=r"ct_Tu01 has 2 channel file\(s\).*1 channel\(s\)"):
+        convention.target_cases(raw, read(raw))
+
+
+def test_domains_are_read_and_a_missing_key_explained(raw):
+    assert convention.read_domains(read(raw)) == convention.Domains("MR", "CT")
+    with pytest.raises(UDAError, match="nnUNetUDA_convert"):
+        convention.read_domains({"labels": {}})
+    with pytest.raises(UDAError, match="target_domain"):
+        convention.read_domains({"uda": {"source_domain": "MR"}})
+
+
+@pytest.mark.parametrize(
+    ("channel", "domains", "warned"),
+    [("CT", ("MR", "CT"), True), ("CT", ("CT", "CT"), False), ("intensity", ("MR", "CT"), False)],
+)
+def test_a_channel_called_ct_with_another_domain_is_warned_about(channel, domains, warned):
+    text = convention.normalisation_warning({"channel_names": {"0": channel}}, convention.Domains(*domains))
+    assert (text is not None) == warned
+    if warned:
+        assert "source's statistics" in text and "Rename" in text
+
+
+@pytest.mark.parametrize(
+    ("splits", "words"),
+    [
+        ({}, "list of folds"),
+        ([], "list of folds"),
+        ([{"train": ["a"]}], "two lists"),
+        ([{"train": "a", "val": []}], "two lists"),
+        ([{"train": ["a"], "val": ["zz"]}], "zz"),
+        ([{"train": ["a"], "val": ["a"]}], "both"),
+        ([{"train": [], "val": ["a"]}], "no training case"),
+    ],
+)
+def test_broken_splits_are_refused(splits, words):
+    with pytest.raises(UDAError, match=words):
+        convention.check_splits(splits, {"a", "b"}, "splits_target.json")
+
+
+def test_a_fold_outside_the_splits_is_refused():
+    splits = convention.check_splits([{"train": ["a"], "val": ["b"]}], {"a", "b"}, "s")
+    assert convention.fold_of(splits, 0, "s")["val"] == ["b"]
+    for fold in (1, -1):
+        with pytest.raises(UDAError, match=r"holds 1 fold\(s\), 0 to 0"):
+            convention.fold_of(splits, fold, "s")
+
+
+def test_an_unset_variable_is_named_with_the_line_to_add(monkeypatch):
+    monkeypatch.delenv("nnUNet_raw", raising=False)
+    with pytest.raises(UDAError, match="export nnUNet_raw="):
+        convention.environment_folder("nnUNet_raw")
+
+
+def test_dataset_names(monkeypatch, raw):
+    for variable in ("nnUNet_preprocessed", "nnUNet_results"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("nnUNet_raw", str(raw.parent))
+    assert convention.dataset_name("501") == convention.dataset_name("Dataset501_Blobs") == "Dataset501_Blobs"
+    with pytest.raises(UDAError, match="777"):
+        convention.dataset_name("777")
+    with pytest.raises(UDAError, match="Blobs"):
+        convention.dataset_name("Blobs")
+
+
+def test_json_errors_name_the_file(tmp_path):
+    (tmp_path / "x.json").write_text("{")
+    with pytest.raises(UDAError, match=r"x\.json is not valid JSON"):
+        convention.read_json(tmp_path / "x.json")
+    with pytest.raises(UDAError, match=r"y\.json does not exist"):
+        convention.read_json(tmp_path / "y.json")

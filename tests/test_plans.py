@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from nnunet_uda.commands import configure
+from nnunet_uda.errors import UDAError
+from nnunet_uda.plans import derive_plans
+
+
+@pytest.fixture
+def plans(planned):
+    return json.loads((planned.preprocessed / "Dataset501_Blobs" / "nnUNetPlans.json").read_text())
+
+
+def test_a_derived_plan_keeps_the_data_and_changes_the_network(plans):
+    derived = derive_plans(
+        plans, "2d", "small", {"seed": 1}, patch_size=(48, 30), batch_size=3, base_features=8, stages=3
+    )
+    chosen = derived["configurations"]["2d"]
+    kwargs = chosen["architecture"]["arch_kwargs"]
+    assert derived["plans_name"] == "small" and derived["uda"] == {"seed": 1}
+    assert chosen["patch_size"] == [48, 32], "30 is padded to a multiple of 4"
+    assert chosen["batch_size"] == 3 and kwargs["n_stages"] == 3
+    assert kwargs["features_per_stage"][:2] == [8, 16]
+    assert [len(kwargs[key]) for key in ("strides", "kernel_sizes", "n_conv_per_stage")] == [3, 3, 3]
+    assert len(kwargs["n_conv_per_stage_decoder"]) == 2
+    assert chosen["data_identifier"] == plans["configurations"]["2d"]["data_identifier"]
+    assert "uda" not in plans, "the base is left alone"
+
+
+def test_a_slice_size_resamples_the_median_slice(plans):
+    derived = derive_plans(plans, "2d", "s", {}, slice_size=(64, 48))["configurations"]["2d"]
+    median, spacing = plans["original_median_shape_after_transp"], plans["original_median_spacing_after_transp"]
+    assert derived["patch_size"] == [64, 48]
+    assert derived["spacing"] == pytest.approx([spacing[1] * median[1] / 64, spacing[2] * median[2] / 48])
+    assert derived["data_identifier"] == "s_2d"
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"patch_size": (32,)}, "has 2 numbers"),
+        ({"patch_size": (4, 4)}, "too small"),
+        ({"batch_size": 0}, "at least 1"),
+    ],
+)
+def test_impossible_plans_are_refused(plans, options, words):
+    with pytest.raises(UDAError, match=words):
+        derive_plans(plans, "2d", "x", {}, **options)
+
+
+def test_unknown_settings_are_refused_before_anything_is_written(in_workspace, capsys):
+    with pytest.raises(SystemExit):
+        configure.main(["-d", "501", "-p", "typo", "-set", "cisfa.generater_width=3"])
+    assert "generater_width" in capsys.readouterr().err
+    assert not (in_workspace.preprocessed / "Dataset501_Blobs" / "typo.json").exists()
+
+
+def test_existing_plans_are_kept_and_nnunets_own_name_refused(in_workspace, capsys):
+    for name, words in (("tiny", "--overwrite"), ("nnUNetPlans", "new name")):
+        with pytest.raises(SystemExit):
+            configure.main(["-d", "501", "-p", name])
+        assert words in capsys.readouterr().err
+
+
+def test_cisfa_protocol_writes_section_4_2(in_workspace):
+    configure.main(["-d", "501", "-p", "paper", "-protocol", "cisfa"])
+    written = json.loads((in_workspace.preprocessed / "Dataset501_Blobs" / "paper.json").read_text())
+    uda, chosen = written["uda"], written["configurations"]["2d"]
+    assert (uda["segmenter_optimizer"], uda["segmenter_learning_rate"], uda["num_epochs"]) == ("adam", 2e-4, 200)
+    assert uda["segmentation_loss"] == "dice" and uda["augmentation"] == "none"
+    assert uda["iterations_per_epoch"] == round(5 * 10 / 4), "all slices of 5 cases of 10, 4 at a time"
+    assert chosen["batch_size"] == 4 and chosen["patch_size"] == [160, 160]
+    assert chosen["architecture"]["arch_kwargs"]["features_per_stage"] == [64, 128, 256, 512]
+
+
+def test_a_plane_turns_the_volumes(in_workspace):
+    configure.main(["-d", "501", "-p", "coronal", "-plane", "coronal"])
+    written = json.loads((in_workspace.preprocessed / "Dataset501_Blobs" / "coronal.json").read_text())
+    assert written["transpose_forward"] == [1, 0, 2] and written["transpose_backward"] == [1, 0, 2]
+    assert written["original_median_shape_after_transp"] == [36, 10, 36]
+    assert written["configurations"]["2d"]["data_identifier"] == "coronal_2d"
+    assert written["experiment_planner_used"] == "ExperimentPlanner"

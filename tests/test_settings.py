@@ -1,0 +1,97 @@
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Literal
+
+import pytest
+
+from nnunet_uda.commands import configure
+from nnunet_uda.errors import UDAError
+from nnunet_uda.plans import check_uda, merge_uda
+from nnunet_uda.settings import UDASettings, describe_settings, parse_settings, split_settings
+
+
+@dataclass(frozen=True)
+class Example:
+    count: int = 1
+    rate: float = 0.5
+    kind: Literal["a", "b"] = "a"
+    flag: bool = True
+    seed: int | None = None
+
+
+def test_values_override_defaults_and_integers_pass_as_numbers():
+    settings = parse_settings(Example, {"count": 3, "rate": 2, "kind": "b", "seed": 4}, "x")
+    assert settings == Example(3, 2.0, "b", True, 4)
+    assert isinstance(settings.rate, float)
+    assert parse_settings(Example, {"seed": None}, "x").seed is None
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"cuont": 1}, ["cuont", "count", "rate"]),
+        ({"count": 1.5}, ["count", "an integer", "1.5"]),
+        ({"count": True}, ["count", "an integer"]),
+        ({"rate": "fast"}, ["rate", "a number", "fast"]),
+        ({"rate": float("nan")}, ["rate", "a number"]),
+        ({"kind": "c"}, ["kind", "'a', 'b'", "c"]),
+        ({"flag": 1}, ["flag", "true or false"]),
+        ({"seed": "x"}, ["seed", "an integer or null"]),
+        ([1], ["JSON object"]),
+    ],
+)
+def test_wrong_values_name_the_setting_and_what_exists(values, words):
+    with pytest.raises(UDAError) as caught:
+        parse_settings(Example, values, "plans 'p'")
+    for word in ["plans 'p'", *words]:
+        assert word in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "values", [{"num_epochs": 0}, {"foreground_oversampling": 1.5}, {"segmenter_learning_rate": 0}]
+)
+def test_values_out_of_range_are_refused(values):
+    with pytest.raises(UDAError, match=next(iter(values))):
+        parse_settings(UDASettings, values, "plans")
+
+
+def test_settings_of_a_method_are_separate_and_unknown_methods_refused():
+    uda = {"num_epochs": 3, "cisfa": {"patches": 4}}
+    assert split_settings(uda, "cisfa", "x") == ({"num_epochs": 3}, {"patches": 4})
+    assert split_settings(uda, None, "x") == ({"num_epochs": 3}, {})
+    with pytest.raises(UDAError, match="cisaf"):
+        split_settings({"cisaf": {}}, "cisfa", "x")
+    with pytest.raises(UDAError, match="JSON object"):
+        split_settings([], "cisfa", "x")
+
+
+def test_check_uda_looks_into_every_method():
+    check_uda({"num_epochs": 3, "cisfa": {"foreground_weight": 3}}, "x")
+    with pytest.raises(UDAError, match="foreground_weight"):
+        check_uda({"cisfa": {"foreground_weight": 0.5}}, "x")
+    with pytest.raises(UDAError, match=r"x\.cisfa.*no_such"):
+        check_uda({"cisfa": {"no_such": 1}}, "x")
+
+
+def test_merge_and_assignments():
+    changes = dict(
+        configure.parse_assignment(text) for text in ("num_epochs=3", "cisfa.patches=8", "augmentation=none")
+    )
+    assert merge_uda({"seed": 1, "cisfa": {"patches": 2, "generator_blocks": 1}}, changes) == {
+        "seed": 1,
+        "num_epochs": 3,
+        "augmentation": "none",
+        "cisfa": {"patches": 8, "generator_blocks": 1},
+    }
+    with pytest.raises(UDAError, match="NAME=VALUE"):
+        configure.parse_assignment("num_epochs")
+
+
+def test_list_names_every_setting_and_default(capsys):
+    configure.main(["--list"])
+    text = capsys.readouterr().out
+    for name, _, default in describe_settings(UDASettings):
+        assert f"{name} = {json.dumps(default)}" in text
+    assert "cisfa.patch_contrastive_temperature = 0.2" in text

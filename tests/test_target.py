@@ -1,0 +1,150 @@
+"""Preprocessing the unlabelled target: what it equals, what makes it stale, what it refuses."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import draw_case, write_volume
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+from nnunet_uda.commands import preprocess
+from nnunet_uda.data import target
+from nnunet_uda.errors import UDAError
+
+
+@pytest.fixture
+def dataset(in_workspace, monkeypatch, tmp_path):
+    """A copy of the planned dataset that a test may change: ``(raw, preprocessed, plans, dataset.json)``."""
+    for name in ("raw", "preprocessed"):
+        shutil.copytree(getattr(in_workspace, name), tmp_path / name)
+        monkeypatch.setenv(f"nnUNet_{name}", str(tmp_path / name))
+    raw, preprocessed = tmp_path / "raw" / "Dataset501_Blobs", tmp_path / "preprocessed" / "Dataset501_Blobs"
+    plans = PlansManager(json.loads((preprocessed / "nnUNetPlans.json").read_text()))
+    return raw, preprocessed, plans, json.loads((raw / "dataset.json").read_text())
+
+
+def run(dataset, configuration="2d", log=None) -> Path:
+    lines = log if log is not None else []
+    return target.preprocess_target(dataset[2], configuration, dataset[3], 1, lines.append)
+
+
+def test_equals_what_nnunet_makes_of_the_same_image_and_lies_beside_its_folder(dataset):
+    raw, preprocessed, plans, dataset_json = dataset
+    folder = run(dataset)
+    assert folder == preprocessed / "nnUNetPlans_2d_target"
+    manager = plans.get_configuration("2d")
+    image = str(raw / "imagesTu" / "ct_Tu01_0000.nii.gz")
+    data, seg, _ = manager.preprocessor_class(verbose=False).run_case([image], None, plans, manager, dataset_json)
+    stored, stored_seg, _, properties = target.TargetDataset(str(folder)).load_case("ct_Tu01")
+    np.testing.assert_array_equal(stored[:], data)
+    np.testing.assert_array_equal(stored_seg[:], seg)
+    assert properties["class_locations"] == {}
+    assert target.target_identifiers(folder, 0) == ["ct_Tu00", "ct_Tu01", "ct_Tu02", "ct_Tu03"]
+
+
+def test_nothing_is_done_twice_and_only_what_changed_is_done_again(dataset):
+    raw, *_ = dataset
+    folder = run(dataset)
+    stamps = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.b2nd")}
+    os.utime(raw / "imagesTu" / "ct_Tu00_0000.nii.gz")  # a new date alone, as after copying, means nothing
+    log: list[str] = []
+    run(dataset, log=log)
+    assert log == []
+    image, _ = draw_case(np.random.default_rng(9), True, (10, 36, 36))
+    write_volume(raw / "imagesTu" / "ct_Tu02_0000.nii.gz", image)
+    (raw / "imagesTu" / "ct_Tu03_0000.nii.gz").unlink()
+    run(dataset, log=log)
+    assert "Preprocessing 1 unlabelled" in log[0]
+    changed = {path.name for path in folder.glob("*.b2nd") if path.stat().st_mtime_ns != stamps[path.name]}
+    assert changed == {"ct_Tu02.b2nd", "ct_Tu02_seg.b2nd"}
+    assert target.target_identifiers(folder, "all") == ["ct_Tu00", "ct_Tu01", "ct_Tu02"]
+    assert not list(folder.glob("ct_Tu03*"))
+
+
+def test_other_plans_make_it_stale(dataset):
+    folder = run(dataset)
+    before = target.TargetDataset(str(folder)).load_case("ct_Tu00")[0].shape
+    dataset[2].plans["configurations"]["2d"]["spacing"] = [4.0, 4.0]
+    dataset[2].get_configuration.cache_clear()
+    log: list[str] = []
+    run(dataset, log=log)
+    assert "other settings" in log[0]
+    after = target.TargetDataset(str(folder)).load_case("ct_Tu00")[0].shape
+    assert after[2] < before[2]
+
+
+def test_an_interrupted_case_is_not_taken_for_whole(dataset):
+    folder = run(dataset)
+    manifest = json.loads((folder / target.MANIFEST).read_text())
+    del manifest["cases"]["ct_Tu01"]  # as if killed before the case was recorded
+    (folder / target.MANIFEST).write_text(json.dumps(manifest))
+    (folder / "ct_Tu01.b2nd").write_bytes(b"half")
+    log: list[str] = []
+    run(dataset, log=log)
+    assert "Preprocessing 1 unlabelled" in log[0]
+    assert target.TargetDataset(str(folder)).load_case("ct_Tu01")[0].shape[0] == 1
+
+
+def test_without_the_raw_data_a_complete_folder_is_taken_and_a_stale_one_refused(dataset, monkeypatch):
+    folder = run(dataset)
+    monkeypatch.delenv("nnUNet_raw")
+    assert run(dataset) == folder
+    dataset[2].plans["transpose_forward"] = [1, 0, 2]
+    with pytest.raises(UDAError, match="is stale"):
+        run(dataset)
+    shutil.rmtree(folder)
+    with pytest.raises(UDAError, match="no preprocessed target"):
+        run(dataset)
+
+
+def test_folds_of_the_target_follow_the_raw_datasets_file(dataset):
+    raw, preprocessed, *_ = dataset
+    splits = [{"train": ["ct_Tu00", "ct_Tu01", "ct_Tu02"], "val": ["ct_Tu03"]}, {"train": ["ct_Tu03"], "val": []}]
+    (raw / "splits_target.json").write_text(json.dumps(splits))
+    folder = run(dataset)
+    assert json.loads((preprocessed / "splits_target.json").read_text()) == splits
+    assert target.target_identifiers(folder, 0) == ["ct_Tu00", "ct_Tu01", "ct_Tu02"]
+    assert target.target_identifiers(folder, 1) == ["ct_Tu03"]
+    assert len(target.target_identifiers(folder, "all")) == 4
+    with pytest.raises(UDAError, match="fold 2 does not exist"):
+        target.target_identifiers(folder, 2)
+    (raw / "splits_target.json").write_text(json.dumps([{"train": ["nobody"], "val": []}]))
+    with pytest.raises(UDAError, match="nobody"):
+        run(dataset)
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda image: np.where(image > 600, np.nan, image), "NaN or infinite"),
+        (np.zeros_like, "is constant"),
+    ],
+)
+def test_bad_images_are_named(dataset, damage, words):
+    raw, *_ = dataset
+    image, _ = draw_case(np.random.default_rng(1), False, (10, 36, 36))
+    write_volume(raw / "imagesTu" / "ct_Tu02_0000.nii.gz", damage(image).astype(np.float32))
+    with pytest.raises(UDAError, match=rf"ct_Tu02_0000\.nii\.gz.*{words}"):
+        run(dataset)
+
+
+def test_a_truncated_image_is_named(dataset):
+    path = dataset[0] / "imagesTu" / "ct_Tu02_0000.nii.gz"
+    path.write_bytes(path.read_bytes()[:500])
+    with pytest.raises(UDAError, match=r"ct_Tu02_0000\.nii\.gz cannot be read"):
+        run(dataset)
+
+
+def test_command_serves_2d_and_3d_and_refuses_unknown_configurations(dataset, capsys):
+    preprocess.main(["-d", "501", "-c", "2d", "3d_fullres", "-np", "2"])
+    out = capsys.readouterr().out
+    assert "nnUNetPlans_2d_target" in out and "nnUNetPlans_3d_fullres_target" in out
+    with pytest.raises(SystemExit) as stopped:
+        preprocess.main(["-d", "501", "-c", "4d"])
+    assert stopped.value.code == 1
+    assert "no configuration '4d'" in capsys.readouterr().err

@@ -1,0 +1,205 @@
+"""What CISFA's updates do to which network, and the readings of the paper."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from conftest import make_trainer
+
+from nnunet_uda.losses.adversarial import lsgan_loss
+
+
+@pytest.fixture
+def trainer(in_workspace):
+    return started("CISFATrainer")
+
+
+def started(name, **options):
+    trainer = make_trainer(name, **options)
+    trainer.on_train_start()
+    trainer.on_train_epoch_start()
+    return trainer
+
+
+def batch(trainer):
+    source = next(trainer.dataloader_train)
+    return source["data"], source["target"], next(trainer.dataloader_target)["data"]
+
+
+def parameters(module):
+    return {name: value.detach().clone() for name, value in module.named_parameters()}
+
+
+def changed(before, module):
+    return {name for name, value in module.named_parameters() if not torch.equal(before[name], value)}
+
+
+def test_one_step_changes_every_network_and_leaves_none_frozen(trainer):
+    before = {name: parameters(network) for name, network in trainer.networks.items()}
+    segmenter = parameters(trainer.network)
+    losses = trainer.train_step(next(trainer.dataloader_train))
+    for name, network in trainer.networks.items():
+        assert changed(before[name], network) == set(before[name]), name
+        assert all(p.requires_grad for p in network.parameters())
+    lowest = {name for name in segmenter if "seg_layers.0" in name}  # deep supervision gives it weight 0
+    assert changed(segmenter, trainer.network) >= set(segmenter) - lowest
+    assert set(losses) == {
+        "loss", "patch_contrastive", "generator_adversarial", "segmentation", "global_contrastive",
+        "segmenter_adversarial", "image_discriminator", "segmentation_discriminator",
+    }  # fmt: skip
+
+
+def test_updates_touch_their_own_networks_alone(trainer):
+    source, label, target = batch(trainer)
+    with torch.no_grad():
+        translated = trainer.translate(source)
+    steps = {
+        ("generator", "patch_projector"): lambda: trainer.update_generator(source, label[0], target),
+        ("projection_head", "segmenter"): lambda: trainer.update_segmenter(source, translated, label, target),
+        ("image_discriminator", "segmentation_discriminator"): lambda: trainer.update_discriminators(
+            translated, target
+        ),
+    }
+    networks = {**trainer.networks, "segmenter": trainer.network}
+    for touched, step in steps.items():
+        before = {name: parameters(network) for name, network in networks.items()}
+        step()
+        for name, network in networks.items():
+            assert bool(changed(before[name], network)) == (name in touched), (name, touched)
+
+
+@pytest.mark.parametrize("kind", ["translated", "target", "both"])
+def test_the_segmenter_opposes_its_discriminator(in_workspace, monkeypatch, kind):
+    trainer = started("CISFATrainer", cisfa__segmenter_adversarial=kind)
+    maps = ForegroundShare()  # logits between 0 and 1, where a least-squares loss has a clear direction
+    trainer.networks["segmentation_discriminator"] = maps
+    of_translated, of_target = (torch.randn(2, 3, 8, 8, requires_grad=True) for _ in range(2))
+    monkeypatch.setattr(trainer, "segment", lambda images: of_target)
+
+    segmenter = trainer.segmenter_adversarial_loss(of_translated, torch.zeros(2, 1, 8, 8))
+    real, fake = (maps(trainer.segmentation_maps(outputs)) for outputs in (of_target, of_translated))
+    discriminator = lsgan_loss(real, is_real=True) + lsgan_loss(fake, is_real=False)
+    for outputs, opposed in ((of_translated, kind != "target"), (of_target, kind != "translated")):
+        ours = torch.autograd.grad(segmenter, outputs, retain_graph=True, allow_unused=True)[0]
+        theirs = torch.autograd.grad(discriminator, outputs, retain_graph=True)[0]
+        assert (ours is not None) == opposed
+        if opposed:
+            assert torch.cosine_similarity(ours.flatten(), theirs.flatten(), dim=0) < -0.99
+
+
+class ForegroundShare(torch.nn.Module):
+    def forward(self, probabilities):
+        return probabilities[:, 1:].sum(1).mean().reshape(1)
+
+
+def test_pairs_of_the_global_loss_are_a_slice_and_its_own_translation(trainer, monkeypatch):
+    source, label, target = batch(trainer)
+    seen = {}
+
+    def spy(z_source, z_translated):
+        seen["source"], seen["translated"] = z_source, z_translated
+        return z_source.sum() * 0
+
+    monkeypatch.setattr(trainer, "global_contrastive", spy)
+    with torch.no_grad():
+        translated = trainer.translate(source)
+    network, head = copy.deepcopy(trainer.network), copy.deepcopy(trainer.networks["projection_head"])
+    trainer.update_segmenter(source, translated, label, target)
+    for index in range(len(source)):
+        alone = head(network.encoder(source[index : index + 1])[-1])
+        own = head(network.encoder(trainer.translate(source[index : index + 1]))[-1])
+        torch.testing.assert_close(seen["source"][index : index + 1], alone, atol=1e-4, rtol=1e-3)
+        torch.testing.assert_close(seen["translated"][index : index + 1], own, atol=1e-4, rtol=1e-3)
+
+
+def test_the_segmenter_learns_from_translations_of_the_new_generator(trainer, monkeypatch):
+    source, label, target = batch(trainer)
+    seen = {}
+    original = trainer.update_segmenter
+
+    def spy(source, translated, label, target):
+        seen["translated"] = translated.clone()
+        seen["now"] = trainer.translate(source).detach()
+        original(source, translated, label, target)
+
+    monkeypatch.setattr(trainer, "update_segmenter", spy)
+    old = trainer.translate(source).detach()
+    trainer.train_on(source, label, target)
+    torch.testing.assert_close(seen["translated"], seen["now"])
+    assert not torch.allclose(seen["translated"], old)
+
+
+@pytest.mark.parametrize(
+    ("name", "missing"),
+    [
+        ("CISFANoPCLTrainer", {"patch_contrastive"}),
+        ("CISFANoGCLTrainer", {"global_contrastive"}),
+        ("CISFANoPCLNoGCLTrainer", {"patch_contrastive", "global_contrastive"}),
+        ("CISFANoWeightTrainer", set()),
+        ("CISFASequentialGCLTrainer", set()),
+    ],
+)
+def test_variants_leave_out_what_they_say(in_workspace, name, missing):
+    trainer = started(name)
+    losses = trainer.train_step(next(trainer.dataloader_train))
+    terms = {"patch_contrastive", "global_contrastive", "segmentation", "segmenter_adversarial"}
+    assert terms - set(losses) == missing
+    assert trainer.own_settings.foreground_weight == (1.0 if name == "CISFANoWeightTrainer" else 2.0)
+
+
+def test_sequential_updates_the_encoder_before_the_other_losses(in_workspace, monkeypatch):
+    trainer = started("CISFASequentialGCLTrainer")
+    order = []
+    original = trainer.update
+
+    def spy(name, terms, max_norm=None):
+        order.append((name, sorted(terms)))
+        original(name, terms, max_norm)
+
+    monkeypatch.setattr(trainer, "update", spy)
+    trainer.train_step(next(trainer.dataloader_train))
+    assert [step for step in order if step[0] == "segmenter"] == [
+        ("segmenter", ["global_contrastive"]),
+        ("segmenter", ["segmentation", "segmenter_adversarial"]),
+    ]
+    assert [name for name, _ in order] == [
+        "generator", "segmenter", "segmenter", "image_discriminator", "segmentation_discriminator",
+    ]  # fmt: skip
+
+
+def test_validation_sees_translated_source_images(trainer, monkeypatch):
+    seen = []
+    monkeypatch.setattr(trainer.networks["generator"], "forward", lambda x: seen.append(x) or x)
+    with torch.no_grad():
+        trainer.validation_step(next(trainer.dataloader_val))
+    assert len(seen) == 1
+
+
+def test_generator_rate_falls_linearly_in_the_second_half(in_workspace):
+    trainer = started("CISFATrainer", num_epochs=10, cisfa__gan_schedule="linear")
+    rates = []
+    for epoch in range(10):
+        trainer.current_epoch = epoch
+        trainer.on_train_epoch_start()
+        rates.append(trainer.optimizers["generator"].param_groups[0]["lr"] / 2e-4)
+    assert rates == pytest.approx([1, 1, 1, 1, 1, 1, 0.8, 0.6, 0.4, 0.2])
+
+
+def test_three_dimensions_and_the_papers_protocol_train_too(in_workspace):
+    in_workspace.configure("tiny3d", configuration="3d_fullres", options=("--overwrite",))
+    trainer = started("CISFATrainer", plans="tiny3d", configuration="3d_fullres")
+    losses = trainer.train_step(next(trainer.dataloader_train))
+    assert all(map(torch.isfinite, map(torch.as_tensor, losses.values())))
+    generator = trainer.networks["generator"]
+    assert generator(torch.zeros(1, 1, 8, 32, 32)).shape == (1, 1, 8, 32, 32)
+
+    paper = started(
+        "CISFATrainer", segmenter_optimizer="adam", segmenter_learning_rate=2e-4, segmenter_schedule="constant",
+        segmentation_loss="dice", deep_supervision=False, augmentation="none", mirror=False,
+    )  # fmt: skip
+    losses = paper.train_step(next(paper.dataloader_train))
+    assert 0 <= losses["segmentation"] <= 1
+    assert paper.optimizer.param_groups[0]["betas"] == (0.5, 0.999)
+    assert paper.optimizer.param_groups[0]["lr"] == 2e-4

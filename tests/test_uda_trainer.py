@@ -1,0 +1,255 @@
+"""The trainers in this process: determinism, checkpoints, what they refuse, what they never read."""
+
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import draw_case, make_trainer, same_weights, weights, write_volume
+
+from nnunet_uda.errors import UDAError
+from nnunet_uda.training import uda_trainer
+
+
+def train(name: str = "CISFATrainer", **options):
+    trainer = make_trainer(name, **options)
+    trainer.run_training()
+    return trainer
+
+
+@pytest.fixture
+def own_copy(in_workspace, monkeypatch, tmp_path):
+    """Raw and preprocessed folders that the test may change."""
+    for name in ("raw", "preprocessed"):
+        shutil.copytree(getattr(in_workspace, name), tmp_path / name)
+        monkeypatch.setenv(f"nnUNet_{name}", str(tmp_path / name))
+    return tmp_path
+
+
+def test_a_seed_decides_every_weight_and_target_labels_decide_nothing(own_copy):
+    first = weights(train())
+    labels = own_copy / "raw" / "Dataset501_Blobs" / "labelsTs"
+    for path in labels.iterdir():
+        path.write_bytes(b"garbage")
+    shutil.rmtree(own_copy / "results")
+    assert same_weights(first, weights(train()))
+    shutil.rmtree(labels)
+    shutil.rmtree(own_copy / "results")
+    assert same_weights(first, weights(train()))
+    shutil.rmtree(own_copy / "results")
+    assert not same_weights(first, weights(train(seed=8)))
+
+
+def test_the_target_images_do_matter(own_copy):
+    first = weights(train())
+    image, _ = draw_case(np.random.default_rng(5), True, (10, 36, 36))
+    for path in (own_copy / "raw" / "Dataset501_Blobs" / "imagesTu").iterdir():
+        write_volume(path, image[::-1].copy())
+    shutil.rmtree(own_copy / "results")
+    assert not same_weights(first, weights(train()))
+
+
+def test_continuing_ends_where_an_uninterrupted_run_ends(in_workspace, monkeypatch):
+    whole = weights(train(num_epochs=3))
+    folder = Path(make_trainer("CISFATrainer", num_epochs=3).output_folder)
+    shutil.rmtree(folder)
+
+    class Killed(Exception):
+        pass
+
+    stopped = make_trainer("CISFATrainer", num_epochs=3)
+    step, seen = stopped.train_step, []
+
+    def step_until_the_third(batch):
+        seen.append(1)
+        if len(seen) == 4:  # in the middle of the second epoch
+            raise Killed
+        return step(batch)
+
+    monkeypatch.setattr(stopped, "train_step", step_until_the_third)
+    with pytest.raises(Killed):
+        stopped.run_training()
+    assert not (folder / "checkpoint_final.pth").exists()
+
+    resumed = make_trainer("CISFATrainer", num_epochs=3)
+    resumed.load_checkpoint(str(folder / "checkpoint_latest.pth"))
+    assert resumed.current_epoch == 1
+    resumed.run_training()
+    assert same_weights(whole, weights(resumed))
+    assert [len(values) for values in resumed.loss_history.values()] == [3] * len(resumed.loss_history)
+
+
+def test_a_checkpoint_holds_everything(in_workspace):
+    trainer = train()
+    loaded = make_trainer("CISFATrainer")
+    loaded.load_checkpoint(str(Path(trainer.output_folder, "checkpoint_final.pth")))
+    assert same_weights(weights(trainer), weights(loaded))
+    for name, optimizer in trainer.optimizers.items():
+        ours, theirs = optimizer.state_dict(), loaded.optimizers[name].state_dict()
+        assert ours["param_groups"] == theirs["param_groups"]
+        assert ours["state"].keys() == theirs["state"].keys() and ours["state"]
+        for index, state in ours["state"].items():
+            for key, value in state.items():
+                assert torch.equal(torch.as_tensor(value), torch.as_tensor(theirs["state"][index][key]))
+    assert loaded.loss_history == trainer.loss_history
+    assert set(loaded.loss_history) >= {"segmentation", "patch_contrastive", "global_contrastive"}
+
+
+def test_pictures_and_logs_are_written(in_workspace):
+    folder = Path(train().output_folder)
+    for name in ("losses.png", "progress.png", "pictures/epoch_0000.png", "pictures/epoch_0001.png"):
+        assert (folder / name).read_bytes()[:4] == b"\x89PNG", name
+    log = next(folder.glob("training_log*.txt")).read_text()
+    assert "No target label is read" in log and "'patch_contrastive'" in log
+
+
+@pytest.mark.parametrize(
+    ("trainer", "options", "words"),
+    [
+        ("CISFANoGCLTrainer", {}, "written by CISFATrainer, not by CISFANoGCLTrainer"),
+        ("SourceOnlyTrainer", {}, "written by CISFATrainer, not by SourceOnlyTrainer"),
+        ("CISFATrainer", {"cisfa__foreground_weight": 3}, "other settings"),
+    ],
+)
+def test_a_checkpoint_of_another_run_is_refused(in_workspace, trainer, options, words):
+    path = str(Path(train().output_folder, "checkpoint_final.pth"))
+    with pytest.raises(UDAError, match=words):
+        make_trainer(trainer, **options).load_checkpoint(path)
+
+
+def test_a_checkpoint_of_other_plans_or_a_cut_one_is_refused(in_workspace):
+    trainer = train()
+    path = Path(trainer.output_folder, "checkpoint_final.pth")
+    other = make_trainer("CISFATrainer")
+    other.plans_manager.plans["configurations"]["2d"]["batch_size"] = 5
+    with pytest.raises(UDAError, match="other plans"):
+        other.load_checkpoint(str(path))
+    path.write_bytes(path.read_bytes()[:5000])
+    with pytest.raises(UDAError, match="cut short"):
+        make_trainer("CISFATrainer").load_checkpoint(str(path))
+
+
+def test_results_of_other_settings_are_not_mixed(in_workspace):
+    train()
+    with pytest.raises(UDAError, match="other settings"):
+        make_trainer("CISFATrainer", iterations_per_epoch=3).run_training()
+
+
+def test_a_full_disk_leaves_the_previous_checkpoint(in_workspace, monkeypatch):
+    trainer = train()
+    path = Path(trainer.output_folder, "checkpoint_final.pth")
+    before = path.read_bytes()
+
+    def full(checkpoint, file):
+        Path(file).write_bytes(b"half a checkpoint")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(uda_trainer.torch, "save", full)
+    with pytest.raises(UDAError, match=r"checkpoint_final.pth could not be written.*No space left"):
+        trainer.save_checkpoint(str(path))
+    assert path.read_bytes() == before
+    assert [p.name for p in path.parent.glob(".*")] == []
+
+
+def test_a_missing_results_folder_is_explained_too(in_workspace):
+    trainer = train()
+    with pytest.raises(UDAError, match="read-only"):
+        trainer.save_checkpoint("/proc/no_such_folder/checkpoint.pth")
+
+
+def test_a_loss_that_becomes_nan_stops_training_with_its_name(in_workspace, monkeypatch):
+    trainer = make_trainer("CISFATrainer", num_epochs=3)
+    module = type(trainer).train_on.__globals__
+    original, calls = module["lsgan_loss"], []
+
+    def poisoned(logits, is_real):
+        calls.append(1)
+        return original(logits, is_real) * (float("nan") if len(calls) > 20 else 1)
+
+    monkeypatch.setitem(module, "lsgan_loss", poisoned)
+    with pytest.raises(UDAError, match="_adversarial' became nan|_discriminator' became nan"):
+        trainer.run_training()
+    survivor = make_trainer("CISFATrainer", num_epochs=3)
+    survivor.load_checkpoint(str(Path(trainer.output_folder, "checkpoint_latest.pth")))
+    assert all(torch.isfinite(value).all() for value in weights(survivor).values())
+
+
+@pytest.mark.parametrize("name", ["nnUNet_preprocessed", "nnUNet_results"])
+def test_unset_variables_are_named(in_workspace, monkeypatch, name):
+    content = make_trainer("CISFATrainer").plans_manager.plans
+    trainer_class = type(make_trainer("CISFATrainer"))
+    monkeypatch.delenv(name)
+    with pytest.raises(UDAError, match=f"export {name}="):
+        trainer_class({**content, "continue_training": False}, "2d", 0, {}, torch.device("cpu"))
+
+
+def test_bad_settings_stop_before_training(in_workspace):
+    with pytest.raises(UDAError, match="'nmu_epochs'.*num_epochs"):
+        make_trainer("CISFATrainer", nmu_epochs=3)
+    with pytest.raises(UDAError, match="generator_width.*an integer"):
+        make_trainer("CISFATrainer", cisfa__generator_width="wide")
+    with pytest.raises(UDAError, match="CISFANoPCLTrainer fixes.*patch_contrastive_weight"):
+        make_trainer("CISFANoPCLTrainer", cisfa__patch_contrastive_weight=1.0)
+
+
+def test_a_fold_outside_the_splits_and_too_few_cases_are_refused(own_copy):
+    trainer = make_trainer("CISFATrainer", fold=3)
+    splits = own_copy / "preprocessed" / "Dataset501_Blobs" / "splits_final.json"
+    splits.write_text(json.dumps([{"train": ["mr_Tr00", "mr_Tr01"], "val": ["mr_Tr02"]}]))
+    with pytest.raises(UDAError, match="fold 3 does not exist.*folds 0 to 0"):
+        trainer.run_training()
+    splits.unlink()
+    few = make_trainer("CISFATrainer")
+    few.dataset_json["numTraining"] = 3
+    with pytest.raises(UDAError, match=r"3 labelled source case\(s\) are too few"):
+        few.run_training()
+
+
+def test_fold_all_uses_every_case(in_workspace):
+    trainer = train(fold="all", num_epochs=1)
+    assert len(trainer.target_dataset.identifiers) == 4
+    assert len(trainer.validation_dataset.identifiers) == 5
+
+
+def test_regions_cascades_and_several_devices_are_refused(in_workspace, monkeypatch):
+    trainer = make_trainer("CISFATrainer")
+    monkeypatch.setattr(trainer, "is_cascaded", True)
+    with pytest.raises(UDAError, match="cascades"):
+        trainer.initialize()
+    trainer = make_trainer("CISFATrainer")
+    trainer.label_manager._has_regions = True
+    with pytest.raises(UDAError, match="region-based"):
+        trainer.initialize()
+    trainer = make_trainer("CISFATrainer")
+    trainer.is_ddp = True
+    with pytest.raises(UDAError, match="one device"):
+        trainer.initialize()
+
+
+@pytest.mark.parametrize("augmentation", ["nnunet", "spatial", "none"])
+def test_augmentation_settings_choose_transforms(in_workspace, augmentation):
+    trainer = make_trainer("SourceOnlyTrainer", augmentation=augmentation, mirror=augmentation == "nnunet")
+    trainer.initialize()
+    loader, _ = trainer.get_dataloaders()
+    names = [type(t).__name__ for t in loader.data_loader.transforms.transforms]
+    assert ("RandomTransform" in names) == (augmentation == "nnunet")
+    assert "SpatialTransform" in names and next(loader)["data"].shape == (2, 1, 32, 32)
+    assert (trainer.inference_allowed_mirroring_axes is None) == (augmentation != "nnunet")
+
+
+def test_source_only_needs_no_target(own_copy):
+    shutil.rmtree(own_copy / "raw" / "Dataset501_Blobs" / "imagesTu")
+    trainer = train("SourceOnlyTrainer", num_epochs=1)
+    assert list(trainer.loss_history) == ["segmentation"]
+
+
+def test_worker_processes_serve_both_streams(in_workspace, monkeypatch):
+    monkeypatch.setenv("nnUNet_n_proc_DA", "2")
+    trainer = train(num_epochs=1)
+    assert trainer.dataloader_target.num_processes == 1
+    assert np.isfinite(trainer.loss_history["segmentation"]).all()
