@@ -36,7 +36,6 @@ from __future__ import annotations
 
 import argparse
 import re
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -180,12 +179,7 @@ def convert(args: argparse.Namespace) -> None:
         evaluated = "labelsTs" if args.protocol == "cisfa" else None
         groups = [
             Group(source_name, list(source.values()), "imagesTr", "labelsTr"),
-            Group(
-                target_name,
-                [case if evaluated else replace(case, label=None) for case in training.values()],
-                "imagesTu",
-                evaluated,
-            ),
+            Group(target_name, list(training.values()), "imagesTu", evaluated),
             test_group,
         ]
         what = f"{source_name} to {target_name}"

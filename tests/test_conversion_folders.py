@@ -158,7 +158,10 @@ def test_year_like_numbers_stay_in_the_name(data):
 def test_nnunet_style_single_channel_images(data):
     for i in range(3):
         (data / "si" / f"a{i}.nii.gz").rename(data / "si" / f"a{i}_0000.nii.gz")
-    assert names(convert(data) / "imagesTr") == ["CT_a0_0000", "CT_a1_0000", "CT_a2_0000"]
+    (data / "sl" / "a0.nrrd").rename(data / "sl" / "a0_0000.nrrd")  # tolerated beside a1.nrrd
+    out = convert(data)
+    assert names(out / "imagesTr") == ["CT_a0_0000", "CT_a1_0000", "CT_a2_0000"]
+    assert names(out / "labelsTr") == ["CT_a0", "CT_a1", "CT_a2"]
 
 
 def test_files_patterns_and_one_pair_of_unlike_names(data):
