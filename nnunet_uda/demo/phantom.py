@@ -2,9 +2,10 @@
 
 Each patient is an own chest (body wall with ribs, lungs, spine, liver, vessels, heart) built from deformed, posed and
 scaled solids; each scan is an own acquisition (voxel size, field of view, enhancement or gain, noise, blur, and in MR
-a coil bias field). Tissue contrasts follow the modalities: contrast-enhanced CT in HU, bSSFP-like MR in arbitrary
-units. Blood is brighter than muscle in both, and arterial blood brighter than venous blood (T2 preparation in MR, the
-timing of the bolus in CT); fat, bone, marrow and lung differ.
+a coil bias field). Tissue contrasts follow the modalities: contrast-enhanced CT in HU, and in MR the fat-suppressed,
+T2-prepared bSSFP of whole-heart scans, in arbitrary units. Blood is brighter than muscle in both, and arterial blood
+brighter than venous blood (oxygenation in MR, the timing of the bolus in CT); the distances between tissues, bone,
+marrow, noise and bias differ.
 """
 
 from __future__ import annotations
@@ -30,13 +31,13 @@ ORIENTATIONS = ("LPS", "RAS")
 # tissue: (MR mean, CT mean in HU, relative spread between scans of MR, spread of CT in HU, texture of MR, of CT)
 TISSUES: dict[str, tuple[float, float, float, float, float, float]] = {
     "air": (4, -1000, 0.1, 2, 0, 0),
-    "lung": (55, -810, 0.15, 30, 20, 35),
-    "fat": (400, -95, 0.06, 8, 30, 10),
-    "muscle": (190, 60, 0.06, 6, 14, 10),
-    "myocardium": (230, 120, 0.05, 12, 14, 10),
-    "liver": (270, 110, 0.08, 12, 18, 10),
-    "cortical bone": (60, 780, 0.15, 60, 10, 60),
-    "marrow": (320, 430, 0.08, 30, 30, 50),
+    "lung": (40, -810, 0.15, 30, 12, 35),
+    "fat": (115, -95, 0.12, 8, 15, 10),
+    "muscle": (170, 60, 0.06, 6, 14, 10),
+    "myocardium": (205, 120, 0.05, 12, 14, 10),
+    "liver": (245, 110, 0.08, 12, 18, 10),
+    "cortical bone": (45, 780, 0.15, 60, 10, 60),
+    "marrow": (145, 430, 0.08, 30, 30, 50),
     "left blood": (660, 370, 0.05, 30, 20, 10),
     "right blood": (520, 235, 0.06, 25, 20, 14),
 }
@@ -242,7 +243,7 @@ def _scan(modality: str, rng: np.random.Generator) -> tuple[sitk.Image, sitk.Ima
     image = gaussian_filter(image, (blur, blur, 0.3))
     if mr:
         image *= np.exp(rng.uniform(0.08, 0.18) * _smooth_field(rng, shape, (3, 3, 3)))
-        sigma = rng.uniform(18, 32)
+        sigma = rng.uniform(15, 25)
         noise = rng.standard_normal((2, *shape)).astype(np.float32) * sigma
         image = np.hypot(image + noise[0], noise[1]) * rng.uniform(0.6, 1.5)
     else:
