@@ -29,7 +29,7 @@ import SimpleITK as sitk
 from tqdm import tqdm
 
 from nnunet_uda.data.convention import Domains, environment_folder, normalisation_warning
-from nnunet_uda.dataset_conversion.reading import (
+from nnunet_uda.data.reading import (
     LabelMap,
     check_image,
     check_same_geometry,

@@ -27,9 +27,9 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from nnunet_uda.data.reading import ENDINGS, LabelMap, stem
 from nnunet_uda.dataset_conversion import common
 from nnunet_uda.dataset_conversion.common import Case, Group
-from nnunet_uda.dataset_conversion.reading import ENDINGS, LabelMap, stem
 from nnunet_uda.errors import UDAError
 
 

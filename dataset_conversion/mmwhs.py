@@ -42,9 +42,9 @@ import numpy as np
 import SimpleITK as sitk
 from scipy import ndimage
 
+from nnunet_uda.data.reading import LabelMap, check_same_geometry, read_image
 from nnunet_uda.dataset_conversion import common
 from nnunet_uda.dataset_conversion.common import Case, Group
-from nnunet_uda.dataset_conversion.reading import LabelMap, check_same_geometry, read_image
 from nnunet_uda.errors import UDAError
 
 VALUES = {"myocardium": 205, "LA": 420, "LV": 500, "RA": 550, "RV": 600, "AA": 820, "PA": 850}

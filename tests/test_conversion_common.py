@@ -18,9 +18,9 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
+from nnunet_uda.data.reading import LabelMap, check_image, check_same_geometry, read_image
 from nnunet_uda.dataset_conversion import common
 from nnunet_uda.dataset_conversion.common import Case, Group, write_dataset
-from nnunet_uda.dataset_conversion.reading import LabelMap, check_image, check_same_geometry, read_image
 from nnunet_uda.errors import UDAError
 
 MAP = LabelMap({7: 1})
@@ -117,16 +117,19 @@ def test_refuses_dimensions_and_components(tmp_path):
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_refuses_non_finite(value):
+@pytest.mark.parametrize("ending", ["nii", "nii.gz", "mha"])
+def test_refuses_non_finite(tmp_path, value, ending):
+    """ITK reads NaN in a NIfTI as 0."""
     array = scan(0).astype(np.float32)
     array[1, 2, 3] = value
-    with pytest.raises(UDAError, match=r"x\.nii: 1 of 480 voxels are NaN or infinite"):
-        check_image(image_of(array), Path("x.nii"))
+    path = save(image_of(array), tmp_path / f"x.{ending}")
+    with pytest.raises(UDAError, match=rf"x\.{ending}: 1 of 480 voxels are NaN or infinite"):
+        check_image(read_image(path), path)
 
 
 def test_refuses_constant():
-    with pytest.raises(UDAError, match=r"x\.nii: every voxel is 4"):
-        check_image(image_of(np.full((3, 4, 5), 4)), Path("x.nii"))
+    with pytest.raises(UDAError, match=r"x\.mha: every voxel is 4"):
+        check_image(image_of(np.full((3, 4, 5), 4)), Path("x.mha"))
 
 
 @pytest.mark.parametrize(

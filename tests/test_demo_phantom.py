@@ -42,6 +42,7 @@ def test_layout(phantom: Path) -> None:
         for kind in ("image", "label")
     }
     assert {str(p.relative_to(phantom)) for p in phantom.rglob("*") if p.is_file()} == expected
+    assert {p.name for p in phantom.iterdir()} == {"ct_train", "mr_train"}
 
 
 @pytest.mark.parametrize(("modality", "number"), CASES)
@@ -145,6 +146,9 @@ def test_bad_input(tmp_path: Path) -> None:
     with pytest.raises(UDAError, match="ct_train already exists"):
         make_phantom(tmp_path, seed=0, num_mr=1, num_ct=1)
     assert not (tmp_path / "mr_train").exists()
+    (tmp_path / "file").touch()
+    with pytest.raises(UDAError, match="Cannot write"):
+        make_phantom(tmp_path / "file", seed=0, num_mr=1, num_ct=1)
 
 
 def test_command(tmp_path: Path) -> None:

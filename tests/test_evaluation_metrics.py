@@ -238,7 +238,7 @@ def test_gzip_of_a_truncated_nifti_is_refused(tmp_path):
 def test_file_that_is_no_image_is_named(tmp_path):
     path = tmp_path / "p.nii.gz"
     path.write_text("not an image")
-    with pytest.raises(UDAError, match=r"p\.nii\.gz cannot be read"):
+    with pytest.raises(UDAError, match=r"p\.nii\.gz: cannot be read"):
         read_image(path)
 
 

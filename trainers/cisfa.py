@@ -212,7 +212,7 @@ class CISFATrainer(UDATrainer):
         return self.global_contrastive(head(self.encoder(source)[-1]), head(bottleneck_of_translated))
 
     def segmenter_adversarial_loss(self, outputs: Tensor | list[Tensor], target: Tensor) -> Tensor:
-        """The segmenter's part against D_s: make Seg(G(x_a)) look real (eq. 6), or Seg(x_b) look translated, or both."""
+        """The segmenter against D_s: make Seg(G(x_a)) look real (eq. 6), or Seg(x_b) look translated, or both."""
         maps, kind = self.networks["segmentation_discriminator"], self.own_settings.segmenter_adversarial
         losses = []
         if kind in ("translated", "both"):
@@ -251,6 +251,6 @@ class CISFANoPCLNoGCLTrainer(CISFATrainer):
 
 
 class CISFASequentialGCLTrainer(CISFATrainer):
-    """Table 3, "sequential": the encoder is updated by the global contrastive loss before the segmenter's other losses."""
+    """Table 3, "sequential": the global contrastive loss updates the encoder before the segmenter's other losses."""
 
     fixed_settings = {"global_contrastive_update": "sequential"}

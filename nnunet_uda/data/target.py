@@ -20,6 +20,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from tqdm import tqdm
 
 from nnunet_uda.data.convention import SPLITS_TARGET, check_splits, environment_folder, fold_of, read_json, target_cases
+from nnunet_uda.data.reading import check_image, read_image
 from nnunet_uda.errors import UDAError
 from nnunet_uda.files import exclusive, sha256, write_json
 
@@ -171,7 +172,8 @@ def _preprocess_case(
     manager = plans_manager.get_configuration(configuration)
     preprocessor = manager.preprocessor_class(verbose=False)
     fingerprint = [_fingerprint(path) for path in files]
-    check_images(files, plans_manager)
+    for path in files:
+        check_image(read_image(path), path)
     data, seg, properties = preprocessor.run_case([str(path) for path in files], None, plans_manager, manager, dataset)
     properties["class_locations"] = {}
     data, seg = data.astype(np.float32, copy=False), seg.astype(np.int16, copy=False)
@@ -182,18 +184,3 @@ def _preprocess_case(
         blocks_seg=blocks_seg,
     )  # fmt: skip
     return identifier, fingerprint
-
-
-def check_images(files: list[Path], plans: PlansManager) -> None:
-    """Refuse images that cannot be read, are not finite or are constant; the message names the file."""
-    reader = plans.image_reader_writer_class()
-    for path in files:
-        try:
-            image, _ = reader.read_images([str(path)])
-        except Exception as error:  # SimpleITK raises bare RuntimeErrors of many texts
-            raise UDAError(f"{path} cannot be read as an image (truncated or damaged?): {error}") from error
-        if not np.isfinite(image).all():
-            count = int((~np.isfinite(image)).sum())
-            raise UDAError(f"{path} holds {count} NaN or infinite voxels: replace them, or leave the case out")
-        if image.min() == image.max():
-            raise UDAError(f"{path} is constant ({image.min():g} everywhere): leave the case out of the target images")

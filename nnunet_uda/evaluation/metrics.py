@@ -14,9 +14,7 @@ Only one empty: Dice is 0; ASSD and HD95 are NaN, and the tables count the volum
 
 from __future__ import annotations
 
-import gzip
 import math
-import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -28,6 +26,7 @@ import numpy as np
 import SimpleITK as sitk
 from tqdm import tqdm
 
+from nnunet_uda.data.reading import check_whole, execute
 from nnunet_uda.errors import UDAError
 
 METRICS = ("Dice", "ASSD", "HD95")
@@ -43,31 +42,11 @@ def read_image(path: Path) -> sitk.Image:
     path = Path(path)
     if not path.is_file():
         raise UDAError(f"{path} does not exist")
-    try:
-        _check_complete(path)
-        image = sitk.ReadImage(str(path))
-    except (RuntimeError, OSError, EOFError, zlib.error) as error:
-        reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
-        raise UDAError(f"{path} cannot be read, it may be truncated ({reason}). Copy or predict it again") from error
+    image = execute(check_whole(path))
     if image.GetDimension() not in (2, 3) or image.GetNumberOfComponentsPerPixel() != 1:
         found = f"{image.GetDimension()} dimensions and {image.GetNumberOfComponentsPerPixel()} component(s) per voxel"
         raise UDAError(f"{path} has {found}, expected a 2D or 3D image with one value per voxel")
     return image
-
-
-def _check_complete(path: Path) -> None:
-    """Refuse a truncated NIfTI: ITK reads it without an error and fills what is missing with zeros."""
-    if not path.name.endswith((".nii", ".nii.gz")):
-        return
-    reader = sitk.ImageFileReader()
-    reader.SetFileName(str(path))
-    reader.ReadImageInformation()
-    bits_per_voxel = int(reader.GetMetaData("bitpix"))
-    expected = int(float(reader.GetMetaData("vox_offset"))) + bits_per_voxel // 8 * math.prod(reader.GetSize())
-    with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
-        found = sum(len(chunk) for chunk in iter(lambda: file.read(1 << 22), b""))
-    if found < expected:
-        raise EOFError(f"its header asks for {expected} bytes, it holds {found}")
 
 
 def read_segmentation(path: Path, labels: dict[str, int], ignore_label: int | None = None) -> sitk.Image:

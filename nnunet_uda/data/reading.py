@@ -1,4 +1,4 @@
-"""Reading vendors' images and labels, and refusing what would go wrong later."""
+"""Reading images and labels, and refusing what would go wrong later: what ITK reads without a word is checked here."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
 
+import nibabel
 import numpy as np
 import SimpleITK as sitk
 
@@ -45,10 +46,7 @@ def read_image(path: Path) -> sitk.Image:
             f"{path}: {reader.GetNumberOfComponents()} components per voxel, type {pixel_type}; expected one real "
             "number per voxel. Write each component to a file of its own."
         )
-    try:
-        image = reader.Execute()
-    except RuntimeError as error:
-        raise _unreadable(path, error) from None
+    image = execute(reader)
     for key in image.GetMetaDataKeys():  # vendor header fields are not carried on: image and label geometry must agree
         image.EraseMetaData(key)
     return image
@@ -94,6 +92,14 @@ def check_whole(path: Path) -> sitk.ImageFileReader:
     return reader
 
 
+def execute(reader: sitk.ImageFileReader) -> sitk.Image:
+    """Read the voxels too; a failure is a ``UDAError`` that names the file."""
+    try:
+        return reader.Execute()
+    except RuntimeError as error:
+        raise _unreadable(Path(reader.GetFileName()), error) from None
+
+
 def _unreadable(path: Path, error: RuntimeError) -> UDAError:
     reason = " ".join(line.strip() for line in str(error).strip().splitlines()[-2:]).split("sitk::ERROR: ")[-1]
     hint = "The file is corrupt, truncated or no image: get it again."
@@ -106,8 +112,12 @@ def check_image(image: sitk.Image, path: Path) -> None:
     """Raise ``UDAError`` for NaN, infinite or constant voxels."""
     voxels = sitk.GetArrayViewFromImage(image)
     low, high = voxels.min(), voxels.max()
-    if not (np.isfinite(low) and np.isfinite(high)):
+    bad = 0
+    if voxels.dtype.kind == "f" and path.name.lower().endswith((".nii", ".nii.gz")):
+        bad = int((~np.isfinite(np.asanyarray(nibabel.load(path).dataobj))).sum())  # ITK has turned them into zeros
+    elif not (np.isfinite(low) and np.isfinite(high)):
         bad = int((~np.isfinite(voxels)).sum())
+    if bad:
         raise UDAError(
             f"{path}: {bad} of {voxels.size} voxels are NaN or infinite; expected finite intensities. "
             "Replace them by a value that means background in this modality."

@@ -1,0 +1,121 @@
+"""nnU-Net finds every trainer from a clone, an editable install and a wheel."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+import pytest
+from conftest import REPOSITORY, TRAINERS
+
+NAMES = [
+    "CISFATrainer", "CISFANoWeightTrainer", "CISFANoPCLTrainer", "CISFANoGCLTrainer", "CISFANoPCLNoGCLTrainer",
+    "CISFASequentialGCLTrainer", "SourceOnlyTrainer", "SupervisedTrainer",
+]  # fmt: skip
+FIND = f"""
+from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
+import nnunet_uda
+for name in {NAMES}:
+    assert recursive_find_trainer_class_by_name(name).__name__ == name
+print("FOUND", nnunet_uda.__file__)
+"""
+
+
+def find(python: Path | str, folder: str, cwd: Path, **variables: str) -> str:
+    environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "nnUNet_extTrainer")}
+    environment |= {"nnUNet_extTrainer": folder, **variables}
+    done = subprocess.run(
+        [str(python), "-c", FIND], cwd=cwd, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout.split("FOUND ")[1].strip()
+
+
+@pytest.fixture(scope="module")
+def base_environment(tmp_path_factory):
+    """An environment with the dependencies of this one and without this package."""
+
+    def make(name: str) -> Path:
+        folder = tmp_path_factory.mktemp(name) / "venv"
+        venv.create(folder, with_pip=False)
+        site = next((folder / "lib").glob("python*")) / "site-packages"
+        dependencies = Path(os.__file__).parent if not hasattr(sys, "real_prefix") else None
+        assert dependencies is not None
+        here = [Path(path) for path in sys.path if path.endswith("site-packages")]
+        for folder_of_packages in here:
+            for entry in folder_of_packages.iterdir():
+                if "nnunet_uda" not in entry.name and not (site / entry.name).exists() and entry.suffix != ".pth":
+                    (site / entry.name).symlink_to(entry)
+        return folder / "bin" / "python"
+
+    return make
+
+
+def install(python: Path, *source: str) -> None:
+    site = subprocess.run(
+        [str(python), "-c", "import site; print(site.getsitepackages()[0])"], capture_output=True, text=True, check=True
+    ).stdout.strip()
+    prefix = str(python.parent.parent)
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "--python",
+        str(python),
+        "install",
+        "--no-deps",
+        "--no-build-isolation",
+        "-q",
+    ]
+    done = subprocess.run([*command, *source], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{prefix} {site}\n{done.stdout}{done.stderr}"
+
+
+def copy_of_repository(folder: Path) -> Path:
+    ignore = shutil.ignore_patterns(".git", ".venv", "*.egg-info", "build", "__pycache__", "demo_run*", "docs")
+    shutil.copytree(REPOSITORY, folder, ignore=ignore)
+    return folder
+
+
+def test_from_a_clone(tmp_path, base_environment):
+    clone = copy_of_repository(tmp_path / "clone")
+    where = find(base_environment("clone"), str(clone / "trainers"), tmp_path, PYTHONPATH=str(clone))
+    assert where.startswith(str(clone))
+
+
+def test_from_an_editable_install(tmp_path, base_environment):
+    clone = copy_of_repository(tmp_path / "clone")
+    python = base_environment("editable")
+    install(python, "-e", str(clone))
+    folder = subprocess.run([python.parent / "nnUNetUDA_trainers"], capture_output=True, text=True, check=True)
+    assert folder.stdout.strip() == str(clone / "trainers")
+    assert find(python, folder.stdout.strip(), tmp_path).startswith(str(clone))
+
+
+def test_from_a_wheel(tmp_path, base_environment):
+    clone = copy_of_repository(tmp_path / "clone")
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q", "-w", str(tmp_path)]
+    subprocess.run([*command, str(clone)], check=True, capture_output=True)
+    python = base_environment("wheel")
+    install(python, str(next(tmp_path.glob("*.whl"))))
+    shutil.rmtree(clone)
+    folder = subprocess.run([python.parent / "nnUNetUDA_trainers"], capture_output=True, text=True, check=True)
+    assert folder.stdout.strip().endswith(os.path.join("nnunet_uda", "trainers"))
+    where = find(python, folder.stdout.strip(), tmp_path)
+    assert "site-packages" in where
+    help_text = subprocess.run(
+        [python.parent / "nnUNetUDA_convert", "mmwhs", "-h"], capture_output=True, text=True, check=True
+    )
+    assert "VENDOR_TREE" in help_text.stdout
+
+
+def test_every_trainer_file_is_covered_here():
+    defined = set()
+    for path in TRAINERS.glob("*.py"):
+        lines = path.read_text().splitlines()
+        defined |= {line.split()[1].split("(")[0] for line in lines if line.startswith("class ") and "Trainer(" in line}
+    assert defined == set(NAMES)
