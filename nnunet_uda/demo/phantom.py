@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
+import tempfile
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -274,7 +275,8 @@ def make_phantom(folder: Path, seed: int, num_mr: int = 16, num_ct: int = 16, nu
 
     A patient depends on ``seed``, modality and number alone: the same files for any ``num_processes``, and no patient
     is in both modalities. Images are int16 (CT in HU), about 75 x 70 x 29 voxels of 2.6 x 2.6 x 4.2 mm, stored LPS or
-    RAS; labels are ``LABELS``. Raises ``UDAError`` for impossible numbers or if the folder already holds scans.
+    RAS; labels are ``LABELS``. All files appear together or none does. Raises ``UDAError`` for impossible numbers, or
+    if the folder cannot be written or already holds scans.
     """
     folder = Path(folder)
     if seed < 0 or num_mr < 1 or num_ct < 1 or num_processes < 1:
@@ -289,12 +291,20 @@ def make_phantom(folder: Path, seed: int, num_mr: int = 16, num_ct: int = 16, nu
                 f"{target} already exists; a phantom is only written to a folder without one. "
                 "Delete it or choose another folder."
             )
-    for modality in MODALITIES:
-        (folder / f"{modality.lower()}_train").mkdir(parents=True)
-    tasks = [("MR", i) for i in range(num_mr)] + [("CT", i) for i in range(num_ct)]
-    with multiprocessing.get_context("spawn").Pool(num_processes) as pool:
-        write = partial(_write_patient, folder=folder, seed=seed)
-        list(tqdm(pool.imap(write, tasks), total=len(tasks), desc="phantom", unit="scan"))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = tempfile.TemporaryDirectory(dir=folder, prefix=".phantom_")
+    except OSError as error:
+        raise UDAError(f"Cannot write a phantom to {folder}: {error}. Give a folder that can be written.") from error
+    with temporary as name:
+        for modality in MODALITIES:
+            (Path(name) / f"{modality.lower()}_train").mkdir()
+        tasks = [("MR", i) for i in range(num_mr)] + [("CT", i) for i in range(num_ct)]
+        with multiprocessing.get_context("spawn").Pool(num_processes) as pool:
+            write = partial(_write_patient, folder=Path(name), seed=seed)
+            list(tqdm(pool.imap(write, tasks), total=len(tasks), desc="phantom", unit="scan"))
+        for part in Path(name).iterdir():
+            part.rename(folder / part.name)
 
 
 def main(argv: list[str] | None = None) -> None:
