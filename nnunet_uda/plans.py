@@ -65,7 +65,7 @@ def cisfa_protocol(fingerprint: dict[str, Any], slice_axis: int) -> tuple[dict[s
         "augmentation": "none",
         "mirror": False,
         "foreground_oversampling": 0.0,
-        "cisfa": {},
+        "cisfa": {"segmenter_adversarial_weight": 1.0},
     }
     return uda, {"batch_size": 4, "stages": 4, "base_features": 64, "max_features": 1024, "slice_size": (160, 160)}
 

@@ -15,11 +15,11 @@ from nnunet_uda.errors import UDAError, command
 
 PLANS = "nnUNetPlansDemo"
 NETWORK = ["-patch_size", "64", "64", "-batch_size", "4", "-base_features", "16", "-max_features", "128"]
-SCHEDULE = ["val_iterations_per_epoch=10", "mirror=false"]
-BOUND = ["num_epochs=10", "iterations_per_epoch=100"]
-CISFA = ["num_epochs=20", "iterations_per_epoch=100", "picture_every=5"]
-RUNS = (("lower_bound", "SourceOnlyTrainer", "501", "LowerBound"), ("CISFA", "CISFATrainer", "501", ""),
-        ("upper_bound", "SupervisedTrainer", "511", "UpperBound"))  # fmt: skip
+SETTINGS = ["num_epochs=14", "iterations_per_epoch=100", "val_iterations_per_epoch=10", "picture_every=5",
+            "mirror=false", "foreground_oversampling=0", "cisfa.generator_width=16", "cisfa.generator_blocks=4",
+            "cisfa.discriminator_width=32"]  # fmt: skip
+RUNS = (("lower_bound", "SourceOnlyTrainer", "501"), ("CISFA", "CISFATrainer", "501"),
+        ("upper_bound", "SupervisedTrainer", "511"))  # fmt: skip
 
 
 class Demo:
@@ -28,7 +28,6 @@ class Demo:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.started = time.monotonic()
-        self.step = 0
         names = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
         self.variables = {name: str(folder / name) for name in names}
         self.variables |= {"nnUNet_extTrainer": str(trainers_folder()), "nnUNet_def_n_proc": "1"}
@@ -39,7 +38,7 @@ class Demo:
         minutes, seconds = divmod(int(time.monotonic() - self.started), 60)
         print(f"\n=== [{minutes:2d}:{seconds:02d}] {text}", flush=True)
 
-    def run(self, *words: str | Path, **variables: str) -> None:
+    def run(self, *words: str | int | Path, **variables: str) -> None:
         """Print a command as a user would type it, then run it; its output goes to the screen."""
         words = tuple(str(word) for word in words)
         prefix = "".join(f"{name}={value} " for name, value in variables.items())
@@ -67,11 +66,12 @@ def main(argv: list[str] | None = None) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     demo = Demo(folder)
 
-    demo.say(f"A phantom, seed {args.seed}: 16 MR patients and 16 other CT patients")
+    demo.say(f"A phantom, seed {args.seed}: 20 MR patients and 20 other CT patients")
     for name, value in demo.variables.items():
         print(f"$ export {name}={value}")
     vendor = folder / "vendor"
-    demo.run(sys.executable, "-m", "nnunet_uda.demo.phantom", "-o", vendor, "-seed", args.seed)
+    demo.run(sys.executable, "-m", "nnunet_uda.demo.phantom", "-o", vendor, "-seed", args.seed, "-num_mr", 20,
+             "-num_ct", 20)  # fmt: skip
 
     demo.say("Convert: labelled MR (source), unlabelled CT (target), held-out CT for the test")
     convert = ("nnUNetUDA_convert", "mmwhs", "-i", vendor, "-source", "mr", "-target", "ct")
@@ -83,18 +83,16 @@ def main(argv: list[str] | None = None) -> None:
     demo.run("nnUNetv2_plan_and_preprocess", "-d", "501", "511", "-c", "2d", "--verify_dataset_integrity", "-npfp", "1",
              "-np", "1")  # fmt: skip
     demo.run("nnUNetUDA_preprocess", "-d", "501", "-c", "2d", "-np", "1")
-    for _, trainer, dataset, suffix in RUNS:
-        schedule = CISFA if trainer == "CISFATrainer" else BOUND
-        demo.run("nnUNetUDA_configure", "-d", dataset, "-p", PLANS + suffix, *NETWORK, "-set", *SCHEDULE, *schedule,
-                 f"seed={args.seed}")  # fmt: skip
+    for dataset in ("501", "511"):
+        demo.run("nnUNetUDA_configure", "-d", dataset, "-p", PLANS, *NETWORK, "-set", *SETTINGS, f"seed={args.seed}")
 
     predictions = folder / "predictions"
-    for name, trainer, dataset, suffix in RUNS:
+    for name, trainer, dataset in RUNS:
         demo.say(f"Train {name} ({trainer})")
-        demo.run("nnUNetv2_train", dataset, "2d", "0", "-tr", trainer, "-p", PLANS + suffix, "-device", args.device,
+        demo.run("nnUNetv2_train", dataset, "2d", "0", "-tr", trainer, "-p", PLANS, "-device", args.device,
                  nnUNet_n_proc_DA="0")  # fmt: skip
         demo.run("nnUNetv2_predict", "-i", folder / "nnUNet_raw/Dataset501_Phantom/imagesTs", "-o", predictions / name,
-                 "-d", dataset, "-c", "2d", "-f", "0", "-tr", trainer, "-p", PLANS + suffix, "-device", args.device,
+                 "-d", dataset, "-c", "2d", "-f", "0", "-tr", trainer, "-p", PLANS, "-device", args.device,
                  "-npp", "0", "-nps", "0")  # fmt: skip
 
     demo.say("Evaluate the held-out CT scans")
