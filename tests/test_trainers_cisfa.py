@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -203,3 +204,33 @@ def test_three_dimensions_and_the_papers_protocol_train_too(in_workspace):
     assert 0 <= losses["segmentation"] <= 1
     assert paper.optimizer.param_groups[0]["betas"] == (0.5, 0.999)
     assert paper.optimizer.param_groups[0]["lr"] == 2e-4
+
+
+def test_the_trainer_warns_of_a_channel_called_ct(in_workspace):
+    trainer = make_trainer("CISFATrainer")
+    trainer.dataset_json["channel_names"] = {"0": "CT"}
+    trainer.prepare_target()
+    assert "WARNING: channel 0 is called CT" in Path(trainer.log_file).read_text()
+
+
+def test_compiled_networks_train_to_the_same_losses(in_workspace, monkeypatch):
+    """torch.compile is nnU-Net's default on CUDA; its eager backend runs the same code path anywhere."""
+    eager = started("CISFATrainer")
+    expected = eager.train_step(next(eager.dataloader_train))
+    trainer_class = type(eager)
+    monkeypatch.setattr(trainer_class, "_do_i_compile", lambda self: True)
+    original = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **_: original(function, backend="eager"))
+    compiled = make_trainer_of(trainer_class)
+    losses = compiled.train_step(next(compiled.dataloader_train))
+    assert losses == pytest.approx(expected, rel=1e-3, abs=1e-4)
+    assert all(not key.startswith("_orig_mod") for key in compiled.networks.state_dict())
+
+
+def make_trainer_of(trainer_class):
+    model = make_trainer("CISFATrainer")
+    plans = {**model.plans_manager.plans, "continue_training": False}
+    trainer = trainer_class(plans, "2d", 0, model.dataset_json, torch.device("cpu"))
+    trainer.on_train_start()
+    trainer.on_train_epoch_start()
+    return trainer

@@ -494,11 +494,9 @@ class UDATrainer(nnUNetTrainer):
         advice = "Use the trainer and plans that wrote it, or start anew (-pretrained_weights takes a segmenter only)"
         if checkpoint.get("trainer_name") != name or "uda" not in checkpoint:
             raise UDAError(f"{path} was written by {checkpoint.get('trainer_name')}, not by {name}. {advice}")
-        written = checkpoint["init_args"]
-        if (
-            written["configuration"] != self.configuration_name
-            or written["plans"]["configurations"] != self.plans_manager.plans["configurations"]
-        ):
+        written, chosen = checkpoint["init_args"], self.configuration_name
+        theirs, ours = written["plans"]["configurations"], self.plans_manager.plans["configurations"]
+        if written["configuration"] != chosen or theirs.get(chosen) != ours[chosen]:
             raise UDAError(
                 f"{path} was written with other plans ({written['plans']['plans_name']}, {written['configuration']}) "
                 f"than the present ones ({self.plans_manager.plans_name}, {self.configuration_name}). {advice}"
