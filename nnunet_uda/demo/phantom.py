@@ -35,12 +35,12 @@ TISSUES: dict[str, tuple[float, float, float, float, float, float]] = {
     "lung": (40, -810, 0.15, 30, 12, 35),
     "fat": (115, -95, 0.12, 8, 15, 10),
     "muscle": (170, 60, 0.06, 6, 14, 10),
-    "myocardium": (205, 120, 0.05, 12, 14, 10),
+    "myocardium": (205, 110, 0.05, 10, 14, 10),
     "liver": (245, 110, 0.08, 12, 18, 10),
     "cortical bone": (45, 780, 0.15, 60, 10, 60),
     "marrow": (145, 430, 0.08, 30, 30, 50),
-    "left blood": (660, 370, 0.05, 30, 20, 10),
-    "right blood": (520, 235, 0.06, 25, 20, 14),
+    "left blood": (660, 290, 0.05, 25, 20, 10),
+    "right blood": (520, 200, 0.06, 20, 20, 14),
 }
 
 Array = np.ndarray
