@@ -207,7 +207,7 @@ def main(argv: list[str] | None = None) -> None:
             "reference": str(reference),
             "runs": {run.name: run.folder for run in runs},
             "structures": labels.structures,
-            "folds": None if fold_cases is None else list(fold_cases),
+            "scored_folds": None if fold_cases is None else list(fold_cases),
         }
         overlays = []
         if images:

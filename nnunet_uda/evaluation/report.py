@@ -223,7 +223,7 @@ def _title(setup: dict[str, Any]) -> str:
 
 
 def _description(setup: dict[str, Any]) -> str:
-    folds = f" Folds: {', '.join(map(str, setup['folds']))}." if setup["folds"] else ""
+    folds = f" Folds: {', '.join(map(str, setup['scored_folds']))}." if setup["scored_folds"] else ""
     return f"References: {setup['reference']}. Runs: {', '.join(setup['runs'])}.{folds}"
 
 
