@@ -121,9 +121,16 @@ class Workspace:
             "--verify_dataset_integrity",
         )  # fmt: skip
 
-    def configure(self, name: str, *settings: str, configuration: str = "2d", options: tuple[str, ...] = ()) -> None:
+    def configure(
+        self,
+        name: str,
+        *settings: str,
+        configuration: str = "2d",
+        options: tuple[str, ...] = (),
+        patch: tuple[str, ...] = ("32", "32"),
+    ) -> None:
         """Write plans of a network that trains in seconds."""
-        patch = ("32", "32") if configuration == "2d" else ("8", "32", "32")
+        patch = patch if configuration == "2d" else ("8", *patch)
         self.run(
             "nnUNetUDA_configure", "-d", "501", "-p", name, "-c", configuration, "-patch_size", *patch,
             "-batch_size", "2", "-base_features", "4", "-max_features", "8", "-stages", "3", *options, "-set",

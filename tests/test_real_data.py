@@ -36,7 +36,7 @@ def test_real_scans_from_files_to_scores(tmp_path, task):
     workspace.raw.mkdir()
     workspace.run("nnUNetUDA_convert", "folders", "-d", "501", "-name", "Real", *arguments)
     workspace.plan()
-    workspace.configure("tiny")
+    workspace.configure("tiny", "mirror=false", patch=("96", "96"))
     log = workspace.train("CISFATrainer", "tiny", fold="all").stdout
     assert "No target label is read" in log and "Validation complete" in log
     raw = workspace.raw / "Dataset501_Real"
