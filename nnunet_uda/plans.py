@@ -6,6 +6,7 @@ own name. nnU-Net copies that file into the results: a run is described by files
 
 from __future__ import annotations
 
+import os
 from copy import deepcopy
 from importlib import import_module
 from pathlib import Path
@@ -173,6 +174,8 @@ def replan_plane(dataset: str, plans: dict[str, Any], plane: str, name: str) -> 
         plans["experiment_planner_used"],
         current_module="nnunetv2.experiment_planning",
     )
+    if os.environ.get("nnUNet_n_proc_DA") == "0":
+        raise UDAError("nnU-Net cannot plan with nnUNet_n_proc_DA=0: unset it, and set it again for training")
     forward = PLANES[plane]
 
     class PlanePlanner(planner_class):

@@ -100,9 +100,9 @@ def core(labels: np.ndarray, name: str) -> np.ndarray:
 def test_ct_contrast(phantom: Path, number: int) -> None:
     image, labels = read(phantom, "ct", number)
     for name in ("LV", "LA", "AA"):
-        assert 250 < image[core(labels, name)].mean() < 400
+        assert 230 < image[core(labels, name)].mean() < 330
     for name in ("RV", "RA", "PA"):
-        assert 200 < image[core(labels, name)].mean() < 400
+        assert 150 < image[core(labels, name)].mean() < 250
     assert 60 < image[core(labels, "MYO")].mean() < 170
     assert image.min() >= -1024
     lung, fat, bone = (image > -900) & (image < -700), (image > -150) & (image < -40), image > 500

@@ -76,7 +76,11 @@ def test_cisfa_protocol_writes_section_4_2(in_workspace):
     assert chosen["architecture"]["arch_kwargs"]["features_per_stage"] == [64, 128, 256, 512]
 
 
-def test_a_plane_turns_the_volumes(in_workspace):
+def test_a_plane_turns_the_volumes(in_workspace, monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        configure.main(["-d", "501", "-p", "coronal", "-plane", "coronal"])
+    assert "nnUNet_n_proc_DA=0" in capsys.readouterr().err
+    monkeypatch.delenv("nnUNet_n_proc_DA")
     configure.main(["-d", "501", "-p", "coronal", "-plane", "coronal"])
     written = json.loads((in_workspace.preprocessed / "Dataset501_Blobs" / "coronal.json").read_text())
     assert written["transpose_forward"] == [1, 0, 2] and written["transpose_backward"] == [1, 0, 2]
