@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import errno
 import json
+import resource
 import shutil
 from pathlib import Path
 
@@ -13,7 +13,6 @@ import torch
 from conftest import draw_case, make_trainer, same_weights, weights, write_volume
 
 from nnunet_uda.errors import UDAError
-from nnunet_uda.training import uda_trainer
 
 
 def train(name: str = "CISFATrainer", **options):
@@ -140,20 +139,20 @@ def test_results_of_other_settings_are_not_mixed(in_workspace):
         make_trainer("CISFATrainer", iterations_per_epoch=3).run_training()
 
 
-def test_a_full_disk_leaves_the_previous_checkpoint(in_workspace, monkeypatch):
+def test_a_full_disk_leaves_the_previous_checkpoint(in_workspace):
     trainer = train()
     path = Path(trainer.output_folder, "checkpoint_final.pth")
     before = path.read_bytes()
-
-    def full(checkpoint, file):
-        Path(file).write_bytes(b"half a checkpoint")
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(uda_trainer.torch, "save", full)
-    with pytest.raises(UDAError, match=r"checkpoint_final.pth could not be written.*No space left"):
-        trainer.save_checkpoint(str(path))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, hard))  # writing fails half-way, as on a full disk
+    try:
+        with pytest.raises(UDAError, match=r"checkpoint_final.pth could not be written.*intact"):
+            trainer.save_checkpoint(str(path))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert path.read_bytes() == before
     assert [p.name for p in path.parent.glob(".*")] == []
+    trainer.save_checkpoint(str(path))  # with room again
 
 
 def test_a_missing_results_folder_is_explained_too(in_workspace):
