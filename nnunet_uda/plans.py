@@ -31,11 +31,10 @@ def method_settings_class(method: str) -> type:
 
 def check_uda(uda: dict[str, Any], where: str) -> None:
     """Validate a ``uda`` object with every method's own settings in it; raise ``UDAError`` for the first fault."""
+    shared, _ = split_settings(uda, None, where)
+    parse_settings(UDASettings, shared, where)
     for method in METHODS:
-        shared, own = split_settings(uda, method, where)
-        shared = {key: value for key, value in shared.items() if key not in METHODS}
-        parse_settings(UDASettings, shared, where)
-        parse_settings(method_settings_class(method), own, f"{where}.{method}")
+        parse_settings(method_settings_class(method), uda.get(method, {}), f"{where}.{method}")
 
 
 def merge_uda(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:

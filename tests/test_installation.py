@@ -43,8 +43,6 @@ def base_environment(tmp_path_factory):
         folder = tmp_path_factory.mktemp(name) / "venv"
         venv.create(folder, with_pip=False)
         site = next((folder / "lib").glob("python*")) / "site-packages"
-        dependencies = Path(os.__file__).parent if not hasattr(sys, "real_prefix") else None
-        assert dependencies is not None
         here = [Path(path) for path in sys.path if path.endswith("site-packages")]
         for folder_of_packages in here:
             for entry in folder_of_packages.iterdir():
@@ -56,10 +54,6 @@ def base_environment(tmp_path_factory):
 
 
 def install(python: Path, *source: str) -> None:
-    site = subprocess.run(
-        [str(python), "-c", "import site; print(site.getsitepackages()[0])"], capture_output=True, text=True, check=True
-    ).stdout.strip()
-    prefix = str(python.parent.parent)
     command = [
         sys.executable,
         "-m",
@@ -72,7 +66,7 @@ def install(python: Path, *source: str) -> None:
         "-q",
     ]
     done = subprocess.run([*command, *source], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, f"{prefix} {site}\n{done.stdout}{done.stderr}"
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def copy_of_repository(folder: Path) -> Path:

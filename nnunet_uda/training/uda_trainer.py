@@ -144,7 +144,6 @@ class UDATrainer(nnUNetTrainer):
         super().initialize()
         self.networks = nn.ModuleDict(self.build_networks()).to(self.device)
         self.optimizers = {"segmenter": self.optimizer, **self.build_optimizers()}
-        self._base_rates = {name: optimizer.param_groups[0]["lr"] for name, optimizer in self.optimizers.items()}
         module = self.plain_network
         self.encoder, self.decoder = module.encoder, module.decoder
         if self._do_i_compile():
@@ -375,8 +374,7 @@ class UDATrainer(nnUNetTrainer):
 
     def validation_step(self, batch: dict) -> dict:
         """nnU-Net's step on source validation images as ``translate`` returns them: no target label is needed."""
-        with self.autocast():
-            translated = self.translate(self._to_device(batch["data"]))
+        translated = self._translated(self._to_device(batch["data"]))
         return super().validation_step(batch | {"data": translated.float()})
 
     def on_epoch_end(self):
@@ -399,7 +397,7 @@ class UDATrainer(nnUNetTrainer):
         self.network.eval()
         self.networks.eval()
         source, label = self._whole_patch(self.validation_dataset, by_label=True)
-        translated = self.translate(source)
+        translated = self._translated(source)
         seen = _middle(translated)
         rows = [
             [
@@ -521,14 +519,14 @@ class UDATrainer(nnUNetTrainer):
         self.print_to_log_file(f"Final validation: {note}")
         dataset_class = self.dataset_class
         patch_size = self.configuration_manager.patch_size
-        self.dataset_class = TranslatedDataset(dataset_class, self._translate_whole, patch_size, self.device)
+        self.dataset_class = TranslatedDataset(dataset_class, self._translated, patch_size, self.device)
         try:
             super().perform_actual_validation(save_probabilities)
         finally:
             self.dataset_class = dataset_class
         save_json({"validated_on": note}, join(self.output_folder, "validation", "about.json"))
 
-    def _translate_whole(self, source: Tensor) -> Tensor:
+    def _translated(self, source: Tensor) -> Tensor:
         with self.autocast():
             return self.translate(source)
 
