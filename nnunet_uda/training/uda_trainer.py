@@ -67,6 +67,8 @@ class UDATrainer(nnUNetTrainer):
     method_settings: type | None = None
     fixed_settings: dict[str, Any] = {}
     needs_target = True
+    network_update = "segmenter"
+    """The name of the update that ``self.optimizer``, which owns ``self.network``, makes."""
 
     def __init__(
         self,
@@ -143,14 +145,19 @@ class UDATrainer(nnUNetTrainer):
             seed_everything(self.settings.seed)
         super().initialize()
         self.networks = nn.ModuleDict(self.build_networks()).to(self.device)
-        self.optimizers = {"segmenter": self.optimizer, **self.build_optimizers()}
+        self.optimizers = {self.network_update: self.optimizer, **self.build_optimizers()}
+        self.prepare_network()
+        if self._do_i_compile():
+            for network in self.networks.values():
+                network.compile()
+        self.print_to_log_file(f"Settings: {self.settings_dict()}")
+
+    def prepare_network(self) -> None:
+        """Make the passes that training steps call: here the segmenter's encoder and decoder, each compiled."""
         module = self.plain_network
         self.encoder, self.decoder = module.encoder, module.decoder
         if self._do_i_compile():
             self.encoder, self.decoder = torch.compile(module.encoder), torch.compile(module.decoder)
-            for network in self.networks.values():
-                network.compile()
-        self.print_to_log_file(f"Settings: {self.settings_dict()}")
 
     def _refuse_unsupported(self) -> None:
         name = type(self).__name__
@@ -453,7 +460,7 @@ class UDATrainer(nnUNetTrainer):
             "uda": {
                 "settings": self.settings_dict(),
                 "networks": self.networks.state_dict(),
-                "optimizers": {n: o.state_dict() for n, o in self.optimizers.items() if n != "segmenter"},
+                "optimizers": {n: o.state_dict() for n, o in self.optimizers.items() if n != self.network_update},
                 "random_state": random_state(),
                 "loss_history": self.loss_history,
             },
