@@ -176,6 +176,18 @@ def source_folds(identifiers: Sequence[str], folds: int, seed: int) -> tuple[lis
 # --- the dataset ------------------------------------------------------------------------------------------------------
 
 
+def skip_or_refuse(fact: str, strict: bool, warnings: list[str], consequence: str = "this case is left out") -> None:
+    """What a converter does about a case that lacks a file: a warning, or with ``--strict`` a ``UDAError``.
+
+    Args:
+        fact: names the file and what is missing, without a full stop.
+        consequence: what happens instead; the caller sees to it when this returns.
+    """
+    if strict:
+        raise UDAError(f"{fact}. Complete the input; without --strict {consequence}.")
+    warnings.append(f"{fact}: {consequence}")
+
+
 def write_dataset(
     dataset_id: int,
     name: str,
@@ -189,6 +201,7 @@ def write_dataset(
     information: dict[str, str] | None = None,
     warnings: Sequence[str] = (),
     overwrite: bool = False,
+    strict: bool = False,
     processes: int = DEFAULT_PROCESSES,
 ) -> Path:
     """Write ``nnUNet_raw/DatasetXXX_NAME`` whole or not at all, print a summary, return the folder.
@@ -199,6 +212,7 @@ def write_dataset(
         adaptation: False for a plain supervised dataset: no target group, no ``uda`` key.
         information: further entries of ``dataset.json`` (reference, licence, description).
         warnings: of the converter, shown with the summary.
+        strict: refuse a group with ``labelsTs`` in which a case has no label, instead of a warning.
 
     Raises:
         UDAError: for every bad input; all cases are read before the error is raised, so it lists all bad files.
@@ -229,11 +243,12 @@ def write_dataset(
             warnings.append(warning)
     for group in groups:
         unlabelled = [case.identifier for case in group.cases if case.label is None]
-        if group.labels == "labelsTs" and unlabelled:
-            warnings.append(
+        if unlabelled and (group.labels == "labelsTs" or group.images == "imagesTs"):
+            skip_or_refuse(
                 f"{len(unlabelled)} of {len(group.cases)} cases in {group.images} have no label "
-                f"({', '.join(unlabelled[:5])}{' ...' if len(unlabelled) > 5 else ''}): they cannot be evaluated"
-            )
+                f"({', '.join(unlabelled[:5])}{' ...' if len(unlabelled) > 5 else ''})",
+                strict and group.labels is not None, warnings, "they cannot be evaluated",
+            )  # fmt: skip
 
     with _whole_folder(dataset_id, f"Dataset{dataset_id:03d}_{name}", overwrite, warnings) as (temporary, final):
         reports = _convert_all(groups, temporary, len(structures), processes)
@@ -523,6 +538,9 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
         "-np", type=int, default=DEFAULT_PROCESSES, metavar="N", help=f"processes [{DEFAULT_PROCESSES} here]"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace the dataset of this id and name")
+    parser.add_argument(
+        "--strict", action="store_true", help="refuse what is otherwise a warning: a case that lacks a needed file"
+    )
 
 
 def channel_names(given: Sequence[str] | None, count: int) -> list[str]:

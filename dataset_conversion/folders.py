@@ -198,10 +198,11 @@ def convert(args: argparse.Namespace) -> None:
         [
             Group(args.source, source, "imagesTr", "labelsTr"),
             Group(args.target, target, "imagesTu", "labelsTs" if args.target_labels else None),
-            Group(args.target, test, "imagesTs", "labelsTs"),
+            Group(args.target, test, "imagesTs", "labelsTs" if args.target_test_labels else None),
         ],
         list(structures), common.channel_names(args.channel, len(source[0].images)),
-        source_splits=splits, target_splits=target_splits, warnings=few, overwrite=args.overwrite, processes=args.np,
+        source_splits=splits, target_splits=target_splits, warnings=few, overwrite=args.overwrite, strict=args.strict,
+        processes=args.np,
     )  # fmt: skip
 
 

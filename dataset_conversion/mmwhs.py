@@ -191,7 +191,7 @@ def convert(args: argparse.Namespace) -> None:
             "reference": "https://zmiclab.github.io/zxh/0/mmwhs/",
             "licence": "MM-WHS terms: research use after registration, not to be passed on",
         },
-        warnings=warnings, overwrite=args.overwrite, processes=args.np,
+        warnings=warnings, overwrite=args.overwrite, strict=args.strict, processes=args.np,
     )  # fmt: skip
 
 
@@ -208,7 +208,10 @@ def _test_numbers(target: dict[str, Case], args: argparse.Namespace, warnings: l
             "Name the test scans with -test_ids."
         )
     if len(present) < len(wanted):
-        warnings.append(f"{folder} holds only {', '.join(present)} of the fixed test set {', '.join(wanted)}")
+        common.skip_or_refuse(
+            f"{folder} holds only {', '.join(present)} of the fixed test set {', '.join(wanted)}",
+            args.strict, warnings, "the others are left out",
+        )  # fmt: skip
     return present
 
 

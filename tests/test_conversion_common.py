@@ -423,3 +423,23 @@ def test_a_full_disk_is_noticed(raw, groups, tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert list(raw.iterdir()) == []
+
+
+# --- what is missing --------------------------------------------------------------------------------------------------
+
+
+def test_strict_refuses_what_is_otherwise_a_warning(raw, groups, capsys):
+    warnings: list[str] = []
+    common.skip_or_refuse("a/b: there is no T2", False, warnings)
+    assert warnings == ["a/b: there is no T2: this case is left out"]
+    with pytest.raises(UDAError, match=r"a/b: there is no T2\. Complete the input; without --strict this case is left"):
+        common.skip_or_refuse("a/b: there is no T2", True, warnings)
+
+    test = [Case("u", (save(image_of(scan(9)), raw.parent / "u.nii.gz"),))]
+    unlabelled = [*groups, Group("CT", test, "imagesTs", "labelsTs")]
+    with pytest.raises(UDAError, match=r"1 of 1 cases in imagesTs have no label \(u\)\. Complete the input"):
+        write(unlabelled, strict=True)
+    write(unlabelled)
+    assert "WARNING: 1 of 1 cases in imagesTs have no label (u): they cannot be evaluated" in capsys.readouterr().out
+    write([*groups, Group("CT", test, "imagesTs")], strict=True, overwrite=True)  # labels were never to be had
+    assert "they cannot be evaluated" in capsys.readouterr().out
