@@ -14,7 +14,10 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 from nnunet_uda.errors import UDAError
 
-METHODS = {"cisfa": "nnunet_uda.trainers.cisfa:CISFASettings"}
+METHODS = {
+    "cisfa": "nnunet_uda.trainers.cisfa:CISFASettings",
+    "similarity_prototypes": "nnunet_uda.trainers.similarity_prototypes:SimilarityPrototypesSettings",
+}
 """The names that may hold a method's own settings inside ``uda``, and where those are defined."""
 
 

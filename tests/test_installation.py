@@ -14,7 +14,8 @@ from conftest import REPOSITORY, TRAINERS
 
 NAMES = [
     "CISFATrainer", "CISFANoWeightTrainer", "CISFANoPCLTrainer", "CISFANoGCLTrainer", "CISFANoPCLNoGCLTrainer",
-    "CISFASequentialGCLTrainer", "SourceOnlyTrainer", "SupervisedTrainer",
+    "CISFASequentialGCLTrainer", "SourceOnlyTrainer", "SupervisedTrainer", "SimilarityPrototypesTrainer",
+    "PrototypesBaselineTrainer", "PrototypesNoSimilarityTrainer", "PrototypesNoContrastTrainer",
 ]  # fmt: skip
 FIND = f"""
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name

@@ -32,7 +32,7 @@ def write_panels(path: Path | str, rows: list[list[Panel]], num_classes: int) ->
                 axis.imshow(shown, cmap=colours, vmin=0, vmax=max(num_classes, 10), alpha=0.5, interpolation="nearest")
             axis.set_title(title, fontsize=9)
     figure.tight_layout()
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def plot_losses(path: Path | str, history: dict[str, list[float]]) -> None:
@@ -47,10 +47,11 @@ def plot_losses(path: Path | str, history: dict[str, list[float]]) -> None:
         axis.set_title(name, fontsize=9)
         axis.set_xlabel("epoch", fontsize=8)
     figure.tight_layout()
-    _save(figure, path)
+    save_figure(figure, path)
 
 
-def _save(figure: plt.Figure, path: Path | str) -> None:
+def save_figure(figure: plt.Figure, path: Path | str) -> None:
+    """Write a figure as PNG, whole or not at all, and close it."""
     with whole_file(path) as temporary:
         figure.savefig(temporary, dpi=90, format="png")
     plt.close(figure)

@@ -95,6 +95,16 @@ class UDATrainer(nnUNetTrainer):
 
         super().__init__(plans, configuration, fold, dataset_json, device)
 
+        self.adopt_settings()
+        self.networks = nn.ModuleDict()
+        self.optimizers: dict[str, torch.optim.Optimizer] = {}
+        self.dataloader_target = None
+        self.loss_history: dict[str, list[float]] = {}
+        self._terms: dict[str, Tensor] = {}
+        self._restored_random_state: dict[str, Any] | None = None
+
+    def adopt_settings(self) -> None:
+        """Settings that nnU-Net keeps as attributes of its own."""
         self.initial_lr = self.settings.segmenter_learning_rate
         self.weight_decay = self.settings.segmenter_weight_decay
         self.num_epochs = self.settings.num_epochs
@@ -103,13 +113,6 @@ class UDATrainer(nnUNetTrainer):
         self.oversample_foreground_percent = self.settings.foreground_oversampling
         self.enable_deep_supervision = self.settings.deep_supervision
         self.save_every = self.settings.save_every
-
-        self.networks = nn.ModuleDict()
-        self.optimizers: dict[str, torch.optim.Optimizer] = {}
-        self.dataloader_target = None
-        self.loss_history: dict[str, list[float]] = {}
-        self._terms: dict[str, Tensor] = {}
-        self._restored_random_state: dict[str, Any] | None = None
 
     # -- what a method overrides ---------------------------------------------------------------------------------
 
@@ -134,6 +137,11 @@ class UDATrainer(nnUNetTrainer):
     def translate(self, source: Tensor) -> Tensor:
         """Source images as the segmenter is to see them at validation; here unchanged. ``(B, C, *patch)``."""
         return source
+
+    @property
+    def translates(self) -> bool:
+        """Whether ``translate`` changes images."""
+        return type(self).translate is not UDATrainer.translate
 
     # -- set-up --------------------------------------------------------------------------------------------------
 
@@ -254,7 +262,19 @@ class UDATrainer(nnUNetTrainer):
 
     def get_tr_and_val_datasets(self):
         training, self.validation_dataset = super().get_tr_and_val_datasets()
+        self._refuse_empty_labels(training)
         return training, self.validation_dataset
+
+    def _refuse_empty_labels(self, dataset: nnUNetBaseDataset) -> None:
+        for identifier in dataset.identifiers:
+            properties = dataset.load_case(identifier)[-1]
+            if any(len(places) for places in properties["class_locations"].values()):
+                return
+        raise UDAError(
+            f"{self.preprocessed_dataset_folder}: none of the {len(dataset.identifiers)} labelled training cases of "
+            f"fold {self.fold} holds a foreground voxel; expected a structure of dataset.json in at least one of them. "
+            "Check labelsTr and the label values"
+        )
 
     def prepare_target(self) -> TargetDataset:
         """The fold's target training cases, preprocessed now if they are missing or stale."""
@@ -514,7 +534,7 @@ class UDATrainer(nnUNetTrainer):
 
     def perform_actual_validation(self, save_probabilities: bool = False):
         """nnU-Net's final validation; where the method translates, on translated source volumes."""
-        if type(self).translate is UDATrainer.translate:
+        if not self.translates:
             super().perform_actual_validation(save_probabilities)
             return
         self.networks.eval()

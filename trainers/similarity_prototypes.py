@@ -1,0 +1,429 @@
+"""Similarity-based prototypes (Ye, Ju, Ma and Zhang, arXiv 2510.20596).
+
+Two generators translate, segment and embed: G_S reads source images, G_T target images. A cycle and image
+discriminators teach the translation, source labels the segmentation of x_s and of its translation, a discriminator for
+each segmentation head aligns the other two. Embeddings are pulled to the prototype of their class (L_sim), prototypes
+to those that two dictionaries remember of other images (L_cl). A step updates both generators, then all discriminators
+on the same outputs. On a target image the network averages G_T's prediction and G_S's on the translation.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from nnunet_uda.data.random_convolution import random_convolution
+from nnunet_uda.losses.adversarial import lsgan_loss
+from nnunet_uda.losses.boundary import boundary_loss
+from nnunet_uda.losses.prototype_contrast import PrototypeDictionary, prototype_contrastive_loss
+from nnunet_uda.losses.prototypes import (
+    class_prototypes,
+    confident_labels,
+    inter_class_loss,
+    intra_class_loss,
+    labels_at,
+)
+from nnunet_uda.networks.patch_discriminator import PatchDiscriminator
+from nnunet_uda.networks.prototype_network import GeneratorOutput, PrototypeNetwork, SegmentingGenerator
+from nnunet_uda.settings import parse_settings, require, split_settings
+from nnunet_uda.training.composite_trainer import CompositeTrainer
+from nnunet_uda.training.embedding_picture import (
+    Embeddings,
+    load_embeddings,
+    save_embeddings,
+    write_embedding_picture,
+)
+from nnunet_uda.training.uda_trainer import frozen
+
+RATES = (1, 6, 12, 18)
+
+
+@dataclass(frozen=True)
+class SimilarityPrototypesSettings:
+    """Settings under ``uda.similarity_prototypes``. Defaults are the paper's where it gives a value.
+
+    The paper gives ``similarity_weight`` (lambda_1), ``contrastive_weight`` (lambda_2), ``dictionary_size`` (S),
+    ``top_k`` (k) and ``temperature`` (tau). ``confidence`` is the probability over which a target pixel's prediction
+    counts as its label. Both generators always use Adam; the shared ``segmenter_schedule`` is theirs too.
+    """
+
+    embedding_dim: int = 256
+    image_decoder_convs: int = 1
+    discriminator_width: int = 64
+    discriminator_layers: int = 3
+    generator_learning_rate: float = 2e-4
+    discriminator_learning_rate: float = 2e-4
+    adam_beta1: float = 0.5
+    cycle_weight: float = 10.0
+    image_adversarial_weight: float = 1.0
+    segmentation_adversarial_weight: float = 0.1
+    similarity_weight: float = 0.05
+    contrastive_weight: float = 0.02
+    boundary_weight: float = 0.0
+    dictionary_size: int = 400
+    top_k: int = 20
+    temperature: float = 1.0
+    min_positions: int = 8
+    confidence: float = 0.9
+    warmup_epochs: int = 20
+    target_images: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("embedding_dim", "image_decoder_convs", "discriminator_width", "discriminator_layers",
+                     "dictionary_size", "top_k", "min_positions"):  # fmt: skip
+            require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
+        for name in ("generator_learning_rate", "discriminator_learning_rate", "temperature"):
+            require(getattr(self, name) > 0, name, "positive", getattr(self, name))
+        for name in ("cycle_weight", "image_adversarial_weight", "segmentation_adversarial_weight",
+                     "similarity_weight", "contrastive_weight", "boundary_weight", "warmup_epochs"):  # fmt: skip
+            require(getattr(self, name) >= 0, name, "at least 0", getattr(self, name))
+        require(0 <= self.confidence <= 1, "confidence", "between 0 and 1", self.confidence)
+        require(
+            self.top_k <= self.dictionary_size, "top_k",
+            f"at most 'dictionary_size' ({self.dictionary_size}), as no class has more entries", self.top_k,
+        )  # fmt: skip
+
+
+class Passes(NamedTuple):
+    """The generators' passes of one step, each image encoded once.
+
+    Attributes:
+        source: G_S(x_s); its image is x_{s->t}.
+        source_to_target: G_T(x_{s->t}); its image is x_{s->t->s}.
+        target: G_T(x_t); its image is x_{t->s}. None where training sees no target image.
+        target_to_source: G_S(x_{t->s}); its image is x_{t->s->t}. None likewise.
+    """
+
+    source: GeneratorOutput
+    source_to_target: GeneratorOutput
+    target: GeneratorOutput | None = None
+    target_to_source: GeneratorOutput | None = None
+
+
+class View(NamedTuple):
+    """The embedding of one pass, with its labels and prototypes.
+
+    Attributes:
+        dictionary: name of the dictionary that its prototypes go to.
+        embedding: ``(B, D, *map)``.
+        labels: ``(B, *map)``, -1 where unknown.
+        prototypes: ``(B, K, D)``.
+        present: ``(B, K)`` bool, which of them exist.
+    """
+
+    dictionary: str
+    embedding: Tensor
+    labels: Tensor
+    prototypes: Tensor
+    present: Tensor
+
+    def entries(self) -> tuple[Tensor, Tensor]:
+        """The existing prototypes ``(N, D)`` and their classes ``(N,)``."""
+        return self.prototypes[self.present], self.present.nonzero()[:, 1]
+
+
+class SimilarityPrototypesTrainer(CompositeTrainer):
+    """The paper's method. ``uda.similarity_prototypes`` in the plans holds its settings.
+
+    ``target_images: false`` trains without any target image: a random convolution of x_s stands for x_{s->t}, and G_T
+    learns to segment it and to give x_s back.
+    """
+
+    method = "similarity_prototypes"
+    method_settings = SimilarityPrototypesSettings
+    network_update = "generators"
+
+    def adopt_settings(self) -> None:
+        super().adopt_settings()
+        self.initial_lr = self.own_settings.generator_learning_rate
+        self.needs_target = self.own_settings.target_images
+
+    # -- networks ------------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def build_network_architecture(
+        plans_manager, configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision=True
+    ) -> nn.Module:
+        where = f"plans {plans_manager.plans_name!r}, key 'uda'"
+        _, own = split_settings(plans_manager.plans.get("uda", {}), SimilarityPrototypesTrainer.method, where)
+        settings = parse_settings(SimilarityPrototypesSettings, own, where)
+
+        def generator() -> SegmentingGenerator:
+            unet = nnUNetTrainer.build_network_architecture(
+                plans_manager, configuration_manager, num_input_channels, num_output_channels, True
+            )
+            return SegmentingGenerator(
+                unet, num_input_channels, configuration_manager.patch_size, RATES, settings.embedding_dim,
+                settings.image_decoder_convs,
+            )  # fmt: skip
+
+        return PrototypeNetwork(generator(), generator(), enable_deep_supervision)
+
+    def prepare_network(self) -> None:
+        network = self.plain_network
+        self.source_generator, self.target_generator = network.source_generator, network.target_generator
+        if self._do_i_compile():
+            self.source_generator.compile()
+            self.target_generator.compile()
+
+    def build_networks(self) -> dict[str, nn.Module]:
+        settings, classes = self.own_settings, self.label_manager.num_segmentation_heads
+        patch_size = self.configuration_manager.patch_size
+        shape = {
+            "dimension": len(patch_size),
+            "patch_size": patch_size,
+            "width": settings.discriminator_width,
+            "num_layers": settings.discriminator_layers,
+        }
+        memory = (classes, settings.dictionary_size, settings.embedding_dim)
+        networks = {
+            "source_dictionary": PrototypeDictionary(*memory),
+            "target_dictionary": PrototypeDictionary(*memory),
+        }
+        if self.needs_target:
+            for domain in ("source", "target"):
+                networks[f"{domain}_image_discriminator"] = PatchDiscriminator(self.num_input_channels, **shape)
+                networks[f"{domain}_segmentation_discriminator"] = PatchDiscriminator(classes, **shape)
+        return networks
+
+    def configure_optimizers(self):
+        _, scheduler = nnUNetTrainer.configure_optimizers(self)
+        scheduler.optimizer = self.adam(self.network.parameters(), self.initial_lr)
+        return scheduler.optimizer, scheduler
+
+    def build_optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        return {
+            f"{kind}_discriminators": self.adam(
+                [p for network in self.discriminators(kind) for p in network.parameters()],
+                self.own_settings.discriminator_learning_rate,
+            )
+            for kind in (("image", "segmentation") if self.needs_target else ())
+        }
+
+    def adam(self, parameters, learning_rate: float) -> torch.optim.Optimizer:
+        return torch.optim.Adam(parameters, learning_rate, (self.own_settings.adam_beta1, 0.999))
+
+    def discriminators(self, kind: str) -> list[nn.Module]:
+        """D_S and D_T of ``kind`` "image" or "segmentation"; none where training sees no target image."""
+        return [network for name, network in self.networks.items() if name.endswith(f"_{kind}_discriminator")]
+
+    # -- a step --------------------------------------------------------------------------------------------------
+
+    def train_on(self, source: Tensor, label: Tensor | list[Tensor], target: Tensor | None) -> None:
+        passes = self.update_generators(source, label, target)
+        if self.needs_target:
+            self.update_image_discriminators(source, target, passes)
+            if self.own_settings.segmentation_adversarial_weight > 0:
+                self.update_segmentation_discriminators(passes)
+
+    @property
+    def uses_prototypes(self) -> bool:
+        return self.own_settings.similarity_weight > 0 or self.own_settings.contrastive_weight > 0
+
+    def run_generators(self, source: Tensor, target: Tensor | None) -> Passes:
+        """All passes of a step."""
+        heads = {"embedding": self.uses_prototypes}
+        labelled = heads | {"deep_supervision": self.enable_deep_supervision}
+        if not self.needs_target:
+            of_source = self.source_generator(source, image=False, **labelled)
+            return Passes(of_source, self.target_generator(random_convolution(source), **labelled))
+        of_source = self.source_generator(source, **labelled)
+        of_target = self.target_generator(target, **heads)
+        return Passes(
+            of_source,
+            self.target_generator(of_source.image, **labelled),
+            of_target,
+            self.source_generator(of_target.image, **heads),
+        )
+
+    def update_generators(self, source: Tensor, label: Tensor | list[Tensor], target: Tensor | None) -> Passes:
+        """L_base + lambda_1 L_sim + lambda_2 L_cl; the dictionaries remember the step's prototypes afterwards."""
+        settings = self.own_settings
+        with self.autocast(), frozen(*self.discriminators("image"), *self.discriminators("segmentation")):
+            passes = self.run_generators(source, target)
+            terms = {
+                "segmentation": self.loss(passes.source.segmentation, label),
+                "segmentation_translated": self.loss(passes.source_to_target.segmentation, label),
+                "cycle": settings.cycle_weight * self.cycle_loss(source, target, passes),
+            }
+            if self.needs_target:
+                adversarial = self.image_adversarial_loss(passes)
+                terms["image_adversarial"] = settings.image_adversarial_weight * adversarial
+                if settings.segmentation_adversarial_weight > 0:
+                    adversarial = self.segmentation_adversarial_loss(passes)
+                    terms["segmentation_adversarial"] = settings.segmentation_adversarial_weight * adversarial
+            if settings.boundary_weight > 0:
+                boundary = [boundary_loss(self.probabilities(output), self.finest(label)) for output in passes[:2]]
+                terms["boundary"] = settings.boundary_weight * torch.stack(boundary).sum()
+            found = self.find_prototypes(passes, label) if self.uses_prototypes else []
+            if settings.similarity_weight > 0:
+                terms["similarity"] = settings.similarity_weight * self.similarity_loss(found)
+            if settings.contrastive_weight > 0:
+                terms["contrastive"] = settings.contrastive_weight * self.contrastive_loss(found)
+        self.update("generators", terms)
+        for view in found:
+            self.networks[view.dictionary].enqueue(*view.entries())
+        return passes
+
+    def cycle_loss(self, source: Tensor, target: Tensor | None, passes: Passes) -> Tensor:
+        """L1 between an image and its translation back, both ways."""
+        loss = F.l1_loss(passes.source_to_target.image.float(), source)
+        return loss + F.l1_loss(passes.target_to_source.image.float(), target) if self.needs_target else loss
+
+    def image_adversarial_loss(self, passes: Passes) -> Tensor:
+        """Translations look real: x_{s->t} to D_T, x_{t->s} to D_S."""
+        of_target, of_source = (self.networks[f"{domain}_image_discriminator"] for domain in ("target", "source"))
+        return lsgan_loss(of_target(passes.source.image), is_real=True) + lsgan_loss(
+            of_source(passes.target.image), is_real=True
+        )
+
+    def segmentation_adversarial_loss(self, passes: Passes) -> Tensor:
+        """Unlabelled segmentations look like those learned from labels: x_t like x_{s->t}, x_{t->s} like x_s."""
+        of_target, of_source = (self.networks[f"{d}_segmentation_discriminator"] for d in ("target", "source"))
+        return lsgan_loss(of_target(self.probabilities(passes.target)), is_real=True) + lsgan_loss(
+            of_source(self.probabilities(passes.target_to_source)), is_real=True
+        )
+
+    def update_image_discriminators(self, source: Tensor, target: Tensor, passes: Passes) -> None:
+        with self.autocast():
+            losses = []
+            for domain, real, fake in (("target", target, passes.source), ("source", source, passes.target)):
+                network = self.networks[f"{domain}_image_discriminator"]
+                losses += [lsgan_loss(network(real), is_real=True), lsgan_loss(network(fake.image.detach()), False)]
+        self.update("image_discriminators", {"image_discriminators": 0.5 * torch.stack(losses).sum()})
+
+    def update_segmentation_discriminators(self, passes: Passes) -> None:
+        """Segmentations learned from labels are taken for real, those of target images for fake."""
+        with self.autocast():
+            losses = []
+            for domain, real, fake in (
+                ("target", passes.source_to_target, passes.target),
+                ("source", passes.source, passes.target_to_source),
+            ):
+                network = self.networks[f"{domain}_segmentation_discriminator"]
+                losses.append(lsgan_loss(network(self.probabilities(real).detach()), is_real=True))
+                losses.append(lsgan_loss(network(self.probabilities(fake).detach()), is_real=False))
+        self.update("segmentation_discriminators", {"segmentation_discriminators": 0.5 * torch.stack(losses).sum()})
+
+    def probabilities(self, output: GeneratorOutput) -> Tensor:
+        """Full-resolution class probabilities, ``(B, K, *patch)`` float32."""
+        return self.finest(output.segmentation).float().softmax(1)
+
+    # -- prototypes ----------------------------------------------------------------------------------------------
+
+    def find_prototypes(self, passes: Passes, label: Tensor | list[Tensor]) -> list[View]:
+        """The prototypes of every pass whose labels can be trusted.
+
+        Labels are the ground truth for the source and its translation; for the target and its translation, after the
+        warm-up, the generator's own prediction where it is confident. G_S fills the source's dictionary, G_T the
+        target's.
+        """
+        known = labels_at(self.finest(label), passes.source.embedding.shape[2:])
+        labelled = [
+            ("source_dictionary", passes.source.embedding, known),
+            ("target_dictionary", passes.source_to_target.embedding, known),
+        ]
+        confidence = self.own_settings.confidence
+        if self.needs_target and self.current_epoch >= self.own_settings.warmup_epochs:
+            for name, output in (("target", passes.target), ("source", passes.target_to_source)):
+                labelled.append((f"{name}_dictionary", output.embedding, self.pseudo_labels(output, confidence)))
+        classes = self.label_manager.num_segmentation_heads
+        return [
+            View(*view, *class_prototypes(view[1], view[2], classes, self.own_settings.min_positions))
+            for view in labelled
+        ]
+
+    def pseudo_labels(self, output: GeneratorOutput, confidence: float) -> Tensor:
+        """The confident predictions at the embedding's positions, ``(B, *patch / 4)``; -1 elsewhere. No gradient."""
+        pool = F.adaptive_avg_pool2d if output.embedding.ndim == 4 else F.adaptive_avg_pool3d
+        with torch.no_grad():
+            probabilities = pool(self.probabilities(output), output.embedding.shape[2:])
+            return confident_labels(probabilities, confidence)
+
+    def similarity_loss(self, views: list[View]) -> Tensor:
+        """L_sim = L_sc + L_dc, the mean over ``views``."""
+        losses = [
+            intra_class_loss(view.embedding, view.labels, view.prototypes, view.present)
+            + inter_class_loss(view.prototypes, view.present)
+            for view in views
+        ]
+        return torch.stack(losses).mean()
+
+    def contrastive_loss(self, views: list[View]) -> Tensor:
+        """L_cl of all prototypes of the step against both dictionaries."""
+        prototypes, classes = (torch.cat(parts) for parts in zip(*(view.entries() for view in views), strict=True))
+        dictionaries = [self.networks["source_dictionary"], self.networks["target_dictionary"]]
+        return prototype_contrastive_loss(
+            prototypes, classes, dictionaries, self.own_settings.top_k, self.own_settings.temperature
+        )
+
+    # -- validation and pictures ---------------------------------------------------------------------------------
+
+    @property
+    def translates(self) -> bool:
+        return self.needs_target
+
+    def translate(self, source: Tensor) -> Tensor:
+        if not self.needs_target:
+            return source
+        return self.source_generator(source, segmentation=False, embedding=False).image
+
+    def on_train_start(self):
+        super().on_train_start()
+        if self.uses_prototypes and self.current_epoch == 0:
+            Path(self.output_folder, "pictures").mkdir(exist_ok=True)
+            save_embeddings(self._embeddings_before, self.sample_embeddings())
+
+    @property
+    def _embeddings_before(self) -> Path:
+        return Path(self.output_folder, "pictures", "embeddings_before.npz")
+
+    def draw_pictures(self, path: Path) -> None:
+        super().draw_pictures(path)
+        if self.uses_prototypes and self._embeddings_before.exists():
+            names = ["background", *(str(name) for name in self.dataset_json["labels"] if name != "background")]
+            picture = path.with_name(f"embeddings_{path.name}")
+            write_embedding_picture(picture, load_embeddings(self._embeddings_before), self.sample_embeddings(), names)
+
+    @torch.no_grad()
+    def sample_embeddings(self) -> dict[str, Embeddings]:
+        """Embeddings of one slice a domain; the source's classes are its label, the target's the prediction."""
+        self.network.eval()
+        sampled = {}
+        for domain in ("source", "target") if self.needs_target else ("source",):
+            dataset = self.validation_dataset if domain == "source" else self.target_dataset
+            image, label = self._whole_patch(dataset, by_label=domain == "source")
+            with self.autocast():
+                output = getattr(self.plain_network, f"{domain}_generator")(image, image=False)
+            embedding = output.embedding
+            classes = labels_at(label, embedding.shape[2:]) if domain == "source" else self.pseudo_labels(output, 0.0)
+            prototypes, _ = class_prototypes(embedding, classes, self.label_manager.num_segmentation_heads, 1)
+            vectors, classes = embedding[0].flatten(1).T, classes[0].flatten()
+            step = -(-len(classes) // 1000)
+            kept = (classes >= 0).nonzero()[::step, 0]
+            sampled[domain] = Embeddings(*(x.cpu().numpy() for x in (vectors[kept], classes[kept], prototypes[0])))
+        return sampled
+
+
+class PrototypesBaselineTrainer(SimilarityPrototypesTrainer):
+    """The ablation's first row: L_base alone."""
+
+    fixed_settings = {"similarity_weight": 0.0, "contrastive_weight": 0.0}
+
+
+class PrototypesNoSimilarityTrainer(SimilarityPrototypesTrainer):
+    """Without L_sim."""
+
+    fixed_settings = {"similarity_weight": 0.0}
+
+
+class PrototypesNoContrastTrainer(SimilarityPrototypesTrainer):
+    """Without L_cl: L_base + L_sim."""
+
+    fixed_settings = {"contrastive_weight": 0.0}
