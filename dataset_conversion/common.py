@@ -37,11 +37,14 @@ from nnunet_uda.data.reading import (
     read_image,
     read_label,
 )
+from nnunet_uda.dataset_conversion.quicklook import draw_quicklook
 from nnunet_uda.errors import UDAError, command
 from nnunet_uda.files import write_json
 
 ENDING = ".nii.gz"
 AXES = ("left-right", "posterior-anterior", "inferior-superior")
+QUICKLOOK = "quicklook.png"
+"""Lies beside dataset.json, where nnU-Net does not look."""
 DEFAULT_PROCESSES = min(8, os.cpu_count() or 1)
 
 
@@ -258,6 +261,8 @@ def write_dataset(
             write_json(source_splits, temporary / "splits_final.json")
         if target_splits is not None:
             write_json(target_splits, temporary / "splits_target.json")
+        rows = [_example(group, reports[group.images], temporary) for group in groups]
+        draw_quicklook(rows, structures, temporary / QUICKLOOK)
     _summarise(final, groups, reports, structures, warnings, adaptation)
     return final
 
@@ -440,6 +445,15 @@ def _convert_all(groups: Sequence[Group], folder: Path, structures: int, process
     return {group: [reports[key] for key in sorted(reports)] for group, reports in done.items()}
 
 
+def _example(group: Group, reports: Sequence[CaseReport], folder: Path) -> tuple[str, Path, Path | None]:
+    """Title, image and label for the quick look: the first case, of those that hold the most structures."""
+    report = max(reports, key=lambda r: sum(volume > 0 for volume in r.volumes_ml))
+    label = folder / group.labels / f"{report.identifier}{ENDING}" if group.labels else None
+    title = f"{group.images}: {group.domain}, {report.identifier}"
+    image = folder / group.images / f"{report.identifier}_0000{ENDING}"
+    return title, image, label if label is not None and label.exists() else None
+
+
 def _check_structures(group: Group, reports: Sequence[CaseReport], structures: Sequence[str]) -> None:
     for index, structure in enumerate(structures):
         if not any(report.volumes_ml[index] for report in reports):
@@ -460,7 +474,7 @@ def _summarise(
     warnings: list[str],
     adaptation: bool,
 ) -> None:
-    print(f"\n{folder}")
+    print(f"\n{folder}\n  look at {folder / QUICKLOOK}: letters on its edges must agree with the anatomy")
     for group in groups:
         seen = reports[group.images]
         labelled = sum(case.label is not None for case in group.cases) if group.labels else 0
