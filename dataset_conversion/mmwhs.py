@@ -43,13 +43,13 @@ import SimpleITK as sitk
 from scipy import ndimage
 
 from nnunet_uda.data.reading import LabelMap, check_same_geometry, read_image
-from nnunet_uda.dataset_conversion import common
-from nnunet_uda.dataset_conversion.common import Case, Group
+from nnunet_uda.dataset_conversion import common, protocols
+from nnunet_uda.dataset_conversion.common import Case
+from nnunet_uda.dataset_conversion.protocols import Domain
 from nnunet_uda.errors import UDAError
 
 VALUES = {"myocardium": 205, "LA": 420, "LV": 500, "RA": 550, "RV": 600, "AA": 820, "PA": 850}
 SIFA_TEST = {"ct": ("1003", "1008", "1014", "1019"), "mr": ("1007", "1009", "1018", "1019")}
-FOLDS = 4
 
 
 def read_label(path: Path, image: sitk.Image, image_path: Path) -> tuple[sitk.Image, list[str]]:
@@ -128,11 +128,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "-structures", nargs="+", choices=tuple(VALUES), default=["myocardium", "LA", "LV", "AA"], metavar="NAME",
         help=f"classes 1, 2, ... among {', '.join(VALUES)} [myocardium LA LV AA]",
     )  # fmt: skip
-    parser.add_argument("-protocol", choices=("sifa", "cisfa"), default="sifa", help="split, see above [sifa]")
-    parser.add_argument("-test_ids", nargs="+", metavar="NUMBER", help="target test scans instead of sifa's, e.g. 1003")
-    parser.add_argument(
-        "--upper_bound", action="store_true", help="write the supervised dataset of the target, WITH target labels"
-    )
+    protocols.add_arguments(parser, "1003")
     common.add_common_arguments(parser)
 
 
@@ -140,79 +136,29 @@ def convert(args: argparse.Namespace) -> None:
     """Run the conversion that ``args`` (of ``add_arguments``) describe."""
     if args.source == args.target:
         raise UDAError(f"-source and -target are both {args.source}; expected mr and ct, or ct and mr.")
-    if args.test_ids and args.protocol != "sifa":
-        raise UDAError("-test_ids goes with -protocol sifa; cisfa tests on every scan once, in folds.")
     unknown_advice = "Correct the label file: only 421 and pieces on the border are repaired."
     classes = {VALUES[name]: args.structures.index(name) + 1 if name in args.structures else 0 for name in VALUES}
     label_map = LabelMap(classes, names={value: name for name, value in VALUES.items()}, hint=unknown_advice)
-    source = find_cases(args.i, args.source, label_map)
-    target = find_cases(args.i, args.target, label_map)
-    source_name, target_name = args.source.upper(), args.target.upper()
     warnings: list[str] = []
-
-    target_splits = None
-    if args.protocol == "cisfa":
-        training, test = target, {}
-        target_splits = common.folds_of([case.identifier for case in target.values()], FOLDS, args.seed)
-        source_splits = common.folds_of([case.identifier for case in source.values()], FOLDS, args.seed)
-    else:
-        test = {number: target[number] for number in _test_numbers(target, args, warnings)}
-        training = {number: case for number, case in target.items() if number not in test}
-        if not training:
-            raise UDAError(
-                f"{args.i / f'{args.target}_train'}: all of its scans are test scans; none is left to train."
-            )
-        if not args.test_ids:
-            source = {number: case for number, case in source.items() if number not in SIFA_TEST[args.source]}
-        labelled = training if args.upper_bound else source
-        source_splits, few = common.source_folds([case.identifier for case in labelled.values()], FOLDS, args.seed)
-        warnings += few
-
-    test_group = Group(target_name, list(test.values()), "imagesTs", "labelsTs")
-    if args.upper_bound:
-        name = args.name or f"MMWHS_{target_name}_upper_bound"
-        groups = [Group(target_name, list(training.values()), "imagesTr", "labelsTr"), test_group]
-        source_splits, target_splits = target_splits or source_splits, None
-        what = f"supervised upper bound, trained WITH {target_name} labels"
-    else:
-        name = args.name or f"MMWHS_{source_name}2{target_name}"
-        evaluated = "labelsTs" if args.protocol == "cisfa" else None
-        groups = [
-            Group(source_name, list(source.values()), "imagesTr", "labelsTr"),
-            Group(target_name, list(training.values()), "imagesTu", evaluated),
-            test_group,
-        ]
-        what = f"{source_name} to {target_name}"
+    source, target = (
+        Domain(
+            modality.upper(), find_cases(args.i, modality, label_map), SIFA_TEST[modality], args.i / f"{modality}_train"
+        )
+        for modality in (args.source, args.target)
+    )
+    plan = protocols.arrange(source, target, args, warnings)
+    default_name = f"{target.name}_upper_bound" if args.upper_bound else f"{source.name}2{target.name}"
     common.write_dataset(
-        args.d, name, groups, args.structures, common.channel_names(args.channel, 1),
-        adaptation=not args.upper_bound, source_splits=source_splits, target_splits=target_splits,
+        args.d, args.name or f"MMWHS_{default_name}", plan.groups, args.structures,
+        common.channel_names(args.channel, 1), adaptation=not args.upper_bound,
+        source_splits=plan.source_splits, target_splits=plan.target_splits,
         information={
-            "description": f"MM-WHS 2017, {what}, protocol {args.protocol}, seed {args.seed}",
+            "description": f"MM-WHS 2017, {plan.description}",
             "reference": "https://zmiclab.github.io/zxh/0/mmwhs/",
             "licence": "MM-WHS terms: research use after registration, not to be passed on",
         },
         warnings=warnings, overwrite=args.overwrite, strict=args.strict, processes=args.np,
     )  # fmt: skip
-
-
-def _test_numbers(target: dict[str, Case], args: argparse.Namespace, warnings: list[str]) -> list[str]:
-    wanted = tuple(dict.fromkeys(args.test_ids)) if args.test_ids else SIFA_TEST[args.target]
-    present = [number for number in wanted if number in target]
-    folder, has = args.i / f"{args.target}_train", ", ".join(target)
-    if args.test_ids and len(present) < len(wanted):
-        missing = ", ".join(n for n in wanted if n not in target)
-        raise UDAError(f"{folder}: -test_ids names {missing}, which is not there; expected some of {has}.")
-    if not present:
-        raise UDAError(
-            f"{folder} holds {has}, none of which is in the fixed test set of -protocol sifa ({', '.join(wanted)}). "
-            "Name the test scans with -test_ids."
-        )
-    if len(present) < len(wanted):
-        common.skip_or_refuse(
-            f"{folder} holds only {', '.join(present)} of the fixed test set {', '.join(wanted)}",
-            args.strict, warnings, "the others are left out",
-        )  # fmt: skip
-    return present
 
 
 main = common.script(__doc__, add_arguments, convert)

@@ -1,0 +1,132 @@
+"""The splits of the papers, for two modalities of different patients: SIFA's fixed test sets, CISFA's folds."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+
+from nnunet_uda.dataset_conversion import common
+from nnunet_uda.dataset_conversion.common import Case, Group
+from nnunet_uda.errors import UDAError
+
+FOLDS = 4
+
+
+@dataclass(frozen=True)
+class Domain:
+    """One modality.
+
+    Args:
+        name: as in ``dataset.json``, e.g. MR.
+        cases: by the vendor's number.
+        test: numbers of its fixed test set; empty where no paper fixes one.
+        folder: where the cases lie, for messages.
+    """
+
+    name: str
+    cases: dict[str, Case]
+    test: tuple[str, ...]
+    folder: Path
+
+
+@dataclass(frozen=True)
+class Arrangement:
+    """Arguments of ``common.write_dataset``, and a few words on what the dataset is."""
+
+    groups: list[Group]
+    source_splits: list[dict[str, list[str]]]
+    target_splits: list[dict[str, list[str]]] | None
+    description: str
+
+
+def add_arguments(parser: argparse.ArgumentParser, example: str) -> None:
+    """Options that ``arrange`` reads. ``example``: a case number."""
+    parser.add_argument("-protocol", choices=("sifa", "cisfa"), default="sifa", help="split, see above [sifa]")
+    parser.add_argument(
+        "-test_ids", nargs="+", metavar="NUMBER", help=f"target test scans instead of sifa's, e.g. {example}"
+    )
+    parser.add_argument(
+        "--upper_bound", action="store_true", help="write the supervised dataset of the target, WITH target labels"
+    )
+
+
+def arrange(
+    source: Domain, target: Domain, args: argparse.Namespace, warnings: list[str], *, skip_unlabelled: bool = False
+) -> Arrangement:
+    """Cases to groups and folds by ``args.protocol``.
+
+    sifa: the target's test set (or ``args.test_ids``, then with the whole source) to imagesTs, the rest to imagesTu;
+    source scans outside the source's own test set, in ``FOLDS`` folds. cisfa: ``FOLDS`` folds of volumes in both
+    domains, target labels to labelsTs. ``args.upper_bound``: the target's training scans with labels to imagesTr.
+
+    Args:
+        skip_unlabelled: leave out scans for imagesTr without a label, with a warning (an error with ``args.strict``).
+            Otherwise ``write_dataset`` refuses them.
+    """
+    cisfa = args.protocol == "cisfa"
+    if args.test_ids and cisfa:
+        raise UDAError("-test_ids goes with -protocol sifa; cisfa tests on every scan once, in folds.")
+    test_numbers = [] if cisfa else _test_numbers(target, args, warnings)
+    test = [target.cases[number] for number in test_numbers]
+    training = [case for number, case in target.cases.items() if number not in test_numbers]
+    if not training:
+        raise UDAError(f"{target.folder}: all of its scans are test scans; none is left to train.")
+    if cisfa or args.test_ids:
+        labelled = list(source.cases.values())
+    else:
+        labelled = [case for number, case in source.cases.items() if number not in source.test]
+    if args.upper_bound:
+        labelled = training
+    if skip_unlabelled:
+        labelled = _with_label(labelled, args.strict, warnings)
+
+    target_splits = None
+    if cisfa:
+        source_splits = common.folds_of([case.identifier for case in labelled], FOLDS, args.seed)
+        target_splits = common.folds_of([case.identifier for case in training], FOLDS, args.seed)
+    else:
+        source_splits, few = common.source_folds([case.identifier for case in labelled], FOLDS, args.seed)
+        warnings += few
+
+    groups = [Group(source.name, labelled, "imagesTr", "labelsTr")]
+    if args.upper_bound:
+        groups = [Group(target.name, labelled, "imagesTr", "labelsTr")]
+        what, target_splits = f"supervised upper bound, trained WITH {target.name} labels", None
+    else:
+        groups.append(Group(target.name, training, "imagesTu", "labelsTs" if cisfa else None))
+        what = f"{source.name} to {target.name}"
+    groups.append(Group(target.name, test, "imagesTs", "labelsTs"))
+    return Arrangement(groups, source_splits, target_splits, f"{what}, protocol {args.protocol}, seed {args.seed}")
+
+
+def _with_label(cases: list[Case], strict: bool, warnings: list[str]) -> list[Case]:
+    for case in cases:
+        if case.label is None:
+            common.skip_or_refuse(f"{case.images[0]}: there is no label for this scan", strict, warnings)
+    return [case for case in cases if case.label is not None]
+
+
+def _test_numbers(target: Domain, args: argparse.Namespace, warnings: list[str]) -> list[str]:
+    wanted = tuple(dict.fromkeys(args.test_ids)) if args.test_ids else target.test
+    present = [number for number in wanted if number in target.cases]
+    folder, has = target.folder, ", ".join(target.cases)
+    if args.test_ids and len(present) < len(wanted):
+        missing = ", ".join(n for n in wanted if n not in target.cases)
+        raise UDAError(f"{folder}: -test_ids names {missing}, which is not there; expected some of {has}.")
+    if not wanted:
+        raise UDAError(
+            f"{folder} holds {has}; -protocol sifa fixes no test set for {target.name}. Name the test scans with "
+            "-test_ids, or use -protocol cisfa."
+        )
+    if not present:
+        raise UDAError(
+            f"{folder} holds {has}, none of which is in the fixed test set of -protocol sifa ({', '.join(wanted)}). "
+            "Name the test scans with -test_ids."
+        )
+    if len(present) < len(wanted):
+        common.skip_or_refuse(
+            f"{folder} holds only {', '.join(present)} of the fixed test set {', '.join(wanted)}",
+            args.strict, warnings, "the others are left out",
+        )  # fmt: skip
+    return present
