@@ -23,6 +23,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import SimpleITK as sitk
@@ -201,7 +202,7 @@ def write_dataset(
     adaptation: bool = True,
     source_splits: list[dict[str, list[str]]] | None = None,
     target_splits: list[dict[str, list[str]]] | None = None,
-    information: dict[str, str] | None = None,
+    information: dict[str, Any] | None = None,
     warnings: Sequence[str] = (),
     overwrite: bool = False,
     strict: bool = False,
@@ -213,7 +214,8 @@ def write_dataset(
         structures: names of classes 1, 2, ...
         channels: one name per image channel.
         adaptation: False for a plain supervised dataset: no target group, no ``uda`` key.
-        information: further entries of ``dataset.json`` (reference, licence, description).
+        information: further entries of ``dataset.json`` (reference, licence, description). ``uda`` is added to the
+            domains' names; ``labels``, where nnU-Net trains regions of ``structures``, replaces those made of them.
         warnings: of the converter, shown with the summary.
         strict: refuse a group with ``labelsTs`` in which a case has no label, instead of a warning.
 
@@ -241,6 +243,7 @@ def write_dataset(
             "numSource": len(source.cases),
             "numTarget": len(target.cases),
             "numTest": len(by_folder["imagesTs"].cases) if "imagesTs" in by_folder else 0,
+            **dataset_json.get("uda", {}),
         }
         if warning := normalisation_warning(dataset_json, Domains(source.domain, target.domain)):
             warnings.append(warning)

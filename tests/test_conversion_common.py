@@ -248,6 +248,16 @@ def test_verify_dataset_integrity_and_reader(raw, groups, capfd):
     assert content["overwrite_image_reader_writer"] == "SimpleITKIOWithReorient"
 
 
+def test_information_adds_to_uda_and_replaces_labels(raw, groups):
+    regions = {"background": 0, "all": [1, 2], "part": [2]}
+    more = {"licence": "free", "uda": {"extra": 1}, "labels": regions, "regions_class_order": [1, 2]}
+    out = write_dataset(7, "Tiny", groups, ["organ"], ["intensity"], information=more, processes=1)
+    content = json.loads((out / "dataset.json").read_text())
+    assert content["licence"] == "free" and content["uda"]["extra"] == 1 and content["uda"]["source_domain"] == "MR"
+    assert content["labels"] == regions and content["regions_class_order"] == [1, 2]
+    assert more["uda"] == {"extra": 1}
+
+
 def test_conversion_is_deterministic(raw, groups):
     first = {p.name: p.read_bytes() for p in write(groups).rglob("*.*") if p.is_file()}
     time.sleep(1.1)  # a gzip time stamp would differ
