@@ -1,0 +1,216 @@
+"""Contours to voxels, against shapes whose volume is known, on straight, oblique and flipped grids."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.uid import ExplicitVRLittleEndian, generate_uid
+
+from nnunet_uda.data.rtstruct import Contour, rasterise, read_contours_json, read_header, read_rtstruct
+from nnunet_uda.errors import UDAError
+
+RTSTRUCT = "1.2.840.10008.5.1.4.1.1.481.3"
+C, S = math.cos(0.4), math.sin(0.4)
+DIRECTIONS = {
+    "straight": (1, 0, 0, 0, 1, 0, 0, 0, 1),
+    "flipped": (-1, 0, 0, 0, -1, 0, 0, 0, 1),
+    "downwards": (1, 0, 0, 0, -1, 0, 0, 0, -1),
+    "sagittal": (0, 0, -1, 1, 0, 0, 0, -1, 0),
+    "oblique": (C, 0, S, S * S, C, -S * C, -S * C, S, C * C),
+}
+
+
+def grid(direction: str = "straight", size=(60, 64, 40), spacing=(0.8, 0.7, 1.5)) -> sitk.Image:
+    image = sitk.Image(size, sitk.sitkInt16)
+    image.SetSpacing(spacing)
+    image.SetOrigin((-13.0, 21.0, -7.5))
+    image.SetDirection([float(v) for v in DIRECTIONS[direction]])
+    return image
+
+
+def physical(image: sitk.Image, index: np.ndarray) -> np.ndarray:
+    """mm of continuous indices (points, 3), one at a time by ITK."""
+    return np.array([image.TransformContinuousIndexToPhysicalPoint([float(v) for v in row]) for row in index])
+
+
+def rings(image: sitk.Image, radius_mm, corners: int = 90, shift: float = 0.0, **options) -> list[Contour]:
+    """Circles about the middle of the slices; ``radius_mm(distance in mm to the middle slice)``, None for no circle."""
+    size, spacing = np.array(image.GetSize()), np.array(image.GetSpacing())
+    angles = np.linspace(0, 2 * np.pi, corners, endpoint=False)
+    contours = []
+    for k in range(size[2]):
+        if radius := radius_mm((k - size[2] // 2) * spacing[2]):
+            x = size[0] / 2 + radius * np.cos(angles) / spacing[0]
+            y = size[1] / 2 + radius * np.sin(angles) / spacing[1]
+            points = physical(image, np.stack([x, y, np.full(corners, k + shift)], axis=1))
+            contours.append(Contour(points, **options))
+    return contours
+
+
+def volume(mask: np.ndarray, image: sitk.Image) -> float:
+    return float(mask.sum() * np.prod(image.GetSpacing()))
+
+
+def save_rtstruct(path: Path, named: list[tuple[str, list[Contour]]], series: str = "1.2.3", **tags) -> Path:
+    """An RTSTRUCT with the elements that readers need."""
+    dataset = Dataset()
+    dataset.SOPClassUID, dataset.SOPInstanceUID = RTSTRUCT, generate_uid()
+    dataset.Modality, dataset.PatientID = "RTSTRUCT", "VS-SEG-001"
+    dataset.StructureSetROISequence, dataset.ROIContourSequence = [], []
+    for number, (name, contours) in enumerate(named, 1):
+        roi, drawn = Dataset(), Dataset()
+        roi.ROINumber, roi.ROIName = number, name
+        drawn.ReferencedROINumber, drawn.ContourSequence = number, []
+        for contour in contours:
+            item = Dataset()
+            item.ContourGeometricType = "CLOSEDPLANAR_XOR" if contour.xor else "CLOSED_PLANAR"
+            item.NumberOfContourPoints = len(contour.points)
+            item.ContourData = [f"{v:.4f}" for v in contour.points.ravel()]
+            drawn.ContourSequence.append(item)
+        dataset.StructureSetROISequence.append(roi)
+        dataset.ROIContourSequence.append(drawn)
+    frame, study, referenced = Dataset(), Dataset(), Dataset()
+    referenced.SeriesInstanceUID = series
+    study.RTReferencedSeriesSequence = [referenced]
+    frame.RTReferencedStudySequence = [study]
+    dataset.ReferencedFrameOfReferenceSequence = [frame] if series else []
+    for name, value in tags.items():
+        setattr(dataset, name, value)
+    dataset.file_meta = FileMetaDataset()
+    dataset.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    dataset.file_meta.MediaStorageSOPClassUID, dataset.file_meta.MediaStorageSOPInstanceUID = (
+        RTSTRUCT, dataset.SOPInstanceUID,
+    )  # fmt: skip
+    path.parent.mkdir(parents=True, exist_ok=True)
+    dataset.save_as(path, enforce_file_format=True)
+    return path
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_sphere_and_cylinder_have_their_volume_and_place(direction):
+    image = grid(direction)
+    axes = np.array(DIRECTIONS[direction]).reshape(3, 3)
+    assert np.allclose(axes @ axes.T, np.eye(3))
+    sphere = rings(image, lambda d: math.sqrt(15**2 - d**2) if abs(d) < 15 else None)
+    mask, off = rasterise(sphere, image, Path("r.dcm"))
+    assert volume(mask, image) == pytest.approx(4 / 3 * math.pi * 15**3, rel=0.01) and off < 1e-6
+    assert np.allclose(np.argwhere(mask).mean(axis=0), (20, 32, 30), atol=0.05)
+    cylinder = rings(image, lambda d: 12 if abs(d) < 7 else None)
+    mask, _ = rasterise(cylinder, image, Path("r.dcm"))
+    assert sorted(set(np.nonzero(mask)[0])) == list(range(16, 25))
+    assert volume(mask, image) == pytest.approx(math.pi * 12**2 * 9 * 1.5, rel=0.01)
+
+
+def test_against_every_voxel_one_by_one():
+    """A concave outline: inside is where an odd number of edges is crossed on the way out."""
+    image = grid("oblique", (20, 18, 3))
+    outline = np.array([(2.3, 2.2), (16.7, 3.1), (9.4, 8.6), (15.2, 15.8), (3.6, 14.1)])
+    points = physical(image, np.column_stack([outline, np.ones(5)]))
+    mask, _ = rasterise([Contour(points)], image, Path("r.dcm"))
+    for y in range(18):
+        for x in range(20):
+            crossed = 0
+            for (x1, y1), (x2, y2) in zip(outline, np.roll(outline, -1, axis=0), strict=True):
+                crossed += (y1 > y) != (y2 > y) and x < x1 + (y - y1) / (y2 - y1) * (x2 - x1)
+            assert mask[1, y, x] == crossed % 2, (x, y)
+    assert not mask[[0, 2]].any()
+
+
+def test_contours_of_a_slice_are_united_and_xor_cuts_holes():
+    image = grid()
+    outer, inner = (rings(image, lambda d, r=r: r if abs(d) < 1 else None) for r in (12, 5))
+    holed = [rings(image, lambda d, r=r: r if abs(d) < 1 else None, xor=True)[0] for r in (12, 5)]
+    areas = [volume(rasterise(c, image, Path("r"))[0], image) / 1.5 for c in (outer, outer + inner, holed)]
+    assert areas[0] == areas[1] == pytest.approx(math.pi * 144, rel=0.02)
+    assert areas[2] == pytest.approx(math.pi * (144 - 25), rel=0.02)
+
+
+def test_contours_between_slices_go_to_the_nearest_and_the_distance_is_told():
+    image = grid("oblique")
+    mask, off = rasterise(rings(image, lambda d: 9 if d == 0 else None, shift=0.3), image, Path("r.dcm"))
+    assert set(np.nonzero(mask)[0]) == {20} and off == pytest.approx(0.3 * 1.5)
+
+
+def test_contours_of_another_image_are_refused():
+    image = grid()
+    ring = rings(image, lambda d: 9 if d == 0 else None)[0].points
+    crossing = np.array([(10, 10, 3), (20, 10, 3), (20, 20, 6)], float)
+    for points, message in (
+        (
+            ring + np.array([0, 0, 60]),
+            r"r\.dcm: a contour lies outside the image, around voxel \(30, 32, 60\) of \(60, 64, 40\)",
+        ),
+        (ring - np.array([0, 0, 32]), "lies outside the image"),
+        (ring + np.array([30, 0, 0]), "lies outside the image"),
+        (ring - np.array([0, 30, 0]), "lies outside the image"),
+        (physical(image, crossing), r"r\.dcm: a contour runs through 3\.0 slices"),
+        (ring * np.nan, "not finite"),
+    ):
+        with pytest.raises(UDAError, match=message):
+            rasterise([Contour(points)], image, Path("r.dcm"))
+    assert not rasterise([Contour(ring[:2])], image, Path("r.dcm"))[0].any()
+
+
+def test_rtstruct_and_json_hold_the_same(tmp_path):
+    image = grid("oblique")
+    sphere = rings(image, lambda d: math.sqrt(9**2 - d**2) if abs(d) < 9 else None)
+    named = [("Brainstem", sphere[:1]), ("TV", sphere), ("empty", [])]
+    read = read_rtstruct(save_rtstruct(tmp_path / "RTSS.dcm", named, "1.2.99"))
+    assert [name for name, _ in read.named] == ["Brainstem", "TV", "empty"]
+    assert [len(contours) for _, contours in read.named] == [1, len(sphere), 0]
+    assert (read.series, read.patient) == (("1.2.99",), "VS-SEG-001")
+    content = [
+        {"structure_name": name, "LPS_contour_points": [c.points.tolist() for c in contours]}
+        for name, contours in named
+    ]
+    (tmp_path / "contours.json").write_text(json.dumps(content))
+    again = read_contours_json(tmp_path / "contours.json")
+    assert again.series == () and [name for name, _ in again.named] == ["Brainstem", "TV", "empty"]
+    masks = [rasterise(structures.named[1][1], image, structures.path)[0] for structures in (read, again)]
+    assert (masks[0] == masks[1]).mean() > 0.9999  # the RTSTRUCT is rounded to 0.1 micrometre
+    assert volume(masks[0], image) == pytest.approx(4 / 3 * math.pi * 9**3, rel=0.02)
+
+
+def test_roi_numbers_not_positions_join_names_and_contours(tmp_path):
+    image = grid()
+    one, two = (rings(image, lambda d, r=r: r if d == 0 else None) for r in (12, 5))
+    path = save_rtstruct(tmp_path / "RTSS.dcm", [("TV", one), ("cochlea", two)])
+    dataset = read_header(path, "StructureSetROISequence", "ROIContourSequence")
+    items = dataset.ROIContourSequence
+    whole = save_rtstruct(
+        path, [("TV", one), ("cochlea", two)], ROIContourSequence=[items[1], items[0]]
+    )  # the other way round
+    named = dict(read_rtstruct(whole).named)
+    assert np.allclose(named["TV"][0].points, one[0].points, atol=1e-3)
+    assert np.allclose(named["cochlea"][0].points, two[0].points, atol=1e-3)
+
+
+def test_files_that_are_refused(tmp_path):
+    path = tmp_path / "RTSS.dcm"
+    path.write_bytes(b"no DICOM at all")
+    with pytest.raises(UDAError, match=r"RTSS\.dcm: cannot be read"):
+        read_rtstruct(path)
+    with pytest.raises(UDAError, match=r"RTSS\.dcm: a DICOM file of modality RTPLAN; expected an RTSTRUCT"):
+        read_rtstruct(save_rtstruct(path, [], Modality="RTPLAN"))
+    broken = Dataset()
+    broken.ReferencedROINumber = 1
+    broken.ContourSequence = [Dataset()]
+    broken.ContourSequence[0].ContourGeometricType = "CLOSED_PLANAR"
+    broken.ContourSequence[0].ContourData = ["1", "2"]
+    with pytest.raises(UDAError, match=r"RTSS\.dcm: no valid RTSTRUCT"):
+        read_rtstruct(save_rtstruct(path, [("TV", [])], ROIContourSequence=[broken]))
+    for text in (
+        "{",
+        "[1]",
+        '[{"structure_name": "TV"}]',
+        '[{"structure_name": "TV", "LPS_contour_points": [[1, 2]]}]',
+    ):
+        (tmp_path / "contours.json").write_text(text)
+        with pytest.raises(UDAError, match=r"contours\.json: cannot be read"):
+            read_contours_json(tmp_path / "contours.json")
