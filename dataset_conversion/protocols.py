@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,12 +41,18 @@ class Arrangement:
     description: str
 
 
+def number(text: str) -> str:
+    """argparse type of a case number: ``0009`` and ``9`` are the same."""
+    return str(int(text))
+
+
 def add_arguments(parser: argparse.ArgumentParser, example: str) -> None:
     """Options that ``arrange`` reads. ``example``: a case number."""
     parser.add_argument("-protocol", choices=("sifa", "cisfa"), default="sifa", help="split, see above [sifa]")
     parser.add_argument(
-        "-test_ids", nargs="+", metavar="NUMBER", help=f"target test scans instead of sifa's, e.g. {example}"
-    )
+        "-test_ids", nargs="+", type=number, metavar="NUMBER",
+        help=f"target test scans instead of sifa's, e.g. {example}",
+    )  # fmt: skip
     parser.add_argument(
         "--upper_bound", action="store_true", help="write the supervised dataset of the target, WITH target labels"
     )
@@ -67,9 +74,8 @@ def arrange(
     cisfa = args.protocol == "cisfa"
     if args.test_ids and cisfa:
         raise UDAError("-test_ids goes with -protocol sifa; cisfa tests on every scan once, in folds.")
-    test_numbers = [] if cisfa else _test_numbers(target, args, warnings)
-    test = [target.cases[number] for number in test_numbers]
-    training = [case for number, case in target.cases.items() if number not in test_numbers]
+    test = [] if cisfa else _test_cases(target, args, warnings)
+    training = [case for case in target.cases.values() if case not in test]
     if not training:
         raise UDAError(f"{target.folder}: all of its scans are test scans; none is left to train.")
     if cisfa or args.test_ids:
@@ -79,7 +85,7 @@ def arrange(
     if args.upper_bound:
         labelled = training
     if skip_unlabelled:
-        labelled = _with_label(labelled, args.strict, warnings)
+        labelled = with_label(labelled, args.strict, warnings)
 
     target_splits = None
     if cisfa:
@@ -100,33 +106,42 @@ def arrange(
     return Arrangement(groups, source_splits, target_splits, f"{what}, protocol {args.protocol}, seed {args.seed}")
 
 
-def _with_label(cases: list[Case], strict: bool, warnings: list[str]) -> list[Case]:
+def with_label(cases: list[Case], strict: bool, warnings: list[str]) -> list[Case]:
+    """The cases that have a label; for the others a warning, or a ``UDAError`` when ``strict``."""
     for case in cases:
         if case.label is None:
             common.skip_or_refuse(f"{case.images[0]}: there is no label for this scan", strict, warnings)
     return [case for case in cases if case.label is not None]
 
 
-def _test_numbers(target: Domain, args: argparse.Namespace, warnings: list[str]) -> list[str]:
-    wanted = tuple(dict.fromkeys(args.test_ids)) if args.test_ids else target.test
-    present = [number for number in wanted if number in target.cases]
-    folder, has = target.folder, ", ".join(target.cases)
-    if args.test_ids and len(present) < len(wanted):
-        missing = ", ".join(n for n in wanted if n not in target.cases)
-        raise UDAError(f"{folder}: -test_ids names {missing}, which is not there; expected some of {has}.")
+def named_cases(domain: Domain, numbers: Sequence[str]) -> list[Case]:
+    """The cases of ``-test_ids``, each once; ``UDAError`` for one that is not there."""
+    if missing := [n for n in numbers if n not in domain.cases]:
+        raise UDAError(
+            f"{domain.folder}: -test_ids names {', '.join(missing)}, which is not there; expected some of "
+            f"{', '.join(domain.cases)}."
+        )
+    return [domain.cases[n] for n in dict.fromkeys(numbers)]
+
+
+def _test_cases(target: Domain, args: argparse.Namespace, warnings: list[str]) -> list[Case]:
+    if args.test_ids:
+        return named_cases(target, args.test_ids)
+    folder, has, wanted = target.folder, ", ".join(target.cases), ", ".join(target.test)
     if not wanted:
         raise UDAError(
             f"{folder} holds {has}; -protocol sifa fixes no test set for {target.name}. Name the test scans with "
             "-test_ids, or use -protocol cisfa."
         )
+    present = [number for number in target.test if number in target.cases]
     if not present:
         raise UDAError(
-            f"{folder} holds {has}, none of which is in the fixed test set of -protocol sifa ({', '.join(wanted)}). "
-            "Name the test scans with -test_ids."
+            f"{folder} holds {has}, none of which is in the fixed test set of -protocol sifa ({wanted}). Name the test "
+            "scans with -test_ids."
         )
-    if len(present) < len(wanted):
+    if len(present) < len(target.test):
         common.skip_or_refuse(
-            f"{folder} holds only {', '.join(present)} of the fixed test set {', '.join(wanted)}",
+            f"{folder} holds only {', '.join(present)} of the fixed test set {wanted}",
             args.strict, warnings, "the others are left out",
         )  # fmt: skip
-    return present
+    return [target.cases[number] for number in present]

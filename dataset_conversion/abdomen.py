@@ -1,0 +1,100 @@
+"""The abdominal task: CT of BTCV and MR of CHAOS (T2-SPIR), in either direction; liver, kidneys, spleen.
+
+Expected trees (-i, in any order), as their owners distribute them:
+
+    CHAOS_TREE/Train_Sets/MR/1/T2SPIR/DICOM_anon/*.dcm, Ground/*.png
+    BTCV_TREE/RawData/Training/img/img0001.nii.gz, label/label0001.nii.gz
+
+Data: https://doi.org/10.5281/zenodo.3431873 (CHAOS, CC BY-SA 4.0) and https://www.synapse.org/Synapse:syn3193805
+(BTCV, registration and Synapse's terms). `nnUNetUDA_convert chaos -h` and `btcv -h` tell more: what is taken care of in
+DICOM and masks, and why BTCV renumbered 1 to 30 is refused.
+
+Classes: liver 1, right_kidney 2, left_kidney 3, spleen 4, or as given to -structures; BTCV's other organs become
+background. Images keep intensities (CT in HU), voxels and orientation; nothing is cropped or clipped. -sequence takes
+another of CHAOS's MR sequences.
+
+Protocols:
+  sifa    fixed test set MR 1 13 32 38, CT 1 9 30 32 33 39. Source: the scans outside the source modality's own test
+          set, in 4 seeded folds. Target: test scans to imagesTs and labelsTs, all others to imagesTu without labels,
+          used in every fold. With -test_ids these target scans are the test set instead, and the source is used whole.
+  cisfa   CISFA's section 4.1: 4 disjoint, seeded folds of volumes in both domains. All target images go to imagesTu,
+          their labels to labelsTs; fold k trains on the rest and tests on splits_target.json[k]["val"].
+
+Target labels are read for labelsTs alone. With --upper_bound they ARE used for training: it writes the supervised upper
+bound's dataset, the same target training scans WITH their labels as imagesTr and labelsTr, to be trained with a plain
+trainer. With -protocol cisfa its splits_final.json holds the target's folds: test with checkpoint_final.pth, as
+nnU-Net's best checkpoint is chosen on the test fold.
+
+A CHAOS patient without the sequence, and a scan for imagesTr without labels, is left out with a warning; --strict
+refuses it.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from nnunet_uda.dataset_conversion import btcv, chaos, common, protocols
+from nnunet_uda.errors import UDAError
+
+MR_SEQUENCES = ("t2spir", "t1in", "t1out")
+
+
+def recognise(trees: list[Path]) -> tuple[Path, Path]:
+    """(CHAOS's tree, BTCV's tree) among two, told by what they hold."""
+    of_chaos = [tree for tree in trees if chaos.train_folder(tree)]
+    of_btcv = [tree for tree in trees if btcv.training_folder(tree)]
+    if len(of_chaos) != 1 or len(of_btcv) != 1:
+        held = [
+            f"{tree} ({' and '.join(['CHAOS'] * (tree in of_chaos) + ['BTCV'] * (tree in of_btcv)) or 'neither'})"
+            for tree in trees
+        ]
+        raise UDAError(
+            f"-i {', '.join(held)}: expected one CHAOS tree (with Train_Sets/MR) and one BTCV tree (with "
+            "RawData/Training/img and label)."
+        )
+    return of_chaos[0], of_btcv[0]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "-i", type=Path, nargs=2, required=True, metavar=("CHAOS_TREE", "BTCV_TREE"), help="both trees, in any order"
+    )
+    parser.add_argument("-source", choices=("ct", "mr"), required=True, help="modality whose labels are used")
+    parser.add_argument("-target", choices=("ct", "mr"), required=True, help="modality to adapt to")
+    parser.add_argument("-sequence", choices=MR_SEQUENCES, default="t2spir", help="CHAOS's MR sequence [t2spir]")
+    parser.add_argument(
+        "-structures", nargs="+", choices=chaos.STRUCTURES, default=list(chaos.STRUCTURES), metavar="NAME",
+        help=f"classes 1, 2, ... among {', '.join(chaos.STRUCTURES)} [all, in this order]",
+    )  # fmt: skip
+    protocols.add_arguments(parser, "13")
+    common.add_common_arguments(parser)
+
+
+def convert(args: argparse.Namespace) -> None:
+    """Run the conversion that ``args`` (of ``add_arguments``) describe."""
+    if args.source == args.target:
+        raise UDAError(f"-source and -target are both {args.source}; expected ct and mr, or mr and ct.")
+    chaos_tree, btcv_tree = recognise(args.i)
+    warnings: list[str] = []
+    mr = chaos.find_domain(chaos_tree, args.sequence, "MR", "mr", chaos.classes(args.structures), args.strict, warnings)
+    ct = btcv.find_domain(btcv_tree, btcv.classes(args.structures))
+    source, target = (ct, mr) if args.source == "ct" else (mr, ct)
+    plan = protocols.arrange(source, target, args, warnings, skip_unlabelled=True)
+    default_name = f"{target.name}_upper_bound" if args.upper_bound else f"{source.name}2{target.name}"
+    common.write_dataset(
+        args.d, args.name or f"Abdomen_{default_name}", plan.groups, args.structures,
+        common.channel_names(args.channel, 1), adaptation=not args.upper_bound,
+        source_splits=plan.source_splits, target_splits=plan.target_splits,
+        information={
+            "description": f"BTCV (CT) and CHAOS ({args.sequence}), {plan.description}",
+            **{key: f"{chaos.INFORMATION[key]}; {btcv.INFORMATION[key]}" for key in chaos.INFORMATION},
+        },
+        warnings=warnings, overwrite=args.overwrite, strict=args.strict, processes=args.np,
+    )  # fmt: skip
+
+
+main = common.script(__doc__, add_arguments, convert)
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,133 @@
+"""BTCV (Multi-Atlas Labeling Beyond the Cranial Vault, abdomen), CT: a supervised dataset of its 13 organs.
+
+Expected tree (-i), as Synapse distributes it; Testing has no labels and is not used:
+
+    VENDOR_TREE/RawData/Training/img/img0001.nii.gz       ... 0010, 0021 ... 0040
+    VENDOR_TREE/RawData/Training/label/label0001.nii.gz   ... 0010, 0021 ... 0040
+
+Data: https://www.synapse.org/Synapse:syn3193805 (free for research after registration with Synapse, under the terms
+stated there, not to be passed on). Please cite Landman et al., MICCAI Multi-Atlas Labeling Beyond the Cranial Vault,
+2015.
+
+A copy renumbered 1 to 30 circulates. It is refused: from 11 on its numbers are other patients, so that the test sets of
+papers (1, 9, 30, 32, 33, 39) would be other scans. Nothing is repaired; intensities (HU) and orientation are kept.
+
+Classes are numbered as given to -structures; the other organs become background. The channel is called CT, so nnU-Net
+clips and scales HU (-channel intensity: z-score per image). Scans of -test_ids go to imagesTs and labelsTs; the others
+to imagesTr and labelsTr, in 5 seeded folds. For adaptation between BTCV and CHAOS's MR: nnUNetUDA_convert abdomen.
+
+A scan without a label is left out with a warning; --strict refuses it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from pathlib import Path
+
+from nnunet_uda.data.reading import LabelMap
+from nnunet_uda.dataset_conversion import common, protocols
+from nnunet_uda.dataset_conversion.common import Case, Group
+from nnunet_uda.dataset_conversion.protocols import Domain
+from nnunet_uda.errors import UDAError
+
+VALUES = {
+    "spleen": 1, "right_kidney": 2, "left_kidney": 3, "gallbladder": 4, "oesophagus": 5, "liver": 6, "stomach": 7,
+    "aorta": 8, "inferior_vena_cava": 9, "portal_and_splenic_veins": 10, "pancreas": 11, "right_adrenal_gland": 12,
+    "left_adrenal_gland": 13,
+}  # fmt: skip
+NUMBERS = (*range(1, 11), *range(21, 41))
+SIFA_TEST = ("1", "9", "30", "32", "33", "39")
+INFORMATION = {
+    "reference": "https://www.synapse.org/Synapse:syn3193805",
+    "licence": "BTCV: Synapse's terms, research use after registration, not to be passed on",
+}
+
+
+def training_folder(tree: Path) -> Path | None:
+    """The folder of ``img`` and ``label`` in ``tree``, None where there is no such tree."""
+    folders = (tree / "RawData" / "Training", tree / "Training", tree)
+    return next((f for f in folders if (f / "img").is_dir() and (f / "label").is_dir()), None)
+
+
+def classes(structures: list[str]) -> LabelMap:
+    """BTCV's values to classes in the order of ``structures``."""
+    numbers = {value: structures.index(name) + 1 if name in structures else 0 for name, value in VALUES.items()}
+    return LabelMap(numbers, names={value: name for name, value in VALUES.items()})
+
+
+def find_domain(tree: Path, label_map: LabelMap) -> Domain:
+    """Cases by number, labels attached where the file exists (it is not opened)."""
+    training = training_folder(tree)
+    rule = "img/img<number>.nii.gz and label/label<number>.nii.gz, numbers 0001-0010 and 0021-0040"
+    if training is None:
+        found = ", ".join(sorted(p.name for p in tree.iterdir())[:8]) if tree.is_dir() else "no such folder"
+        raise UDAError(f"{tree}: no img and label folder (found: {found}); expected RawData/Training/{rule}. Check -i.")
+    files: dict[str, dict[int, Path]] = {"img": {}, "label": {}}
+    for kind, of_kind in files.items():
+        for path in sorted((training / kind).iterdir()):
+            match = re.fullmatch(rf"{kind}(\d+)\.nii(\.gz)?", path.name)
+            if match:
+                if other := of_kind.get(int(match[1])):
+                    raise UDAError(f"{path}: the same number as {other.name}; expected each once. Remove one of them.")
+                of_kind[int(match[1])] = path
+            elif path.name.lower().endswith((".nii", ".nii.gz")) and not path.name.startswith("."):
+                raise UDAError(f"{path}: unexpected file; expected only {rule}. Rename or remove it.")
+    images, labels = files["img"], files["label"]
+    if not images:
+        raise UDAError(f"{training / 'img'} holds no image; expected {rule}. Check -i.")
+    for number, path in sorted({**labels, **images}.items()):
+        if 11 <= number <= 20:
+            raise UDAError(
+                f"{path}: BTCV has no training scan {number}; expected numbers 1-10 and 21-40. This is a copy "
+                "renumbered 1-30, in which the numbers from 11 on are other patients: the fixed test set "
+                f"({', '.join(SIFA_TEST)}) would name other scans, and no result could be compared. Get the original "
+                "from Synapse, or give the files their original numbers."
+            )
+        if number not in NUMBERS:
+            raise UDAError(f"{path}: BTCV has no training scan {number}; expected {rule}. Remove or rename the file.")
+    for number in sorted(set(labels) - set(images)):
+        raise UDAError(
+            f"{labels[number]}: its image img{number:04d} is missing; expected {rule}. Add it, or remove the label; a "
+            "label of another patient must not be used."
+        )
+    cases = {
+        str(number): Case(f"ct_{number:04d}", (path,), labels.get(number), label_map)
+        for number, path in sorted(images.items())
+    }
+    return Domain("CT", cases, SIFA_TEST, training)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-i", type=Path, required=True, metavar="VENDOR_TREE", help="folder with RawData/Training")
+    parser.add_argument(
+        "-structures", nargs="+", choices=tuple(VALUES), default=list(VALUES), metavar="NAME",
+        help=f"classes 1, 2, ... among {', '.join(VALUES)} [all]",
+    )  # fmt: skip
+    parser.add_argument(
+        "-test_ids", nargs="+", type=protocols.number, metavar="NUMBER", help="test scans, e.g. 9 [none]"
+    )
+    common.add_common_arguments(parser)
+
+
+def convert(args: argparse.Namespace) -> None:
+    """Run the conversion that ``args`` (of ``add_arguments``) describe."""
+    warnings: list[str] = []
+    domain = find_domain(args.i, classes(args.structures))
+    test = protocols.named_cases(domain, args.test_ids) if args.test_ids else []
+    training = [case for case in domain.cases.values() if case not in test]
+    training = protocols.with_label(training, args.strict, warnings)
+    splits, few = common.source_folds([case.identifier for case in training], 5, args.seed)
+    common.write_dataset(
+        args.d, args.name or "BTCV",
+        [Group("CT", training, "imagesTr", "labelsTr"), Group("CT", test, "imagesTs", "labelsTs")],
+        args.structures, common.channel_names(args.channel or ["CT"], 1), adaptation=False, source_splits=splits,
+        information={"description": f"BTCV abdomen, supervised, seed {args.seed}", **INFORMATION},
+        warnings=[*warnings, *few], overwrite=args.overwrite, strict=args.strict, processes=args.np,
+    )  # fmt: skip
+
+
+main = common.script(__doc__, add_arguments, convert)
+
+if __name__ == "__main__":
+    main()

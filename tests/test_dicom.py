@@ -1,0 +1,252 @@
+"""DICOM series made here: what is read back, and what is refused by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pydicom
+import pytest
+import SimpleITK as sitk
+from pydicom.dataset import FileMetaDataset
+from pydicom.encaps import encapsulate
+from pydicom.uid import ExplicitVRLittleEndian, JPEGLosslessSV1, RLELossless, generate_uid
+
+from nnunet_uda.data.dicom import by_name, dicom_files, order_series, read_series
+from nnunet_uda.errors import UDAError
+
+SHAPE = (6, 5, 7)
+ANGLE = np.deg2rad(25)
+TILT = np.array([[1, 0, 0], [0, np.cos(0.4), -np.sin(0.4)], [0, np.sin(0.4), np.cos(0.4)]])
+DIRECTIONS = {
+    "axial": np.eye(3),
+    "feet first": np.diag([-1.0, 1, -1]),
+    "prone": np.diag([-1.0, -1, 1]),
+    "coronal": np.array([[1.0, 0, 0], [0, 0, 1], [0, -1, 0]]),
+    "sagittal": np.array([[0.0, 0, -1], [1, 0, 0], [0, -1, 0]]),
+    "oblique": np.array([[np.cos(ANGLE), -np.sin(ANGLE), 0], [np.sin(ANGLE), np.cos(ANGLE), 0], [0, 0, 1]]) @ TILT,
+}
+"""Columns: along a row, down a column, the normal."""
+
+
+def write_series(
+    folder: Path,
+    array: np.ndarray,
+    *,
+    direction: np.ndarray = DIRECTIONS["axial"],
+    spacing: Sequence[float] = (0.75, 0.5, 2.0),
+    origin: Sequence[float] = (-10.5, 20.25, -30.0),
+    names: Sequence[str] | None = None,
+    modality: str = "MR",
+    change: Callable[[pydicom.Dataset, int], None] | None = None,
+) -> list[Path]:
+    """One file per slice of the stored values ``array`` (slices, rows, columns), slice z called ``names[z]``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    series, files = generate_uid(), []
+    for z, plane in enumerate(array):
+        ds = pydicom.Dataset()
+        ds.file_meta = FileMetaDataset()
+        ds.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+        ds.SOPClassUID = "1.2.840.10008.5.1.4.1.1.2" if modality == "CT" else "1.2.840.10008.5.1.4.1.1.4"
+        ds.SOPInstanceUID, ds.StudyInstanceUID, ds.SeriesInstanceUID = generate_uid(), "1.2.3", series
+        ds.Modality, ds.InstanceNumber, ds.SliceThickness = modality, z + 1, 9.5
+        ds.Rows, ds.Columns = plane.shape
+        ds.PixelSpacing = [spacing[1], spacing[0]]
+        ds.ImagePositionPatient = [round(float(v), 6) for v in np.array(origin) + z * spacing[2] * direction[:, 2]]
+        ds.ImageOrientationPatient = [round(float(v), 6) for v in direction[:, :2].T.ravel()]
+        ds.SamplesPerPixel, ds.PhotometricInterpretation = 1, "MONOCHROME2"
+        ds.BitsAllocated = ds.BitsStored = 16
+        ds.HighBit, ds.PixelRepresentation = 15, int(array.dtype.kind == "i")
+        ds.PixelData = plane.astype(array.dtype.newbyteorder("<")).tobytes()
+        if change is not None:
+            change(ds, z)
+        files.append(folder / (names[z] if names else f"IMG-{z + 1:04d}.dcm"))
+        ds.save_as(files[-1], enforce_file_format=True)
+    return files
+
+
+def scan(seed: int = 0, dtype=np.int16, shape=SHAPE) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 900, shape).astype(dtype)
+
+
+def edit(path: Path, **tags: object) -> None:
+    ds = pydicom.dcmread(path)
+    for tag, value in tags.items():
+        setattr(ds, tag, value)
+    ds.save_as(path)
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("orientation", DIRECTIONS)
+@pytest.mark.parametrize("order", ["by position", "reversed", "shuffled"])
+def test_round_trip_of_voxels_and_geometry(tmp_path, orientation, order):
+    ranks = {"by position": range(6), "reversed": range(5, -1, -1), "shuffled": [3, 0, 5, 1, 4, 2]}[order]
+    array, direction = scan(), DIRECTIONS[orientation]
+    files = write_series(tmp_path, array, direction=direction, names=[f"s{rank}.dcm" for rank in ranks])
+    image, series = read_series(tmp_path)
+    assert (sitk.GetArrayFromImage(image) == array).all() and image.GetPixelID() == sitk.sitkInt16
+    assert series.files == files and series.size == image.GetSize() == (7, 5, 6)
+    assert np.allclose(image.GetSpacing(), (0.75, 0.5, 2.0), atol=1e-5)  # SliceThickness says 9.5
+    assert np.allclose(image.GetOrigin(), (-10.5, 20.25, -30), atol=1e-5)
+    assert np.allclose(np.reshape(image.GetDirection(), (3, 3)), direction, atol=1e-5)
+    corner = image.TransformIndexToPhysicalPoint((6, 4, 5))
+    expected = np.array([-10.5, 20.25, -30]) + direction @ (np.array([6, 4, 5]) * [0.75, 0.5, 2.0])
+    assert np.allclose(corner, expected, atol=1e-4)
+    assert order_series(files).files == series.files
+
+
+@pytest.mark.parametrize(
+    ("slope", "intercept", "dtype"),
+    [(1, -1000, np.int16), (2, 3, np.int16), (50, 0, np.int32), (0.5, 0, np.float32), (1, 0.25, np.float32)],
+)
+def test_rescale_slope_and_intercept(tmp_path, slope, intercept, dtype):
+    def rescaled(ds: pydicom.Dataset, z: int) -> None:
+        ds.RescaleSlope, ds.RescaleIntercept = str(slope), str(intercept)
+
+    array = scan(dtype=np.uint16)
+    write_series(tmp_path, array, change=rescaled)
+    voxels = sitk.GetArrayFromImage(read_series(tmp_path)[0])
+    assert voxels.dtype == dtype and (voxels == array * float(slope) + intercept).all()
+
+
+def test_every_slice_has_its_own_slope(tmp_path):
+    def rescaled(ds: pydicom.Dataset, z: int) -> None:
+        ds.RescaleSlope, ds.RescaleIntercept = str(1 + 0.5 * z), "0"
+
+    array = scan(dtype=np.uint16)
+    write_series(tmp_path, array, change=rescaled)
+    voxels = sitk.GetArrayFromImage(read_series(tmp_path)[0])
+    assert (voxels == array * (1 + 0.5 * np.arange(6))[:, None, None]).all()
+
+
+def test_agrees_with_itk(tmp_path):
+    array = scan(3) - 400
+    files = write_series(tmp_path, array, direction=DIRECTIONS["oblique"], modality="CT")
+    reader = sitk.ImageSeriesReader()
+    reader.SetFileNames([str(path) for path in files])
+    other, image = reader.Execute(), read_series(tmp_path)[0]
+    assert (sitk.GetArrayFromImage(other) == sitk.GetArrayFromImage(image)).all()
+    for get in ("GetSpacing", "GetOrigin", "GetDirection"):
+        assert np.allclose(getattr(other, get)(), getattr(image, get)(), atol=1e-4)
+
+
+def test_large_unsigned_values_and_rle(tmp_path):
+    array = scan(dtype=np.uint16) + np.uint16(60000)
+    for path in write_series(tmp_path, array):
+        ds = pydicom.dcmread(path)
+        ds.compress(RLELossless)
+        ds.save_as(path)
+    voxels = sitk.GetArrayFromImage(read_series(tmp_path)[0])
+    assert voxels.dtype == np.int32 and (voxels == array).all()
+
+
+def test_what_an_anonymiser_does_to_series_uids_is_accepted(tmp_path):
+    def own_series(ds: pydicom.Dataset, z: int) -> None:
+        ds.SeriesInstanceUID = generate_uid()
+
+    write_series(tmp_path, scan(), change=own_series)
+    assert (sitk.GetArrayFromImage(read_series(tmp_path)[0]) == scan()).all()
+
+
+def test_files_of_a_folder(tmp_path):
+    names = ["IMG10.dcm", "IMG2.DCM", "IMG1.ima", "1.2.840.7", "MR000", "i0000,0000b.dcm"]
+    write_series(tmp_path, scan(), names=names)
+    write_series(tmp_path, scan(), names=["RTSS.dcm"] * 6, modality="RTSTRUCT")
+    for other in ("contours.json", ".hidden.dcm", "notes.txt"):
+        (tmp_path / other).write_text("{}")
+    (tmp_path / "folder").mkdir()
+    expected = ["1.2.840.7", "IMG1.ima", "IMG2.DCM", "IMG10.dcm", "MR000", "i0000,0000b.dcm"]
+    assert [path.name for path in dicom_files(tmp_path)] == expected
+    assert [p.name for p in by_name([Path("a-0010.png"), Path("a-9.png"), Path("a-08.png")])] == [
+        "a-08.png", "a-9.png", "a-0010.png",
+    ]  # fmt: skip
+
+
+# --- refusing ---------------------------------------------------------------------------------------------------------
+
+
+def tilted(files: list[Path]) -> None:
+    for z, path in enumerate(files):
+        edit(path, ImagePositionPatient=[0, 0.3 * z, 2 * z])
+
+
+def compressed(files: list[Path]) -> None:
+    ds = pydicom.dcmread(files[4])
+    ds.file_meta.TransferSyntaxUID = JPEGLosslessSV1
+    ds.PixelData = encapsulate([b"\xff\xd8\xff\xc3 no real stream \xff\xd9"])
+    ds.save_as(files[4])
+
+
+def without(tag: str) -> Callable[[list[Path]], None]:
+    def remove(files: list[Path]) -> None:
+        ds = pydicom.dcmread(files[3])
+        delattr(ds, tag)
+        ds.save_as(files[3])
+
+    return remove
+
+
+def shorter(path: Path, share: float) -> None:
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
+
+
+def copied(files: list[Path], name: str, **tags: object) -> None:
+    path = files[2].with_name(name)
+    path.write_bytes(files[2].read_bytes())
+    edit(path, **tags)
+
+
+def all_gone(files: list[Path]) -> None:
+    for path in files:
+        path.unlink()
+
+
+MALFORMED = {
+    "missing slice": (lambda f: f[2].unlink(), r"IMG-0002\.dcm: 4\.000 mm to the next slice IMG-0004.*about 1 missing"),
+    "doubled slice": (lambda f: copied(f, "copy.dcm"), r"at the same position as \S+\.dcm, -26\.00 mm"),
+    "extra slice": (
+        lambda f: copied(f, "extra.dcm", ImagePositionPatient=[-10.5, 20.25, -25]),
+        r"IMG-0003\.dcm: 1\.000 mm to the next slice extra\.dcm, 2\.000 mm between",
+    ),
+    "two series": (lambda f: edit(f[4], SeriesInstanceUID="1.9"), r"IMG-0005\.dcm: 2 series in one folder, of 5, 1 "),
+    "another size": (
+        lambda f: edit(f[1], Rows=7, Columns=5),
+        r"IMG-0002\.dcm: the slice is 5 x 7 of .*the others are 7 x 5 of 0\.75 x 0\.5 mm",
+    ),
+    "another orientation": (
+        lambda f: edit(f[0], ImageOrientationPatient=[1, 0, 0, 0, 0, -1]), r"IMG-0001\.dcm: the slice is .*-1\.000;"
+    ),
+    "another pixel spacing": (lambda f: edit(f[5], PixelSpacing=[0.5, 0.8]), r"IMG-0006\.dcm: .*0\.8 x 0\.5 mm"),
+    "tilted gantry": (tilted, r"IMG-0006\.dcm: shifted by 1\.50 mm within the slice plane"),
+    "no DICOM": (lambda f: f[3].write_bytes(b"garbage" * 50), r"IMG-0004\.dcm: cannot be read"),
+    "cut in the header": (lambda f: shorter(f[3], 0.4), r"IMG-0004\.dcm: (cannot be read|without)"),
+    "cut in the pixels": (lambda f: shorter(f[3], 0.97), r"IMG-0004\.dcm: cannot be read"),
+    "no pixels": (without("PixelData"), r"IMG-0004\.dcm: cannot be read"),
+    "no position": (without("ImagePositionPatient"), r"IMG-0004\.dcm: without ImagePositionPatient"),
+    "no orientation": (without("ImageOrientationPatient"), r"IMG-0004\.dcm: without ImageOrientationPatient"),
+    "no spacing": (without("PixelSpacing"), r"IMG-0004\.dcm: without PixelSpacing"),
+    "axes not at right angles": (
+        lambda f: edit(f[3], ImageOrientationPatient=[1, 0, 0, 1, 0, 0]), r"IMG-0004\.dcm: .*at right angles"
+    ),
+    "spacing of zero": (lambda f: edit(f[3], PixelSpacing=[0, 1]), r"IMG-0004\.dcm: size .*positive"),
+    "compressed": (compressed, r"IMG-0005\.dcm: .*JPEG Lossless.*1\.2\.840\.10008\.1\.2\.4\.70.*gdcmconv --raw"),
+    "multi-frame": (lambda f: edit(f[0], NumberOfFrames=12), r"IMG-0001\.dcm: a multi-frame DICOM of 12 frames"),
+    "colour": (lambda f: edit(f[0], SamplesPerPixel=3), r"IMG-0001\.dcm: 3 samples per pixel"),
+    "lookup table": (
+        lambda f: edit(f[0], ModalityLUTSequence=[pydicom.Dataset()]), r"IMG-0001\.dcm: .*ModalityLUTSequence"
+    ),
+    "one slice": (lambda f: all_gone(f[1:]), r"IMG-0001\.dcm: a series of 1 slice"),
+    "no slice": (all_gone, r"series: there is no DICOM slice"),
+    "no folder": (lambda f: (all_gone(f), f[0].parent.rmdir()), r"series: there is no such folder"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", MALFORMED)
+def test_malformed_series_are_refused_by_name(tmp_path, case):
+    spoil, message = MALFORMED[case]
+    spoil(write_series(tmp_path / "series", scan()))
+    with pytest.raises(UDAError, match=message):
+        read_series(tmp_path / "series")
