@@ -17,6 +17,7 @@ from nnunet_uda.errors import UDAError
 METHODS = {
     "cisfa": "nnunet_uda.trainers.cisfa:CISFASettings",
     "similarity_prototypes": "nnunet_uda.trainers.similarity_prototypes:SimilarityPrototypesSettings",
+    "uuds": "nnunet_uda.trainers.uuds:UUDSSettings",
 }
 """The names that may hold a method's own settings inside ``uda``, and where those are defined."""
 

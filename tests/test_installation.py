@@ -16,6 +16,7 @@ NAMES = [
     "CISFATrainer", "CISFANoWeightTrainer", "CISFANoPCLTrainer", "CISFANoGCLTrainer", "CISFANoPCLNoGCLTrainer",
     "CISFASequentialGCLTrainer", "SourceOnlyTrainer", "SupervisedTrainer", "SimilarityPrototypesTrainer",
     "PrototypesBaselineTrainer", "PrototypesNoSimilarityTrainer", "PrototypesNoContrastTrainer",
+    "UUDSTrainer", "UUDSNoDomainPromptTrainer", "UUDSNoSegmentationPromptTrainer", "UUDSNoUncertaintyTrainer",
 ]  # fmt: skip
 FIND = f"""
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name

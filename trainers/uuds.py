@@ -1,0 +1,459 @@
+"""UUDS: unified uncertain dual prompts (anonymous, under review), with CLIP's encoders.
+
+Target images are translated to the source and segmented from the features that the translation makes. A hard prompt
+that names the source domain steers the translation (section 3.1.1), learnable prompts with the class names steer the
+segmentation (3.1.2), and the segmentation's own certain pixels supervise both on target images (3.2). There is no
+adversary: every step is one update of everything, CLIP included, on the sum of all losses (3.3).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from acvl_utils.cropping_and_padding.bounding_boxes import crop_and_pad_nd
+from batchgenerators.dataloading.single_threaded_augmenter import SingleThreadedAugmenter
+from batchgenerators.utilities.file_and_folder_operations import join, save_json
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from nnunet_uda.data.convention import read_domains
+from nnunet_uda.data.mixed_slices import MixedSliceLoader
+from nnunet_uda.errors import UDAError
+from nnunet_uda.losses.domain_discrepancy import domain_discrepancy_loss
+from nnunet_uda.losses.patch_nce import PatchNCELoss
+from nnunet_uda.losses.structure import structure_correlation
+from nnunet_uda.losses.supervised_contrastive import supervised_contrastive_loss
+from nnunet_uda.losses.uncertainty import normalised_entropy, uncertain_segmentation_loss
+from nnunet_uda.networks.clip import Encoded, clip_shape, read_clip_weights
+from nnunet_uda.networks.patch_projector import PatchProjector
+from nnunet_uda.networks.projection_head import ProjectionHead
+from nnunet_uda.networks.uuds_network import Generated, UUDSNetwork
+from nnunet_uda.settings import parse_settings, require, split_settings
+from nnunet_uda.training.composite_trainer import CompositeTrainer
+from nnunet_uda.training.pictures import write_panels
+from nnunet_uda.training.prompt_pictures import write_domain_map, write_prompt_maps
+
+SHOWN_SLICES = 3
+MAPPED_SLICES = 24
+
+
+@dataclass(frozen=True)
+class UUDSSettings:
+    """Settings under ``uda.uuds``. Defaults are the paper's where it gives a value.
+
+    The paper gives the four weights (alpha, beta, gamma and lambda, in this order), Adam's ``learning_rate`` and
+    ``weight_decay``, and ``domain_prompt``. ``{source}`` and ``{target}`` in that stand for the names in dataset.json.
+    ``threshold`` is chi, ``context_vectors`` M. ``domain_loss``, ``uncertainty``, ``contrastive_negatives`` and
+    ``contrastive_reduction`` choose between an equation as the text means it (the default) and as it is printed.
+
+    ``clip_config`` describes a ResNet CLIP that open_clip has no name for, as open_clip's own JSON files do; it takes
+    the place of ``clip_model``. ``clip_weights`` is a tag of the hub, a file, a folder, or ``random``.
+
+    The shared settings ``segmenter_optimizer``, ``segmenter_learning_rate`` and ``segmenter_weight_decay`` are not
+    read: one optimiser trains everything.
+    """
+
+    clip_model: str = "RN50-quickgelu"
+    clip_config: dict | None = None
+    clip_weights: str = "openai"
+    clip_trust_torchscript: bool = False
+    clip_batch_statistics: Literal["trained", "frozen"] = "trained"
+    domain_prompt: str = "A photo of a source domain"
+    context_vectors: int = 16
+    generator_skips: Literal["none", "normalised"] = "none"
+    use_domain_prompt: bool = True
+    use_segmentation_prompt: bool = True
+    use_uncertainty: bool = True
+    domain_weight: float = 1.0
+    contrastive_weight: float = 1.0
+    segmentation_weight: float = 1.0
+    identity_weight: float = 1.0
+    domain_temperature: float = 0.07
+    domain_loss: Literal["similarity", "printed"] = "similarity"
+    contrastive_temperature: float = 0.07
+    contrastive_negatives: Literal["all", "other"] = "all"
+    contrastive_reduction: Literal["mean", "sum"] = "mean"
+    uncertainty: Literal["entropy", "printed"] = "entropy"
+    threshold: float = 0.2
+    warmup_epochs: int = 20
+    content_weight: float = 0.0
+    content_temperature: float = 0.2
+    content_patches: int = 256
+    structure_bound: float = 0.2
+    optimizer: Literal["adam", "adamw"] = "adam"
+    learning_rate: float = 1e-4
+    weight_decay: float = 0.01
+
+    def __post_init__(self) -> None:
+        for name in ("context_vectors", "content_patches"):
+            require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
+        for name in ("domain_temperature", "contrastive_temperature", "content_temperature", "learning_rate"):
+            require(getattr(self, name) > 0, name, "positive", getattr(self, name))
+        for name in ("domain_weight", "contrastive_weight", "segmentation_weight", "identity_weight",
+                     "content_weight", "warmup_epochs", "weight_decay"):  # fmt: skip
+            require(getattr(self, name) >= 0, name, "at least 0", getattr(self, name))
+        require(0 <= self.threshold <= 1, "threshold", "between 0 and 1", self.threshold)
+        try:
+            self.domain_prompt.format(source="", target="")
+        except (KeyError, IndexError, ValueError) as error:
+            raise ValueError(
+                f"'domain_prompt' may hold {{source}} and {{target}} alone in braces, found {self.domain_prompt!r}"
+            ) from error
+
+    @property
+    def shape(self) -> dict[str, Any]:
+        """What CLIP is built from."""
+        return clip_shape(self.clip_model, self.clip_config)
+
+
+class UUDSTrainer(CompositeTrainer):
+    """The paper's method. ``uda.uuds`` in the plans holds its settings (``UUDSSettings``).
+
+    Patch, batch, spacing, deep supervision and the widths of both decoders come from the plans, everything up to 1/32
+    of the resolution from CLIP. At validation source images take the road of target images (encoded, reconstructed,
+    segmented from the features of that): the pseudo Dice says how well the source is segmented, and nothing about the
+    target.
+    """
+
+    method = "uuds"
+    method_settings = UUDSSettings
+    network_update = "network"
+
+    def __init__(
+        self,
+        plans: dict,
+        configuration: str,
+        fold: int,
+        dataset_json: dict,
+        device: torch.device = torch.device("cuda"),  # noqa: B008 - nnU-Net's signature
+    ):
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        self.initial_lr = self.own_settings.learning_rate
+        self.weight_decay = self.own_settings.weight_decay
+        self.needs_clip_weights = True
+        if num_outputs(self.configuration_manager) == 1:
+            self.enable_deep_supervision = False
+
+    # -- set-up --------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def build_network_architecture(
+        cls, plans_manager, configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision=True
+    ) -> nn.Module:
+        where = f"plans {plans_manager.plans_name!r}, key 'uda'"
+        _, own = split_settings(plans_manager.plans.get("uda", {}), cls.method, where)
+        settings = parse_settings(UUDSSettings, own | cls.fixed_settings, f"{where}.{cls.method}")
+        return UUDSNetwork(
+            settings.shape,
+            num_input_channels,
+            num_output_channels,
+            configuration_manager.network_arch_init_kwargs["features_per_stage"],
+            num_outputs(configuration_manager),
+            settings.context_vectors,
+            settings.clip_batch_statistics == "frozen",
+            settings.use_domain_prompt,
+            settings.use_segmentation_prompt,
+            settings.generator_skips == "normalised",
+            enable_deep_supervision,
+        )
+
+    def initialize(self):
+        self._refuse_unsupported()
+        settings = self.own_settings
+        state = None
+        if self.needs_clip_weights:  # before anything else is built: what is missing is said at once
+            name = settings.clip_model if settings.clip_config is None else None
+            state = read_clip_weights(
+                settings.shape, name, settings.clip_weights, settings.clip_trust_torchscript, self.print_to_log_file
+            )
+        super().initialize()
+        domains = read_domains(self.dataset_json)
+        prompt = settings.domain_prompt.format(source=domains.source, target=domains.target)
+        names = {value: name for name, value in self.dataset_json["labels"].items()}
+        classes = [str(names[label]) for label in self.label_manager.foreground_labels]
+        self.plain_network.set_prompts(prompt, classes, state)
+        self.print_to_log_file(f"Domain prompt: {prompt!r}; segmentation prompts end in {classes}")
+
+    def _refuse_unsupported(self) -> None:
+        super()._refuse_unsupported()
+        if len(self.configuration_manager.patch_size) != 2:
+            raise UDAError(
+                f"{type(self).__name__} trains 2D configurations only: CLIP's image encoder, pretrained on "
+                f"photographs, is 2D. Train the configuration 2d (found {self.configuration_name!r}); scans are "
+                "segmented slice by slice"
+            )
+
+    def prepare_network(self) -> None:
+        if self._do_i_compile():
+            network = self.plain_network
+            visual = network.encoder.visual
+            for module in (visual.layer1, visual.layer2, visual.layer3, visual.layer4, network.image_decoder,
+                           network.segmentation_decoder):  # fmt: skip
+                module.compile()
+
+    def build_networks(self) -> dict[str, nn.Module]:
+        settings, network = self.own_settings, self.plain_network
+        networks = {}
+        if settings.use_segmentation_prompt:
+            networks["contrastive_head"] = ProjectionHead(network.channels)
+        if settings.content_weight > 0:
+            channels = [self.num_input_channels, *network.encoder.channels[:4]]
+            networks["patch_projector"] = PatchProjector(channels, num_patches=settings.content_patches)
+            self.patch_contrastive = PatchNCELoss(settings.content_temperature)
+        return networks
+
+    def configure_optimizers(self):
+        _, scheduler = nnUNetTrainer.configure_optimizers(self)
+        kind = torch.optim.AdamW if self.own_settings.optimizer == "adamw" else torch.optim.Adam
+        parameters = [p for p in self.network.parameters() if p.requires_grad]
+        scheduler.optimizer = kind(parameters, self.initial_lr, weight_decay=self.weight_decay)
+        return scheduler.optimizer, scheduler
+
+    def build_optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        parameters = list(self.networks.parameters())
+        if parameters:
+            self.optimizer.add_param_group({"params": parameters})
+        return {}
+
+    def _get_deep_supervision_scales(self):
+        if not self.enable_deep_supervision:
+            return None
+        return [[1 / 2**level] * 2 for level in range(num_outputs(self.configuration_manager))]
+
+    def get_dataloaders(self):
+        """Source batches hold slices with and without the object: eq. 4 needs both."""
+        training, validation = super().get_dataloaders()
+        if isinstance(training, SingleThreadedAugmenter):
+            training.data_loader = self._mixed(training.data_loader)
+        else:
+            training._finish()  # its workers hold copies of nnU-Net's loader; the next batch starts others
+            training.generator = self._mixed(training.generator)
+        return training, validation
+
+    def _mixed(self, loader) -> MixedSliceLoader:
+        return MixedSliceLoader(loader, self.label_manager, self.print_to_log_file)
+
+    # -- a step --------------------------------------------------------------------------------------------------
+
+    def train_on(self, source: Tensor, label: Tensor | list[Tensor], target: Tensor | None) -> None:
+        settings, network, count = self.own_settings, self.plain_network, len(source)
+        terms = {}
+        with self.autocast():
+            domain, classes = self.prompts()
+            both = network.encode(torch.cat([source, target]))
+            generated = network.generate(both, domain)
+            reconstructed, translated = generated.image.float().split(count)
+            of_target = both.part(slice(count, None))
+            if settings.use_domain_prompt:
+                terms["domain"] = self.domain_loss(both.summary[:count], of_target.summary, domain)  # eq. 1
+            if self.encodes_translations:
+                again = network.encode(translated, keep_statistics=True)
+                if settings.use_domain_prompt:
+                    terms["domain_translated"] = self.domain_loss(again.summary, of_target.summary, domain)  # eq. 2
+                if settings.content_weight > 0:
+                    terms["content"] = settings.content_weight * self.content_loss(target, of_target, translated, again)
+            segmented = network.segment(both.part(slice(count)), generated.part(slice(count)), classes)
+            if settings.use_segmentation_prompt:
+                terms["contrastive"] = self.contrastive_loss(segmented.pooled, self.finest(label))  # eq. 4
+            segmentation = self.loss(segmented.logits, label)
+            terms["segmentation"] = settings.segmentation_weight * segmentation
+            if settings.use_uncertainty:
+                terms["uncertain_segmentation"] = self.uncertain_loss(
+                    of_target, generated.part(slice(count, None)), classes
+                )
+            terms["identity"] = settings.identity_weight * F.l1_loss(reconstructed, source)  # eq. 9
+        self.update("network", terms, max_norm=12)
+        self._terms["structure"] = structure_correlation(target, translated)
+
+    @property
+    def encodes_translations(self) -> bool:
+        settings = self.own_settings
+        return (settings.use_domain_prompt and settings.domain_weight > 0) or settings.content_weight > 0
+
+    def prompts(self) -> tuple[Tensor | None, Tensor | None]:
+        """T^d and T^s of this step; no text encoder runs where neither is used."""
+        if self.own_settings.use_domain_prompt or self.own_settings.use_segmentation_prompt:
+            return self.plain_network.prompts()
+        return None, None
+
+    def domain_loss(self, near: Tensor, far: Tensor, prompt: Tensor) -> Tensor:
+        """alpha L_DD."""
+        settings = self.own_settings
+        loss = domain_discrepancy_loss(near, far, prompt, settings.domain_temperature, settings.domain_loss)
+        return settings.domain_weight * loss
+
+    def contrastive_loss(self, pooled: Tensor, label: Tensor) -> Tensor:
+        """beta L_BSCL, the mean over classes; with one class it is eq. 4.
+
+        Args:
+            pooled: ``(B, K, c)``, what each class's prompt attends to in the source slices.
+            label: ``(B, 1, H, W)``; a slice holds a class where it has a pixel of it.
+        """
+        settings = self.own_settings
+        holds = torch.stack([(label == value).flatten(1).any(1) for value in self.label_manager.foreground_labels], 1)
+        vectors = self.networks["contrastive_head"](pooled.flatten(0, 1)[:, :, None]).unflatten(0, pooled.shape[:2])
+        losses = [
+            supervised_contrastive_loss(
+                vectors[:, k], holds[:, k], settings.contrastive_temperature, settings.contrastive_negatives,
+                settings.contrastive_reduction,
+            )
+            for k in range(holds.shape[1])
+        ]  # fmt: skip
+        return settings.contrastive_weight * torch.stack(losses).mean()
+
+    def uncertain_loss(self, of_target: Encoded, generated: Generated, classes: Tensor) -> Tensor:
+        """gamma L_useg on target images (eqs 5 to 8), 0 during the warm-up, when nothing of it is computed."""
+        settings = self.own_settings
+        if self.current_epoch < settings.warmup_epochs:
+            return torch.zeros((), device=self.device)
+        logits = self.finest(self.plain_network.segment(of_target, generated, classes).logits)
+        return settings.segmentation_weight * uncertain_segmentation_loss(
+            logits, settings.threshold, settings.uncertainty
+        )
+
+    def content_loss(self, target: Tensor, of_target: Encoded, translated: Tensor, again: Encoded) -> Tensor:
+        """Not in the paper: PatchNCE between x^t and x^{t->s}, on the images and CLIP's maps of them up to layer3."""
+        keys, queries = [target, *of_target.levels[:4]], [translated, *again.levels[:4]]
+        projector = self.networks["patch_projector"]
+        positions = projector.sample_positions(keys)
+        pairs = zip(projector(queries, positions), projector(keys, positions), strict=True)
+        return torch.stack([self.patch_contrastive(query, key) for query, key in pairs]).mean()
+
+    # -- the loop ------------------------------------------------------------------------------------------------
+
+    def on_train_epoch_end(self, train_outputs: list[dict]):
+        super().on_train_epoch_end(train_outputs)
+        structure, bound = self.loss_history["structure"][-1], self.own_settings.structure_bound
+        if self.current_epoch >= self.own_settings.warmup_epochs and structure < bound:
+            self.print_to_log_file(
+                f"WARNING: translations keep little of their images' structure: their edges correlate by "
+                f"{structure:.2f}, below the bound {bound} (uuds.structure_bound). The translation may be collapsing; "
+                "uuds.content_weight=1 adds a constraint"
+            )
+
+    def on_validation_epoch_start(self):
+        super().on_validation_epoch_start()
+        self.plain_network.refresh_prompts()
+
+    def save_checkpoint(self, filename: str) -> None:
+        self.plain_network.refresh_prompts()
+        super().save_checkpoint(filename)
+
+    def load_checkpoint(self, filename_or_checkpoint: str) -> None:
+        """As ever; CLIP's own file is not needed for it."""
+        self.needs_clip_weights = False
+        super().load_checkpoint(filename_or_checkpoint)
+
+    def perform_actual_validation(self, save_probabilities: bool = False):
+        super().perform_actual_validation(save_probabilities)
+        domain = read_domains(self.dataset_json).source
+        note = (
+            f"{domain} validation cases on the road of target images (encoded, reconstructed as {domain}, segmented "
+            f"from the features of that), against their own {domain} labels: no target label was read"
+        )
+        save_json({"validated_on": note}, join(self.output_folder, "validation", "about.json"))
+
+    # -- pictures ------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def draw_pictures(self, path: Path) -> None:
+        """Three files: the panel of all trainers, the prompts' maps over target slices; at the end, t-SNE of x_g."""
+        path.parent.mkdir(exist_ok=True)
+        self.network.eval()
+        source, label = self._whole_patch(self.validation_dataset, by_label=True)
+        targets = self.slices(self.target_dataset, SHOWN_SLICES)
+        made, predicted, attention, entropy = self.shown(torch.cat([source, targets]))
+        image, middle = source[0, 0].cpu().numpy(), targets[0, 0].cpu().numpy()
+        rows = [
+            [
+                ("source", image, None),
+                ("reconstructed", made[0], None),
+                ("label", image, label[0, 0].cpu().numpy()),
+                ("prediction", image, predicted[0]),
+            ],
+            [("target", middle, None), ("translated", made[1], None), ("prediction", middle, predicted[1])],
+        ]
+        write_panels(path, rows, len(self.label_manager.foreground_labels))
+        names = [name for name, value in self.dataset_json["labels"].items() if value != 0]
+        prompts = names if self.own_settings.use_segmentation_prompt else ["none"]
+        write_prompt_maps(
+            path.with_name(f"prompts_{path.name}"), targets[:, 0].cpu().numpy(), made[1:], predicted[1:],
+            attention[1:], ["domain prompt", *(f"prompt: {name}" for name in prompts)], entropy[1:],
+            self.own_settings.threshold,
+        )  # fmt: skip
+        if self.current_epoch == self.num_epochs and self.own_settings.use_domain_prompt:
+            self.draw_domains(path.with_name("domains.png"))
+
+    def shown(self, images: Tensor) -> tuple[np.ndarray, ...]:
+        """Reconstruction or translation, prediction, attention of all prompts and uncertainty, as float arrays."""
+        network = self.plain_network
+        with self.autocast():
+            encoded = network.encode(images)
+            generated = network.generate(encoded, network.domain_embedding)
+            segmented = network.segment(encoded, generated, network.class_embeddings)
+        probabilities = self.finest(segmented.logits).float().softmax(1)
+        attention = torch.cat([generated.attention, segmented.attention], 1)
+        attention = F.interpolate(attention, scale_factor=32, mode="nearest")
+        attention = attention[:, :, : images.shape[2], : images.shape[3]]
+        arrays = (generated.image[:, 0], probabilities.argmax(1), attention, normalised_entropy(probabilities)[:, 0])
+        return tuple(array.float().cpu().numpy() for array in arrays)
+
+    def draw_domains(self, path: Path) -> None:
+        """x_g of source and target, and of source and translated slices, in one t-SNE (the paper's Figure 4)."""
+        network = self.plain_network
+        summaries = {}
+        with self.autocast():
+            for name, dataset in (("source", self.validation_dataset), ("target", self.target_dataset)):
+                encoded = [network.encode(part) for part in self.slices(dataset, MAPPED_SLICES).split(4)]
+                summaries[name] = torch.cat([part.summary for part in encoded])
+            again = [network.encode(network.generate(part, network.domain_embedding).image) for part in encoded]
+            summaries["translated"] = torch.cat([part.summary for part in again])
+        write_domain_map(path, {name: x.float().cpu().numpy() for name, x in summaries.items()})
+
+    def slices(self, dataset, number: int) -> Tensor:
+        """Patches around the middle of slices, spread evenly over and inside the cases, ``(number, C, *patch)``."""
+        height, width = self.configuration_manager.patch_size
+        cases = [dataset.identifiers[i * len(dataset.identifiers) // number] for i in range(number)]
+        patches = []
+        for index, case in enumerate(cases):
+            data = dataset.load_case(case)[0]
+            slot = data.shape[1] * (cases[:index].count(case) + 1) // (cases.count(case) + 1)
+            corner = [data.shape[2] // 2 - height // 2, data.shape[3] // 2 - width // 2]
+            box = [[slot, slot + 1], [corner[0], corner[0] + height], [corner[1], corner[1] + width]]
+            patches.append(torch.from_numpy(crop_and_pad_nd(data, box, 0))[:, 0].float())
+        return torch.stack(patches).to(self.device)
+
+
+class UUDSNoDomainPromptTrainer(UUDSTrainer):
+    """Table 3, last row: no L_DD, and the DAM attends to all positions alike."""
+
+    fixed_settings = {"use_domain_prompt": False}
+
+
+class UUDSNoSegmentationPromptTrainer(UUDSTrainer):
+    """Table 3, third row: no L_BSCL, and the SAM attends to all positions alike."""
+
+    fixed_settings = {"use_segmentation_prompt": False}
+
+
+class UUDSNoUncertaintyTrainer(UUDSTrainer):
+    """Table 3, second row: no L_useg, so that target images do not teach the segmentation."""
+
+    fixed_settings = {"use_uncertainty": False}
+
+
+def num_outputs(configuration_manager) -> int:
+    """Resolutions with logits: the plans' (all stages but the coarsest) where halving the patch gives whole numbers.
+
+    The decoder has five besides the coarsest. A plan may halve fewer times, or one axis only.
+    """
+    wanted = min(5, configuration_manager.network_arch_init_kwargs["n_stages"] - 1)
+    level = 1
+    while level < wanted and all(size % 2**level == 0 for size in configuration_manager.patch_size):
+        level += 1
+    return level
