@@ -1,0 +1,378 @@
+"""BraTS (brain tumours, adult glioma), any two of t1, t1ce, t2 and flair.
+
+Expected tree (-i): the training set of ONE of these years, files .nii or .nii.gz, case folders at any depth. The year
+is read from the names, and the label values follow from the year.
+
+    2018  {HGG,LGG}/Brats18_2013_10_1/Brats18_2013_10_1_{t1,t1ce,t2,flair,seg}.nii.gz            labels 1, 2, 4
+    2019  {HGG,LGG}/BraTS19_2013_10_1/BraTS19_2013_10_1_{t1,t1ce,t2,flair,seg}.nii.gz            labels 1, 2, 4
+    2020  MICCAI_BraTS2020_TrainingData/BraTS20_Training_001/BraTS20_Training_001_{t1,...}.nii   labels 1, 2, 4
+    2021  BraTS2021_00000/BraTS2021_00000_{t1,t1ce,t2,flair,seg}.nii.gz                          labels 1, 2, 4
+    2023  BraTS-GLI-00000-000/BraTS-GLI-00000-000-{t1n,t1c,t2w,t2f,seg}.nii.gz                   labels 1, 2, 3
+    2024  BraTS-GLI-02060-100/BraTS-GLI-02060-100-{t1n,t1c,t2w,t2f,seg}.nii.gz                   labels 1, 2, 3, 4
+
+1 is the necrotic and non-enhancing core, 2 the oedema; the enhancing tumour is 4 until 2021 and 3 from 2023 on. In 2024
+(after treatment: the last number is 100 or more) 4 is the resection cavity, which the challenge counts neither to the
+whole tumour nor to its core: it becomes background here. Other BraTS sets (MEN, MET, PED, SSA) are refused.
+
+Data: https://www.med.upenn.edu/cbica/brats2020/data.html (2018 to 2020), https://www.synapse.org/Synapse:syn25829067
+(2021), syn51156910 (2023) and syn53708249 (2024). Registration; for research, under the terms stated there, which ask
+for citations: Menze et al., IEEE TMI 34(10), 2015; Bakas et al., Scientific Data 4, 2017; Baid et al.,
+arXiv:2107.02314.
+
+Repaired, and listed in the summary:
+  W39_1998.09.19_Segm.nii    in BraTS20_Training_355 is that case's segmentation
+
+Split (the paper UUDS's, in all protocols), by patient, drawn with -seed from the sorted patients: all scans of a
+patient are in one group.
+  143 source              imagesTr and labelsTr, "train" of splits_final.json
+   21 source validation   imagesTr and labelsTr, "val" of splits_final.json (one fold: train with fold 0)
+  143 target              imagesTu, "train" of splits_target.json
+   21 target validation   imagesTu, "val" of splits_target.json: not trained on, and their labels are not converted, so
+                          nothing is chosen by them. (The paper tuned on them; here the source's validation decides.)
+   41 target test          imagesTs and labelsTs
+Other numbers of patients are split in these proportions, with a warning. -test_ids names the test patients instead.
+A case without -source or -target is left out with a warning before the split, or refused with --strict.
+
+Target labels are read for labelsTs alone. With --upper_bound they ARE used for training: it writes the supervised
+upper bound's dataset, target and target validation patients WITH their labels as imagesTr and labelsTr, to be trained
+with a plain trainer and tested on the same test patients.
+
+Intensities stay as they are, and nnU-Net z-scores each scan. Only if asked for:
+  -protocol uuds      the paper's: clip at the 5th and 95th percentile, scale to [-1, 1], channel noNorm
+  -clip 5 95          clip only; still z-scored
+  -clip 5 95 -range 0 1
+                      clip and scale; channel noNorm. (nnU-Net pads with 0: the background of [0, 1], grey in [-1, 1].)
+The paper does not say over which voxels; here percentiles are of the nonzero voxels (the brain) of each volume, as more
+than half of a volume is empty. The empty voxels take the low end of the range, or stay 0. dataset.json records it, and
+new scans must be treated likewise before prediction: nnUNetUDA_clip -d ID -i SCANS -o CLIPPED (imagesTs is already).
+
+-structures regions writes nnU-Net regions (whole tumour, tumour core, enhancing tumour). nnU-Net's own trainers take
+them; the trainers and the evaluation of this package refuse them, so use it with --upper_bound or for a plain nnU-Net.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import SimpleITK as sitk
+
+from nnunet_uda.data import reading
+from nnunet_uda.data.intensities import Intensities, read_clipped
+from nnunet_uda.data.reading import LabelMap
+from nnunet_uda.dataset_conversion import common
+from nnunet_uda.dataset_conversion.common import Case, Group
+from nnunet_uda.errors import UDAError
+
+MODALITIES = {"t1": "T1", "t1ce": "T1ce", "t2": "T2", "flair": "FLAIR"}
+SEGMENTATION = "seg"
+OEDEMA, CORE, ENHANCING, CAVITY = "oedema", "non-enhancing core", "enhancing tumour", "resection cavity"
+WHOLE = "whole tumour"
+CLASSES = (OEDEMA, CORE, ENHANCING)
+"""Classes 1, 2, 3 of ``-structures regions``; the order in which nnU-Net paints the regions back into labels."""
+REGIONS = {WHOLE: [1, 2, 3], "tumour core": [2, 3], ENHANCING: [3]}
+PATIENTS = {"source": 143, "target": 143, "source validation": 21, "target validation": 21, "test": 41}
+"""UUDS, section 4.1, of the 369 patients of BraTS 2020."""
+UUDS_INTENSITIES = Intensities((5, 95), (-1, 1))
+MISNAMED = {"brats20_training_355": "w39_1998.09.19_segm"}
+"""Case folder -> its segmentation's name, both in lower case, without ending."""
+ENDINGS = (".nii", ".nii.gz")
+
+
+@dataclass(frozen=True)
+class Naming:
+    """One year's names and label values.
+
+    Args:
+        folder: pattern of a case folder, ignoring case; its first group is the patient.
+        suffixes: modality (or ``seg``) -> what follows the case's name in a file name.
+        labels: label value -> structure.
+    """
+
+    folder: str
+    suffixes: dict[str, str]
+    labels: dict[int, str]
+
+
+_OLD = {name: f"_{name}" for name in (*MODALITIES, SEGMENTATION)}
+_NEW = {"t1": "-t1n", "t1ce": "-t1c", "t2": "-t2w", "flair": "-t2f", SEGMENTATION: "-seg"}
+_BEFORE_2023 = {1: CORE, 2: OEDEMA, 4: ENHANCING}
+_SINCE_2023 = {1: CORE, 2: OEDEMA, 3: ENHANCING}
+NAMINGS = {
+    "2018": Naming(r"(brats18_\w+)_\d+", _OLD, _BEFORE_2023),
+    "2019": Naming(r"(brats19_\w+)_\d+", _OLD, _BEFORE_2023),
+    "2020": Naming(r"(brats20_training_\d+)", _OLD, _BEFORE_2023),
+    "2021": Naming(r"(brats2021_\d+)", _OLD, _BEFORE_2023),
+    "2023": Naming(r"(brats-gli-\d+)-0\d\d", _NEW, _SINCE_2023),
+    "2024": Naming(r"(brats-gli-\d+)-[1-9]\d\d", _NEW, _SINCE_2023 | {4: CAVITY}),
+}
+
+
+@dataclass(frozen=True)
+class Visit:
+    """One case folder: the scans of a patient at one time. ``files``: modality or ``seg`` -> path."""
+
+    name: str
+    patient: str
+    folder: Path
+    files: dict[str, Path] = field(default_factory=dict)
+
+
+def read_label(path: Path, image: sitk.Image, image_path: Path) -> tuple[sitk.Image, list[str]]:
+    """The label on the image's grid; a note if it is the misnamed one."""
+    label, notes = reading.read_label(path, image, image_path)
+    if MISNAMED.get(path.parent.name.lower()) == reading.stem(path).lower():
+        notes.append(f"{path.name}: misnamed, taken as the segmentation of {path.parent.name}")
+    return label, notes
+
+
+def find_visits(tree: Path) -> tuple[str, list[Visit]]:
+    """The year of the tree's naming, and all of its cases sorted by name. No image is opened."""
+    tree = Path(os.path.abspath(tree))
+    rule = "one year's training set, case folders like BraTS20_Training_001 or BraTS-GLI-00000-000 (see -h)"
+    visits: dict[str, Visit] = {}
+    found_year = ""
+    for root, folders, names in os.walk(tree, followlinks=True):
+        folders.sort()
+        folder = Path(root)
+        images = [folder / n for n in sorted(names) if n.lower().endswith(ENDINGS) and not n.startswith(".")]
+        year, match = next(
+            ((y, m) for y, naming in NAMINGS.items() if (m := re.fullmatch(naming.folder, folder.name, re.I))),
+            ("", None),
+        )
+        if match is None:
+            if images:
+                raise UDAError(
+                    f"{images[0]}: its folder is not named as a case of BraTS {', '.join(NAMINGS)}; expected {rule}. "
+                    "Other BraTS sets number their labels differently. Rename or remove the file, or correct -i."
+                )
+            continue
+        if found_year and year != found_year:
+            other = next(iter(visits.values())).folder
+            raise UDAError(
+                f"{folder} is named as BraTS {year}, {other} as BraTS {found_year}; expected {rule}, as the label "
+                "values differ and a patient may be in both years. Convert one year at a time."
+            )
+        found_year = year
+        if other_visit := visits.get(folder.name.lower()):
+            raise UDAError(
+                f"{folder}: this case is already in {other_visit.folder}; expected every case once. Remove one of them."
+            )
+        visits[folder.name.lower()] = Visit(folder.name, match[1], folder, _files(images, folder, NAMINGS[year]))
+    if not visits:
+        found = (
+            ", ".join(sorted(p.name for p in tree.iterdir())[:8]) or "nothing" if tree.is_dir() else "no such folder"
+        )
+        raise UDAError(f"{tree} holds no BraTS case (found: {found}); expected {rule}. Check -i.")
+    return found_year, [visits[name] for name in sorted(visits)]
+
+
+def _files(images: Sequence[Path], folder: Path, naming: Naming) -> dict[str, Path]:
+    names = {f"{folder.name}{suffix}".lower(): kind for kind, suffix in naming.suffixes.items()}
+    if folder.name.lower() in MISNAMED:
+        names[MISNAMED[folder.name.lower()]] = SEGMENTATION
+    files: dict[str, Path] = {}
+    for path in images:
+        kind = names.get(reading.stem(path).lower())
+        if kind is None:
+            raise UDAError(
+                f"{path}: unexpected file; expected only {folder.name}{{{','.join(naming.suffixes.values())}}} in this "
+                "folder. If it belongs to another patient move it there, else rename or remove it."
+            )
+        if kind in files:
+            raise UDAError(f"{path}: {files[kind].name} is this case's {kind} too; expected one. Remove one of them.")
+        files[kind] = path
+    return files
+
+
+def split_patients(
+    patients: Sequence[str], seed: int, test: Sequence[str] = ()
+) -> tuple[dict[str, list[str]], list[str]]:
+    """Patients of each group of ``PATIENTS``, in its proportions, at least one each; and warnings.
+
+    Args:
+        patients: ids, in any order.
+        test: the test patients, where they are given; only the others are drawn.
+    """
+    ids = sorted(set(patients) - set(test))
+    shares = {group: n for group, n in PATIENTS.items() if group != "test" or not test}
+    if len(ids) < len(shares):
+        raise UDAError(
+            f"{len(ids)} patients ({', '.join(ids)}) for {', '.join(shares)}; expected at least one in each. "
+            "Give more cases."
+        )
+    total = sum(shares.values())
+    counts = dict.fromkeys(shares, 1)
+    for _ in range(len(ids) - len(shares)):
+        counts[max(shares, key=lambda group: shares[group] * len(ids) / total - counts[group])] += 1
+    drawn = np.random.RandomState(seed).permutation(ids)
+    ends = np.cumsum(list(counts.values()))
+    groups = {
+        group: sorted(str(p) for p in drawn[end - counts[group] : end]) for group, end in zip(counts, ends, strict=True)
+    }
+    if test:
+        groups["test"] = sorted(test)
+    numbers = ", ".join(f"{len(members)} {group}" for group, members in groups.items())
+    print(f"Patients: {numbers}")
+    wanted = sum(PATIENTS.values())
+    if len(patients) == wanted and counts.items() <= PATIENTS.items():
+        return groups, []
+    return groups, [f"{len(patients)} patients, not the paper's {wanted}, split in its proportions: {numbers}"]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-i", type=Path, required=True, metavar="VENDOR_TREE", help="folder of one year's training set")
+    parser.add_argument("-source", choices=tuple(MODALITIES), required=True, help="modality whose labels are used")
+    parser.add_argument("-target", choices=tuple(MODALITIES), required=True, help="modality to adapt to")
+    parser.add_argument(
+        "-structures", choices=("whole", "regions"), default="whole", help="one class, or nnU-Net regions [whole]"
+    )
+    parser.add_argument("-protocol", choices=("uuds",), help="also clip and scale as the paper does [split only]")
+    parser.add_argument(
+        "-clip", nargs=2, type=float, metavar=("LOW", "HIGH"), help="clip at these percentiles of the brain [no]"
+    )
+    parser.add_argument("-range", nargs=2, type=float, metavar=("LOW", "HIGH"), help="with -clip: scale to this range")
+    parser.add_argument("-test_ids", nargs="+", metavar="ID", help="test cases or patients instead of drawn ones")
+    parser.add_argument(
+        "--upper_bound", action="store_true", help="write the supervised dataset of the target, WITH target labels"
+    )
+    common.add_common_arguments(parser)
+
+
+def convert(args: argparse.Namespace) -> None:
+    """Run the conversion that ``args`` (of ``add_arguments``) describe."""
+    if args.source == args.target:
+        raise UDAError(f"-source and -target are both {args.source}; expected two of {', '.join(MODALITIES)}.")
+    intensities = _intensities(args)
+    warnings: list[str] = []
+    year, visits = find_visits(args.i)
+    visits = _complete(visits, args, NAMINGS[year], warnings)
+    patients = {visit.patient for visit in visits}
+    groups, few = split_patients(sorted(patients), args.seed, _test_patients(visits, args))
+    warnings += few
+
+    classes = CLASSES if args.structures == "regions" else (WHOLE,)
+    label_map = _label_map(year, classes)
+    reader = reading.read_image if intensities is None else functools.partial(read_clipped, intensities=intensities)
+
+    def cases(group: str, modality: str, labelled: bool) -> list[Case]:
+        return [
+            Case(
+                f"{visit.name}_{modality}", (visit.files[modality],),
+                visit.files.get(SEGMENTATION) if labelled else None, label_map, reader, read_label,
+            )
+            for visit in visits
+            if visit.patient in groups[group]
+        ]  # fmt: skip
+
+    source_name, target_name = MODALITIES[args.source], MODALITIES[args.target]
+    training, validation = (cases(group, args.target, args.upper_bound) for group in ("target", "target validation"))
+    test_group = Group(target_name, cases("test", args.target, True), "imagesTs", "labelsTs")
+    target_splits = _one_fold(training, validation)
+    if args.upper_bound:
+        name = args.name or f"BraTS_{target_name}_upper_bound"
+        source_splits, target_splits = target_splits, None
+        dataset = [Group(target_name, [*training, *validation], "imagesTr", "labelsTr"), test_group]
+        what = f"supervised upper bound, trained WITH {target_name} labels"
+    else:
+        name = args.name or f"BraTS_{source_name}2{target_name}"
+        source, source_validation = (cases(group, args.source, True) for group in ("source", "source validation"))
+        source_splits = _one_fold(source, source_validation)
+        dataset = [
+            Group(source_name, [*source, *source_validation], "imagesTr", "labelsTr"),
+            Group(target_name, [*training, *validation], "imagesTu"),
+            test_group,
+        ]
+        what = f"{source_name} to {target_name}"
+    information: dict[str, Any] = {
+        "description": f"BraTS {year}, {what}, split of UUDS, seed {args.seed}",
+        "reference": "https://www.med.upenn.edu/cbica/brats2020/data.html" if year < "2021" else
+        "https://www.synapse.org/Synapse:"
+        + {"2021": "syn25829067", "2023": "syn51156910", "2024": "syn53708249"}[year],
+        "licence": "BraTS terms: research use after registration, with citation",
+    }  # fmt: skip
+    if intensities is not None:
+        information["uda"] = {"intensities": intensities.to_json()}
+    if args.structures == "regions":
+        information["labels"] = {"background": 0, **REGIONS}
+        information["regions_class_order"] = [1, 2, 3]
+        if not args.upper_bound:
+            warnings.append(
+                "-structures regions: nnU-Net's own trainers take regions, but the trainers of this package refuse "
+                "them. To adapt, convert with -structures whole"
+            )
+    common.write_dataset(
+        args.d, name, dataset, classes, _channels(args, intensities, warnings),
+        adaptation=not args.upper_bound, source_splits=source_splits, target_splits=target_splits,
+        information=information, warnings=warnings, overwrite=args.overwrite, strict=args.strict, processes=args.np,
+    )  # fmt: skip
+
+
+def _intensities(args: argparse.Namespace) -> Intensities | None:
+    if args.protocol and (args.clip or args.range):
+        raise UDAError("-protocol uuds clips at 5 95 and scales to -1 1: leave out -clip and -range, or -protocol.")
+    if args.range and not args.clip:
+        raise UDAError("-range scales what -clip leaves; give -clip LOW HIGH too, as -clip 5 95.")
+    if args.protocol:
+        return UUDS_INTENSITIES
+    return Intensities(tuple(args.clip), tuple(args.range) if args.range else None) if args.clip else None
+
+
+def _channels(args: argparse.Namespace, intensities: Intensities | None, warnings: list[str]) -> list[str]:
+    scaled = intensities is not None and intensities.scale is not None
+    if scaled and not args.channel:
+        return ["noNorm"]
+    channels = common.channel_names(args.channel, 1)
+    if scaled and channels[0].lower() != "nonorm":
+        warnings.append(f"-channel {channels[0]}: nnU-Net normalises the scaled intensities again; noNorm keeps them")
+    return channels
+
+
+def _label_map(year: str, classes: Sequence[str]) -> LabelMap:
+    labels = NAMINGS[year].labels
+    index = {structure: classes.index(structure) + 1 if structure in classes else 1 for structure in CLASSES}
+    return LabelMap(
+        {value: index.get(structure, 0) for value, structure in labels.items()},
+        names=labels,
+        hint=f"These are the labels of BraTS {year}, which the file's name announces. Correct the file or its name.",
+    )
+
+
+def _complete(visits: Sequence[Visit], args: argparse.Namespace, naming: Naming, warnings: list[str]) -> list[Visit]:
+    complete = []
+    for visit in visits:
+        missing = [modality for modality in (args.source, args.target) if modality not in visit.files]
+        if missing:
+            files = " and ".join(f"{visit.name}{naming.suffixes[modality]}.nii[.gz]" for modality in missing)
+            common.skip_or_refuse(f"{visit.folder}: there is no {files}", args.strict, warnings)
+        else:
+            complete.append(visit)
+    return complete
+
+
+def _test_patients(visits: Sequence[Visit], args: argparse.Namespace) -> list[str]:
+    by_id = {visit.name.lower(): visit.patient for visit in visits} | {v.patient.lower(): v.patient for v in visits}
+    unknown = [name for name in args.test_ids or () if name.lower() not in by_id]
+    if unknown:
+        raise UDAError(
+            f"{args.i}: -test_ids names {', '.join(unknown)}, which is not there (or lacks a modality); expected cases "
+            f"or patients like {visits[0].name if visits else 'BraTS20_Training_001'}."
+        )
+    return sorted({by_id[name.lower()] for name in args.test_ids or ()})
+
+
+def _one_fold(training: Sequence[Case], validation: Sequence[Case]) -> list[dict[str, list[str]]]:
+    return [{"train": [case.identifier for case in training], "val": [case.identifier for case in validation]}]
+
+
+main = common.script(__doc__, add_arguments, convert)
+
+if __name__ == "__main__":
+    main()

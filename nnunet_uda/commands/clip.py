@@ -1,0 +1,103 @@
+"""``nnUNetUDA_clip``: give new scans the intensities of a dataset that was clipped when it was converted."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import uuid
+from pathlib import Path
+
+import SimpleITK as sitk
+from tqdm import tqdm
+
+from nnunet_uda.data.convention import case_files, dataset_name, environment_folder, read_json
+from nnunet_uda.data.intensities import Intensities, read_clipped, read_intensities
+from nnunet_uda.data.reading import check_whole
+from nnunet_uda.errors import UDAError, command
+
+ENDINGS = (".nii.gz", ".nii")
+
+
+@command
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="nnUNetUDA_clip",
+        description="Clip scans at percentiles of their nonzero voxels (and scale them), exactly as nnUNetUDA_convert "
+        "did for dataset -d. Needed before nnUNetv2_predict on new scans of a dataset whose dataset.json has "
+        "uda.intensities; imagesTs of that dataset is clipped already. The output is CASE_0000.nii.gz, float32.",
+    )
+    parser.add_argument("-i", required=True, type=Path, metavar="FOLDER", help="scans, CASE_0000.nii.gz or .nii")
+    parser.add_argument("-o", required=True, type=Path, metavar="FOLDER", help="output folder, new or empty")
+    parser.add_argument("-d", help="dataset id or name: clip as its dataset.json says")
+    parser.add_argument("-percentiles", nargs=2, type=float, metavar=("LOW", "HIGH"), help="instead of -d, as 5 95")
+    parser.add_argument("-range", nargs=2, type=float, metavar=("LOW", "HIGH"), help="with -percentiles, as -1 1")
+    args = parser.parse_args(argv)
+    intensities = _intensities(args)
+    cases = _cases(args.i)
+    if args.o.exists() and (not args.o.is_dir() or any(args.o.iterdir())):
+        raise UDAError(f"{args.o} exists and is not an empty folder: give a new folder. Nothing was written.")
+    args.o.parent.mkdir(parents=True, exist_ok=True)
+    temporary = args.o.with_name(f".{args.o.name}_{uuid.uuid4().hex[:8]}")
+    temporary.mkdir()
+    try:
+        _write_all(cases, intensities, temporary)
+        if args.o.exists():
+            args.o.rmdir()
+        temporary.rename(args.o)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    print(f"{len(cases)} scan(s) clipped into {args.o}")
+
+
+def _intensities(args: argparse.Namespace) -> Intensities:
+    if (args.d is None) == (args.percentiles is None):
+        raise UDAError("give either -d DATASET, whose dataset.json says how to clip, or -percentiles LOW HIGH.")
+    if args.d is None:
+        return Intensities(tuple(args.percentiles), tuple(args.range) if args.range else None)
+    if args.range:
+        raise UDAError("-range goes with -percentiles; with -d the dataset says it.")
+    where = environment_folder("nnUNet_raw") / dataset_name(args.d) / "dataset.json"
+    return read_intensities(read_json(where), where)
+
+
+def _cases(folder: Path) -> dict[str, Path]:
+    """Scans by name without ending (``CASE_0000``)."""
+    if not folder.is_dir():
+        raise UDAError(f"{folder} (-i) is no folder; expected one that holds CASE_0000.nii.gz files.")
+    cases: dict[str, Path] = {}
+    for ending in ENDINGS:
+        for files in case_files(folder, ending).values():
+            for path in files:
+                name = path.name.removesuffix(ending)
+                if other := cases.get(name):
+                    raise UDAError(f"{path}: there is also {other.name}; expected each scan once. Remove one of them.")
+                cases[name] = path
+    for path in sorted(folder.iterdir()):
+        if path.name.lower().endswith(ENDINGS) and not path.name.startswith(".") and path not in cases.values():
+            raise UDAError(f"{path}: expected a name like CASE_0000.nii.gz, as nnUNetv2_predict needs it. Rename it.")
+    if not cases:
+        raise UDAError(f"{folder} (-i) holds no scan; expected files named like CASE_0000.nii.gz.")
+    return cases
+
+
+def _write_all(cases: dict[str, Path], intensities: Intensities, folder: Path) -> None:
+    errors: list[str] = []
+    for name, path in tqdm(cases.items(), desc="Clipping", unit="scan"):
+        try:
+            clipped = read_clipped(path, intensities)
+        except UDAError as error:
+            errors.append(str(error))
+            continue
+        written = folder / f"{name}.nii.gz"
+        try:
+            sitk.WriteImage(clipped, str(written), True)
+            check_whole(written)  # on a full disk SimpleITK leaves a short file without an error
+        except (RuntimeError, OSError) as error:
+            reason = str(error).strip().splitlines()[-1]
+            raise UDAError(f"{written} cannot be written ({reason}). Make room, or check permissions.") from None
+    if errors:
+        raise UDAError("nothing was written:\n  - " + "\n  - ".join(errors) if len(errors) > 1 else errors[0])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,579 @@
+"""BraTS converter on vendor trees made here."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import multiprocessing.dummy
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+
+from nnunet_uda.commands.convert import main
+from nnunet_uda.data.intensities import Intensities
+from nnunet_uda.dataset_conversion.brats import NAMINGS, PATIENTS, split_patients
+
+SHAPE = (6, 9, 10)
+LPS = (1.0, 0, 0, 0, 1.0, 0, 0, 0, 1.0)
+RAS = (-1.0, 0, 0, 0, -1.0, 0, 0, 0, 1.0)
+KINDS = ("t1", "t1ce", "t2", "flair", "seg")
+FOLDERS = {
+    "2018": ("{grade}/Brats18_TCIA02_{i}_1", "_"),
+    "2019": ("MICCAI_BraTS_2019_Data_Training/{grade}/BraTS19_CBICA_AA{i}_1", "_"),
+    "2020": ("MICCAI_BraTS2020_TrainingData/BraTS20_Training_{i:03d}", "_"),
+    "2021": ("BraTS2021_{i:05d}", "_"),
+    "2023": ("BraTS-GLI-{i:05d}-000", "-"),
+    "2024": ("BraTS-GLI-{i:05d}-100", "-"),
+}
+NEW_KINDS = {"t1": "t1n", "t1ce": "t1c", "t2": "t2w", "flair": "t2f", "seg": "seg"}
+
+
+def save(array: np.ndarray, path: Path, direction=LPS, spacing=(1.0, 1.0, 1.0)) -> None:
+    image = sitk.GetImageFromArray(array)
+    image.SetOrigin((0.0, 239.0, 5.0))
+    image.SetSpacing(spacing)
+    image.SetDirection(direction)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sitk.WriteImage(image, str(path), path.name.endswith("gz"))
+
+
+def brain(seed: int) -> np.ndarray:
+    array = np.random.default_rng(seed).integers(100, 2000, SHAPE).astype(np.int16)
+    array[:, :2] = 0
+    return array
+
+
+def tumour(year: str) -> np.ndarray:
+    """Core 1, oedema 2, and the year's value of the enhancing tumour; in 2024 a resection cavity too."""
+    array = np.zeros(SHAPE, np.uint8)
+    array[2:4, 4, 2:4], array[2:4, 5, 2:6], array[3, 6, 2:5] = 1, 2, 3 if year >= "2023" else 4
+    if year == "2024":
+        array[4, 7, 7:9] = 4
+    return array
+
+
+def case_folder(tree: Path, year: str, i: int) -> Path:
+    return tree / FOLDERS[year][0].format(i=i, grade="HGG" if i % 2 else "LGG")
+
+
+def file(folder: Path, kind: str, ending: str = ".nii.gz") -> Path:
+    new = folder.name.startswith("BraTS-GLI")
+    return folder / f"{folder.name}{'-' if new else '_'}{NEW_KINDS[kind] if new else kind}{ending}"
+
+
+def make_case(folder: Path, year: str, seed: int, ending: str = ".nii.gz", direction=LPS, kinds=KINDS) -> None:
+    for k, kind in enumerate(kinds):
+        save(tumour(year) if kind == "seg" else brain(10 * seed + k), file(folder, kind, ending), direction)
+
+
+def make_tree(tree: Path, year: str = "2020", patients: int = 8, **options) -> Path:
+    for i in range(1, patients + 1):
+        make_case(case_folder(tree, year, i), year, i, **options)
+    return tree
+
+
+@pytest.fixture
+def raw(tmp_path, monkeypatch) -> Path:
+    for variable in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
+        monkeypatch.setenv(variable, str(tmp_path / variable))
+    return tmp_path / "nnUNet_raw"
+
+
+@pytest.fixture
+def tree(raw, tmp_path) -> Path:
+    return make_tree(tmp_path / "vendor", kinds=("t2", "flair", "seg"))
+
+
+@pytest.fixture
+def threads(monkeypatch) -> None:
+    """nnU-Net's pools become threads: spawning a process takes seconds."""
+    contexts = {"spawn": multiprocessing.dummy, None: multiprocessing.get_context()}
+    monkeypatch.setattr(multiprocessing, "get_context", lambda method=None: contexts[method])
+
+
+def convert(tree: Path, *options: str, source: str = "flair", target: str = "t2", d: str = "505") -> Path:
+    main(["brats", "-i", str(tree), "-d", d, "-source", source, "-target", target, "-np", "1", *options])
+    return next((tree.parent / "nnUNet_raw").glob(f"Dataset{d}_*"))
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(p.name.removesuffix(".nii.gz").removesuffix("_0000") for p in folder.iterdir())
+
+
+def load(path: Path) -> np.ndarray:
+    return sitk.GetArrayFromImage(sitk.ReadImage(str(path)))
+
+
+def read(path: Path) -> dict:
+    return json.loads(path.read_text())
+
+
+def refused(capsys, tree: Path, *options: str, **keywords: str) -> str:
+    with pytest.raises(SystemExit) as exit_:
+        convert(tree, *options, **keywords)
+    assert exit_.value.code == 1
+    return capsys.readouterr().err.split("ERROR: ")[1]
+
+
+# --- the split --------------------------------------------------------------------------------------------------------
+
+
+def test_the_papers_split():
+    patients = [f"p{i:03d}" for i in range(369)]
+    groups, warnings = split_patients(patients, 1)
+    assert {group: len(members) for group, members in groups.items()} == PATIENTS and not warnings
+    assert sorted(p for members in groups.values() for p in members) == patients
+    assert groups == split_patients(patients[::-1], 1)[0] != split_patients(patients, 2)[0]
+    test = patients[:41]
+    groups, warnings = split_patients(patients, 1, test)
+    assert groups["test"] == test and [len(m) for m in groups.values()] == [143, 143, 21, 21, 41] and not warnings
+
+
+@pytest.mark.parametrize(
+    ("number", "expected"),
+    [(5, [1, 1, 1, 1, 1]), (10, [4, 3, 1, 1, 1]), (738, [286, 286, 42, 42, 82]), (1251, [485, 485, 71, 71, 139])],
+)
+def test_other_numbers_are_split_in_proportion(number, expected):
+    groups, warnings = split_patients([f"p{i}" for i in range(number)], 0)
+    assert [len(members) for members in groups.values()] == expected
+    assert f"{number} patients, not the paper's 369" in warnings[0]
+
+
+def test_groups_folders_and_folds(tree, capsys):
+    out = convert(tree)
+    assert out.name == "Dataset505_BraTS_FLAIR2T2"
+    source, target, test = (names(out / f"images{group}") for group in ("Tr", "Tu", "Ts"))
+    assert names(out / "labelsTr") == source and names(out / "labelsTs") == test
+    assert [len(source), len(target), len(test)] == [4, 3, 1] and not (out / "labelsTu").exists()
+    assert all(name.endswith("_flair") for name in source) and all(name.endswith("_t2") for name in target + test)
+    patients = [name.rsplit("_", 1)[0] for name in source + target + test]
+    assert sorted(patients) == [f"BraTS20_Training_{i:03d}" for i in range(1, 9)]
+    for splits, cases in (("splits_final.json", source), ("splits_target.json", target)):
+        (fold,) = read(out / splits)
+        assert sorted(fold["train"] + fold["val"]) == cases and len(fold["val"]) == 1
+    content = read(out / "dataset.json")
+    assert content["labels"] == {"background": 0, "whole tumour": 1}
+    assert content["channel_names"] == {"0": "intensity"}
+    assert content["uda"] == {
+        "source_domain": "FLAIR", "target_domain": "T2", "numSource": 4, "numTarget": 3, "numTest": 1,
+    }  # fmt: skip
+    assert "BraTS 2020" in content["description"]
+    text = capsys.readouterr().out
+    assert "WARNING: 8 patients, not the paper's 369, split in its proportions: 3 source, 2 target" in text
+
+    other = convert(tree, "-seed", "7", d="506")
+    assert names(other / "imagesTr") != source
+    back = convert(tree, source="t2", target="flair", d="507")
+    assert [name.replace("flair", "t2") for name in source] == names(back / "imagesTr")
+
+
+def test_a_patient_with_several_visits_is_in_one_group(raw, tmp_path):
+    tree = tmp_path / "vendor"
+    for i in range(1, 7):
+        for visit in ("100", "101", "102"):
+            make_case(tree / f"BraTS-GLI-{i:05d}-{visit}", "2024", 9 * i, kinds=("t2", "flair", "seg"))
+    out = convert(tree)
+    groups = [{name[:15] for name in names(out / f"images{group}")} for group in ("Tr", "Tu", "Ts")]
+    assert sum(map(len, groups)) == len(set.union(*groups)) == 6
+    assert sum(len(names(out / f"images{group}")) for group in ("Tr", "Tu", "Ts")) == 18
+    for splits in ("splits_final.json", "splits_target.json"):
+        (fold,) = read(out / splits)
+        assert not {name[:15] for name in fold["train"]} & {name[:15] for name in fold["val"]}
+    test = convert(tree, "-test_ids", "BraTS-GLI-00003-101", "brats-gli-00005", d="506")
+    assert {name[:15] for name in names(test / "imagesTs")} == {"BraTS-GLI-00003", "BraTS-GLI-00005"}
+    assert len(names(test / "imagesTs")) == 6
+
+
+def test_upper_bound_has_the_same_test_patients(tree):
+    out, bound = convert(tree), convert(tree, "--upper_bound", d="525")
+    assert bound.name == "Dataset525_BraTS_T2_upper_bound"
+    assert names(bound / "imagesTr") == names(bound / "labelsTr") == names(out / "imagesTu")
+    assert names(bound / "imagesTs") == names(bound / "labelsTs") == names(out / "imagesTs")
+    assert read(bound / "splits_final.json") == read(out / "splits_target.json")
+    assert not (bound / "imagesTu").exists() and not (bound / "splits_target.json").exists()
+    assert "uda" not in read(bound / "dataset.json")
+
+
+def test_target_labels_cannot_change_what_is_trained_on(tree):
+    out = convert(tree)
+    training = [name.removesuffix("_t2") for name in names(out / "imagesTu")]
+    kept = {p.relative_to(out): p.read_bytes() for k in ("images*/*", "labelsTr/*", "splits*") for p in out.glob(k)}
+    assert len(kept) == 14
+    for name in training:  # not even opened
+        file(tree / "MICCAI_BraTS2020_TrainingData" / name, "seg").write_bytes(b"garbage")
+    again = convert(tree, d="506")
+    assert {path: (again / path).read_bytes() for path in kept} == kept
+    for name in training:
+        file(tree / "MICCAI_BraTS2020_TrainingData" / name, "seg").unlink()
+    again = convert(tree, d="507")
+    assert {path: (again / path).read_bytes() for path in kept} == kept
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("year", list(FOLDERS))
+def test_namings_endings_and_round_trip(raw, tmp_path, year, capsys):
+    ending, direction = (".nii", RAS) if year in ("2020", "2023") else (".nii.gz", LPS)
+    vendor = make_tree(tmp_path / "vendor", year, 5, ending=ending, direction=direction)
+    (vendor / "survival_info.csv").write_text("not an image")
+    source, target = ("t1ce", "flair") if year in ("2021", "2024") else ("t2", "t1")
+    out = convert(vendor, source=source, target=target)
+    assert f"BraTS {year}" in read(out / "dataset.json")["description"]
+    expected = (tumour(year) > 0) & ~((tumour(year) == 4) & (year == "2024"))
+    seen = 0
+    for i in range(1, 6):
+        folder = case_folder(vendor, year, i)
+        for images, labels, kind in (("Tr", "Tr", source), ("Tu", None, target), ("Ts", "Ts", target)):
+            path = out / f"images{images}" / f"{folder.name}_{kind}_0000.nii.gz"
+            if not path.exists():
+                continue
+            seen += 1
+            before, after = sitk.ReadImage(str(file(folder, kind, ending))), sitk.ReadImage(str(path))
+            assert (sitk.GetArrayFromImage(before) == sitk.GetArrayFromImage(after)).all()
+            assert before.GetPixelID() == after.GetPixelID()
+            label = sitk.ReadImage(str(out / f"labels{labels}" / f"{folder.name}_{kind}.nii.gz")) if labels else after
+            for get in ("GetSize", "GetSpacing", "GetOrigin", "GetDirection"):
+                assert getattr(before, get)() == getattr(after, get)() == getattr(label, get)()
+            assert after.GetDirection() == direction
+            if labels:
+                assert (sitk.GetArrayFromImage(label) == expected).all()
+    assert seen == 5
+    assert "repaired: nothing" in capsys.readouterr().out
+
+
+def test_case_355_is_found_and_noted(raw, tmp_path, capsys):
+    vendor = tmp_path / "vendor"
+    for i in range(351, 357):
+        make_case(case_folder(vendor, "2020", i), "2020", i, ".nii")
+    folder = case_folder(vendor, "2020", 355)
+    misnamed = folder / "W39_1998.09.19_Segm.nii"
+    file(folder, "seg", ".nii").rename(misnamed)
+    out = convert(vendor, "-test_ids", folder.name)
+    assert (load(out / f"labelsTs/{folder.name}_t2.nii.gz") == (tumour("2020") > 0)).all()
+    text = capsys.readouterr().out
+    assert f"{folder.name}_t2: W39_1998.09.19_Segm.nii: misnamed, taken as the segmentation of {folder.name}" in text
+    shutil.copy(misnamed, file(folder, "seg", ".nii"))
+    assert "is this case's seg too" in refused(capsys, vendor, d="506")
+    file(folder, "seg", ".nii").unlink()
+    misnamed.rename(case_folder(vendor, "2020", 354) / misnamed.name)
+    assert "W39_1998.09.19_Segm.nii: unexpected file" in refused(capsys, vendor, d="506")
+
+
+def test_test_ids(tree, capsys):
+    out = convert(tree, "-test_ids", "BraTS20_Training_002", "BraTS20_Training_003")
+    assert names(out / "imagesTs") == ["BraTS20_Training_002_t2", "BraTS20_Training_003_t2"]
+    everyone = [f"BraTS20_Training_{i:03d}" for i in range(1, 9)]
+    text = refused(capsys, tree, "-test_ids", *everyone[:5], d="506")
+    assert "3 patients (BraTS20_Training_006, " in text and "expected at least one in each" in text
+
+
+# --- regions ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("year", ["2020", "2024"])
+def test_regions_are_nnunets(raw, tmp_path, year, capsys):
+    from nnunetv2.utilities.label_handling.label_handling import LabelManager
+
+    vendor = make_tree(tmp_path / "vendor", year, 5, kinds=("t2", "flair", "seg"))
+    out = convert(vendor, "-structures", "regions")
+    assert "the trainers of this package refuse them" in capsys.readouterr().out
+    content = read(out / "dataset.json")
+    manager = LabelManager(content["labels"], content["regions_class_order"])
+    assert manager.has_regions and manager.all_labels == [0, 1, 2, 3]
+    label = load(next((out / "labelsTr").iterdir()))
+    vendor_label, enhancing = tumour(year), 3 if year == "2024" else 4
+    regions = dict(zip(list(content["labels"])[1:], manager.all_regions, strict=True))
+    inside = {name: np.isin(label, region) for name, region in regions.items()}
+    assert (inside["whole tumour"] == np.isin(vendor_label, (1, 2, enhancing))).all()
+    assert (inside["tumour core"] == np.isin(vendor_label, (1, enhancing))).all()
+    assert (inside["enhancing tumour"] == (vendor_label == enhancing)).all()
+    # nnU-Net paints the regions' masks one over the other in regions_class_order: the labels must come back
+    painted = np.zeros_like(label)
+    for value, mask in zip(content["regions_class_order"], inside.values(), strict=True):
+        painted[mask] = value
+    assert (painted == label).all()
+    bound = convert(vendor, "-structures", "regions", "--upper_bound", d="525")
+    assert "refuse them" not in capsys.readouterr().out
+    assert read(bound / "dataset.json")["labels"] == content["labels"]
+
+
+@pytest.mark.parametrize("structures", ["whole", "regions"])
+def test_verify_dataset_integrity(tree, structures, capfd, threads):
+    from nnunetv2.experiment_planning.verify_dataset_integrity import verify_dataset_integrity
+
+    out = convert(tree, "-structures", structures, "-protocol", "uuds")
+    verify_dataset_integrity(str(out), num_processes=1)
+    printed = capfd.readouterr().out.split("nnUNet_raw")[-1]
+    assert "verify_dataset_integrity Done" in printed and "Error" not in printed and "Warning:" not in printed
+
+
+def test_stock_planning_takes_the_regions(tree):
+    from nnunetv2.experiment_planning.plan_and_preprocess_api import (
+        extract_fingerprint_dataset,
+        plan_experiment_dataset,
+    )
+    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+    out = convert(tree, "-structures", "regions", "--upper_bound")
+    extract_fingerprint_dataset(505, num_processes=1, check_dataset_integrity=False)
+    plans, identifier = plan_experiment_dataset(505)
+    manager = PlansManager(plans).get_label_manager(read(out / "dataset.json"))
+    assert identifier == "nnUNetPlans" and manager.has_regions and manager.num_segmentation_heads == 3
+
+
+# --- intensities ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "intensities", "channel"),
+    [
+        ((), None, "intensity"),
+        (("-protocol", "uuds"), Intensities((5, 95), (-1, 1)), "noNorm"),
+        (("-clip", "1", "99"), Intensities((1, 99)), "intensity"),
+        (("-clip", "2", "98", "-range", "0", "1"), Intensities((2, 98), (0, 1)), "noNorm"),
+    ],
+)
+def test_intensities_only_when_asked_for(tree, options, intensities, channel):
+    out = convert(tree, *options)
+    bound = convert(tree, *options, "--upper_bound", d="525")
+    for folder in (out, bound):
+        content = read(folder / "dataset.json")
+        assert content["channel_names"] == {"0": channel}
+        recorded = content.get("uda", {}).get("intensities")
+        assert recorded == (None if intensities is None else json.loads(json.dumps(intensities.to_json())))
+    converted = sorted(out.glob("images*/*"))
+    assert len(converted) == 8
+    for path in converted:
+        name, kind = path.name.removesuffix("_0000.nii.gz").rsplit("_", 1)
+        vendor = sitk.ReadImage(str(file(tree / "MICCAI_BraTS2020_TrainingData" / name, kind)))
+        expected = vendor if intensities is None else intensities.apply(vendor, path)
+        assert (load(path) == sitk.GetArrayFromImage(expected)).all()
+
+
+def test_intensity_options_that_contradict(tree, capsys):
+    for options, message in (
+        (("-protocol", "uuds", "-clip", "5", "95"), "-protocol uuds clips at 5 95"),
+        (("-range", "-1", "1"), "-range scales what -clip leaves"),
+        (("-clip", "95", "5"), "percentiles 95 5: expected 0 <= low < high <= 100"),
+        (("-clip", "5", "95", "-range", "1", "1"), "range 1 1: expected two numbers"),
+    ):
+        assert message in refused(capsys, tree, *options)
+    convert(tree, "-protocol", "uuds", "-channel", "T2")
+    assert "WARNING: -channel T2: nnU-Net normalises the scaled intensities again" in capsys.readouterr().out
+
+
+# --- what is refused --------------------------------------------------------------------------------------------------
+
+
+def add_validation_case(cases: Path) -> None:
+    save(brain(1), cases / "BraTS20_Validation_001" / "BraTS20_Validation_001_t2.nii.gz")
+
+
+def same_case_twice(cases: Path) -> None:
+    shutil.copytree(cases / "BraTS20_Training_004", cases / "LGG" / "BraTS20_Training_004")
+
+
+def both_endings(cases: Path) -> None:
+    save(brain(4), cases / "BraTS20_Training_004" / "BraTS20_Training_004_t2.nii")
+
+
+def anothers_label(cases: Path) -> None:
+    path = file(cases / "BraTS20_Training_004", "seg")
+    path.rename(path.with_name("BraTS20_Training_005_seg.nii.gz"))
+
+
+def another_grid(cases: Path) -> None:
+    for i in range(1, 9):
+        save(tumour("2020"), file(cases / f"BraTS20_Training_{i:03d}", "seg"), spacing=(1.0, 1.0, 1.2))
+
+
+def flipped_label(cases: Path) -> None:
+    for i in range(1, 9):
+        save(tumour("2020"), file(cases / f"BraTS20_Training_{i:03d}", "seg"), direction=RAS)
+
+
+def label_of_2023(cases: Path) -> None:
+    for i in range(1, 9):
+        save(tumour("2023"), file(cases / f"BraTS20_Training_{i:03d}", "seg"))
+
+
+def no_labels(cases: Path) -> None:
+    for i in range(1, 9):
+        file(cases / f"BraTS20_Training_{i:03d}", "seg").unlink()
+
+
+def truncated_image(cases: Path) -> None:
+    for kind in ("t2", "flair"):
+        path = file(cases / "BraTS20_Training_004", kind)
+        path.write_bytes(path.read_bytes()[:-40])
+
+
+def truncated_nii(cases: Path) -> None:
+    for kind in ("t2", "flair"):
+        path = file(cases / "BraTS20_Training_004", kind)
+        path.unlink()
+        save(brain(4), path.with_suffix(""))
+        path.with_suffix("").write_bytes(path.with_suffix("").read_bytes()[:-40])
+
+
+def corrupt_label(cases: Path) -> None:
+    for i in range(1, 9):
+        file(cases / f"BraTS20_Training_{i:03d}", "seg").write_bytes(b"no image")
+
+
+def empty_image(cases: Path) -> None:
+    for kind in ("t2", "flair"):
+        save(np.zeros(SHAPE, np.int16), file(cases / "BraTS20_Training_004", kind))
+
+
+def nan_image(cases: Path) -> None:
+    array = brain(4).astype(np.float32)
+    array[1, 5, 5] = np.nan
+    for kind in ("t2", "flair"):
+        save(array, file(cases / "BraTS20_Training_004", kind))
+
+
+def fractional_label(cases: Path) -> None:
+    for i in range(1, 9):
+        save(tumour("2020") * np.float32(0.7), file(cases / f"BraTS20_Training_{i:03d}", "seg"))
+
+
+def four_dimensions(cases: Path) -> None:
+    volumes = sitk.JoinSeries([sitk.GetImageFromArray(brain(i)) for i in range(2)])
+    for kind in ("t2", "flair"):
+        sitk.WriteImage(volumes, str(file(cases / "BraTS20_Training_004", kind)))
+
+
+def two_years(cases: Path) -> None:
+    make_case(cases / "BraTS2021_00001", "2021", 1)
+
+
+def meningioma(cases: Path) -> None:
+    save(brain(1), cases / "BraTS-MEN-00004-000" / "BraTS-MEN-00004-000-t2w.nii.gz")
+
+
+def loose_file(cases: Path) -> None:
+    save(brain(1), cases / "BraTS20_Training_004_t2.nii.gz")
+
+
+def misspelt_file(cases: Path) -> None:
+    path = file(cases / "BraTS20_Training_004", "t2")
+    path.rename(path.with_name("BraTS20_Training_004_t2 (1).nii.gz"))
+
+
+def emptied(cases: Path) -> None:
+    shutil.rmtree(cases)
+    cases.mkdir()
+
+
+def few_patients(cases: Path) -> None:
+    for i in range(5, 9):
+        shutil.rmtree(cases / f"BraTS20_Training_{i:03d}")
+
+
+MALFORMED = [
+    (add_validation_case, "BraTS20_Validation_001_t2.nii.gz: its folder is not named as a case"),
+    (same_case_twice, "BraTS20_Training_004: this case is already in"),
+    (both_endings, "BraTS20_Training_004_t2.nii.gz: BraTS20_Training_004_t2.nii is this case's t2 too"),
+    (anothers_label, "BraTS20_Training_004/BraTS20_Training_005_seg.nii.gz: unexpected file"),
+    (another_grid, "_seg.nii.gz: its geometry differs from that of"),
+    (flipped_label, "_seg.nii.gz: its geometry differs from that of"),
+    (label_of_2023, "_seg.nii.gz: the label holds the values 3, which are not in the map; expected only"),
+    (no_labels, "_flair.nii.gz: there is no label for this FLAIR case"),
+    (truncated_image, "BraTS20_Training_004_"),
+    (truncated_nii, ".nii: the file is truncated"),
+    (corrupt_label, "_seg.nii.gz: cannot be read"),
+    (empty_image, ".nii.gz: every voxel is 0"),
+    (nan_image, ".nii.gz: 1 of 540 voxels are NaN"),
+    (fractional_label, "_seg.nii.gz: the label holds non-integer values"),
+    (four_dimensions, ".nii.gz: the image has 4 dimensions"),
+    (two_years, "BraTS2021_00001 as BraTS 2021; expected one year's training set"),
+    (meningioma, "BraTS-MEN-00004-000-t2w.nii.gz: its folder is not named as a case"),
+    (loose_file, "BraTS20_Training_004_t2.nii.gz: its folder is not named as a case"),
+    (misspelt_file, "BraTS20_Training_004_t2 (1).nii.gz: unexpected file"),
+    (emptied, "vendor holds no BraTS case (found: MICCAI_BraTS2020_TrainingData)"),
+    (few_patients, "4 patients (BraTS20_Training_001, "),
+]
+
+
+@pytest.mark.parametrize(("spoil", "message"), MALFORMED, ids=[spoil.__name__ for spoil, _ in MALFORMED])
+def test_malformed_trees_are_refused(tree, spoil, message, capsys):
+    spoil(tree / "MICCAI_BraTS2020_TrainingData")
+    assert message in refused(capsys, tree)
+    raw = tree.parent / "nnUNet_raw"
+    assert not raw.exists() or not list(raw.iterdir())
+
+
+@pytest.mark.parametrize("spoil", [empty_image, nan_image, truncated_image])
+def test_bad_images_are_refused_when_clipping_too(tree, spoil, capsys):
+    spoil(tree / "MICCAI_BraTS2020_TrainingData")
+    assert "BraTS20_Training_004_" in refused(capsys, tree, "-protocol", "uuds")
+
+
+def test_value_4_in_2023_is_unknown(raw, tmp_path, capsys):
+    vendor = make_tree(tmp_path / "vendor", "2023", 5, kinds=("t2", "flair"))
+    for i in range(1, 6):
+        save(tumour("2020"), file(case_folder(vendor, "2023", i), "seg"))
+    text = refused(capsys, vendor)
+    assert "-seg.nii.gz: the label holds the values 4" in text and "3 (enhancing tumour)" in text
+    assert "labels of BraTS 2023" in text
+
+
+def test_missing_modality_is_skipped_or_refused(tree, capsys):
+    folder = tree / "MICCAI_BraTS2020_TrainingData" / "BraTS20_Training_004"
+    file(folder, "t2").unlink()
+    fact = f"{folder}: there is no BraTS20_Training_004_t2.nii[.gz]"
+    assert f"{fact}. Complete the input" in refused(capsys, tree, "--strict")
+    out = convert(tree)
+    assert f"WARNING: {fact}: this case is left out" in capsys.readouterr().out
+    assert len(list(out.glob("images*/*"))) == 7 and not list(out.glob("images*/*004*"))
+    shutil.rmtree(folder)
+    folder.mkdir()
+    assert "_flair.nii[.gz] and BraTS20_Training_004_t2.nii[.gz]" in refused(capsys, tree, "--strict", d="506")
+
+
+def test_missing_test_label_is_warned_of_or_refused(tree, capsys):
+    file(tree / "MICCAI_BraTS2020_TrainingData" / "BraTS20_Training_004", "seg").unlink()
+    options = ("-test_ids", "BraTS20_Training_004")
+    assert "have no label (BraTS20_Training_004_t2)" in refused(capsys, tree, *options, "--strict")
+    assert not (convert(tree, *options) / "labelsTs").exists()
+    assert "cannot be evaluated" in capsys.readouterr().out
+
+
+def test_other_requests_that_are_refused(tree, capsys):
+    assert "-source and -target are both t2" in refused(capsys, tree, source="t2")
+    assert "-test_ids names BraTS20_Training_099, which is not there" in refused(
+        capsys, tree, "-test_ids", "BraTS20_Training_099"
+    )
+    assert "no such folder" in refused(capsys, tree / "absent")
+    convert(tree)
+    assert "this dataset exists already. Use --overwrite" in refused(capsys, tree)
+    assert "dataset id 505 is already taken" in refused(capsys, tree, source="t2", target="flair")
+    convert(tree, "--overwrite")
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+def test_runs_as_a_script_and_in_parallel(tree):
+    script = Path(__file__).parent.parent / "dataset_conversion" / "brats.py"
+    options = ["-i", str(tree), "-d", "505", "-source", "flair", "-target", "t2", "-np", "2", "-protocol", "uuds"]
+    subprocess.run([sys.executable, str(script), *options], check=True, capture_output=True)
+    parallel = next((tree.parent / "nnUNet_raw").glob("Dataset505_*"))
+    alone = convert(tree, "-protocol", "uuds", d="506")
+    files = [p.relative_to(alone) for p in alone.rglob("*.nii.gz")]
+    assert len(files) == 13 and all((alone / f).read_bytes() == (parallel / f).read_bytes() for f in files)
+
+
+def test_help_shows_trees_licence_page_and_repairs(capsys):
+    with pytest.raises(SystemExit):
+        main(["brats", "-h"])
+    text = capsys.readouterr().out
+    for expected in (*NAMINGS, "BraTS20_Training_001", "W39_1998.09.19_Segm.nii", "https://", "research", "clip"):
+        assert expected in text
