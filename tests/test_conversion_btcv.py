@@ -1,0 +1,215 @@
+"""BTCV converter on vendor trees made here."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+from test_dicom import DIRECTIONS, shorter
+
+from nnunet_uda.commands.convert import main
+from nnunet_uda.dataset_conversion.btcv import NUMBERS, SIFA_TEST, VALUES
+
+SHAPE = (5, 7, 9)
+MADE = (1, 2, 9, 21, 30, 40)
+
+
+def scan(number: int) -> np.ndarray:
+    return np.random.default_rng(number).integers(-1000, 1500, SHAPE).astype(np.int16)
+
+
+def organs(number: int) -> np.ndarray:
+    """All 13 values, elsewhere in every slice."""
+    label = np.zeros(SHAPE, np.uint8)
+    for value in VALUES.values():
+        label[1 + (value + number) % 3, 1 + value % 4 : 6, value % 8 : value % 8 + 1] = value
+        label[value % 5, 0, value % 9] = value
+    return label
+
+
+def save(array: np.ndarray, path: Path, number: int) -> None:
+    image = sitk.GetImageFromArray(array)
+    image.SetSpacing((0.75, 0.5, 3.0))
+    image.SetOrigin((5.0, -7.0, 11.0))
+    image.SetDirection(DIRECTIONS[tuple(DIRECTIONS)[number % len(DIRECTIONS)]].ravel())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sitk.WriteImage(image, str(path), True)
+
+
+def make_btcv(tree: Path, numbers: tuple[int, ...] = MADE) -> Path:
+    for number in numbers:
+        save(scan(number), tree / f"RawData/Training/img/img{number:04d}.nii.gz", number)
+        save(organs(number), tree / f"RawData/Training/label/label{number:04d}.nii.gz", number)
+    return tree
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    return make_btcv(tmp_path_factory.mktemp("btcv") / "vendor")
+
+
+@pytest.fixture
+def tree(made, tmp_path, monkeypatch) -> Path:
+    """A copy of the tree for one test, with nnU-Net's folders beside it."""
+    for variable in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
+        monkeypatch.setenv(variable, str(tmp_path / variable))
+    return Path(shutil.copytree(made, tmp_path / "vendor"))
+
+
+def convert(tree: Path, *options: str, d: str = "520") -> Path:
+    main(["btcv", "-i", str(tree), "-d", d, "-np", "1", *options])
+    return next((tree.parent / "nnUNet_raw").glob(f"Dataset{d}_*"))
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(p.name.removesuffix(".nii.gz").removesuffix("_0000") for p in folder.iterdir())
+
+
+def refused(capsys, *arguments, **options) -> str:
+    with pytest.raises(SystemExit) as exit_:
+        convert(*arguments, **options)
+    assert exit_.value.code == 1
+    return capsys.readouterr().err.split("ERROR: ")[1]
+
+
+def test_round_trip_of_all_organs(tree):
+    out = convert(tree)
+    assert out.name == "Dataset520_BTCV"
+    assert names(out / "imagesTr") == names(out / "labelsTr") == [f"ct_{n:04d}" for n in MADE]
+    assert not (out / "imagesTu").exists() and not (out / "imagesTs").exists()
+    content = json.loads((out / "dataset.json").read_text())
+    assert content["labels"] == {"background": 0, **VALUES} and content["channel_names"] == {"0": "CT"}
+    assert "uda" not in content and "registration" in content["licence"]
+    for number in MADE:
+        before = sitk.ReadImage(str(tree / f"RawData/Training/img/img{number:04d}.nii.gz"))
+        image = sitk.ReadImage(str(out / f"imagesTr/ct_{number:04d}_0000.nii.gz"))
+        label = sitk.ReadImage(str(out / f"labelsTr/ct_{number:04d}.nii.gz"))
+        assert (sitk.GetArrayFromImage(image) == scan(number)).all() and image.GetPixelID() == sitk.sitkInt16
+        assert (sitk.GetArrayFromImage(label) == organs(number)).all()
+        for get in ("GetSpacing", "GetOrigin", "GetDirection"):
+            assert np.allclose(getattr(before, get)(), getattr(image, get)(), atol=1e-6)
+            assert getattr(label, get)() == getattr(image, get)()
+    splits = json.loads((out / "splits_final.json").read_text())
+    assert len(splits) == 5 and sorted(i for s in splits for i in s["val"]) == names(out / "imagesTr")
+
+
+def test_chosen_organs_and_test_scans(tree):
+    out = convert(tree, "-structures", "liver", "spleen", "-test_ids", "0009", "30", "-channel", "intensity")
+    assert names(out / "imagesTs") == names(out / "labelsTs") == ["ct_0009", "ct_0030"]
+    assert names(out / "imagesTr") == ["ct_0001", "ct_0002", "ct_0021", "ct_0040"]
+    label = sitk.GetArrayFromImage(sitk.ReadImage(str(out / "labelsTs/ct_0009.nii.gz")))
+    assert (label == (organs(9) == 6) * 1 + (organs(9) == 1) * 2).all()
+    assert json.loads((out / "dataset.json").read_text())["channel_names"] == {"0": "intensity"}
+
+
+@pytest.mark.parametrize("inside", ["RawData", "RawData/Training"])
+def test_the_tree_may_be_given_from_within(tree, inside):
+    main(["btcv", "-i", str(tree / inside), "-d", "520", "-np", "1"])
+    assert len(names(tree.parent / "nnUNet_raw" / "Dataset520_BTCV" / "imagesTr")) == 6
+
+
+def test_a_scan_without_label_is_a_warning_or_with_strict_an_error(tree, capsys):
+    (tree / "RawData/Training/label/label0002.nii.gz").unlink()
+    out = convert(tree)
+    assert "ct_0002" not in names(out / "imagesTr")
+    assert "img0002.nii.gz: there is no label for this scan: this case is left out" in capsys.readouterr().out
+    assert "img0002.nii.gz: there is no label for this scan. Complete" in refused(capsys, tree, "--strict", d="521")
+
+
+def renumbered(training: Path) -> None:
+    for old, new in ((21, 11), (30, 20), (40, 30)):
+        for kind in ("img", "label"):
+            folder = training / kind
+            (folder / f"{kind}{old:04d}.nii.gz").replace(folder / f"{kind}{new:04d}.nii.gz")
+
+
+def another_patient(training: Path) -> None:
+    (training / "img/img0002.nii.gz").unlink()
+    (training / "label/label0001.nii.gz").unlink()
+
+
+def relabel(path: Path, change) -> None:
+    array = sitk.GetArrayFromImage(sitk.ReadImage(str(path)))
+    save(change(array), path, int(path.name[5:9]))
+
+
+FIRST_IMAGE, FIRST_LABEL = "img/img0001.nii.gz", "label/label0001.nii.gz"
+MALFORMED = {
+    "renumbered": (
+        renumbered, (),
+        r"img0011\.nii\.gz: BTCV has no training scan 11; .*renumbered 1-30.*other patients.*1, 9, 30, 32, 33, 39",
+    ),
+    "a label of another patient": (another_patient, (), r"label0002\.nii\.gz: its image img0002 is missing"),
+    "a scan twice": (
+        lambda t: shutil.copy(t / FIRST_IMAGE, t / "img/img001.nii.gz"), (), r"img001\.nii\.gz: the same number as"
+    ),
+    "a scan packed and unpacked": (
+        lambda t: shutil.copy(t / FIRST_LABEL, t / "label/label0001.nii"), (), r"label0001\.nii(\.gz)?: the same number"
+    ),
+    "another name": (
+        lambda t: (t / FIRST_IMAGE).rename(t / "img/case1.nii.gz"), (), r"case1\.nii\.gz: unexpected file"
+    ),
+    "number 0": (
+        lambda t: (t / FIRST_IMAGE).rename(t / "img/img0000.nii.gz"), (), r"img0000\.nii\.gz: BTCV has no training scan"
+    ),
+    "a test scan": (
+        lambda t: shutil.copy(t / FIRST_IMAGE, t / "img/img0061.nii.gz"), (), r"img0061\.nii\.gz: BTCV has no training"
+    ),
+    "a label of another size": (
+        lambda t: relabel(t / FIRST_LABEL, lambda a: a[:-1]), (), r"label0001\.nii\.gz: its geometry differs.*size"
+    ),
+    "a label that lies elsewhere": (
+        lambda t: save(organs(1), t / FIRST_LABEL, 2), (), r"label0001\.nii\.gz: its geometry differs.*direction"
+    ),
+    "an unknown value": (
+        lambda t: relabel(t / FIRST_LABEL, lambda a: np.where(a == 6, 14, a)), (),
+        r"label0001\.nii\.gz: the label holds the values 14, .*6 \(liver\)",
+    ),
+    "an interpolated label": (
+        lambda t: relabel(t / FIRST_LABEL, lambda a: a + np.float32(0.5)), (), r"label0001\.nii\.gz: .*non-integer"
+    ),
+    "an image cut short": (lambda t: shorter(t / FIRST_IMAGE, 0.8), (), r"img0001\.nii\.gz: .*truncated"),
+    "a label cut short": (lambda t: shorter(t / FIRST_LABEL, 0.8), (), r"label0001\.nii\.gz: .*truncated"),
+    "an empty image": (
+        lambda t: save(np.zeros(SHAPE, np.int16), t / FIRST_IMAGE, 1), (), r"img0001\.nii\.gz: every voxel is 0"
+    ),
+    "no labels": (lambda t: shutil.rmtree(t / "label"), (), r"vendor: no img and label folder \(found: RawData\)"),
+    "no images": (
+        lambda t: [p.unlink() for p in (t / "img").iterdir()], (), r"Training/img holds no image"
+    ),
+    "an unknown test scan": (lambda t: None, ("-test_ids", "33"), r"Training: -test_ids names 33, which is not there"),
+    "all of them test scans": (lambda t: None, ("-test_ids", *map(str, MADE)), "no labelled case"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", MALFORMED)
+def test_malformed_trees_are_refused_by_name(tree, capsys, case):
+    spoil, options, message = MALFORMED[case]
+    spoil(tree / "RawData" / "Training")
+    found = refused(capsys, tree, *options)
+    raw = tree.parent / "nnUNet_raw"
+    assert re.search(message, found, re.DOTALL), found
+    assert not raw.exists() or not list(raw.iterdir())
+
+
+def test_existing_dataset(tree, capsys):
+    convert(tree)
+    assert "exists already. Use --overwrite" in refused(capsys, tree)
+    convert(tree, "--overwrite")
+
+
+def test_the_numbers_are_those_of_the_owner():
+    assert len(NUMBERS) == 30 and {int(n) for n in SIFA_TEST} <= set(NUMBERS)
+    assert set(NUMBERS) == set(range(1, 41)) - set(range(11, 21))
+
+
+def test_help_shows_tree_licence_and_page(capsys):
+    with pytest.raises(SystemExit):
+        main(["btcv", "-h"])
+    text = capsys.readouterr().out
+    assert "RawData/Training/img/img0001.nii.gz" in text and "registration" in text and "https://www.synapse" in text
