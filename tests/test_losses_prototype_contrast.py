@@ -204,8 +204,11 @@ def test_float32_inside_autocast() -> None:
     dictionary = dictionary_of([0, 1, 2, 3], [2, 1])
     prototypes, classes = unit(6, DIM, seed=50), torch.tensor([0, 1, 2, 3, 0, 2])
     expected = prototype_contrastive_loss(prototypes, classes, [dictionary], 2, 1.0)
+    expected_similarity = dictionary.mean_top_k(prototypes, 2)[0]
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss = prototype_contrastive_loss(prototypes, classes, [dictionary], 2, 1.0)
+        similarity = dictionary.mean_top_k(prototypes, 2)[0]
+    assert torch.equal(similarity, expected_similarity)
     assert loss.dtype == torch.float32
     assert torch.equal(loss, expected)
 

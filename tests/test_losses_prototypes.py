@@ -194,6 +194,13 @@ def test_each_loss_reaches_the_prototypes(loss: str) -> None:
     assert (prototypes.grad.abs().sum(2) > 0).all()
 
 
+def test_l_sc_reaches_the_embedding_beside_the_prototypes() -> None:
+    embedding, labels = embedding_of(1, 3, 4).requires_grad_(), torch.tensor([[0, 0, 1, IGNORED]])
+    prototypes, present = class_prototypes(embedding_of(1, 3, 4, seed=1), labels, 2, 1)
+    intra_class_loss(embedding, labels, prototypes, present).backward()
+    assert (embedding.grad.abs().sum(1) > 0).tolist() == [[True, True, True, False]]
+
+
 def test_no_gradient_through_pseudo_labels() -> None:
     logits = embedding_of(2, 3, 6, 5).requires_grad_()
     embedding = embedding_of(2, 4, 6, 5, seed=2).requires_grad_()

@@ -123,8 +123,12 @@ def test_no_graph_and_the_input_is_left_alone() -> None:
     assert torch.equal(images, before)
 
 
-def test_images_of_zeros_stay_zero_or_finite() -> None:
-    assert not random_convolution(torch.zeros(2, 1, 8, 8)).any()
+def test_a_share_of_0_gives_the_image_and_one_of_zeros_stays_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    images = images_of(2, 1, 8, 8)
+    images[1] = 0
+    assert not random_convolution(images)[1].any()
+    monkeypatch.setattr(torch, "rand", lambda shape, **_: torch.zeros(shape))
+    assert torch.allclose(random_convolution(images), images, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
