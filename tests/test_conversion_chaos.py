@@ -18,6 +18,8 @@ from test_dicom import DIRECTIONS, edit, shorter, write_series
 
 from nnunet_uda.commands.convert import main
 from nnunet_uda.data.dicom import by_name
+from nnunet_uda.dataset_conversion.chaos import MR_GREYS, read_image, read_label
+from nnunet_uda.errors import UDAError
 
 DATA = os.environ.get("NNUNET_UDA_TEST_DATA")
 REAL = Path(DATA or "", "CHAOS", "Train_Sets", "CT", "3")
@@ -204,6 +206,20 @@ def test_unusual_greys_are_read_by_range_and_reported(tree, capsys):
     out = convert(tree)
     assert (load(out / "labelsTs/t2spir_01.nii.gz") == (organs(1) == 1)).all()
     assert "unusual grey values read as 60 (liver), 240 (spleen)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("low", "high", "structure"), [(55, 70, 1), (110, 135, 2), (175, 200, 3), (240, 255, 4)])
+def test_the_ranges_of_greys(tmp_path, low, high, structure):
+    make_patient(tmp_path, {"DICOM_anon": 1}, 1)
+    slices, path = tmp_path / "DICOM_anon", tmp_path / "Ground" / "IMG-0002-00008.png"
+    image = read_image(slices)
+    for value in (low, high):
+        set_grey(path, value)
+        assert sitk.GetArrayFromImage(read_label(tmp_path / "Ground", image, slices, MR_GREYS)[0])[1, 0, 0] == structure
+    for value in {low - 1, high + 1} - {256}:
+        set_grey(path, value)
+        with pytest.raises(UDAError, match=f"IMG-0002-00008.png: grey values {value}; expected 0, 55-70"):
+            read_label(tmp_path / "Ground", image, slices, MR_GREYS)
 
 
 def test_masks_cannot_change_an_image(tree):

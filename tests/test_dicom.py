@@ -151,6 +151,14 @@ def test_what_an_anonymiser_does_to_series_uids_is_accepted(tmp_path):
     assert (sitk.GetArrayFromImage(read_series(tmp_path)[0]) == scan()).all()
 
 
+def test_positions_rounded_to_a_tenth_of_a_millimetre_are_accepted(tmp_path):
+    def rounded(ds: pydicom.Dataset, z: int) -> None:
+        ds.ImagePositionPatient = [0, 0, round(0.75 * z, 1)]
+
+    write_series(tmp_path, scan(), change=rounded)
+    assert np.allclose(read_series(tmp_path)[0].GetSpacing(), (0.75, 0.5, 0.76))  # 3.8 mm in five steps
+
+
 def test_files_of_a_folder(tmp_path):
     names = ["IMG10.dcm", "IMG2.DCM", "IMG1.ima", "1.2.840.7", "MR000", "i0000,0000b.dcm"]
     write_series(tmp_path, scan(), names=names)

@@ -239,7 +239,7 @@ def _check_positions(slices: Sequence[Slice], normal: np.ndarray, pixel: float) 
                 "slice normal; expected every slice once. Remove the extra slice."
             )
     for i, gap in enumerate(gaps):
-        if abs(gap - step) > 0.05 * step:
+        if abs(gap - step) > max(0.05 * step, 0.11):  # some vendors round positions to 0.1 mm
             what = f"about {round(gap / step) - 1} missing" if gap > 1.5 * step else "extra or misplaced slices"
             raise UDAError(
                 f"{slices[i].path}: {gap:.3f} mm to the next slice {slices[i + 1].path.name}, {step:.3f} mm between "
