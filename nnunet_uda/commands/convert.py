@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import argparse
 
-from nnunet_uda.dataset_conversion import abdomen, brats, btcv, chaos, folders, mmwhs
+from nnunet_uda.dataset_conversion import abdomen, brats, btcv, chaos, folders, mmwhs, vs
 from nnunet_uda.errors import command
 
-CONVERTERS = {"mmwhs": mmwhs, "abdomen": abdomen, "chaos": chaos, "btcv": btcv, "brats": brats, "folders": folders}
+CONVERTERS = {
+    "mmwhs": mmwhs,
+    "abdomen": abdomen,
+    "chaos": chaos,
+    "btcv": btcv,
+    "brats": brats,
+    "vs": vs,
+    "folders": folders,
+}
 
 
 @command

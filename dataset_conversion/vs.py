@@ -1,0 +1,567 @@
+"""Vestibular schwannoma, ceT1 <-> hrT2: the TCIA set Vestibular-Schwannoma-SEG, or crossMoDA 2021, 2022, 2023.
+
+Expected tree (-i): ONE of these, recognised by its names; folders above it may be given instead.
+
+    TCIA         Vestibular-Schwannoma-SEG/VS-SEG-001/<study>/<series>/*.dcm        MR, RTSTRUCT (RTPLAN, RTDOSE unused)
+    convenient   vs_gk_1_t1/{IMG*.dcm,RTSS.dcm,contours.json}   vs_gk_1_t2/...       RTSS.dcm is used where both are
+    converted    vs_gk_1/{vs_gk_t1_refT1,vs_gk_seg_refT1,vs_gk_t2_refT2,vs_gk_seg_refT2}.nii.gz
+    crossMoDA    {source_training,training_source,TrainingSource}/crossmoda_1_{ceT1,Label}.nii.gz
+                 {target_training,training_target,TrainingTarget}/crossmoda_106_hrT2.nii.gz
+                 {target_validation,validation,crossmoda23_validation}/crossmoda_211_hrT2.nii.gz
+                 (2022: crossmoda2021_ldn_1_..., crossmoda2022_etz_1_...; 2023: crossmoda2023_etz_1_..., T2 for hrT2)
+
+Data: https://doi.org/10.7937/TCIA.9YTJ-5Q73 (Vestibular-Schwannoma-SEG, CC BY 4.0);
+https://zenodo.org/records/6504722 (crossMoDA 2021 and 2022) and https://www.synapse.org/Synapse:syn51236108 (2023),
+CC BY-NC-SA 4.0. Please cite Shapey et al., Scientific Data 8, 2021; Dorent et al., Medical Image Analysis 83, 2023.
+The 242 patients of the TCIA set are numbered 1 to 250 with gaps; crossMoDA's London patients are the same people.
+
+The tumour is found by its structure's name: TV, TVT1, AN, Rt AN, Lt AN, VS, tumour or tumor, whatever the case of the
+letters. Exactly one is expected; the others, as Brainstem, Modiolus, cochlea, Test, Men (a meningioma) and volumes of
+other dates, are left out. Where none or several have such a name the conversion stops and says what it found: name
+the right one with -tumour (used for such cases alone, so that it cannot replace a TV elsewhere), or leave the patient
+out with -exclude. Contours are drawn on the voxels of the series that the RTSTRUCT refers to; contours.json does not
+say which. Between slices nothing is interpolated.
+
+Repaired, and listed in the summary:
+  between slices    contours that do not lie on a slice are drawn on the nearest one
+
+Protocols:
+  uuds        for the trees of 242 patients with both modalities, drawn with -seed; a patient is in one group only:
+                100 source        imagesTr and labelsTr, "train" of splits_final.json
+                 14 validation    source scans to imagesTr and labelsTr, "val" of splits_final.json (one fold: train
+                                  with fold 0). The paper tuned on these patients' target scans with labels; here the
+                                  target's labels choose nothing, and these target scans are not converted.
+                100 target        imagesTu, without labels
+                 28 test          target scans to imagesTs and labelsTs
+              Other numbers of patients are split in these proportions, with a warning; -test_ids names the test
+              patients instead. A patient without one of the scans is left out before the split, with a warning, or
+              refused with --strict.
+  crossmoda   the vendor's groups, ceT1 to hrT2 only: source training to imagesTr and labelsTr in 5 seeded folds, target
+              training to imagesTu, target validation to imagesTs (its labels are not public: with labels of your own
+              beside the scans, as crossmoda_211_Label.nii.gz, it can be evaluated).
+
+-structures vs (default) or vs cochlea, of crossMoDA alone. crossMoDA 2021 and 2022 have 1 VS, 2 cochlea; 2023 has the
+tumour's two parts inside and outside the meatus as 1 and 2, taken together here, and 3 cochlea.
+
+Intensities, voxels and orientation are the vendor's; nnU-Net z-scores each scan, as the paper does. Target labels are
+read for labelsTs alone. With --upper_bound they ARE used for training: it writes the supervised upper bound's dataset,
+target and validation patients' target scans WITH their labels as imagesTr and labelsTr, to be trained with a plain
+trainer and tested on the same test patients.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pydicom
+import SimpleITK as sitk
+
+from nnunet_uda.data.dicom import by_name, read_series
+from nnunet_uda.data.reading import LabelMap
+from nnunet_uda.data.rtstruct import (
+    Structures,
+    rasterise,
+    read_contours_json,
+    read_header,
+    read_rtstruct,
+    referenced_series,
+)
+from nnunet_uda.dataset_conversion import common
+from nnunet_uda.dataset_conversion.common import Case, Group
+from nnunet_uda.errors import UDAError
+
+MODALITIES = {"cet1": "ceT1", "hrt2": "hrT2"}
+WEIGHTING = {"cet1": "t1", "hrt2": "t2"}
+"""As in the names of files, folders and series descriptions."""
+TUMOUR = ("tv", "tvt1", "an", "rt an", "lt an", "vs", "tumour", "tumor")
+"""Names of the tumour's structure in lower case."""
+PATIENTS = {"source": 100, "validation": 14, "target": 100, "test": 28}
+"""UUDS, section 4.1: 200 / 14 / 28 patients for training / validation / test, of the 200 one half for each modality."""
+FOLDS = 5
+ROLES = {
+    "sourcetraining": "source", "trainingsource": "source", "targettraining": "target", "trainingtarget": "target",
+    "targetvalidation": "validation", "validation": "validation", "crossmodavalidation": "validation",
+}  # fmt: skip
+"""crossMoDA's folders by the letters of their name."""
+TCIA, CONVENIENT, CONVERTED, CROSSMODA = "the TCIA tree", "vs_gk_<n>_t1 and _t2", "vs_gk_<n>", "crossMoDA"
+RULE = "one of the trees that -h shows (VS-SEG-001, vs_gk_1_t1, vs_gk_1, or source_training and target_training)"
+
+Patients = dict[int, dict[str, Case]]
+"""Number -> modality -> scan."""
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+def read_dicom(folder: Path) -> sitk.Image:
+    """The image series of a folder: its IMG files where it has such, as RTSTRUCTs lie beside them."""
+    return read_series(by_name(list(folder.glob("IMG*.dcm"))) or folder)[0]
+
+
+def choose_tumour(structures: Structures, further: Sequence[str]) -> str:
+    """Name of the one structure that is the tumour: by ``TUMOUR``, and where that does not decide, by ``further``."""
+    names = [name for name, _ in structures.named]
+    known = [name for name in names if name.strip().lower() in TUMOUR]
+    wanted = {name.strip().lower() for name in further}
+    chosen = known if len(known) == 1 else [n for n in known or names if n.strip().lower() in wanted]
+    if len(chosen) != 1:
+        what = f"{len(chosen or known)} of its structures are named as a tumour" if known else "no tumour"
+        raise UDAError(
+            f"{structures.path}: {what} (found: {', '.join(names) or 'no structure at all'}); expected exactly one "
+            f"named {', '.join((*TUMOUR, *further))}. Name the right one with -tumour, or leave the patient out with "
+            "-exclude."
+        )
+    return chosen[0]
+
+
+def read_contours(
+    path: Path, image: sitk.Image, image_path: Path, *, series: str, patient: str, further: Sequence[str]
+) -> tuple[sitk.Image, list[str]]:
+    """The tumour of an RTSTRUCT or contours.json as 1 on the image's grid, and notes.
+
+    Args:
+        series: SeriesInstanceUID of the image; an RTSTRUCT must refer to it.
+        patient: PatientID of the image; an RTSTRUCT's must be the same.
+        further: names of the tumour's structure beside ``TUMOUR``.
+    """
+    structures = read_contours_json(path) if path.suffix == ".json" else read_rtstruct(path)
+    if path.suffix != ".json" and series not in structures.series:
+        raise UDAError(
+            f"{path}: it refers to the series {', '.join(structures.series) or '(none)'}, but the scan in "
+            f"{image_path} is {series}; expected the RTSTRUCT of this scan. Find the one that belongs to it."
+        )
+    if structures.patient != patient and path.suffix != ".json":
+        raise UDAError(
+            f"{path}: its PatientID is {structures.patient!r}, that of the scan in {image_path} is {patient!r}; "
+            "expected the same patient. Find the RTSTRUCT that belongs to the scan."
+        )
+    name = choose_tumour(structures, further)
+    contours = next(contours for n, contours in structures.named if n == name)
+    mask, off = rasterise(contours, image, path)
+    if not mask.any():
+        raise UDAError(
+            f"{path}: the structure {name} encloses no voxel ({len(contours)} contours); expected a tumour. Name "
+            "another one with -tumour, or leave the patient out with -exclude."
+        )
+    label = sitk.GetImageFromArray(mask)
+    label.CopyInformation(image)
+    # a tenth of a slice is rounding, and changes no voxel
+    notes = (
+        [f"{path.name}: contours up to {off:.2f} mm off the slices, drawn on the nearest"]
+        if off > 0.1 * image.GetSpacing()[2]
+        else []
+    )
+    return label, notes
+
+
+# --- trees ------------------------------------------------------------------------------------------------------------
+
+
+def recognise(tree: Path) -> tuple[str, list[Path]]:
+    """The tree's layout, and its folders (of patients, or of crossMoDA's groups) sorted by name."""
+    found: dict[str, list[Path]] = {}
+    level = [tree] if tree.is_dir() else []
+    for _ in range(4):
+        below: list[Path] = []
+        for folder in level:
+            inside = by_name([p for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")])
+            for path in inside:
+                layout = _layout(path)
+                if layout:
+                    found.setdefault(layout, []).append(path)
+                else:
+                    below.append(path)
+        level = below
+    if not found:
+        names = (
+            ", ".join(sorted(p.name for p in tree.iterdir())[:8]) or "nothing" if tree.is_dir() else "no such folder"
+        )
+        raise UDAError(f"{tree} holds no vestibular schwannoma data (found: {names}); expected {RULE}. Check -i.")
+    if len(found) > 1:
+        first, second = (f"{paths[0]} ({layout})" for layout, paths in list(found.items())[:2])
+        raise UDAError(
+            f"{first.split(' (')[0]}: two layouts in one tree, {first} and {second}; expected {RULE}, as a patient may "
+            "be in both. Give one with -i."
+        )
+    layout, folders = found.popitem()
+    return layout, folders
+
+
+def _layout(folder: Path) -> str:
+    if re.fullmatch(r"VS-SEG-\d+", folder.name, re.I):
+        return TCIA
+    if re.fullmatch(r"vs_gk_\d+_t[12]", folder.name, re.I):
+        return CONVENIENT
+    if re.fullmatch(r"vs_gk_\d+", folder.name, re.I):
+        return CONVERTED
+    images = [p for p in folder.iterdir() if p.name.endswith((".nii.gz", ".nii"))] if _role(folder) else []
+    return CROSSMODA if images else ""
+
+
+def _role(folder: Path) -> str | None:
+    return ROLES.get(re.sub(r"[^a-z]", "", folder.name.lower()))
+
+
+def find_patients(layout: str, folders: Sequence[Path], further: Sequence[str]) -> Patients:
+    """Scans of each patient with their labels. Of DICOM files the first of a series and the RTSTRUCTs are looked into,
+    without contours; of the others none."""
+    find = {TCIA: find_series, CONVENIENT: find_folder, CONVERTED: find_nifti}[layout]
+    patients: Patients = {}
+    places: dict[tuple[int, str], Path] = {}
+    for folder in folders:
+        number = int(re.findall(r"\d+", folder.name)[0])
+        for modality, case in find(folder, number, further).items():
+            if other := places.get((number, modality)):
+                raise UDAError(
+                    f"{folder}: the {MODALITIES[modality]} scan of patient {number} is already in {other}; expected "
+                    "every patient once. Remove or rename one of them."
+                )
+            places[number, modality] = folder
+            patients.setdefault(number, {})[modality] = case
+        patients.setdefault(number, {})
+    return dict(sorted(patients.items()))
+
+
+def find_nifti(folder: Path, number: int, further: Sequence[str]) -> dict[str, Case]:
+    """``vs_gk_1/vs_gk_t1_refT1.nii.gz`` and its ``vs_gk_seg_refT1.nii.gz``, likewise T2."""
+    label_map = LabelMap({1: 1}, names={1: "tumour"})
+    cases = {}
+    for modality, weighting in WEIGHTING.items():
+        reference = f"ref{weighting.upper()}.nii.gz"
+        image, label = folder / f"vs_gk_{weighting}_{reference}", folder / f"vs_gk_seg_{reference}"
+        if image.is_file():
+            cases[modality] = Case(
+                _identifier(number, modality), (image,), label if label.is_file() else None, label_map
+            )
+    return cases
+
+
+def find_folder(folder: Path, number: int, further: Sequence[str]) -> dict[str, Case]:
+    """``vs_gk_1_t1/IMG*.dcm`` with its ``RTSS.dcm`` or ``contours.json``."""
+    modality = next(m for m, weighting in WEIGHTING.items() if folder.name.lower().endswith(weighting))
+    images = by_name(list(folder.glob("IMG*.dcm")))
+    if not images:
+        return {}
+    label = next((p for p in (folder / "RTSS.dcm", folder / "contours.json") if p.is_file()), None)
+    header = _image_header(images[0], number)
+    if _modality(header) not in (modality, None):
+        raise UDAError(
+            f"{images[0]}: its SeriesDescription is {header.SeriesDescription!r}; expected a "
+            f"{MODALITIES[modality]} scan in {folder.name}. Find the scan that belongs here."
+        )
+    return {modality: _dicom_case(folder, number, modality, header, label, further)}
+
+
+def find_series(folder: Path, number: int, further: Sequence[str]) -> dict[str, Case]:
+    """``VS-SEG-001/<study>/<series>``: series by their description, RTSTRUCTs by the series that they refer to."""
+    series: dict[str, tuple[Path, pydicom.Dataset]] = {}
+    contours: list[tuple[Path, tuple[str, ...]]] = []
+    for inside in sorted({p.parent for p in folder.rglob("*.dcm")}):
+        first = by_name(list(inside.glob("*.dcm")))[0]
+        kind = str(read_header(first, "Modality").get("Modality", ""))
+        if kind == "RTSTRUCT":
+            for path in by_name(list(inside.glob("*.dcm"))):
+                contours.append((path, referenced_series(read_header(path, "ReferencedFrameOfReferenceSequence"))))
+        elif kind == "MR":
+            header = _image_header(first, number)
+            modality = _modality(header)
+            if modality is None or modality in series:
+                other = f"{series[modality][0]} is one already" if modality else "it names neither t1 nor t2"
+                raise UDAError(
+                    f"{first}: an MR series described as {header.get('SeriesDescription', '')!r}, {other}; expected "
+                    f"one T1 and one T2 series in {folder}. Remove what does not belong to the set."
+                )
+            series[modality] = inside, header
+    uids = {str(header.SeriesInstanceUID): modality for modality, (_, header) in series.items()}
+    labels: dict[str, Path] = {}
+    for path, refers_to in contours:
+        belongs = {uids[uid] for uid in refers_to if uid in uids}
+        if len(belongs) != 1:
+            raise UDAError(
+                f"{path}: it refers to the series {', '.join(refers_to) or '(none)'}; expected one of this patient's, "
+                f"{', '.join(f'{uid} ({MODALITIES[m]})' for uid, m in uids.items()) or 'of which there is none'}. "
+                "Find the scan that it was drawn on, or remove it."
+            )
+        modality = belongs.pop()
+        if modality in labels:
+            raise UDAError(
+                f"{path}: {labels[modality]} is an RTSTRUCT of the same series; expected one. Remove one of them."
+            )
+        labels[modality] = path
+    return {
+        modality: _dicom_case(inside, number, modality, header, labels.get(modality), further)
+        for modality, (inside, header) in series.items()
+    }
+
+
+def _image_header(path: Path, number: int) -> pydicom.Dataset:
+    """What is needed of a series' first slice; its PatientID must be that of the folder."""
+    header = read_header(path, "SeriesInstanceUID", "PatientID", "SeriesDescription")
+    named = re.fullmatch(r"VS-SEG-(\d+)", str(header.get("PatientID", "")))
+    if named and int(named[1]) != number:
+        raise UDAError(
+            f"{path}: its PatientID is {header.PatientID}, but it lies in the folder of patient {number}; expected the "
+            "same patient. Move it to the folder where it belongs."
+        )
+    if not header.get("SeriesInstanceUID"):
+        raise UDAError(f"{path}: without SeriesInstanceUID; expected a slice of an MR series. Get the series again.")
+    return header
+
+
+def _modality(header: pydicom.Dataset) -> str | None:
+    description = str(header.get("SeriesDescription", "")).lower()
+    found = [modality for modality, weighting in WEIGHTING.items() if weighting in description]
+    return found[0] if len(found) == 1 else None
+
+
+def _dicom_case(
+    folder: Path, number: int, modality: str, header: pydicom.Dataset, label: Path | None, further: Sequence[str]
+) -> Case:
+    reader = functools.partial(
+        read_contours,
+        series=str(header.SeriesInstanceUID),
+        patient=str(header.get("PatientID", "")),
+        further=tuple(further),
+    )
+    return Case(_identifier(number, modality), (folder,), label, LabelMap({1: 1}), read_dicom, reader)
+
+
+def _identifier(number: int, modality: str) -> str:
+    return f"vs_gk_{number}_{WEIGHTING[modality]}"
+
+
+def find_crossmoda(folders: Sequence[Path], structures: Sequence[str]) -> tuple[str, dict[str, list[Case]]]:
+    """The year, and the cases of source, target and validation."""
+    by_role: dict[str, Path] = {}
+    for folder in folders:
+        role = _role(folder)
+        if other := by_role.get(role):
+            raise UDAError(
+                f"{folder}: {other} is the {role} folder already; expected one year's tree, as 2022 and 2023 hold "
+                "patients of the years before. Give one with -i."
+            )
+        by_role[role] = folder
+    if missing := [role for role in ("source", "target") if role not in by_role]:
+        raise UDAError(
+            f"{folders[0].parent}: there is no {missing[0]} training folder with scans (found: "
+            f"{', '.join(f.name for f in folders)}); expected source_training and target_training, as -h shows."
+        )
+    files: dict[str, dict[str, dict[str, Path]]] = {}
+    years: dict[str, Path] = {}
+    for role, folder in by_role.items():
+        kinds = ("ceT1", "Label") if role == "source" else ("hrT2", "T2", "Label")[: 3 if role == "validation" else 2]
+        scans = files.setdefault(role, {})
+        for path in by_name([p for p in folder.iterdir() if p.name.endswith((".nii.gz", ".nii")) and p.name[0] != "."]):
+            match = re.fullmatch(r"(crossmoda(\d{4})?(?:_[a-z]+)?_\d+)_(\w+)\.nii\.gz", path.name)
+            if not match or match[3] not in kinds:
+                raise UDAError(
+                    f"{path}: unexpected file; expected only crossmoda_<number>_{{{','.join(kinds)}}}.nii.gz in the "
+                    f"{role} folder. Rename or remove it."
+                )
+            year = {None: "2021", "2021": "2022"}.get(match[2], match[2])
+            years.setdefault("2023" if year == "2023" else "2021 or 2022", path)
+            scans.setdefault(match[1], {})["label" if match[3] == "Label" else "image"] = path
+    if len(years) > 1:
+        first, second = years.items()
+        raise UDAError(
+            f"{second[1]} is named as crossMoDA {second[0]}, {first[1]} as {first[0]}; expected one year's tree, as "
+            "the label values differ. Convert one year at a time."
+        )
+    year = next(iter(years))
+    names = {1: "vs", 2: "vs", 3: "cochlea"} if year == "2023" else {1: "vs", 2: "cochlea"}
+    label_map = LabelMap(
+        {value: structures.index(name) + 1 if name in structures else 0 for value, name in names.items()},
+        names=names,
+        hint=f"These are the labels of crossMoDA {year}, which the file names announce. Correct the label file.",
+    )
+    cases: dict[str, list[Case]] = {role: [] for role in ("source", "target", "validation")}
+    for role, scans in files.items():
+        for name, paths in scans.items():
+            if "image" not in paths:
+                raise UDAError(f"{paths['label']}: its image is missing; expected it beside the label. Add it.")
+            suffix = "ceT1" if role == "source" else "hrT2"
+            cases[role].append(Case(f"{name}_{suffix}", (paths["image"],), paths.get("label"), label_map))
+    return year, cases
+
+
+# --- the split --------------------------------------------------------------------------------------------------------
+
+
+def split_patients(
+    patients: Sequence[int], seed: int, test: Sequence[int] = ()
+) -> tuple[dict[str, list[int]], list[str]]:
+    """Patients of each group of ``PATIENTS``, in its proportions, at least one each; and warnings.
+
+    Args:
+        patients: numbers, in any order.
+        test: the test patients, where they are given; only the others are drawn.
+    """
+    shares = {group: n for group, n in PATIENTS.items() if group != "test" or not test}
+    ids = sorted(set(patients) - set(test))
+    if len(ids) < len(shares):
+        raise UDAError(
+            f"{len(ids)} patients ({', '.join(map(str, ids))}) for {', '.join(shares)}; expected at least one in each. "
+            "Give more patients."
+        )
+    counts = dict.fromkeys(shares, 1)
+    for _ in range(len(ids) - len(shares)):
+        counts[max(shares, key=lambda group: shares[group] * len(ids) / sum(shares.values()) - counts[group])] += 1
+    drawn = iter(np.random.RandomState(seed).permutation(ids).tolist())
+    groups = {group: sorted(next(drawn) for _ in range(count)) for group, count in counts.items()}
+    if test:
+        groups["test"] = sorted(set(test))
+    numbers = ", ".join(f"{len(members)} {group}" for group, members in groups.items())
+    wanted = sum(PATIENTS.values())
+    if len(patients) == wanted and counts.items() <= PATIENTS.items():
+        return groups, []
+    return groups, [f"{len(patients)} patients, not the paper's {wanted}, split in its proportions: {numbers}"]
+
+
+def _complete(patients: Patients, args: argparse.Namespace, warnings: list[str]) -> Patients:
+    """Patients with both scans, without those of ``-exclude``."""
+    if unknown := set(args.exclude or ()) - set(patients):
+        raise UDAError(
+            f"{args.i}: -exclude names {', '.join(map(str, sorted(unknown)))}, which is not there; expected some of "
+            f"{', '.join(map(str, patients))}."
+        )
+    complete = {}
+    for number, cases in patients.items():
+        if number in (args.exclude or ()):
+            continue
+        missing = [name for modality, name in MODALITIES.items() if modality not in cases]
+        if missing:
+            place = next((case.images[0] for case in cases.values()), args.i)
+            common.skip_or_refuse(
+                f"{place}: patient {number} has no {' and no '.join(missing)} scan", args.strict, warnings,
+                "this patient is left out",
+            )  # fmt: skip
+        else:
+            complete[number] = cases
+    return complete
+
+
+def _test_patients(patients: Patients, args: argparse.Namespace) -> list[int]:
+    if unknown := set(args.test_ids or ()) - set(patients):
+        raise UDAError(
+            f"{args.i}: -test_ids names {', '.join(map(str, sorted(unknown)))}, which is not there (or lacks a scan); "
+            f"expected some of {', '.join(map(str, patients))}."
+        )
+    return sorted(set(args.test_ids or ()))
+
+
+# --- command ----------------------------------------------------------------------------------------------------------
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    modality: Mapping[str, Callable | tuple] = {"type": str.lower, "choices": tuple(MODALITIES)}
+    parser.add_argument("-i", type=Path, required=True, metavar="VENDOR_TREE", help="one of the trees above")
+    parser.add_argument("-source", **modality, required=True, help="modality whose labels are used")
+    parser.add_argument("-target", **modality, required=True, help="modality to adapt to")
+    parser.add_argument(
+        "-structures", nargs="+", choices=("vs", "cochlea"), default=["vs"], help="classes 1, 2; see above [vs]"
+    )
+    parser.add_argument("-protocol", choices=("uuds", "crossmoda"), help="split, see above [as the tree has it]")
+    parser.add_argument(
+        "-tumour", nargs="+", default=[], metavar="NAME", help="further structure names that mean the tumour"
+    )
+    parser.add_argument("-exclude", nargs="+", type=int, metavar="NUMBER", help="patients to leave out, e.g. 63")
+    parser.add_argument("-test_ids", nargs="+", type=int, metavar="NUMBER", help="test patients instead of drawn ones")
+    parser.add_argument(
+        "--upper_bound", action="store_true", help="write the supervised dataset of the target, WITH target labels"
+    )
+    common.add_common_arguments(parser)
+
+
+def convert(args: argparse.Namespace) -> None:
+    """Run the conversion that ``args`` (of ``add_arguments``) describe."""
+    if args.source == args.target:
+        raise UDAError(f"-source and -target are both {args.source}; expected cet1 and hrt2, or hrt2 and cet1.")
+    layout, folders = recognise(args.i)
+    wanted = "crossmoda" if layout == CROSSMODA else "uuds"
+    if args.protocol not in (None, wanted):
+        raise UDAError(
+            f"{folders[0]}: this tree is {layout}, which -protocol {args.protocol} cannot split; expected -protocol "
+            f"{wanted}, or another tree with -i."
+        )
+    warnings: list[str] = []
+    arrange = _crossmoda if layout == CROSSMODA else _uuds
+    groups, source_splits, what = arrange(args, layout, folders, warnings)
+    source_name, target_name = MODALITIES[args.source], MODALITIES[args.target]
+    name = f"VS_{target_name}_upper_bound" if args.upper_bound else f"VS_{source_name}_to_{target_name}"
+    tcia = {
+        "reference": "https://doi.org/10.7937/TCIA.9YTJ-5Q73",
+        "licence": "CC BY 4.0, Vestibular-Schwannoma-SEG of The Cancer Imaging Archive",
+    }
+    crossmoda = {"reference": "https://zenodo.org/records/6504722", "licence": "CC BY-NC-SA 4.0, crossMoDA"}
+    common.write_dataset(
+        args.d, args.name or name, groups, args.structures, common.channel_names(args.channel, 1),
+        adaptation=not args.upper_bound, source_splits=source_splits,
+        information={"description": f"{what}, seed {args.seed}", **(crossmoda if layout == CROSSMODA else tcia)},
+        warnings=warnings, overwrite=args.overwrite, strict=args.strict, processes=args.np,
+    )  # fmt: skip
+
+
+Arranged = tuple[list[Group], list[dict[str, list[str]]], str]
+"""Groups, source splits, and a few words on what the dataset is."""
+
+
+def _uuds(args: argparse.Namespace, layout: str, folders: Sequence[Path], warnings: list[str]) -> Arranged:
+    if args.structures != ["vs"]:
+        raise UDAError(
+            f"{folders[0]}: -structures {' '.join(args.structures)}; this tree is {layout}, where only some patients "
+            "have another structure than the tumour. Expected vs, or a tree of crossMoDA."
+        )
+    patients = _complete(find_patients(layout, folders, args.tumour), args, warnings)
+    numbers, few = split_patients(list(patients), args.seed, _test_patients(patients, args))
+    warnings += few
+
+    def cases(group: str, modality: str) -> list[Case]:
+        return [patients[number][modality] for number in numbers[group]]
+
+    source_name, target_name = MODALITIES[args.source], MODALITIES[args.target]
+    test = Group(target_name, cases("test", args.target), "imagesTs", "labelsTs")
+    if args.upper_bound:
+        training, validation = cases("target", args.target), cases("validation", args.target)
+        groups = [Group(target_name, [*training, *validation], "imagesTr", "labelsTr"), test]
+        what = f"supervised upper bound, trained WITH {target_name} labels"
+    else:
+        training, validation = cases("source", args.source), cases("validation", args.source)
+        groups = [
+            Group(source_name, [*training, *validation], "imagesTr", "labelsTr"),
+            Group(target_name, cases("target", args.target), "imagesTu"),
+            test,
+        ]
+        what = f"{source_name} to {target_name}"
+    fold = {"train": [case.identifier for case in training], "val": [case.identifier for case in validation]}
+    return groups, [fold], f"Vestibular-Schwannoma-SEG, {what}, protocol uuds"
+
+
+def _crossmoda(args: argparse.Namespace, layout: str, folders: Sequence[Path], warnings: list[str]) -> Arranged:
+    if args.target != "hrt2" or args.upper_bound:
+        raise UDAError(
+            f"{folders[0]}: crossMoDA has labels of ceT1 alone; expected -source cet1 -target hrt2 without "
+            "--upper_bound. For the other direction convert the TCIA set."
+        )
+    if args.exclude or args.test_ids:
+        raise UDAError("-exclude and -test_ids go with -protocol uuds; crossMoDA's groups are the vendor's.")
+    year, cases = find_crossmoda(folders, args.structures)
+    splits, few = common.source_folds([case.identifier for case in cases["source"]], FOLDS, args.seed)
+    warnings += few
+    labelled = "labelsTs" if any(case.label for case in cases["validation"]) else None
+    groups = [
+        Group("ceT1", cases["source"], "imagesTr", "labelsTr"),
+        Group("hrT2", cases["target"], "imagesTu"),
+        Group("hrT2", cases["validation"], "imagesTs", labelled),
+    ]
+    return groups, splits, f"crossMoDA {year}, ceT1 to hrT2, the vendor's groups"
+
+
+main = common.script(__doc__, add_arguments, convert)
+
+if __name__ == "__main__":
+    main()
