@@ -119,7 +119,7 @@ def test_every_slice_has_its_own_slope(tmp_path):
     array = scan(dtype=np.uint16)
     write_series(tmp_path, array, change=rescaled)
     voxels = sitk.GetArrayFromImage(read_series(tmp_path)[0])
-    assert (voxels == array * (1 + 0.5 * np.arange(6))[:, None, None]).all()
+    assert voxels.dtype == np.float32 and (voxels == array * (1 + 0.5 * np.arange(6))[:, None, None]).all()
 
 
 def test_agrees_with_itk(tmp_path):

@@ -108,18 +108,17 @@ def order_series(source: Path | Sequence[Path]) -> Series:
 def read_series(source: Path | Sequence[Path]) -> tuple[sitk.Image, Series]:
     """The volume of one series (a folder, or its files), and its slices in the volume's order.
 
-    Rescale slope and intercept of each slice are applied; int16 or int32 where they are whole numbers, else float32.
+    Rescale slope and intercept of each slice are applied. Pixel type: the smallest signed one that holds all values
+    where slopes and intercepts are whole numbers, else float32.
 
     Raises:
         UDAError: as ``order_series``; also when pixels are missing, corrupt, or compressed and cannot be decoded.
     """
     series = order_series(source)
     planes = [_pixels(slice_) for slice_ in series.slices]
-    whole = all(plane.dtype.kind == "i" for plane in planes)
-    low, high = min(int(p.min()) for p in planes), max(int(p.max()) for p in planes)
-    small = np.iinfo(np.int16).min <= low and high <= np.iinfo(np.int16).max
-    dtype = (np.int16 if small else np.int32) if whole else np.float32
-    return series.image(np.stack([plane.astype(dtype) for plane in planes])), series
+    kinds = {plane.dtype for plane in planes}
+    dtype = np.float32 if np.dtype(np.float32) in kinds else np.result_type(*kinds)
+    return series.image(np.stack(planes, dtype=dtype)), series
 
 
 # --- one file ---------------------------------------------------------------------------------------------------------
@@ -169,7 +168,7 @@ def _slice(path: Path) -> Slice:
 
 
 def _pixels(slice_: Slice) -> np.ndarray:
-    """(rows, columns), rescaled: int64 for a whole slope and intercept, else float64."""
+    """(rows, columns), rescaled: the smallest signed type for a whole slope and intercept, else float32."""
     path = slice_.path
     try:
         dataset = pydicom.dcmread(path)
@@ -192,8 +191,11 @@ def _pixels(slice_: Slice) -> np.ndarray:
     if stored.shape != slice_.size[::-1]:
         raise UDAError(f"{path}: {stored.shape} pixels; expected {slice_.size[::-1]} (rows, columns). Get it again.")
     if slope.is_integer() and intercept.is_integer():
-        return stored.astype(np.int64) * int(slope) + int(intercept)
-    return stored * slope + intercept
+        rescaled = stored.astype(np.int64) * int(slope) + int(intercept)
+        low, high = rescaled.min(), rescaled.max()
+        fits = (t for t in (np.int16, np.int32, np.int64) if np.iinfo(t).min <= low and high <= np.iinfo(t).max)
+        return rescaled.astype(next(fits))
+    return (stored * slope + intercept).astype(np.float32)
 
 
 # --- all files of a series --------------------------------------------------------------------------------------------
