@@ -76,15 +76,26 @@ def uuds_protocol(fingerprint: dict[str, Any], slice_axis: int) -> tuple[dict[st
     Adam 1e-4 with weight decay 0.01 and all weights 1 are the defaults of ``uda.uuds``. Batch, epochs, slice size and
     augmentation, which the paper does not give, are CISFA's; the Dice loss is its L_seg (as eq. 8), without deep
     supervision. Schwannoma data are normalised by mean and deviation, as nnU-Net does it. For BraTS the paper clips
-    each image to its 5th to 95th percentile and maps it to [-1, 1]: do so with every image, those for prediction too,
-    and call the channel ``noNorm`` in dataset.json.
+    each image to its 5th to 95th percentile and maps it to [-1, 1]: its converter and, for new scans,
+    ``nnUNetUDA_clip`` do so.
     """
     uda, _ = cisfa_protocol(fingerprint, slice_axis)
     del uda["cisfa"], uda["segmenter_optimizer"], uda["segmenter_learning_rate"], uda["segmenter_weight_decay"]
     return uda, {"batch_size": 4, "slice_size": (160, 160)}
 
 
-PROTOCOLS = {"cisfa": cisfa_protocol, "uuds": uuds_protocol}
+def similarity_prototypes_protocol(
+    fingerprint: dict[str, Any], slice_axis: int
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The prototypes' schedule, which the paper leaves open: CISFA's, for both do the same task on the same data.
+
+    Its loss weights, dictionary and temperature are the defaults of ``uda.similarity_prototypes``.
+    """
+    uda, options = cisfa_protocol(fingerprint, slice_axis)
+    return {key: value for key, value in uda.items() if key != "cisfa"}, options
+
+
+PROTOCOLS = {"cisfa": cisfa_protocol, "similarity_prototypes": similarity_prototypes_protocol, "uuds": uuds_protocol}
 
 
 def derive_plans(

@@ -143,7 +143,8 @@ def _has_type(value: Any, hint: Any) -> bool:
 
 
 def _describe(hint: Any) -> str:
-    names = {int: "an integer", float: "a number", bool: "true or false", str: "a string", type(None): "null"}
+    names = {int: "an integer", float: "a number", bool: "true or false", str: "a string", dict: "a JSON object"}
+    names[type(None)] = "null"
     words = []
     for option in _options(hint):
         if get_origin(option) is Literal:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import urllib.error
+import urllib.request
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -124,6 +126,7 @@ def _find(model: str | None, weights: str) -> Path:
 
 
 def _from_hub(model: str | None, tag: str) -> Path:
+    from huggingface_hub import constants, try_to_load_from_cache
     from open_clip import pretrained
 
     if model is None:
@@ -140,10 +143,15 @@ def _from_hub(model: str | None, tag: str) -> Path:
         )
     if entry.get("quick_gelu", False) and not model.endswith("-quickgelu"):
         raise UDAError(f"the weights {tag!r} are of {model}-quickgelu: set 'clip_model' to that")
+    repository = entry.get("hf_hub", "").rstrip("/")  # older versions of open_clip know OpenAI's address alone
+    for name in WEIGHT_FILES if repository else ():
+        cached = try_to_load_from_cache(repository, name)
+        if isinstance(cached, str):
+            return Path(cached)
     try:
+        _reach(f"{constants.ENDPOINT}/{repository}" if repository else entry["url"])
         return Path(pretrained.download_pretrained(entry))
     except Exception as error:  # whatever the hub's client makes of a missing network
-        repository = entry.get("hf_hub", "").rstrip("/")
         raise UDAError(
             f"the weights {tag!r} of {model} are neither in the hub's cache nor to be had over the network ({error}). "
             f"On a machine with a network get https://huggingface.co/{repository}/resolve/main/{WEIGHT_FILES[0]} , "
@@ -151,6 +159,15 @@ def _from_hub(model: str | None, tag: str) -> Path:
             f"own archive, {entry.get('url')} , serves too, with uuds.clip_trust_torchscript=true. Random weights are "
             "used only where uuds.clip_weights is 'random'"
         ) from error
+
+
+def _reach(address: str) -> None:
+    """Raise at once where there is no network: the hub's client would try for a minute."""
+    try:
+        with urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=10):
+            return
+    except urllib.error.HTTPError:
+        return  # something answered; the client knows better what to make of it
 
 
 def _weight_file(path: Path, shape: dict[str, Any]) -> Path:
