@@ -487,16 +487,16 @@ def _summarise(
         print(f"    spacing in mm:       {_ranges([r.spacing for r in seen], '.3g')}")
         codes = Counter(r.orientation for r in seen)
         print(f"    orientation:         {', '.join(f'{code} ({n})' for code, n in codes.most_common())}")
-        if group.labels == "labelsTr":
-            for index, structure in enumerate(structures):
-                volumes = [r.volumes_ml[index] for r in seen]
-                print(
-                    f"    {index + 1} {structure}: mean {np.mean(volumes):.1f} ml, {min(volumes):.1f} to "
-                    f"{max(volumes):.1f}, in {sum(v > 0 for v in volumes)} of {len(volumes)} cases"
-                )
-            for report in seen:
-                if not any(report.volumes_ml):
-                    warnings.append(f"{report.identifier}: its label is all background")
+        measured = [report for report in seen if report.volumes_ml]
+        for index, structure in enumerate(structures if measured else ()):
+            volumes = [r.volumes_ml[index] for r in measured]
+            print(
+                f"    {index + 1} {structure}: mean {np.mean(volumes):.3g} ml, {min(volumes):.3g} to "
+                f"{max(volumes):.3g}, in {sum(v > 0 for v in volumes)} of {len(volumes)} cases"
+            )
+        for report in measured:
+            if not any(report.volumes_ml):
+                warnings.append(f"{report.identifier}: its label is all background")
     repairs = [f"{r.identifier}: {note}" for seen in reports.values() for r in seen for note in r.notes]
     print("  repaired: " + ("\n    ".join(["", *repairs]) if repairs else "nothing"))
     if adaptation:

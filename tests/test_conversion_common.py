@@ -270,7 +270,13 @@ def test_summary(raw, groups, capsys):
     volume = 2 * 3 * 3 * 3.0 / 1000
     assert "imagesTr: 2 MR case(s)" in text and "imagesTu: 2 CT case(s), no labels" in text
     assert "10 x 8 x 6" in text and "1 x 1.5 x 2" in text and "LPS (2)" in text
-    assert f"1 organ: mean {volume:.1f} ml" in text and "in 2 of 2 cases" in text
+    assert f"1 organ: mean {volume:.3g} ml" in text and "in 2 of 2 cases" in text
+    path = raw.parent / "in" / "t1_l.nii.gz"
+    labelled = Case("t1", groups[1].cases[1].images, save(image_of(label() * 0), path), MAP)
+    test = Group("CT", [labelled], "imagesTs", "labelsTs")
+    write([groups[0], Group("CT", groups[1].cases[:1], "imagesTu"), test], overwrite=True)
+    text = capsys.readouterr().out
+    assert "1 organ: mean 0 ml, 0 to 0, in 0 of 1 cases" in text and "t1: its label is all background" in text
 
 
 def test_warns_of_thick_axes_and_zero_background(raw, tmp_path, groups, capsys):

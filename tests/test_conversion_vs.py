@@ -192,6 +192,19 @@ MAKERS: dict[str, Callable[[Path], Path]] = {
 }  # fmt: skip
 
 
+@pytest.fixture(scope="session")
+def pristine(tmp_path_factory) -> Callable[[str], Path]:
+    """A tree of each layout, made once; copy it before changing it."""
+    made: dict[str, Path] = {}
+
+    def get(layout: str) -> Path:
+        if layout not in made:
+            made[layout] = MAKERS[layout](tmp_path_factory.mktemp("vs") / "vendor")
+        return made[layout]
+
+    return get
+
+
 @pytest.fixture
 def root(tmp_path, monkeypatch) -> Path:
     for variable in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
@@ -239,8 +252,8 @@ def same_in_space(first: sitk.Image, second: sitk.Image) -> bool:
 
 
 @pytest.mark.parametrize("layout", ["tcia", "convenient", "converted"])
-def test_voxels_labels_and_places_are_kept_both_ways(root, layout):
-    tree = MAKERS[layout](root / "vendor")
+def test_voxels_labels_and_places_are_kept_both_ways(root, pristine, layout):
+    tree = pristine(layout)
     out, back = convert(tree), convert(tree, source="hrt2", target="cet1", d="508")
     assert (out.name, back.name) == ("Dataset507_VS_ceT1_to_hrT2", "Dataset508_VS_hrT2_to_ceT1")
     for dataset, source, target in ((out, "t1", "t2"), (back, "t2", "t1")):
@@ -263,8 +276,8 @@ def test_voxels_labels_and_places_are_kept_both_ways(root, layout):
 
 @pytest.mark.parametrize("year", CROSSMODA)
 @pytest.mark.parametrize("chosen", [("vs",), ("cochlea", "vs")])
-def test_crossmoda(root, year, chosen, capsys):
-    tree = make_crossmoda(root / "vendor", year)
+def test_crossmoda(root, pristine, year, chosen, capsys):
+    tree = pristine(f"crossmoda {year}")
     out = convert(tree, "-structures", *chosen)
     prefixes = CROSSMODA[year][4]
     stems = [f"{prefixes[i % len(prefixes)]}_{i + 1}" for i in range(11)]
@@ -292,10 +305,10 @@ def test_crossmoda_validation_with_labels_of_ones_own(root):
     assert (sitk.GetArrayFromImage(sitk.ReadImage(str(out / "labelsTs/crossmoda_10_hrT2.nii.gz"))) == tumour(9)).all()
 
 
-def test_integrity_as_nnunet_sees_it(root, capfd):
+def test_integrity_as_nnunet_sees_it(root, pristine, capfd):
     from nnunetv2.experiment_planning.verify_dataset_integrity import verify_dataset_integrity
 
-    out = convert(make_convenient(root / "vendor"))
+    out = convert(pristine("convenient"))
     assert (out / "quicklook.png").exists()
     capfd.readouterr()
     verify_dataset_integrity(str(out), num_processes=1)
@@ -303,8 +316,8 @@ def test_integrity_as_nnunet_sees_it(root, capfd):
     assert "verify_dataset_integrity Done" in printed and "warning" not in printed.lower() and "Error" not in printed
 
 
-def test_upper_bound(root):
-    out = convert(make_converted(root / "vendor"), "--upper_bound")
+def test_upper_bound(root, pristine):
+    out = convert(pristine("converted"), "--upper_bound")
     assert out.name == "Dataset507_VS_hrT2_upper_bound" and "uda" not in json.loads((out / "dataset.json").read_text())
     assert names(out / "imagesTr") == names(out / "labelsTr") == ids("target", "validation", weighting="t2")
     assert names(out / "imagesTs") == ids("test", weighting="t2") and not (out / "imagesTu").exists()
@@ -353,8 +366,8 @@ def test_split_of_the_paper():
         split_patients([5, 6, 7], 0)
 
 
-def test_chosen_test_patients_and_excluded_ones(root, capsys):
-    tree = make_converted(root / "vendor")
+def test_chosen_test_patients_and_excluded_ones(root, pristine, capsys):
+    tree = pristine("converted")
     out = convert(tree, "-test_ids", "1", "38", "-exclude", "40")
     assert names(out / "imagesTs") == ["vs_gk_1_t2", "vs_gk_38_t2"]
     assert not [p for p in out.rglob("*_40_*")] and len(list(out.glob("images*/*"))) == 5
@@ -629,18 +642,6 @@ BAD: dict[str, tuple[str, Callable[[Path], object], str]] = {
         "crossmoda 2021", lambda t: make_crossmoda(t / "other", "2022"), r"is the source folder already",
     ),
 }  # fmt: skip
-
-
-@pytest.fixture(scope="session")
-def pristine(tmp_path_factory) -> Callable[[str], Path]:
-    made: dict[str, Path] = {}
-
-    def get(layout: str) -> Path:
-        if layout not in made:
-            made[layout] = MAKERS[layout](tmp_path_factory.mktemp("vs") / "vendor")
-        return made[layout]
-
-    return get
 
 
 @pytest.mark.parametrize("what", BAD)
