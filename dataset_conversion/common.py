@@ -114,7 +114,7 @@ def convert_case(case: Case, images_folder: Path, labels_folder: Path | None, st
     if labels_folder is not None and case.label is not None and case.label_map is not None:
         label, report.notes = case.read_label(case.label, images[0], case.images[0])
         classes = case.label_map.apply(label, case.label)
-        counts = np.bincount(classes.ravel(), minlength=structures + 1)[1:]
+        counts = sum(np.bincount(plane.ravel(), minlength=structures + 1)[1:] for plane in classes)  # by plane: memory
         report.volumes_ml = [float(count * np.prod(images[0].GetSpacing()) / 1000) for count in counts]
         converted = sitk.GetImageFromArray(classes)
         converted.CopyInformation(images[0])

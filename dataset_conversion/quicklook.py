@@ -28,7 +28,7 @@ def slices(image: sitk.Image, label: sitk.Image | None) -> dict[str, tuple[np.nd
     """
     image = sitk.DICOMOrient(image, "LPS")
     voxels = sitk.GetArrayViewFromImage(image)
-    classes = None if label is None else sitk.GetArrayFromImage(sitk.DICOMOrient(label, "LPS"))
+    classes = None if label is None else sitk.GetArrayViewFromImage(label := sitk.DICOMOrient(label, "LPS"))
     spacing = image.GetSpacing()[::-1]
     cuts = {}
     for plane, axis in PLANES.items():
@@ -57,6 +57,25 @@ def obliquity(image: sitk.Image) -> float:
     return float(np.degrees(np.arccos(np.clip(cosines, 0, 1))).max())
 
 
+def _picture(
+    title: str, image_path: Path, label_path: Path | None, colours: dict[int, tuple[int, int, int]]
+) -> tuple[str, dict[str, np.ndarray]]:
+    """Title with the grid's facts, and a panel for each plane. No volume is kept."""
+    image = sitk.ReadImage(str(image_path))
+    size = " x ".join(map(str, image.GetSize()))
+    spacing = " x ".join(f"{v:.3g}" for v in image.GetSpacing())
+    code = sitk.DICOMOrientImageFilter.GetOrientationFromDirectionCosines(image.GetDirection())
+    angle = obliquity(image)
+    notes = f", {angle:.0f}° oblique: nearest axes named" if angle >= 1 else ""
+    without = "" if label_path else ", without labels"
+    shown = window(image)
+    panels = {
+        plane: draw_overlay(cut, mask, colours, mm, shown, PANEL)
+        for plane, (cut, mask, mm) in slices(image, sitk.ReadImage(str(label_path)) if label_path else None).items()
+    }
+    return f"{title}\n{size} voxels, {spacing} mm, {code}{notes}{without}", panels
+
+
 def draw_quicklook(rows: Sequence[tuple[str, Path, Path | None]], structures: Sequence[str], path: Path) -> None:
     """Write a PNG: a row for each ``(title, image file, label file or None)``, a column for each plane.
 
@@ -68,22 +87,7 @@ def draw_quicklook(rows: Sequence[tuple[str, Path, Path | None]], structures: Se
 
     labels = {structure: i for i, structure in enumerate(structures, 1)}
     colours = label_colours(labels)
-    pictures = []
-    for title, image_path, label_path in rows:
-        image = sitk.ReadImage(str(image_path))
-        label = sitk.ReadImage(str(label_path)) if label_path else None
-        shown = window(image)
-        panels = {
-            plane: draw_overlay(cut, mask, colours, spacing, shown, PANEL)
-            for plane, (cut, mask, spacing) in slices(image, label).items()
-        }
-        angle = obliquity(image)
-        size, spacing = (" x ".join(f"{v:.3g}" for v in get()) for get in (image.GetSize, image.GetSpacing))
-        code = sitk.DICOMOrientImageFilter.GetOrientationFromDirectionCosines(image.GetDirection())
-        notes = f", {angle:.0f}° oblique: nearest axes named" if angle >= 1 else ""
-        without = "" if label_path else ", without labels"
-        pictures.append((f"{title}\n{size} voxels, {spacing} mm, {code}{notes}{without}", panels))
-
+    pictures = [_picture(*row, colours) for row in rows]
     gap, top, bottom = 28, 66, 30
     heights = [top + max(panel.shape[0] for panel in panels.values()) + gap for _, panels in pictures]
     width, height = 3 * (PANEL + gap) + gap, sum(heights) + bottom
