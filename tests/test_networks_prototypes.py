@@ -88,6 +88,16 @@ def test_generator_shapes(dimension, residual):
     assert network(images, segmentation=False, embedding=False).segmentation is None
 
 
+def test_a_residual_translation_starts_as_the_identity():
+    images = torch.randn(2, 1, 32, 32)
+    assert torch.equal(generator()(images).image, images)
+    plain = SegmentingGenerator(unet(), 1, (32, 32), embedding_dim=32, residual=False)
+    assert (plain(images).image - images).abs().mean() > 0.1
+    network = generator()
+    network(images).image.square().mean().backward()
+    assert network.image_decoder.seg_layers[-1].weight.grad.abs().sum() > 0
+
+
 def test_a_network_of_three_stages_embeds_its_bottleneck():
     network = generator(stages=3)
     assert network(torch.randn(1, 1, 32, 32)).embedding.shape == (1, 32, 8, 8)

@@ -55,6 +55,7 @@ class SimilarityPrototypesSettings:
 
     embedding_dim: int = 256
     image_decoder_convs: int = 1
+    residual_translation: bool = True
     discriminator_width: int = 64
     discriminator_layers: int = 3
     generator_learning_rate: float = 2e-4
@@ -160,7 +161,7 @@ class SimilarityPrototypesTrainer(CompositeTrainer):
             )
             return SegmentingGenerator(
                 unet, num_input_channels, configuration_manager.patch_size, RATES, settings.embedding_dim,
-                settings.image_decoder_convs,
+                settings.image_decoder_convs, settings.residual_translation,
             )  # fmt: skip
 
         return PrototypeNetwork(generator(), generator(), enable_deep_supervision)

@@ -34,7 +34,8 @@ class SegmentingGenerator(nn.Module):
 
     Encoder and segmentation decoder are ``unet``'s, as the plans configure them (plain or residual, 2D or 3D). ASPP
     stands at the bottleneck, before both decoders. The image decoder is a U-Net decoder of the same widths with a
-    linear 1x1 head. The projection head (1x1 convolution, ReLU, 1x1 convolution, L2 norm) reads the segmentation
+    linear 1x1 head; with ``residual`` its output is added to the image and starts at 0, so that translation starts as
+    the identity and not at a random, perhaps inverted contrast. The projection head (1x1 convolution, ReLU, 1x1 convolution, L2 norm) reads the segmentation
     decoder's map at stride 4, or the bottleneck where the network never gets to stride 4.
 
     Args:
@@ -44,6 +45,7 @@ class SegmentingGenerator(nn.Module):
         aspp_rates: dilations, clamped to the bottleneck's size.
         embedding_dim: length D of the embeddings.
         image_decoder_convs: convolutions in each stage of the image decoder.
+        residual: translation = image + image decoder's output.
     """
 
     def __init__(
@@ -54,8 +56,10 @@ class SegmentingGenerator(nn.Module):
         aspp_rates: Sequence[int] = (1, 6, 12, 18),
         embedding_dim: int = 256,
         image_decoder_convs: int = 1,
+        residual: bool = True,
     ) -> None:
         super().__init__()
+        self.residual = residual
         encoder = unet.encoder
         self.encoder, self.decoder = encoder, unet.decoder
         strides = [stride if isinstance(stride, (list, tuple)) else [stride] * len(patch_size)
@@ -76,6 +80,8 @@ class SegmentingGenerator(nn.Module):
             del decoder.encoder  # the decoder only read its shapes; kept, its weights would be listed twice
         for added in (self.aspp, self.image_decoder, self.projection):
             added.apply(InitWeights_He(1e-2))
+        if residual:
+            nn.init.zeros_(self.image_decoder.seg_layers[-1].weight)
 
     def forward(
         self,
@@ -95,6 +101,8 @@ class SegmentingGenerator(nn.Module):
         skips = self.encoder(images)
         skips = [*skips[:-1], self.aspp(skips[-1])]
         translated = self.image_decoder(skips) if image else None
+        if image and self.residual:
+            translated = images + translated
         maps = decoder_maps(self.decoder, skips) if segmentation or embedding else []
         logits = None
         if segmentation:

@@ -70,7 +70,7 @@ def write_embedding_picture(
                 if item.prototypes[index].any():
                     axis.scatter(*point, color=colours(index), s=150, marker=marker, linewidths=2.5,
                                  **({"edgecolors": "black"} if marker == "o" else {}))  # fmt: skip
-        axis.set_title(f"{title}: principal plane of embeddings")
+        axis.set_title(f"{title}: principal plane of embeddings", fontsize=9)
         axis.set_xticks([])
         axis.set_yticks([])
     handles = [
