@@ -89,10 +89,12 @@ def similarity_prototypes_protocol(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The prototypes' schedule, which the paper leaves open: CISFA's, for both do the same task on the same data.
 
-    Its loss weights, dictionary and temperature are the defaults of ``uda.similarity_prototypes``.
+    CycleGAN's weight of the cycle and its generator without a skip to the output; the paper's loss weights, dictionary
+    and temperature are the defaults of ``uda.similarity_prototypes``.
     """
     uda, options = cisfa_protocol(fingerprint, slice_axis)
-    return {key: value for key, value in uda.items() if key != "cisfa"}, options
+    del uda["cisfa"]
+    return uda | {"similarity_prototypes": {"cycle_weight": 10.0, "residual_translation": False}}, options
 
 
 PROTOCOLS = {"cisfa": cisfa_protocol, "similarity_prototypes": similarity_prototypes_protocol, "uuds": uuds_protocol}

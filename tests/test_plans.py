@@ -76,6 +76,18 @@ def test_cisfa_protocol_writes_section_4_2(in_workspace):
     assert chosen["architecture"]["arch_kwargs"]["features_per_stage"] == [64, 128, 256, 512]
 
 
+def test_the_prototypes_protocol_is_cisfas_schedule(in_workspace):
+    for protocol in ("cisfa", "similarity_prototypes"):
+        configure.main(["-d", "501", "-p", f"paper_{protocol}", "-protocol", protocol, "-set", "seed=1"])
+    cisfa, prototypes = (
+        json.loads((in_workspace.preprocessed / "Dataset501_Blobs" / f"paper_{protocol}.json").read_text())
+        for protocol in ("cisfa", "similarity_prototypes")
+    )
+    assert prototypes["configurations"] == cisfa["configurations"]
+    assert prototypes["uda"].pop("similarity_prototypes") == {"cycle_weight": 10.0, "residual_translation": False}
+    assert prototypes["uda"] == {key: value for key, value in cisfa["uda"].items() if key != "cisfa"}
+
+
 def test_a_plane_turns_the_volumes(in_workspace, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         configure.main(["-d", "501", "-p", "coronal", "-plane", "coronal"])

@@ -51,6 +51,9 @@ class SimilarityPrototypesSettings:
     The paper gives ``similarity_weight`` (lambda_1), ``contrastive_weight`` (lambda_2), ``dictionary_size`` (S),
     ``top_k`` (k) and ``temperature`` (tau). ``confidence`` is the probability over which a target pixel's prediction
     counts as its label. Both generators always use Adam; the shared ``segmenter_schedule`` is theirs too.
+
+    CycleGAN's ``cycle_weight`` of 10 is meant for intensities in [-1, 1] and generators without a skip to the output;
+    on z-scored images it holds the translation at the identity that it starts from (docs/results.md).
     """
 
     embedding_dim: int = 256
@@ -61,7 +64,7 @@ class SimilarityPrototypesSettings:
     generator_learning_rate: float = 2e-4
     discriminator_learning_rate: float = 2e-4
     adam_beta1: float = 0.5
-    cycle_weight: float = 10.0
+    cycle_weight: float = 1.0
     image_adversarial_weight: float = 1.0
     segmentation_adversarial_weight: float = 0.1
     similarity_weight: float = 0.05
