@@ -94,30 +94,34 @@ class Naming:
         folder: pattern of a case folder, ignoring case; its first group is the patient.
         suffixes: modality (or ``seg``) -> what follows the case's name in a file name.
         labels: label value -> structure.
+        page: where the data is to be had.
     """
 
     folder: str
     suffixes: dict[str, str]
     labels: dict[int, str]
+    page: str
 
 
 _OLD = {name: f"_{name}" for name in (*MODALITIES, SEGMENTATION)}
 _NEW = {"t1": "-t1n", "t1ce": "-t1c", "t2": "-t2w", "flair": "-t2f", SEGMENTATION: "-seg"}
 _BEFORE_2023 = {1: CORE, 2: OEDEMA, 4: ENHANCING}
 _SINCE_2023 = {1: CORE, 2: OEDEMA, 3: ENHANCING}
+_CBICA = "https://www.med.upenn.edu/cbica/brats2020/data.html"
+_SYNAPSE = "https://www.synapse.org/Synapse:"
 NAMINGS = {
-    "2018": Naming(r"(brats18_\w+)_\d+", _OLD, _BEFORE_2023),
-    "2019": Naming(r"(brats19_\w+)_\d+", _OLD, _BEFORE_2023),
-    "2020": Naming(r"(brats20_training_\d+)", _OLD, _BEFORE_2023),
-    "2021": Naming(r"(brats2021_\d+)", _OLD, _BEFORE_2023),
-    "2023": Naming(r"(brats-gli-\d+)-0\d\d", _NEW, _SINCE_2023),
-    "2024": Naming(r"(brats-gli-\d+)-[1-9]\d\d", _NEW, _SINCE_2023 | {4: CAVITY}),
+    "2018": Naming(r"(brats18_\w+)_\d+", _OLD, _BEFORE_2023, _CBICA),
+    "2019": Naming(r"(brats19_\w+)_\d+", _OLD, _BEFORE_2023, _CBICA),
+    "2020": Naming(r"(brats20_training_\d+)", _OLD, _BEFORE_2023, _CBICA),
+    "2021": Naming(r"(brats2021_\d+)", _OLD, _BEFORE_2023, _SYNAPSE + "syn25829067"),
+    "2023": Naming(r"(brats-gli-\d+)-0\d\d", _NEW, _SINCE_2023, _SYNAPSE + "syn51156910"),
+    "2024": Naming(r"(brats-gli-\d+)-[1-9]\d\d", _NEW, _SINCE_2023 | {4: CAVITY}, _SYNAPSE + "syn53708249"),
 }
 
 
 @dataclass(frozen=True)
 class Visit:
-    """One case folder: the scans of a patient at one time. ``files``: modality or ``seg`` -> path."""
+    """One case folder: a patient's scans at one time. ``patient`` in lower case; ``files``: modality or seg -> path."""
 
     name: str
     patient: str
@@ -165,7 +169,9 @@ def find_visits(tree: Path) -> tuple[str, list[Visit]]:
             raise UDAError(
                 f"{folder}: this case is already in {other_visit.folder}; expected every case once. Remove one of them."
             )
-        visits[folder.name.lower()] = Visit(folder.name, match[1], folder, _files(images, folder, NAMINGS[year]))
+        visits[folder.name.lower()] = Visit(
+            folder.name, match[1].lower(), folder, _files(images, folder, NAMINGS[year])
+        )
     if not visits:
         found = (
             ", ".join(sorted(p.name for p in tree.iterdir())[:8]) or "nothing" if tree.is_dir() else "no such folder"
@@ -219,12 +225,13 @@ def split_patients(
     }
     if test:
         groups["test"] = sorted(test)
-    numbers = ", ".join(f"{len(members)} {group}" for group, members in groups.items())
-    print(f"Patients: {numbers}")
     wanted = sum(PATIENTS.values())
     if len(patients) == wanted and counts.items() <= PATIENTS.items():
         return groups, []
-    return groups, [f"{len(patients)} patients, not the paper's {wanted}, split in its proportions: {numbers}"]
+    return groups, [
+        f"{len(patients)} patients, {len(groups['test'])} of them for testing, where the paper has {wanted} and "
+        f"{PATIENTS['test']}: split in its proportions"
+    ]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -257,6 +264,7 @@ def convert(args: argparse.Namespace) -> None:
     patients = {visit.patient for visit in visits}
     groups, few = split_patients(sorted(patients), args.seed, _test_patients(visits, args))
     warnings += few
+    print(f"Patients: {', '.join(f'{len(members)} {group}' for group, members in groups.items())}")
 
     classes = CLASSES if args.structures == "regions" else (WHOLE,)
     label_map = _label_map(year, classes)
@@ -293,11 +301,9 @@ def convert(args: argparse.Namespace) -> None:
         what = f"{source_name} to {target_name}"
     information: dict[str, Any] = {
         "description": f"BraTS {year}, {what}, split of UUDS, seed {args.seed}",
-        "reference": "https://www.med.upenn.edu/cbica/brats2020/data.html" if year < "2021" else
-        "https://www.synapse.org/Synapse:"
-        + {"2021": "syn25829067", "2023": "syn51156910", "2024": "syn53708249"}[year],
+        "reference": NAMINGS[year].page,
         "licence": "BraTS terms: research use after registration, with citation",
-    }  # fmt: skip
+    }
     if intensities is not None:
         information["uda"] = {"intensities": intensities.to_json()}
     if args.structures == "regions":
@@ -358,7 +364,7 @@ def _complete(visits: Sequence[Visit], args: argparse.Namespace, naming: Naming,
 
 
 def _test_patients(visits: Sequence[Visit], args: argparse.Namespace) -> list[str]:
-    by_id = {visit.name.lower(): visit.patient for visit in visits} | {v.patient.lower(): v.patient for v in visits}
+    by_id = {name: visit.patient for visit in visits for name in (visit.name.lower(), visit.patient)}
     unknown = [name for name in args.test_ids or () if name.lower() not in by_id]
     if unknown:
         raise UDAError(

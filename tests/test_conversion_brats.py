@@ -132,6 +132,7 @@ def test_the_papers_split():
     test = patients[:41]
     groups, warnings = split_patients(patients, 1, test)
     assert groups["test"] == test and [len(m) for m in groups.values()] == [143, 143, 21, 21, 41] and not warnings
+    assert "369 patients, 2 of them for testing" in split_patients(patients, 1, patients[:2])[1][0]
 
 
 @pytest.mark.parametrize(
@@ -141,7 +142,7 @@ def test_the_papers_split():
 def test_other_numbers_are_split_in_proportion(number, expected):
     groups, warnings = split_patients([f"p{i}" for i in range(number)], 0)
     assert [len(members) for members in groups.values()] == expected
-    assert f"{number} patients, not the paper's 369" in warnings[0]
+    assert f"{number} patients, {expected[-1]} of them for testing, where the paper has 369 and 41" in warnings[0]
 
 
 def test_groups_folders_and_folds(tree, capsys):
@@ -164,7 +165,8 @@ def test_groups_folders_and_folds(tree, capsys):
     }  # fmt: skip
     assert "BraTS 2020" in content["description"]
     text = capsys.readouterr().out
-    assert "WARNING: 8 patients, not the paper's 369, split in its proportions: 3 source, 2 target" in text
+    assert "Patients: 3 source, 2 target, 1 source validation, 1 target validation, 1 test" in text
+    assert "WARNING: 8 patients, 1 of them for testing, where the paper has 369 and 41: split" in text
 
     other = convert(tree, "-seed", "7", d="506")
     assert names(other / "imagesTr") != source
@@ -269,8 +271,9 @@ def test_test_ids(tree, capsys):
     out = convert(tree, "-test_ids", "BraTS20_Training_002", "BraTS20_Training_003")
     assert names(out / "imagesTs") == ["BraTS20_Training_002_t2", "BraTS20_Training_003_t2"]
     everyone = [f"BraTS20_Training_{i:03d}" for i in range(1, 9)]
+    assert "8 patients, 2 of them for testing" in capsys.readouterr().out
     text = refused(capsys, tree, "-test_ids", *everyone[:5], d="506")
-    assert "3 patients (BraTS20_Training_006, " in text and "expected at least one in each" in text
+    assert "3 patients (brats20_training_006, " in text and "expected at least one in each" in text
 
 
 # --- regions ----------------------------------------------------------------------------------------------------------
@@ -313,15 +316,16 @@ def test_verify_dataset_integrity(tree, structures, capfd, threads):
     assert "verify_dataset_integrity Done" in printed and "Error" not in printed and "Warning:" not in printed
 
 
+@pytest.mark.slow
 def test_stock_planning_takes_the_regions(tree):
-    from nnunetv2.experiment_planning.plan_and_preprocess_api import (
-        extract_fingerprint_dataset,
-        plan_experiment_dataset,
-    )
+    from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor import DatasetFingerprintExtractor
+    from nnunetv2.experiment_planning.plan_and_preprocess_api import plan_experiment_dataset
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
     out = convert(tree, "-structures", "regions", "--upper_bound")
-    extract_fingerprint_dataset(505, num_processes=1, check_dataset_integrity=False)
+    extractor = DatasetFingerprintExtractor(505, num_processes=1)
+    extractor.num_foreground_voxels_for_intensitystats = 1000  # its 10^8 take long
+    extractor.run()
     plans, identifier = plan_experiment_dataset(505)
     manager = PlansManager(plans).get_label_manager(read(out / "dataset.json"))
     assert identifier == "nnUNetPlans" and manager.has_regions and manager.num_segmentation_heads == 3
@@ -498,7 +502,7 @@ MALFORMED = [
     (loose_file, "BraTS20_Training_004_t2.nii.gz: its folder is not named as a case"),
     (misspelt_file, "BraTS20_Training_004_t2 (1).nii.gz: unexpected file"),
     (emptied, "vendor holds no BraTS case (found: MICCAI_BraTS2020_TrainingData)"),
-    (few_patients, "4 patients (BraTS20_Training_001, "),
+    (few_patients, "4 patients (brats20_training_001, "),
 ]
 
 
