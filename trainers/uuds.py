@@ -8,6 +8,7 @@ adversary: every step is one update of everything, CLIP included, on the sum of 
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -37,6 +38,7 @@ from nnunet_uda.settings import parse_settings, require, split_settings
 from nnunet_uda.training.composite_trainer import CompositeTrainer
 from nnunet_uda.training.pictures import write_panels
 from nnunet_uda.training.prompt_pictures import write_domain_map, write_prompt_maps
+from nnunet_uda.training.uda_trainer import frozen
 
 SHOWN_SLICES = 3
 MAPPED_SLICES = 24
@@ -50,6 +52,11 @@ class UUDSSettings:
     ``weight_decay``, and ``domain_prompt``. ``{source}`` and ``{target}`` in that stand for the names in dataset.json.
     ``threshold`` is chi, ``context_vectors`` M. ``domain_loss``, ``uncertainty``, ``contrastive_negatives`` and
     ``contrastive_reduction`` choose between an equation as the text means it (the default) and as it is printed.
+
+    Not in the paper, and off by default: ``generator_skips`` gives the image decoder CLIP's finer maps, normalised.
+    ``translation_judge`` ``fixed`` lets eq. 2 (and the content constraint) teach the generator alone: the encoder that
+    looks at x^{t->s}, x_g^t and T^d are taken as they are. Trained along, they soon tell any translation from x^t, and
+    L_DD is nothing. ``content_weight`` keeps the translation like its image.
 
     ``clip_config`` describes a ResNet CLIP that open_clip has no name for, as open_clip's own JSON files do; it takes
     the place of ``clip_model``. ``clip_weights`` is a tag of the hub, a file, a folder, or ``random``.
@@ -66,6 +73,7 @@ class UUDSSettings:
     domain_prompt: str = "A photo of a source domain"
     context_vectors: int = 16
     generator_skips: Literal["none", "normalised"] = "none"
+    translation_judge: Literal["trained", "fixed"] = "trained"
     use_domain_prompt: bool = True
     use_segmentation_prompt: bool = True
     use_uncertainty: bool = True
@@ -252,9 +260,14 @@ class UUDSTrainer(CompositeTrainer):
             if settings.use_domain_prompt:
                 terms["domain"] = self.domain_loss(both.summary[:count], of_target.summary, domain)  # eq. 1
             if self.encodes_translations:
-                again = network.encode(translated, keep_statistics=True)
+                fixed = settings.translation_judge == "fixed"
+                with frozen(network.encoder) if fixed else nullcontext():
+                    again = network.encode(translated, keep_statistics=True)
                 if settings.use_domain_prompt:
-                    terms["domain_translated"] = self.domain_loss(again.summary, of_target.summary, domain)  # eq. 2
+                    far, prompt = (
+                        (of_target.summary.detach(), domain.detach()) if fixed else (of_target.summary, domain)
+                    )
+                    terms["domain_translated"] = self.domain_loss(again.summary, far, prompt)  # eq. 2
                 if settings.content_weight > 0:
                     terms["content"] = settings.content_weight * self.content_loss(target, of_target, translated, again)
             segmented = network.segment(both.part(slice(count)), generated.part(slice(count)), classes)
