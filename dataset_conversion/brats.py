@@ -61,7 +61,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import SimpleITK as sitk
 
 from nnunet_uda.data import reading
@@ -69,6 +68,7 @@ from nnunet_uda.data.intensities import Intensities, read_clipped
 from nnunet_uda.data.reading import LabelMap
 from nnunet_uda.dataset_conversion import common
 from nnunet_uda.dataset_conversion.common import Case, Group
+from nnunet_uda.dataset_conversion.protocols import split_patients
 from nnunet_uda.errors import UDAError
 
 MODALITIES = {"t1": "T1", "t1ce": "T1ce", "t2": "T2", "flair": "FLAIR"}
@@ -198,42 +198,6 @@ def _files(images: Sequence[Path], folder: Path, naming: Naming) -> dict[str, Pa
     return files
 
 
-def split_patients(
-    patients: Sequence[str], seed: int, test: Sequence[str] = ()
-) -> tuple[dict[str, list[str]], list[str]]:
-    """Patients of each group of ``PATIENTS``, in its proportions, at least one each; and warnings.
-
-    Args:
-        patients: ids, in any order.
-        test: the test patients, where they are given; only the others are drawn.
-    """
-    ids = sorted(set(patients) - set(test))
-    shares = {group: n for group, n in PATIENTS.items() if group != "test" or not test}
-    if len(ids) < len(shares):
-        raise UDAError(
-            f"{len(ids)} patients ({', '.join(ids)}) for {', '.join(shares)}; expected at least one in each. "
-            "Give more cases."
-        )
-    total = sum(shares.values())
-    counts = dict.fromkeys(shares, 1)
-    for _ in range(len(ids) - len(shares)):
-        counts[max(shares, key=lambda group: shares[group] * len(ids) / total - counts[group])] += 1
-    drawn = np.random.RandomState(seed).permutation(ids)
-    ends = np.cumsum(list(counts.values()))
-    groups = {
-        group: sorted(str(p) for p in drawn[end - counts[group] : end]) for group, end in zip(counts, ends, strict=True)
-    }
-    if test:
-        groups["test"] = sorted(test)
-    wanted = sum(PATIENTS.values())
-    if len(patients) == wanted and counts.items() <= PATIENTS.items():
-        return groups, []
-    return groups, [
-        f"{len(patients)} patients, {len(groups['test'])} of them for testing, where the paper has {wanted} and "
-        f"{PATIENTS['test']}: split in its proportions"
-    ]
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-i", type=Path, required=True, metavar="VENDOR_TREE", help="folder of one year's training set")
     parser.add_argument("-source", choices=tuple(MODALITIES), required=True, help="modality whose labels are used")
@@ -262,7 +226,7 @@ def convert(args: argparse.Namespace) -> None:
     year, visits = find_visits(args.i)
     visits = _complete(visits, args, NAMINGS[year], warnings)
     patients = {visit.patient for visit in visits}
-    groups, few = split_patients(sorted(patients), args.seed, _test_patients(visits, args))
+    groups, few = split_patients(sorted(patients), PATIENTS, args.seed, _test_patients(visits, args))
     warnings += few
     print(f"Patients: {', '.join(f'{len(members)} {group}' for group, members in groups.items())}")
 

@@ -1,4 +1,4 @@
-"""The splits of the papers, for two modalities of different patients: SIFA's fixed test sets, CISFA's folds."""
+"""The splits of the papers: SIFA's fixed test sets, CISFA's folds, UUDS's shares of patients who have both scans."""
 
 from __future__ import annotations
 
@@ -6,12 +6,16 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
 
 from nnunet_uda.dataset_conversion import common
 from nnunet_uda.dataset_conversion.common import Case, Group
 from nnunet_uda.errors import UDAError
 
 FOLDS = 4
+Patient = TypeVar("Patient", int, str)
 
 
 @dataclass(frozen=True)
@@ -145,3 +149,37 @@ def _test_cases(target: Domain, args: argparse.Namespace, warnings: list[str]) -
             args.strict, warnings, "the others are left out",
         )  # fmt: skip
     return [target.cases[number] for number in present]
+
+
+def split_patients(
+    patients: Sequence[Patient], shares: dict[str, int], seed: int, test: Sequence[Patient] = ()
+) -> tuple[dict[str, list[Patient]], list[str]]:
+    """Patients of each group of ``shares``, in its proportions, at least one each, drawn with ``seed``; and warnings.
+
+    Args:
+        patients: names or numbers, in any order.
+        shares: the paper's number of patients by group; one group is "test".
+        test: the test patients, where they are given; only the others are drawn.
+    """
+    ids = sorted(set(patients) - set(test))
+    drawn_shares = {group: n for group, n in shares.items() if group != "test" or not test}
+    if len(ids) < len(drawn_shares):
+        raise UDAError(
+            f"{len(ids)} patients ({', '.join(map(str, ids))}) for {', '.join(drawn_shares)}; expected at least one in "
+            "each. Give more patients."
+        )
+    total = sum(drawn_shares.values())
+    counts = dict.fromkeys(drawn_shares, 1)
+    for _ in range(len(ids) - len(counts)):
+        counts[max(counts, key=lambda group: drawn_shares[group] * len(ids) / total - counts[group])] += 1
+    drawn = iter(np.random.RandomState(seed).permutation(ids).tolist())
+    groups = {group: sorted(next(drawn) for _ in range(count)) for group, count in counts.items()}
+    if test:
+        groups["test"] = sorted(set(test))
+    wanted = sum(shares.values())
+    if len(patients) == wanted and counts.items() <= shares.items():
+        return groups, []
+    return groups, [
+        f"{len(patients)} patients, {len(groups['test'])} of them for testing, where the paper has {wanted} and "
+        f"{shares['test']}: split in its proportions"
+    ]

@@ -57,7 +57,6 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
 import pydicom
 import SimpleITK as sitk
 
@@ -73,6 +72,7 @@ from nnunet_uda.data.rtstruct import (
 )
 from nnunet_uda.dataset_conversion import common
 from nnunet_uda.dataset_conversion.common import Case, Group
+from nnunet_uda.dataset_conversion.protocols import split_patients
 from nnunet_uda.errors import UDAError
 
 MODALITIES = {"cet1": "ceT1", "hrt2": "hrT2"}
@@ -392,36 +392,6 @@ def find_crossmoda(folders: Sequence[Path], structures: Sequence[str]) -> tuple[
 # --- the split --------------------------------------------------------------------------------------------------------
 
 
-def split_patients(
-    patients: Sequence[int], seed: int, test: Sequence[int] = ()
-) -> tuple[dict[str, list[int]], list[str]]:
-    """Patients of each group of ``PATIENTS``, in its proportions, at least one each; and warnings.
-
-    Args:
-        patients: numbers, in any order.
-        test: the test patients, where they are given; only the others are drawn.
-    """
-    shares = {group: n for group, n in PATIENTS.items() if group != "test" or not test}
-    ids = sorted(set(patients) - set(test))
-    if len(ids) < len(shares):
-        raise UDAError(
-            f"{len(ids)} patients ({', '.join(map(str, ids))}) for {', '.join(shares)}; expected at least one in each. "
-            "Give more patients."
-        )
-    counts = dict.fromkeys(shares, 1)
-    for _ in range(len(ids) - len(shares)):
-        counts[max(shares, key=lambda group: shares[group] * len(ids) / sum(shares.values()) - counts[group])] += 1
-    drawn = iter(np.random.RandomState(seed).permutation(ids).tolist())
-    groups = {group: sorted(next(drawn) for _ in range(count)) for group, count in counts.items()}
-    if test:
-        groups["test"] = sorted(set(test))
-    numbers = ", ".join(f"{len(members)} {group}" for group, members in groups.items())
-    wanted = sum(PATIENTS.values())
-    if len(patients) == wanted and counts.items() <= PATIENTS.items():
-        return groups, []
-    return groups, [f"{len(patients)} patients, not the paper's {wanted}, split in its proportions: {numbers}"]
-
-
 def _complete(patients: Patients, args: argparse.Namespace, warnings: list[str]) -> Patients:
     """Patients with both scans, without those of ``-exclude``."""
     if unknown := set(args.exclude or ()) - set(patients):
@@ -517,7 +487,7 @@ def _uuds(args: argparse.Namespace, layout: str, folders: Sequence[Path], warnin
             "have another structure than the tumour. Expected vs, or a tree of crossMoDA."
         )
     patients = _complete(find_patients(layout, folders, args.tumour), args, warnings)
-    numbers, few = split_patients(list(patients), args.seed, _test_patients(patients, args))
+    numbers, few = split_patients(list(patients), PATIENTS, args.seed, _test_patients(patients, args))
     warnings += few
 
     def cases(group: str, modality: str) -> list[Case]:

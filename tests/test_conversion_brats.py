@@ -16,7 +16,8 @@ import SimpleITK as sitk
 
 from nnunet_uda.commands.convert import main
 from nnunet_uda.data.intensities import Intensities
-from nnunet_uda.dataset_conversion.brats import NAMINGS, PATIENTS, split_patients
+from nnunet_uda.dataset_conversion.brats import NAMINGS, PATIENTS
+from nnunet_uda.dataset_conversion.protocols import split_patients
 
 SHAPE = (6, 9, 10)
 LPS = (1.0, 0, 0, 0, 1.0, 0, 0, 0, 1.0)
@@ -125,14 +126,14 @@ def refused(capsys, tree: Path, *options: str, **keywords: str) -> str:
 
 def test_the_papers_split():
     patients = [f"p{i:03d}" for i in range(369)]
-    groups, warnings = split_patients(patients, 1)
+    groups, warnings = split_patients(patients, PATIENTS, 1)
     assert {group: len(members) for group, members in groups.items()} == PATIENTS and not warnings
     assert sorted(p for members in groups.values() for p in members) == patients
-    assert groups == split_patients(patients[::-1], 1)[0] != split_patients(patients, 2)[0]
+    assert groups == split_patients(patients[::-1], PATIENTS, 1)[0] != split_patients(patients, PATIENTS, 2)[0]
     test = patients[:41]
-    groups, warnings = split_patients(patients, 1, test)
+    groups, warnings = split_patients(patients, PATIENTS, 1, test)
     assert groups["test"] == test and [len(m) for m in groups.values()] == [143, 143, 21, 21, 41] and not warnings
-    assert "369 patients, 2 of them for testing" in split_patients(patients, 1, patients[:2])[1][0]
+    assert "369 patients, 2 of them for testing" in split_patients(patients, PATIENTS, 1, patients[:2])[1][0]
 
 
 @pytest.mark.parametrize(
@@ -140,7 +141,7 @@ def test_the_papers_split():
     [(5, [1, 1, 1, 1, 1]), (10, [4, 3, 1, 1, 1]), (738, [286, 286, 42, 42, 82]), (1251, [485, 485, 71, 71, 139])],
 )
 def test_other_numbers_are_split_in_proportion(number, expected):
-    groups, warnings = split_patients([f"p{i}" for i in range(number)], 0)
+    groups, warnings = split_patients([f"p{i}" for i in range(number)], PATIENTS, 0)
     assert [len(members) for members in groups.values()] == expected
     assert f"{number} patients, {expected[-1]} of them for testing, where the paper has 369 and 41" in warnings[0]
 

@@ -21,13 +21,14 @@ from test_rtstruct import DIRECTIONS, physical, save_rtstruct
 
 from nnunet_uda.commands.convert import main
 from nnunet_uda.data.rtstruct import Contour, Structures
-from nnunet_uda.dataset_conversion.vs import TUMOUR, choose_tumour, split_patients
+from nnunet_uda.dataset_conversion.protocols import split_patients
+from nnunet_uda.dataset_conversion.vs import PATIENTS, TUMOUR, choose_tumour
 from nnunet_uda.errors import UDAError
 
 DATA = os.environ.get("NNUNET_UDA_TEST_DATA")
 NUMBERS = (1, 2, 3, 4, 38, 40)  # 39 does not exist in the vendor's tree
 SIZE = (16, 14, 6)
-ROLES, _ = split_patients(NUMBERS, 12345)
+ROLES, _ = split_patients(NUMBERS, PATIENTS, 12345)
 
 
 def direction(number: int) -> str:
@@ -351,19 +352,24 @@ def test_target_labels_cannot_change_an_image_or_a_group(root, layout):
 
 def test_split_of_the_paper():
     numbers = sorted(set(range(1, 251)) - {39, 97, 130, 160, 168, 208, 219, 227})
-    groups, warnings = split_patients(numbers, 7)
+    groups, warnings = split_patients(numbers, PATIENTS, 7)
     assert {group: len(members) for group, members in groups.items()} == {
         "source": 100, "validation": 14, "target": 100, "test": 28,
     }  # fmt: skip
     assert warnings == [] and sorted(n for members in groups.values() for n in members) == numbers
-    assert groups == split_patients(numbers[::-1], 7)[0] != split_patients(numbers, 8)[0]
-    groups, warnings = split_patients(numbers[:121], 7)
-    assert [len(m) for m in groups.values()] == [50, 7, 50, 14] and "121 patients, not the paper's 242" in warnings[0]
-    groups, _ = split_patients(numbers, 7, test=numbers[:28])
+    assert groups == split_patients(numbers[::-1], PATIENTS, 7)[0] != split_patients(numbers, PATIENTS, 8)[0]
+    groups, warnings = split_patients(numbers[:121], PATIENTS, 7)
+    assert [len(m) for m in groups.values()] == [
+        50,
+        7,
+        50,
+        14,
+    ] and "121 patients, 14 of them for testing, where the paper has 242" in warnings[0]
+    groups, _ = split_patients(numbers, PATIENTS, 7, test=numbers[:28])
     assert groups["test"] == numbers[:28] and [len(m) for m in groups.values()] == [100, 14, 100, 28]
-    assert [len(m) for m in split_patients([5, 6, 7, 8], 0)[0].values()] == [1, 1, 1, 1]
+    assert [len(m) for m in split_patients([5, 6, 7, 8], PATIENTS, 0)[0].values()] == [1, 1, 1, 1]
     with pytest.raises(UDAError, match=r"3 patients \(5, 6, 7\) for source, validation, target, test"):
-        split_patients([5, 6, 7], 0)
+        split_patients([5, 6, 7], PATIENTS, 0)
 
 
 def test_chosen_test_patients_and_excluded_ones(root, pristine, capsys):
