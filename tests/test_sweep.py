@@ -1,0 +1,270 @@
+"""``nnUNetUDA_sweep``: real tiny runs, going on after a stop, what is refused, and the tables' arithmetic."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_raw_dataset
+from matplotlib.image import imread
+
+from nnunet_uda.commands import sweep
+from nnunet_uda.commands.sweep import Score, Value, find_target_test, find_trainer, plan_runs, write_tables
+from nnunet_uda.errors import UDAError
+from nnunet_uda.evaluation.metrics import evaluate_folder
+from nnunet_uda.evaluation.sweep_plot import OverSeeds, over_seeds
+from nnunet_uda.evaluation.tables import Volume
+
+DATASET = "Dataset501_Blobs"
+LABELS = {"left": 1, "right": 2}
+
+
+def start(out: Path, *options: str, plans: str = "tiny", trainer: str = "SourceOnlyTrainer") -> None:
+    sweep.main(["-d", "501", "-tr", trainer, "-p", plans, "-o", str(out), "-device", "cpu", "-np", "1", *options])
+
+
+def calls(out: Path) -> dict[str, list[str]]:
+    """The commands of each run so far, from its log."""
+    logs = {path.parent.name: path.read_text() for path in (out / "runs").glob("*/log.txt")}
+    return {name: re.findall(r"^\$ nnUNetv2_(\w+)", text, re.M) for name, text in logs.items()}
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_sweep_goes_on_where_it_stopped_and_a_failing_run_stops_no_other(in_workspace, tmp_path, capsys):
+    out = tmp_path / "out"
+    losses = ("-vary", "segmentation_loss", "dice_ce", "dice")
+    with pytest.raises(SystemExit) as stopped:
+        start(out, "-vary", "segmenter_learning_rate", "1e38", "0.001", *losses)
+    assert stopped.value.code == 1
+    bad, base, dice = "tiny_segmenter_learning_rate_1e+38_seed_7", "tiny_seed_7", "tiny_segmentation_loss_dice_seed_7"
+    error = capsys.readouterr().err
+    assert "1 of 3 runs failed" in error and str(out / "runs" / bad / "log.txt") in error and "became nan" in error
+    assert calls(out) == {bad: ["train"], base: ["train", "predict"], dice: ["train", "predict"]}
+
+    rows = read_csv(out / "sweep.csv")
+    assert [(row["setting"], row["value"], row["plans"]) for row in rows] == [
+        ("segmenter_learning_rate", "1e+38", bad), ("segmenter_learning_rate", "0.001", base),
+        ("segmentation_loss", "dice_ce", base), ("segmentation_loss", "dice", dice),
+    ]  # fmt: skip
+    assert rows[0]["dice"] == rows[0]["validation_pseudo_dice"] == ""
+    reference = in_workspace.raw / DATASET / "labelsTs"
+    for row in rows[1:]:
+        scores = evaluate_folder(reference, out / "runs" / row["plans"] / "predictions", LABELS).values()
+        expected = sum(case[name]["Dice"] for case in scores for name in LABELS) / 4
+        assert float(row["dice"]) == pytest.approx(expected)
+        fold = tmp_path / "results" / DATASET / f"SourceOnlyTrainer__{row['plans']}__2d" / "fold_0"
+        logging = torch.load(fold / "checkpoint_final.pth", weights_only=False)["logging"]
+        assert float(row["validation_pseudo_dice"]) == pytest.approx(logging["mean_fg_dice"][-1])
+    assert imread(out / "sweep.png").std() > 0
+    text = (out / "sweep.md").read_text()
+    assert sweep.WARNING in text and sweep.PSEUDO_DICE in text and f"- {bad}: nnUNetv2_train ended with" in text
+
+    results = tmp_path / "results" / DATASET
+    fold = results / f"SourceOnlyTrainer__{base}__2d" / "fold_0"
+    (fold / "checkpoint_final.pth").rename(fold / "checkpoint_latest.pth")
+    whole = (out / "runs" / dice / "predictions" / "ct_Ts01.nii.gz").read_bytes()
+    (out / "runs" / dice / "predictions" / "ct_Ts01.nii.gz").unlink()
+    (out / "runs" / dice / "predictions.partial").mkdir()
+    (out / "runs" / dice / "predictions.partial" / "cut.nii.gz").touch()
+    start(out, *losses)
+    assert calls(out)[base] == ["train", "predict", "train", "predict"]
+    assert f"-p {base} -device cpu --c\n" in (out / "runs" / base / "log.txt").read_text()
+    assert calls(out)[dice] == ["train", "predict", "predict"]
+    assert (out / "runs" / dice / "predictions" / "ct_Ts01.nii.gz").read_bytes() == whole
+    assert not (out / "runs" / dice / "predictions.partial").exists()
+
+    before, numbers = calls(out), read_csv(out / "sweep.csv")
+    assert numbers == rows[2:]
+    start(out, *losses)
+    assert calls(out) == before and read_csv(out / "sweep.csv") == numbers
+
+
+REFUSED = [
+    (["-vary", "confidence", "0.5"], "unknown setting 'confidence'"),
+    (["-vary", "num_epochs", "2.5"], "'num_epochs' must be an integer, found 2.5"),
+    (["-vary", "foreground_oversampling", "0.1", "2"], "between 0 and 1"),
+    (["-vary", "segmenter_learning_rate", "1", "1.0"], "-vary segmenter_learning_rate 1.0: this value is given twice"),
+    (["-vary", "mirror"], "-vary mirror has no value"),
+    (["-vary", "mirror", "true", "-vary", "mirror", "false"], "-vary mirror is given twice"),
+    (["-vary", "cisfa.patches", "8"], "SourceOnlyTrainer does not read it"),
+    (["-vary", "seed", "1", "2"], "give the seeds with -seeds"),
+    (["-vary", "mirror", "true", "-seeds", "1", "2", "1"], "a seed is given twice"),
+    (["-vary", "mirror", "true", "-f", "first"], "-f takes a fold's number"),
+    (["-vary", "mirror", "true", "-c", "3d_lowres"], "no configuration '3d_lowres'"),
+    (["-vary", "mirror", "true", "-p", "absent"], "absent.json does not exist"),
+    (["-vary", "mirror", "true", "-tr", "AbsentTrainer"], "Could not find requested nnunet trainer"),
+    (["-vary", "mirror", "true", "-tr", "nnUNetTrainer_1epoch"], "does not read the settings"),
+    (["-vary", "cisfa.foreground_weight", "2", "-tr", "CISFANoWeightTrainer"], "fixes it to 1.0"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("options", "words"), REFUSED)
+def test_bad_sweeps_are_refused_before_anything_is_written(in_workspace, tmp_path, capsys, options, words):
+    folder = in_workspace.preprocessed / DATASET
+    before = sorted(folder.iterdir())
+    with pytest.raises(SystemExit) as stopped:
+        start(tmp_path / "out", *options)
+    assert stopped.value.code == 1
+    assert words in capsys.readouterr().err
+    assert sorted(folder.iterdir()) == before
+    assert not (tmp_path / "out").exists() and not (tmp_path / "results").exists()
+
+
+def test_nothing_made_otherwise_is_taken_for_a_part_of_the_sweep(in_workspace, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sweep.Sweeper, "finish", lambda self, run: pytest.fail("nothing must be trained"))
+    plans = in_workspace.preprocessed / DATASET / "tiny_mirror_false_seed_7.json"
+    vary = ("-vary", "mirror", "false")
+
+    def refused(out: str, *options: str) -> str:
+        with pytest.raises(SystemExit):
+            start(tmp_path / out, *vary, *options)
+        return capsys.readouterr().err
+
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine").touch()
+    assert "is not empty and holds no former sweep" in refused("full")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "sweep.json").write_text('{"fold": "1"}')
+    assert "holds a sweep of {'fold': '1'}" in refused("other")
+
+    tiny = json.loads((plans.parent / "tiny.json").read_text())
+    plans.write_text(json.dumps(tiny))
+    assert f"{plans} exists, and differs from what tiny now gives" in refused("new")
+    plans.unlink()
+    trained = tmp_path / "results" / DATASET / "SourceOnlyTrainer__tiny_mirror_false_seed_7__2d" / "plans.json"
+    trained.parent.mkdir(parents=True)
+    trained.write_text(json.dumps(tiny))
+    assert f"{trained} exists, and differs" in refused("new")
+    assert not plans.exists() and not (tmp_path / "new").exists()
+
+    tiny["configurations"]["2d"]["data_identifier"] = "elsewhere"
+    (plans.parent / "moved.json").write_text(json.dumps(tiny))
+    assert "elsewhere does not exist. First: nnUNetv2_preprocess" in refused("new", "-p", "moved")
+    (plans.parent / "moved.json").unlink()
+
+
+def test_equal_settings_are_one_run(in_workspace):
+    base = json.loads((in_workspace.preprocessed / DATASET / "tiny.json").read_text())
+    vary = [["cisfa.foreground_weight", "1", "2.0"], ["segmenter_optimizer", "sgd", "adam"]]
+    sweeps, runs = plan_runs(base, "tiny", "2d", find_trainer("CISFATrainer"), vary, [7, 8])
+    assert list(runs) == [
+        "tiny_foreground_weight_1_seed_7", "tiny_seed_7", "tiny_segmenter_optimizer_sgd_seed_7",
+        "tiny_foreground_weight_1_seed_8", "tiny_seed_8", "tiny_segmenter_optimizer_sgd_seed_8",
+    ]  # fmt: skip
+    assert runs["tiny_seed_7"].plans == base | {"plans_name": "tiny_seed_7"}, "defaults and PLANS' own values"
+    assert runs["tiny_seed_8"].plans["uda"] == base["uda"] | {"seed": 8}
+    uda = runs["tiny_foreground_weight_1_seed_7"].plans["uda"]
+    assert uda == base["uda"] | {"cisfa": base["uda"]["cisfa"] | {"foreground_weight": 1.0}}
+    assert [(v.text, v.in_plans, v.runs) for v in sweeps["segmenter_optimizer"]] == [
+        ("sgd", False, ["tiny_segmenter_optimizer_sgd_seed_7", "tiny_segmenter_optimizer_sgd_seed_8"]),
+        ("adam", True, ["tiny_seed_7", "tiny_seed_8"]),
+    ]
+    assert sweeps["cisfa.foreground_weight"][1].runs == ["tiny_seed_7", "tiny_seed_8"], "the default, stated or not"
+
+    del base["uda"]["seed"]
+    _, runs = plan_runs(base, "tiny", "2d", find_trainer("CISFATrainer"), [["mirror", "true", "false"]], None)
+    assert list(runs) == ["tiny_unchanged", "tiny_mirror_false"]
+
+    def prompts(*texts: str) -> list[str]:
+        return list(
+            plan_runs(base, "tiny", "2d", find_trainer("UUDSTrainer"), [["uuds.domain_prompt", *texts]], None)[1]
+        )
+
+    assert prompts("a CT/scan") == ["tiny_domain_prompt_a-CT-scan"]
+    with pytest.raises(UDAError, match="two runs would both be called tiny_domain_prompt_a-b"):
+        prompts("a b", "a/b")
+    long = prompts("w" * 300 + "1", "w" * 300 + "2")
+    assert len(set(long)) == 2 and max(map(len, long)) < 100
+
+
+def volume(case: str, left: tuple[float, float], right: tuple[float, float]) -> Volume:
+    scores = zip(LABELS, (left, right), strict=True)
+    return Volume(case, {name: {"Dice": dice, "ASSD": assd, "HD95": assd} for name, (dice, assd) in scores})
+
+
+def test_tables_against_values_by_hand(tmp_path):
+    nan = math.nan
+    scores = {
+        # volumes' means: Dice 0.7 and 0.9, ASSD 3 and 1; over cases 0.8 and 2
+        "a_1": Score([volume("x", (0.6, 4), (0.8, 2)), volume("y", (0.9, 1), (0.9, 1))], 0.5),
+        # an empty prediction: Dice 0, no distance. Volumes' means: 0.4 and 0.8, 2 and 4; over cases 0.6 and 3
+        "a_2": Score([volume("x", (0, nan), (0.8, 2)), volume("y", (0.8, 4), (0.8, 4))], 0.7),
+        # nothing found anywhere: no distance at all
+        "b_1": Score([volume("x", (0, nan), (0, nan)), volume("y", (0, nan), (0, nan))], nan),
+    }
+    sweeps = {"method.setting": [Value(0.7, "0.7", False, ["a_1", "a_2"]), Value(0.9, "0.9", True, ["b_1", "b_2"])]}
+    runs = {f"{letter}_{seed}": sweep.Run(f"{letter}_{seed}", {}, seed) for seed in (1, 2) for letter in "ab"}
+    setup = {"dataset": DATASET, "configuration": "2d", "fold": "0", "trainer": "T", "plans": "P"}
+    labels = sweep.Labels(LABELS, None, ".nii.gz")
+    test = sweep.TargetTest(["x", "y"], tmp_path, labels, None)
+    points = write_tables(tmp_path, setup, test, sweeps, runs, scores, {"b_2": "it broke (log: L)"})["method.setting"]
+
+    root = math.sqrt(0.02)  # deviation of two values that differ by 0.2: 0.2 / sqrt(2)
+    assert points[0].dice == OverSeeds(pytest.approx(0.7), pytest.approx(root), 2)
+    assert points[0].assd == OverSeeds(pytest.approx(2.5), pytest.approx(math.sqrt(0.5)), 2)
+    assert points[0].pseudo_dice == OverSeeds(pytest.approx(0.6), pytest.approx(root), 2)
+    assert (points[0].undefined, points[1].undefined) == (1, 4)
+
+    text = (tmp_path / "sweep.md").read_text()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| 0")]
+    assert rows == [
+        ["0.7", "0.700 ± 0.141", "2.50 ± 0.71 (1 undefined)", "0.600 ± 0.141", "2"],
+        ["0.9 (as in the plans)", "0.000", "– (n = 0, 4 undefined)", "– (n = 0)", "1 of 2"],
+    ]
+    assert "- b_2: it broke (log: L)" in text and "- a_1" not in text
+
+    rows = {row["plans"]: row for row in read_csv(tmp_path / "sweep.csv")}
+    assert list(rows) == ["a_1", "a_2", "b_1", "b_2"]
+    assert [float(rows["a_2"][key]) for key in ("dice", "assd_mm", "dice_left", "assd_mm_left")] == pytest.approx(
+        [0.6, 3, 0.4, 4]
+    )
+    assert (rows["a_2"]["seed"], rows["a_2"]["value"], rows["a_2"]["distances_undefined"]) == ("2", "0.7", "1")
+    assert rows["b_1"]["assd_mm"] == rows["b_1"]["validation_pseudo_dice"] == rows["b_2"]["dice"] == ""
+
+
+def test_deviation_needs_two_seeds():
+    one = over_seeds([0.5, math.nan])
+    assert (one.mean, one.n) == (0.5, 1) and math.isnan(one.std)
+    none = over_seeds([])
+    assert math.isnan(none.mean) and none.n == 0
+
+
+def test_a_fold_protocol_predicts_exactly_the_folds_test_images(tmp_path, monkeypatch):
+    raw = make_raw_dataset(tmp_path / "raw", num_source=2, num_target=3, num_test=0, size=(2, 6, 6))
+    monkeypatch.setenv("nnUNet_raw", str(tmp_path / "raw"))
+    with pytest.raises(UDAError, match=r"imagesTs holds no image, and fold 0 has no test images"):
+        find_target_test(raw, "0")
+    splits = [{"train": ["ct_Tu00", "ct_Tu01"], "val": ["ct_Tu02"]}, {"train": ["ct_Tu02"], "val": ["ct_Tu01"]}]
+    (raw / "splits_target.json").write_text(json.dumps(splits))
+    (raw / "labelsTs").mkdir()
+    shutil.copy(raw / "labelsTr" / "mr_Tr00.nii.gz", raw / "labelsTs" / "ct_Tu01.nii.gz")
+    with pytest.raises(UDAError, match=r"no reference in .*labelsTs for the test case\(s\) ct_Tu02"):
+        find_target_test(raw, "0")
+    with pytest.raises(UDAError, match=r"holds no image, and fold all"):
+        find_target_test(raw, "all")
+
+    test = find_target_test(raw, "1")
+    assert (test.cases, test.fold) == (["ct_Tu01"], 1)
+    sweeper = sweep.Sweeper({"dataset": DATASET}, tmp_path / "out", test, "cpu", 1)
+    for _ in range(2):
+        sweeper.lay_out_images()
+        assert [path.name for path in sweeper.images.iterdir()] == ["ct_Tu01_0000.nii.gz"]
+
+
+def test_test_images_and_references_must_belong_together(tmp_path):
+    raw = make_raw_dataset(tmp_path, num_source=2, num_target=1, num_test=2, size=(2, 6, 6))
+    assert find_target_test(raw, "0")[0::3] == (["ct_Ts00", "ct_Ts01"], None)
+    image = raw / "imagesTs" / "ct_Ts01_0000.nii.gz"
+    image.rename(tmp_path / image.name)
+    with pytest.raises(UDAError, match=r"no image in .*imagesTs for the reference\(s\) ct_Ts01"):
+        find_target_test(raw, "0")
