@@ -15,6 +15,7 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from torch import nn
 
 from nnunet_uda.commands import configure
+from nnunet_uda.data.mixed_slices import is_mixed
 from nnunet_uda.errors import UDAError
 from nnunet_uda.losses.domain_discrepancy import domain_discrepancy_loss
 from nnunet_uda.losses.supervised_contrastive import supervised_contrastive_loss
@@ -326,8 +327,18 @@ def test_batches_hold_both_kinds_of_slices(workspace):
     trainer = started()
     for _ in range(5):
         label = next(trainer.dataloader_train)["target"][0]
-        holds = (label > 0).flatten(1).any(1)
-        assert holds.any() and not holds.all()
+        assert is_mixed(label)
+
+
+def test_worker_processes_draw_such_batches_too(workspace, monkeypatch):
+    monkeypatch.setenv("nnUNet_n_proc_DA", "2")
+    trainer = started()
+    assert trainer.dataloader_train.num_processes == 1
+    for _ in range(3):
+        label = next(trainer.dataloader_train)["target"][0]
+        assert is_mixed(label)
+    for loader in (trainer.dataloader_train, trainer.dataloader_val, trainer.dataloader_target):
+        loader._finish()
 
 
 # -- whole runs ----------------------------------------------------------------------------------------------------
