@@ -132,18 +132,12 @@ class UUDSTrainer(CompositeTrainer):
     method_settings = UUDSSettings
     network_update = "network"
 
-    def __init__(
-        self,
-        plans: dict,
-        configuration: str,
-        fold: int,
-        dataset_json: dict,
-        device: torch.device = torch.device("cuda"),  # noqa: B008 - nnU-Net's signature
-    ):
-        super().__init__(plans, configuration, fold, dataset_json, device)
+    needs_clip_weights = True
+
+    def adopt_settings(self) -> None:
+        super().adopt_settings()
         self.initial_lr = self.own_settings.learning_rate
         self.weight_decay = self.own_settings.weight_decay
-        self.needs_clip_weights = True
         if num_outputs(self.configuration_manager) == 1:
             self.enable_deep_supervision = False
 

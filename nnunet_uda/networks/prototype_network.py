@@ -35,8 +35,9 @@ class SegmentingGenerator(nn.Module):
     Encoder and segmentation decoder are ``unet``'s, as the plans configure them (plain or residual, 2D or 3D). ASPP
     stands at the bottleneck, before both decoders. The image decoder is a U-Net decoder of the same widths with a
     linear 1x1 head; with ``residual`` its output is added to the image and starts at 0, so that translation starts as
-    the identity and not at a random, perhaps inverted contrast. The projection head (1x1 convolution, ReLU, 1x1 convolution, L2 norm) reads the segmentation
-    decoder's map at stride 4, or the bottleneck where the network never gets to stride 4.
+    the identity and not at a random, perhaps inverted contrast. The projection head (1x1 convolution, ReLU, 1x1
+    convolution, L2 norm) reads the segmentation decoder's map at stride 4, or the bottleneck where the network never
+    gets to stride 4.
 
     Args:
         unet: network from the plans, with ``encoder`` and ``decoder``.
