@@ -42,7 +42,10 @@ def merge_uda(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     merged = deepcopy(base)
     for key, value in changes.items():
         *method, name = key.split(".", 1)
-        (merged.setdefault(method[0], {}) if method else merged)[name] = value
+        place = merged.setdefault(method[0], {}) if method else merged
+        if not isinstance(place, dict):
+            raise UDAError(f"{key}: {method[0]!r} is a setting, not a method with settings of its own")
+        place[name] = value
     return merged
 
 

@@ -87,6 +87,8 @@ def test_merge_and_assignments():
     }
     with pytest.raises(UDAError, match="NAME=VALUE"):
         configure.parse_assignment("num_epochs")
+    with pytest.raises(UDAError, match="seed"):
+        merge_uda({"seed": 1}, {"seed.patches": 3})
 
 
 def test_list_names_every_setting_and_default(capsys):

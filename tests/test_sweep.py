@@ -40,6 +40,7 @@ def read_csv(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+@pytest.mark.slow
 def test_a_sweep_goes_on_where_it_stopped_and_a_failing_run_stops_no_other(in_workspace, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("OMP_WAIT_POLICY", "passive")
     out = tmp_path / "out"
