@@ -81,17 +81,11 @@ def convert(args: argparse.Namespace) -> None:
     ct = btcv.find_domain(btcv_tree, btcv.classes(args.structures))
     source, target = (ct, mr) if args.source == "ct" else (mr, ct)
     plan = protocols.arrange(source, target, args, warnings, skip_unlabelled=True)
-    default_name = f"{target.name}_upper_bound" if args.upper_bound else f"{source.name}2{target.name}"
-    common.write_dataset(
-        args.d, args.name or f"Abdomen_{default_name}", plan.groups, args.structures,
-        common.channel_names(args.channel, 1), adaptation=not args.upper_bound,
-        source_splits=plan.source_splits, target_splits=plan.target_splits,
-        information={
-            "description": f"BTCV (CT) and CHAOS ({args.sequence}), {plan.description}",
-            **{key: f"{chaos.INFORMATION[key]}; {btcv.INFORMATION[key]}" for key in chaos.INFORMATION},
-        },
-        warnings=warnings, overwrite=args.overwrite, strict=args.strict, processes=args.np,
-    )  # fmt: skip
+    information = {
+        "description": f"BTCV (CT) and CHAOS ({args.sequence}), {plan.description}",
+        **{key: f"{chaos.INFORMATION[key]}; {btcv.INFORMATION[key]}" for key in chaos.INFORMATION},
+    }
+    protocols.write_dataset("Abdomen", source, target, plan, args.structures, information, args, warnings)
 
 
 main = common.script(__doc__, add_arguments, convert)

@@ -173,10 +173,7 @@ def find_visits(tree: Path) -> tuple[str, list[Visit]]:
             folder.name, match[1].lower(), folder, _files(images, folder, NAMINGS[year])
         )
     if not visits:
-        found = (
-            ", ".join(sorted(p.name for p in tree.iterdir())[:8]) or "nothing" if tree.is_dir() else "no such folder"
-        )
-        raise UDAError(f"{tree} holds no BraTS case (found: {found}); expected {rule}. Check -i.")
+        raise UDAError(f"{tree} holds no BraTS case (found: {common.contents(tree)}); expected {rule}. Check -i.")
     return found_year, [visits[name] for name in sorted(visits)]
 
 

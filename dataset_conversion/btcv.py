@@ -61,8 +61,10 @@ def find_domain(tree: Path, label_map: LabelMap) -> Domain:
     training = training_folder(tree)
     rule = "img/img<number>.nii.gz and label/label<number>.nii.gz, numbers 0001-0010 and 0021-0040"
     if training is None:
-        found = ", ".join(sorted(p.name for p in tree.iterdir())[:8]) if tree.is_dir() else "no such folder"
-        raise UDAError(f"{tree}: no img and label folder (found: {found}); expected RawData/Training/{rule}. Check -i.")
+        raise UDAError(
+            f"{tree}: no img and label folder (found: {common.contents(tree)}); expected RawData/Training/{rule}. "
+            "Check -i."
+        )
     files: dict[str, dict[int, Path]] = {"img": {}, "label": {}}
     for kind, of_kind in files.items():
         for path in sorted((training / kind).iterdir()):

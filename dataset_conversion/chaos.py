@@ -147,8 +147,10 @@ def find_domain(
     train = train_folder(tree)
     if train is None or not (train / modality).is_dir():
         folder = train or tree
-        found = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) if folder.is_dir() else "no such folder"
-        raise UDAError(f"{folder}: no {modality} folder (found: {found}); expected Train_Sets/{expected}. Check -i.")
+        raise UDAError(
+            f"{folder}: no {modality} folder (found: {common.contents(folder)}); expected Train_Sets/{expected}. "
+            "Check -i."
+        )
     patients: dict[int, Path] = {}
     for patient in by_name([p for p in (train / modality).iterdir() if p.is_dir() and not p.name.startswith(".")]):
         if not patient.name.isdecimal():
@@ -223,16 +225,9 @@ def convert(args: argparse.Namespace) -> None:
         test = [] if args.protocol == "cisfa" else list(args.test_ids or target.test)
         source, target = divide_patients(source, target, test, args.seed)
     plan = protocols.arrange(source, target, args, warnings, skip_unlabelled=True)
-    default_name = f"{target.name}_upper_bound" if args.upper_bound else f"{source.name}2{target.name}"
-    common.write_dataset(
-        args.d, args.name or f"CHAOS_{default_name}", plan.groups, structures, common.channel_names(args.channel, 1),
-        adaptation=not args.upper_bound, source_splits=plan.source_splits, target_splits=plan.target_splits,
-        information={
-            "description": f"CHAOS, {plan.description}{'' if with_ct else ', patients divided between the sequences'}",
-            **INFORMATION,
-        },
-        warnings=warnings, overwrite=args.overwrite, strict=args.strict, processes=args.np,
-    )  # fmt: skip
+    divided = "" if with_ct else ", patients divided between the sequences"
+    information = {"description": f"CHAOS, {plan.description}{divided}", **INFORMATION}
+    protocols.write_dataset("CHAOS", source, target, plan, structures, information, args, warnings)
 
 
 main = common.script(__doc__, add_arguments, convert)

@@ -180,6 +180,13 @@ def source_folds(identifiers: Sequence[str], folds: int, seed: int) -> tuple[lis
 # --- the dataset ------------------------------------------------------------------------------------------------------
 
 
+def contents(folder: Path) -> str:
+    """The first names in ``folder``, for messages that say what was found."""
+    if not folder.is_dir():
+        return "no such folder"
+    return ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
+
+
 def skip_or_refuse(fact: str, strict: bool, warnings: list[str], consequence: str = "this case is left out") -> None:
     """What a converter does about a case that lacks a file: a warning, or with ``--strict`` a ``UDAError``.
 

@@ -101,8 +101,9 @@ def find_cases(tree: Path, modality: str, label_map: LabelMap) -> dict[str, Case
     folder = tree / f"{modality}_train"
     rule = f"{modality}_train_<number>_image.nii.gz and {modality}_train_<number>_label.nii.gz"
     if not folder.is_dir():
-        found = ", ".join(sorted(p.name for p in tree.iterdir())[:8]) if tree.is_dir() else "no such folder"
-        raise UDAError(f"{folder} is missing (in {tree}: {found}); expected it to hold {rule}. Check -i.")
+        raise UDAError(
+            f"{folder} is missing (in {tree}: {common.contents(tree)}); expected it to hold {rule}. Check -i."
+        )
     files: dict[str, dict[str, Path]] = {"image": {}, "label": {}}
     for path in sorted(folder.iterdir()):
         match = re.fullmatch(rf"{modality}_train_(\d+)_(image|label)\.nii\.gz", path.name)
@@ -147,18 +148,12 @@ def convert(args: argparse.Namespace) -> None:
         for modality in (args.source, args.target)
     )
     plan = protocols.arrange(source, target, args, warnings)
-    default_name = f"{target.name}_upper_bound" if args.upper_bound else f"{source.name}2{target.name}"
-    common.write_dataset(
-        args.d, args.name or f"MMWHS_{default_name}", plan.groups, args.structures,
-        common.channel_names(args.channel, 1), adaptation=not args.upper_bound,
-        source_splits=plan.source_splits, target_splits=plan.target_splits,
-        information={
-            "description": f"MM-WHS 2017, {plan.description}",
-            "reference": "https://zmiclab.github.io/zxh/0/mmwhs/",
-            "licence": "MM-WHS terms: research use after registration, not to be passed on",
-        },
-        warnings=warnings, overwrite=args.overwrite, strict=args.strict, processes=args.np,
-    )  # fmt: skip
+    information = {
+        "description": f"MM-WHS 2017, {plan.description}",
+        "reference": "https://zmiclab.github.io/zxh/0/mmwhs/",
+        "licence": "MM-WHS terms: research use after registration, not to be passed on",
+    }
+    protocols.write_dataset("MMWHS", source, target, plan, args.structures, information, args, warnings)
 
 
 main = common.script(__doc__, add_arguments, convert)

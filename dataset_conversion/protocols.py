@@ -151,6 +151,25 @@ def _test_cases(target: Domain, args: argparse.Namespace, warnings: list[str]) -
     return [target.cases[number] for number in present]
 
 
+def write_dataset(
+    prefix: str,
+    source: Domain,
+    target: Domain,
+    plan: Arrangement,
+    structures: Sequence[str],
+    information: dict[str, str],
+    args: argparse.Namespace,
+    warnings: Sequence[str],
+) -> None:
+    """``common.write_dataset`` for what ``arrange`` arranged, named by ``prefix`` and direction unless ``-name`` is."""
+    default_name = f"{target.name}_upper_bound" if args.upper_bound else f"{source.name}2{target.name}"
+    common.write_dataset(
+        args.d, args.name or f"{prefix}_{default_name}", plan.groups, structures, common.channel_names(args.channel, 1),
+        adaptation=not args.upper_bound, source_splits=plan.source_splits, target_splits=plan.target_splits,
+        information=information, warnings=warnings, overwrite=args.overwrite, strict=args.strict, processes=args.np,
+    )  # fmt: skip
+
+
 def split_patients(
     patients: Sequence[Patient], shares: dict[str, int], seed: int, test: Sequence[Patient] = ()
 ) -> tuple[dict[str, list[Patient]], list[str]]:

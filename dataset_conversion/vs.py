@@ -178,10 +178,9 @@ def recognise(tree: Path) -> tuple[str, list[Path]]:
                     below.append(path)
         level = below
     if not found:
-        names = (
-            ", ".join(sorted(p.name for p in tree.iterdir())[:8]) or "nothing" if tree.is_dir() else "no such folder"
+        raise UDAError(
+            f"{tree} holds no vestibular schwannoma data (found: {common.contents(tree)}); expected {RULE}. Check -i."
         )
-        raise UDAError(f"{tree} holds no vestibular schwannoma data (found: {names}); expected {RULE}. Check -i.")
     if len(found) > 1:
         first, second = (f"{paths[0]} ({layout})" for layout, paths in list(found.items())[:2])
         raise UDAError(

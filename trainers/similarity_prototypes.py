@@ -196,10 +196,8 @@ class SimilarityPrototypesTrainer(CompositeTrainer):
                 networks[f"{domain}_segmentation_discriminator"] = PatchDiscriminator(classes, **shape)
         return networks
 
-    def configure_optimizers(self):
-        _, scheduler = nnUNetTrainer.configure_optimizers(self)
-        scheduler.optimizer = self.adam(self.network.parameters(), self.initial_lr)
-        return scheduler.optimizer, scheduler
+    def network_optimizer(self) -> torch.optim.Optimizer:
+        return self.adam(self.network.parameters(), self.initial_lr)
 
     def build_optimizers(self) -> dict[str, torch.optim.Optimizer]:
         return {

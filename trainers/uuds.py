@@ -18,7 +18,6 @@ import torch
 from acvl_utils.cropping_and_padding.bounding_boxes import crop_and_pad_nd
 from batchgenerators.dataloading.single_threaded_augmenter import SingleThreadedAugmenter
 from batchgenerators.utilities.file_and_folder_operations import join, save_json
-from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -209,12 +208,10 @@ class UUDSTrainer(CompositeTrainer):
             self.patch_contrastive = PatchNCELoss(settings.content_temperature)
         return networks
 
-    def configure_optimizers(self):
-        _, scheduler = nnUNetTrainer.configure_optimizers(self)
+    def network_optimizer(self) -> torch.optim.Optimizer:
         kind = torch.optim.AdamW if self.own_settings.optimizer == "adamw" else torch.optim.Adam
         parameters = [p for p in self.network.parameters() if p.requires_grad]
-        scheduler.optimizer = kind(parameters, self.initial_lr, weight_decay=self.weight_decay)
-        return scheduler.optimizer, scheduler
+        return kind(parameters, self.initial_lr, weight_decay=self.weight_decay)
 
     def build_optimizers(self) -> dict[str, torch.optim.Optimizer]:
         parameters = list(self.networks.parameters())

@@ -189,14 +189,17 @@ class UDATrainer(nnUNetTrainer):
         return self.network._orig_mod if isinstance(self.network, OptimizedModule) else self.network
 
     def configure_optimizers(self):
+        optimizer, scheduler = super().configure_optimizers()
+        scheduler.optimizer = self.network_optimizer() or optimizer
+        return scheduler.optimizer, scheduler
+
+    def network_optimizer(self) -> torch.optim.Optimizer | None:
+        """The optimiser of ``self.network``, under nnU-Net's schedule; None is nnU-Net's own SGD."""
         if self.settings.segmenter_optimizer == "sgd":
-            return super().configure_optimizers()
-        _, scheduler = super().configure_optimizers()
-        optimizer = torch.optim.Adam(
+            return None
+        return torch.optim.Adam(
             self.network.parameters(), self.initial_lr, betas=(0.5, 0.999), weight_decay=self.weight_decay
         )
-        scheduler.optimizer = optimizer
-        return optimizer, scheduler
 
     def _build_loss(self):
         if self.settings.segmentation_loss == "dice_ce":
