@@ -16,7 +16,9 @@ are the names behind the domain's name (CT_a), so that source and target never c
     -labels liver=5 spleen=1 kidneys=2,3     classes 1, 2, 3; the label files hold the values behind the =
 
 Values not named are an error, unless --ignore_other_labels sends them to background. Intensities, voxels and
-orientation are kept; nothing is cropped. Target labels are read for labelsTs alone.
+orientation are kept; nothing is cropped. Target labels are read for labelsTs alone. With --upper_bound they ARE used
+for training: the same options and -target_labels then write the supervised upper bound's dataset, in which the target's
+training scans are the labelled ones; source scans are left out.
 """
 
 from __future__ import annotations
@@ -154,6 +156,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--single_channel", action="store_true", help="numbers like _0000 are part of the name, not channels"
     )
+    parser.add_argument(
+        "--upper_bound", action="store_true", help="write the supervised dataset of the target, WITH target labels"
+    )
     common.add_common_arguments(parser)
 
 
@@ -176,6 +181,8 @@ def convert(args: argparse.Namespace) -> None:
         raise UDAError("-target_test_labels was given without -target_test_images; expected both.")
     if args.target_folds and not args.target_labels:
         raise UDAError("-target_folds was given without -target_labels; expected labels to test each fold with.")
+    if args.upper_bound and (not args.target_labels or args.target_folds):
+        raise UDAError("--upper_bound: expected -target_labels to train on, and no -target_folds.")
 
     def cases(option: str, labels: str, prefix: str) -> list[Case]:
         images = list_files(getattr(args, option), f"-{option}")
@@ -185,7 +192,8 @@ def convert(args: argparse.Namespace) -> None:
     source = cases("source_images", "source_labels", prefixes[0])
     target = cases("target_images", "target_labels", prefixes[1])
     test = cases("target_test_images", "target_test_labels", prefixes[1]) if args.target_test_images else []
-    ids = [case.identifier for case in source]
+    labelled = target if args.upper_bound else source
+    ids = [case.identifier for case in labelled]
     if args.folds is not None:
         splits, few = common.folds_of(ids, args.folds, args.seed), []
     else:
@@ -193,14 +201,16 @@ def convert(args: argparse.Namespace) -> None:
     target_splits = None
     if args.target_folds:
         target_splits = common.folds_of([case.identifier for case in target], args.target_folds, args.seed)
+    held_out = Group(args.target, test, "imagesTs", "labelsTs" if args.target_test_labels else None)
+    if args.upper_bound:
+        name, groups = f"{prefixes[1]}_upper_bound", [Group(args.target, target, "imagesTr", "labelsTr"), held_out]
+    else:
+        unlabelled = Group(args.target, target, "imagesTu", "labelsTs" if args.target_labels else None)
+        name = f"{prefixes[0]}2{prefixes[1]}"
+        groups = [Group(args.source, source, "imagesTr", "labelsTr"), unlabelled, held_out]
     common.write_dataset(
-        args.d, args.name or f"{prefixes[0]}2{prefixes[1]}",
-        [
-            Group(args.source, source, "imagesTr", "labelsTr"),
-            Group(args.target, target, "imagesTu", "labelsTs" if args.target_labels else None),
-            Group(args.target, test, "imagesTs", "labelsTs" if args.target_test_labels else None),
-        ],
-        list(structures), common.channel_names(args.channel, len(source[0].images)),
+        args.d, args.name or name, groups, list(structures),
+        common.channel_names(args.channel, len(labelled[0].images)), adaptation=not args.upper_bound,
         source_splits=splits, target_splits=target_splits, warnings=few, overwrite=args.overwrite, strict=args.strict,
         processes=args.np,
     )  # fmt: skip

@@ -190,6 +190,19 @@ def test_target_folds_for_own_data(data):
     assert len(json.loads((out / "splits_final.json").read_text())) == 2
 
 
+def test_the_upper_bound_learns_from_target_labels_alone(data, capsys):
+    assert "expected -target_labels to train on" in refused(capsys, data, "--upper_bound")
+    for i in range(3):
+        save(data / "tl" / f"a{i}.nii.gz", array=organs(1, 5))
+    test = {"target_test_images": str(data / "xi"), "target_test_labels": str(data / "xl")}
+    out = convert(data, "--upper_bound", target_labels=str(data / "tl"), **test)
+    assert out.name == "Dataset510_MR_upper_bound"
+    assert names(out / "labelsTr") == ["MR_a0", "MR_a1", "MR_a2"] and names(out / "labelsTs") == ["MR_b_1"]
+    assert not (out / "imagesTu").exists() and "uda" not in json.loads((out / "dataset.json").read_text())
+    splits = json.loads((out / "splits_final.json").read_text())
+    assert sorted(i for s in splits for i in s["val"]) == names(out / "labelsTr")
+
+
 def test_channel_called_ct(data, capsys):
     convert(data, channel="CT")
     assert "nnU-Net will clip and normalise every image" in capsys.readouterr().out
