@@ -16,6 +16,7 @@ from nnunet_uda.errors import UDAError
 
 METHODS = {
     "cisfa": "nnunet_uda.trainers.cisfa:CISFASettings",
+    "random_style": "nnunet_uda.trainers.random_style:RandomStyleSettings",
     "similarity_prototypes": "nnunet_uda.trainers.similarity_prototypes:SimilarityPrototypesSettings",
     "uuds": "nnunet_uda.trainers.uuds:UUDSSettings",
 }
@@ -28,6 +29,12 @@ class UDASettings:
 
     The segmenter's Adam is the papers' choice; nnU-Net's own SGD (``sgd``, learning rate 0.01) learned too slowly from
     translations that change under it (docs/results.md).
+
+    ``checkpoint_best`` follows ``checkpoint_criterion``: pseudo Dice on (translated) source validation patches, or what
+    ``nnunet_uda.evaluation.criteria`` measures once an epoch on always the same ``criterion_patches`` unlabelled target
+    patches (rounded up to whole batches; 0 measures nothing). A trainer that trains without target images opens none
+    for this either: there it is pseudo Dice. Every ``keep_every`` epochs (0: never) a checkpoint_epoch_XXXX.pth, with
+    the number of finished epochs, is kept.
     """
 
     num_epochs: int = 200
@@ -43,12 +50,21 @@ class UDASettings:
     mirror: bool = True
     foreground_oversampling: float = 0.33
     save_every: int = 10
+    keep_every: int = 0
+    checkpoint_criterion: Literal[
+        "pseudo_dice", "entropy", "foreground_entropy", "mutual_information", "agreement", "snd"
+    ] = "pseudo_dice"
+    criterion_patches: int = 32
     picture_every: int = 10
     seed: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("num_epochs", "iterations_per_epoch", "val_iterations_per_epoch", "save_every", "picture_every"):
             require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
+        for name in ("keep_every", "criterion_patches"):
+            require(getattr(self, name) >= 0, name, "at least 0", getattr(self, name))
+        if self.checkpoint_criterion != "pseudo_dice":
+            require(self.criterion_patches >= 1, "criterion_patches", "at least 1 for this checkpoint_criterion", 0)
         require(0 <= self.foreground_oversampling <= 1, "foreground_oversampling", "between 0 and 1")
         require(self.segmenter_learning_rate > 0, "segmenter_learning_rate", "positive")
 

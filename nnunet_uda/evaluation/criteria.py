@@ -7,6 +7,7 @@ can be fooled, since none has seen the truth: see each one's docstring.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ HIGHER_IS_BETTER = {
 }
 """The criteria that :class:`TargetCriteria` gathers, and which way each of them points."""
 
+GAMMA = 1.5
 SND_PIXELS = 512
 SND_TEMPERATURE = 0.05
 
@@ -143,6 +145,36 @@ def sample_pixels(probabilities: Tensor, number: int = SND_PIXELS, seed: int = 0
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(flat.shape[1], generator=generator)[:number]
     return flat[:, order.to(flat.device)]
+
+
+def change_looks(images: Tensor, gamma: float = GAMMA) -> Tensor:
+    """Gamma on the range of each image and channel, whose mean and deviation stay as they were: ``(B, C, *S)``.
+
+    1.5 is the strongest darkening of nnU-Net's own augmentation.
+    """
+    axes = tuple(range(2, images.ndim))
+    low, high = images.amin(axes, keepdim=True), images.amax(axes, keepdim=True)
+    changed = ((images - low) / (high - low).clamp(min=1e-6)) ** gamma
+    changed = (changed - changed.mean(axes, keepdim=True)) / changed.std(axes, keepdim=True).clamp(min=1e-6)
+    return changed * images.std(axes, keepdim=True) + images.mean(axes, keepdim=True)
+
+
+def look_twice(
+    predict: Callable[[Tensor], Tensor], images: Tensor, mirror_axes: Sequence[int] | None
+) -> tuple[Tensor, Tensor]:
+    """What :meth:`TargetCriteria.add` takes: softmax of images, and the segmentation of them darkened and mirrored.
+
+    The change is the same at every call, so that checkpoints are asked the same question. It is not two epochs of one
+    training that are compared: these agree ever more as the learning rate falls, whatever they have learnt.
+
+    Args:
+        predict: maps ``(B, C, *S)`` images to ``(B, K, *S)`` logits.
+        images: ``(B, C, *S)`` z-scored.
+        mirror_axes: spatial axes, from 0, along which the network was trained to be mirrored; None for no mirroring.
+    """
+    axes = [axis + 2 for axis in mirror_axes or ()]
+    again = predict(change_looks(images).flip(axes)).argmax(1).flip([axis - 1 for axis in axes])
+    return predict(images).float().softmax(1), again
 
 
 class TargetCriteria:

@@ -1,0 +1,128 @@
+"""Which epoch's weights become ``checkpoint_best``: by a criterion that needs no target label."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from acvl_utils.cropping_and_padding.bounding_boxes import crop_and_pad_nd
+from nnunetv2.training.dataloading.nnunet_dataset import nnUNetBaseDataset
+from torch import Tensor
+
+from nnunet_uda.evaluation.criteria import HIGHER_IS_BETTER, TargetCriteria, look_twice
+from nnunet_uda.settings import UDASettings
+
+
+class ModelChoice:
+    """The criteria of each epoch so far, and which epoch is the best by the chosen one.
+
+    Epochs are compared by the mean that nnU-Net takes of its pseudo Dice, 0.9 of the last mean and 0.1 of the epoch:
+    a single lucky epoch does not win. Everything follows from ``history``, which is all that a checkpoint needs.
+
+    Args:
+        settings: the shared settings ``checkpoint_criterion``, ``criterion_patches`` and ``keep_every``.
+    """
+
+    def __init__(self, settings: UDASettings) -> None:
+        self.settings = settings
+        self.history: dict[str, list[float]] = {}
+        self.patches: Tensor | None = None
+
+    def open_target(self, dataset: nnUNetBaseDataset, patch_size: Sequence[int], batch_size: int) -> None:
+        """Keep the target patches to measure on; without this call there is pseudo Dice alone."""
+        if self.settings.criterion_patches:
+            batches = -(-self.settings.criterion_patches // batch_size)
+            self.patches = fixed_patches(dataset, patch_size, batches * batch_size)
+
+    @property
+    def criterion(self) -> str:
+        """What ``checkpoint_best`` follows."""
+        return "pseudo_dice" if self.patches is None else self.settings.checkpoint_criterion
+
+    def add(self, pseudo_dice: float, predict: Callable[[Tensor], Tensor], **options: Any) -> dict[str, float]:
+        """Measure an epoch that has been validated; returns its criteria. ``options`` are those of ``criteria_on``."""
+        values = {"pseudo_dice": float(pseudo_dice)}
+        if self.patches is not None:
+            values |= criteria_on(self.patches, predict, **options)
+        for name, value in values.items():
+            self.history.setdefault(name, []).append(value)
+        return values
+
+    @property
+    def means(self) -> list[float]:
+        """Of the chosen criterion, one an epoch. An epoch where it is not defined (NaN) leaves the mean alone."""
+        mean, means = math.nan, []
+        for value in self.history.get(self.criterion, []):
+            mean = value if math.isnan(mean) else mean if math.isnan(value) else 0.9 * mean + 0.1 * value
+            means.append(mean)
+        return means
+
+    @property
+    def last_is_best(self) -> bool:
+        """Whether the last epoch is better than every one before; not where its mean is undefined."""
+        sign = 1 if HIGHER_IS_BETTER.get(self.criterion, True) else -1
+        *before, last = [sign * mean for mean in self.means]
+        return not math.isnan(last) and all(math.isnan(mean) or last > mean for mean in before)
+
+    def checkpoints(self) -> list[str]:
+        """Names of the checkpoints that are to be written after the last epoch."""
+        finished, every = len(self.means), self.settings.keep_every
+        names = ["checkpoint_best.pth"] if self.last_is_best else []
+        return names + ([f"checkpoint_epoch_{finished:04d}.pth"] if every and finished % every == 0 else [])
+
+
+def fixed_patches(dataset: nnUNetBaseDataset, patch_size: Sequence[int], number: int) -> Tensor:
+    """Always the same patches of a dataset, spread evenly over its cases and over the first axis of each.
+
+    Where they lie in the other axes is drawn, without touching any random state. No segmentation is looked at.
+
+    Args:
+        dataset: preprocessed cases.
+        patch_size: two numbers (a slice along the first axis) or three.
+        number: of patches, at least 1.
+
+    Returns:
+        ``(number, C, *patch_size)`` float32; zeros outside the images.
+    """
+    rng = np.random.default_rng(0)
+    cases = [dataset.identifiers[i * len(dataset.identifiers) // number] for i in range(number)]
+    size = [1, *patch_size][-3:]
+    patches = []
+    for index, case in enumerate(cases):
+        if index == 0 or case != cases[index - 1]:
+            data, rank = dataset.load_case(case)[0], 0
+        spare = [length - side for length, side in zip(data.shape[1:], size, strict=True)]
+        corner = [room // 2 if room < 0 else int(rng.integers(room + 1)) for room in spare]
+        if spare[0] > 0:
+            corner[0] = int((spare[0] + 1) * (rank + 0.5) / cases.count(case))
+        box = [[start, start + side] for start, side in zip(corner, size, strict=True)]
+        patches.append(torch.from_numpy(crop_and_pad_nd(data, box, 0)).float())
+        rank += 1
+    stacked = torch.stack(patches)
+    return stacked[:, :, 0] if len(patch_size) == 2 else stacked
+
+
+@torch.no_grad()
+def criteria_on(
+    patches: Tensor,
+    predict: Callable[[Tensor], Tensor],
+    *,
+    mirror_axes: Sequence[int] | None,
+    num_classes: int,
+    batch_size: int,
+    device: torch.device,
+) -> dict[str, float]:
+    """The criteria in ``HIGHER_IS_BETTER`` on ``patches``, two passes of the network over each.
+
+    Args:
+        patches: ``(N, C, *patch)`` z-scored.
+        predict: maps ``(batch_size, C, *patch)`` on ``device`` to logits ``(batch_size, num_classes, *patch)``.
+        mirror_axes: see ``look_twice``.
+    """
+    gathered = TargetCriteria(num_classes)
+    for part in patches.split(batch_size):
+        gathered.add(*look_twice(predict, part.to(device), mirror_axes))
+    return gathered.values()
