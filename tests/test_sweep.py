@@ -15,11 +15,13 @@ from conftest import make_raw_dataset
 from matplotlib.image import imread
 
 from nnunet_uda.commands import sweep
-from nnunet_uda.commands.sweep import Score, Value, find_target_test, find_trainer, plan_runs, write_tables
+from nnunet_uda.commands.sweep import Value, plan_runs, write_tables
 from nnunet_uda.errors import UDAError
 from nnunet_uda.evaluation.metrics import evaluate_folder
+from nnunet_uda.evaluation.runs import Labels
 from nnunet_uda.evaluation.sweep_plot import OverSeeds, over_seeds
 from nnunet_uda.evaluation.tables import Volume
+from nnunet_uda.experiments.job import Score, TargetTest, find_target_test, find_trainer, lay_out_images
 
 DATASET = "Dataset501_Blobs"
 LABELS = {"left": 1, "right": 2}
@@ -32,7 +34,8 @@ def start(out: Path, *options: str, plans: str = "tiny", trainer: str = "SourceO
 def calls(out: Path) -> dict[str, list[str]]:
     """The commands of each run so far, from its log."""
     logs = {path.parent.name: path.read_text() for path in (out / "runs").glob("*/log.txt")}
-    return {name: re.findall(r"^\$ nnUNetv2_(\w+)", text, re.M) for name, text in logs.items()}
+    wanted = r"^\$ nnUNetUDA_(train)|^\[.+\] (predict)ing"
+    return {name: ["".join(words) for words in re.findall(wanted, text, re.M)] for name, text in logs.items()}
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:
@@ -69,7 +72,7 @@ def test_a_sweep_goes_on_where_it_stopped_and_a_failing_run_stops_no_other(in_wo
         assert float(row["validation_pseudo_dice"]) == pytest.approx(logging["mean_fg_dice"][-1])
     assert imread(out / "sweep.png").std() > 0
     text = (out / "sweep.md").read_text()
-    assert sweep.WARNING in text and sweep.PSEUDO_DICE in text and f"- {bad}: nnUNetv2_train ended with" in text
+    assert sweep.WARNING in text and sweep.PSEUDO_DICE in text and f"- {bad}: ERROR: the loss term" in text
 
     results = tmp_path / "results" / DATASET
     fold = results / f"SourceOnlyTrainer__{base}__2d" / "fold_0"
@@ -123,7 +126,7 @@ def test_bad_sweeps_are_refused_before_anything_is_written(in_workspace, tmp_pat
 
 
 def test_nothing_made_otherwise_is_taken_for_a_part_of_the_sweep(in_workspace, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sweep.Sweeper, "finish", lambda self, run: pytest.fail("nothing must be trained"))
+    monkeypatch.setattr(sweep, "run_jobs", lambda *_: pytest.fail("nothing must be trained"))
     plans = in_workspace.preprocessed / DATASET / "tiny_mirror_false_seed_7.json"
     vary = ("-vary", "mirror", "false")
 
@@ -207,8 +210,8 @@ def test_tables_against_values_by_hand(tmp_path):
     sweeps = {"method.setting": [Value(0.7, "0.7", False, ["a_1", "a_2"]), Value(0.9, "0.9", True, ["b_1", "b_2"])]}
     runs = {f"{letter}_{seed}": sweep.Run(f"{letter}_{seed}", {}, seed) for seed in (1, 2) for letter in "ab"}
     setup = {"dataset": DATASET, "configuration": "2d", "fold": "0", "trainer": "T", "plans": "P"}
-    labels = sweep.Labels(LABELS, None, ".nii.gz")
-    test = sweep.TargetTest(["x", "y"], tmp_path, labels, None)
+    labels = Labels(LABELS, None, ".nii.gz")
+    test = TargetTest(["x", "y"], tmp_path, labels, None)
     points = write_tables(tmp_path, setup, test, sweeps, runs, scores, {"b_2": "it broke (log: L)"})["method.setting"]
 
     root = math.sqrt(0.02)  # deviation of two values that differ by 0.2: 0.2 / sqrt(2)
@@ -257,15 +260,18 @@ def test_a_fold_protocol_predicts_exactly_the_folds_test_images(tmp_path, monkey
 
     test = find_target_test(raw, "1")
     assert (test.cases, test.fold) == (["ct_Tu01"], 1)
-    sweeper = sweep.Sweeper({"dataset": DATASET}, tmp_path / "out", test, "cpu", 1)
+    folder = tmp_path / "out" / "images"
+    folder.mkdir(parents=True)
+    (folder / "ct_Tu02_0000.nii.gz").touch()
     for _ in range(2):
-        sweeper.lay_out_images()
-        assert [path.name for path in sweeper.images.iterdir()] == ["ct_Tu01_0000.nii.gz"]
+        assert lay_out_images(raw, test, folder) == folder
+        assert [path.name for path in folder.iterdir()] == ["ct_Tu01_0000.nii.gz"]
+    assert lay_out_images(raw, TargetTest(["x"], raw, test.labels, None), folder) == raw / "imagesTs"
 
 
 def test_test_images_and_references_must_belong_together(tmp_path):
     raw = make_raw_dataset(tmp_path, num_source=2, num_target=1, num_test=2, size=(2, 6, 6))
-    assert find_target_test(raw, "0")[0::3] == (["ct_Ts00", "ct_Ts01"], None)
+    assert (find_target_test(raw, "0").cases, find_target_test(raw, "0").fold) == (["ct_Ts00", "ct_Ts01"], None)
     image = raw / "imagesTs" / "ct_Ts01_0000.nii.gz"
     image.rename(tmp_path / image.name)
     with pytest.raises(UDAError, match=r"no image in .*imagesTs for the reference\(s\) ct_Ts01"):

@@ -9,27 +9,21 @@ import hashlib
 import math
 import os
 import re
-import shlex
-import shutil
-import signal
-import subprocess
-import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from nnunet_uda.commands import fold_images
 from nnunet_uda.commands.configure import parse_assignment
-from nnunet_uda.commands.trainers import trainers_folder
-from nnunet_uda.data.convention import SPLITS_TARGET, case_files, environment_folder, read_json
+from nnunet_uda.data.convention import SPLITS_TARGET, environment_folder, read_json
 from nnunet_uda.errors import UDAError, command
-from nnunet_uda.evaluation.metrics import METRICS, evaluate_folder, list_cases
-from nnunet_uda.evaluation.report import DIGITS, jsonable, markdown_table
-from nnunet_uda.evaluation.runs import Labels, cases_of_folds, find_raw_dataset, read_labels
+from nnunet_uda.evaluation.metrics import METRICS
+from nnunet_uda.evaluation.report import DIGITS, markdown_table
+from nnunet_uda.evaluation.runs import find_raw_dataset
 from nnunet_uda.evaluation.sweep_plot import OverSeeds, Point, draw_sweeps, over_seeds
-from nnunet_uda.evaluation.tables import MEAN, Volume, summarise
+from nnunet_uda.evaluation.tables import MEAN, summarise
+from nnunet_uda.experiments.engines import add_engine_arguments, make_engine, run_jobs
+from nnunet_uda.experiments.job import Job, Score, TargetTest, find_target_test, find_trainer, lay_out_images
 from nnunet_uda.files import exclusive, whole_file, write_json
 from nnunet_uda.plans import check_uda, derive_plans, merge_uda
 from nnunet_uda.settings import UDASettings, parse_settings, split_settings
@@ -70,23 +64,6 @@ class Value:
     runs: list[str]
 
 
-class TargetTest(NamedTuple):
-    """The target's test cases; ``fold`` is that of ``splits_target.json``, or None where they lie in ``imagesTs``."""
-
-    cases: list[str]
-    reference: Path
-    labels: Labels
-    fold: int | None
-
-
-@dataclass(frozen=True)
-class Score:
-    """What the tables show of one run: scores of each test case, and the last epoch's validation pseudo Dice."""
-
-    volumes: list[Volume]
-    pseudo_dice: float
-
-
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="nnUNetUDA_sweep",
@@ -111,6 +88,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("-device", default="cuda", help="device of training and prediction: cpu, cuda or mps [cuda]")
     parser.add_argument("-np", type=int, default=min(8, os.cpu_count() or 1), help="processes that score predictions "
                         "[%(default)s]")  # fmt: skip
+    add_engine_arguments(parser)
     arguments = parser.parse_args(argv)
     if arguments.f != "all" and not arguments.f.isdigit():
         raise UDAError(f"-f takes a fold's number or 'all', found {arguments.f!r}")
@@ -123,26 +101,6 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 # --- what to train ---------------------------------------------------------------------------------------------------
-
-
-def find_trainer(name: str) -> type:
-    """The trainer class, found as ``nnUNetv2_train`` will find it.
-
-    Raises:
-        UDAError: no such trainer, or one that does not read the settings in the plans.
-    """
-    from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
-
-    from nnunet_uda.training.uda_trainer import UDATrainer
-
-    os.environ.setdefault("nnUNet_extTrainer", str(trainers_folder()))
-    try:
-        trainer = recursive_find_trainer_class_by_name(name)
-    except RuntimeError as error:
-        raise UDAError(f"-tr {name}: {error}") from error
-    if not issubclass(trainer, UDATrainer):
-        raise UDAError(f"-tr {name}: it does not read the settings under 'uda' in the plans, so none can be varied")
-    return trainer
 
 
 def settings_in_force(trainer: type, uda: dict[str, Any], where: str) -> dict[str, Any]:
@@ -225,30 +183,6 @@ def _safe(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9.+-]", "-", text)
 
 
-def find_target_test(raw: Path, fold: str) -> TargetTest:
-    """The target's test cases: those of ``imagesTs``, or in a fold protocol the fold's ``val``.
-
-    Raises:
-        UDAError: no test image, or test images and references that do not belong together.
-    """
-    labels = read_labels(raw / "dataset.json")
-    images, reference, splits = raw / "imagesTs", raw / "labelsTs", raw / SPLITS_TARGET
-    cases, test_fold = sorted(case_files(images, labels.file_ending)), None
-    if not cases:
-        if not splits.exists() or fold == "all":
-            raise UDAError(f"{images} holds no image, and fold {fold} has no test images in {splits} either: a sweep "
-                           "needs target images that the runs are not trained on, and their labels")  # fmt: skip
-        test_fold = int(fold)
-        cases = cases_of_folds(splits, [test_fold])[test_fold]
-    references = set(list_cases(reference, labels.file_ending))
-    missing, extra = sorted(set(cases) - references), sorted(references - set(cases))
-    if missing:
-        raise UDAError(f"no reference in {reference} for the test case(s) {', '.join(missing[:10])}: add it")
-    if extra and test_fold is None:
-        raise UDAError(f"no image in {images} for the reference(s) {', '.join(extra[:10])}: none is left out silently")
-    return TargetTest(cases, reference, labels, test_fold)
-
-
 def check_ground(runs: dict[str, Run], out: Path, setup: dict[str, Any]) -> None:
     """Refuse to go on from anything that was made otherwise, before anything is written or trained.
 
@@ -278,108 +212,6 @@ def check_ground(runs: dict[str, Run], out: Path, setup: dict[str, Any]) -> None
                     f"{path} exists, and differs from what {setup['plans']} now gives: those plans have changed, or "
                     "the name was taken. Sweep plans of another name, or remove that file and the results trained by it"
                 )
-
-
-# --- training, predicting, scoring -----------------------------------------------------------------------------------
-
-
-class Sweeper:
-    """Brings runs to their scores, each from where it stands."""
-
-    def __init__(self, setup: dict[str, Any], out: Path, test: TargetTest, device: str, num_processes: int) -> None:
-        self.setup, self.out, self.test, self.device, self.num_processes = setup, out, test, device, num_processes
-        self.images = environment_folder("nnUNet_raw") / setup["dataset"] / "imagesTs"
-        scripts = str(Path(sys.executable).parent)
-        self.environment = {**os.environ, "PATH": os.pathsep.join([scripts, os.environ["PATH"]])}
-
-    def lay_out_images(self) -> None:
-        """In a fold protocol: exactly the fold's test images, in a folder of their own."""
-        if self.test.fold is not None:
-            self.images = self.out / "images"
-            shutil.rmtree(self.images, ignore_errors=True)
-            fold_images.main(["-d", self.setup["dataset"], "-f", str(self.test.fold), "-o", str(self.images)])
-
-    def finish(self, run: Run) -> Score:
-        """Train, predict and score what is missing.
-
-        Raises:
-            UDAError: if a command fails or predictions cannot be scored.
-        """
-        from nnunetv2.utilities.file_path_utilities import get_output_folder
-
-        setup, folder = self.setup, self.out / "runs" / run.name
-        folder.mkdir(parents=True, exist_ok=True)
-        trained = Path(
-            get_output_folder(setup["dataset"], setup["trainer"], run.name, setup["configuration"], setup["fold"])
-        )
-        checkpoint = trained / "checkpoint_final.pth"
-        shared = ("-tr", setup["trainer"], "-p", run.name, "-device", self.device)
-        with exclusive(trained):
-            if not checkpoint.exists():
-                more = ["--c"] if (trained / "checkpoint_latest.pth").exists() else []
-                self.call(folder, "nnUNetv2_train", setup["dataset"], setup["configuration"], setup["fold"], *shared,
-                          *more)  # fmt: skip
-        predictions, origin = folder / "predictions", {"checkpoint": _stamp(checkpoint)}
-        if not self.is_whole(predictions, origin):
-            partial = folder / "predictions.partial"
-            for stale in (partial, predictions):
-                shutil.rmtree(stale, ignore_errors=True)
-            self.call(folder, "nnUNetv2_predict", "-i", str(self.images), "-o", str(partial), "-d", setup["dataset"],
-                      "-c", setup["configuration"], "-f", setup["fold"], *shared, "-npp", "0", "-nps", "0",
-                      "--disable_progress_bar")  # fmt: skip
-            write_json(origin, partial / "made_from.json")
-            partial.rename(predictions)
-        return self.score(folder / "score.json", predictions, checkpoint, origin)
-
-    def is_whole(self, predictions: Path, origin: dict[str, Any]) -> bool:
-        """Whether every case is there and comes from the present checkpoint."""
-        if not (predictions / "made_from.json").exists() or read_json(predictions / "made_from.json") != origin:
-            return False
-        return all((predictions / f"{case}{self.test.labels.file_ending}").exists() for case in self.test.cases)
-
-    def score(self, path: Path, predictions: Path, checkpoint: Path, origin: dict[str, Any]) -> Score:
-        """The run's scores, kept in ``path`` until checkpoint or references change."""
-        import torch
-
-        cases, reference, labels, _ = self.test
-        references = {case: _stamp(reference / f"{case}{labels.file_ending}") for case in cases}
-        origin = origin | {"references": references}
-        content = read_json(path) if path.exists() else {}
-        if content.get("made_from") != origin:
-            metrics = evaluate_folder(
-                reference, predictions, labels.structures, labels.file_ending, cases, labels.ignore, self.num_processes
-            )
-            logging = torch.load(checkpoint, map_location="cpu", weights_only=False)["logging"]
-            pseudo_dice = float(logging["mean_fg_dice"][-1])
-            content = jsonable({"made_from": origin, "validation_pseudo_dice": pseudo_dice, "metrics": metrics})
-            write_json(content, path)
-        volumes = [Volume(case, {s: {m: _nan(value) for m, value in scores.items()} for s, scores in by.items()})
-                   for case, by in content["metrics"].items()]  # fmt: skip
-        return Score(volumes, _nan(content["validation_pseudo_dice"]))
-
-    def call(self, folder: Path, *words: str) -> None:
-        """Run a command, with its output at the end of the run's log."""
-        log = folder / "log.txt"
-        with open(log, "a+", encoding="utf-8", errors="replace") as file:
-            file.write(f"$ {shlex.join(words)}\n")
-            file.flush()
-            start = file.tell()
-            done = subprocess.run(words, env=self.environment, stdout=file, stderr=subprocess.STDOUT, check=False)
-            file.seek(start)
-            lines = [line.strip() for line in file if line.strip()]
-        if done.returncode != 0:
-            errors = [line for line in lines if re.match(r"ERROR:|[\w.]*(Error|Exception)\b", line)]
-            last = (errors or lines or ["it said nothing"])[-1]
-            raise UDAError(f"{words[0]} ended with status {done.returncode} (log: {log}): {last}")
-
-
-def _stamp(path: Path) -> list[int]:
-    stat = path.stat()
-    return [stat.st_size, stat.st_mtime_ns]
-
-
-def _nan(value: float | None) -> float:
-    return math.nan if value is None else value
 
 
 # --- tables ----------------------------------------------------------------------------------------------------------
@@ -477,16 +309,6 @@ def _rows(sweeps: dict[str, list[Value]]) -> Iterator[tuple[str, Value, str]]:
     return ((setting, value, name) for setting, values in sweeps.items() for value in values for name in value.runs)
 
 
-@contextmanager
-def _ended_by_sigterm() -> Iterator[None]:
-    """SIGTERM raises ``SystemExit``, so that the command under way ends too: a new start would not be alone with it."""
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
 @command
 def main(argv: list[str] | None = None) -> None:
     arguments = parse_arguments(argv)
@@ -506,20 +328,19 @@ def main(argv: list[str] | None = None) -> None:
 
     scores: dict[str, Score] = {}
     failed: dict[str, str] = {}
-    with exclusive(out), _ended_by_sigterm():
+    engine = make_engine(arguments, out)
+    with exclusive(out):
         write_json(setup, out / SWEEP)
         for run in runs.values():
             write_json(run.plans, path.with_name(f"{run.name}.json"))
-        sweeper = Sweeper(setup, out, test, arguments.device, arguments.np)
-        sweeper.lay_out_images()
-        for number, run in enumerate(runs.values(), 1):
-            print(f"[{number}/{len(runs)}] {run.name} (log: {out / 'runs' / run.name / 'log.txt'})", flush=True)
-            try:
-                scores[run.name] = sweeper.finish(run)
-            except UDAError as error:
-                failed[run.name] = str(error)
-                print(f"FAILED: {error}", flush=True)
-            points = write_tables(out, setup, test, sweeps, runs, scores, failed)
+        images = lay_out_images(raw, test, out / "images")
+        jobs = [
+            Job(run.name, out / "runs" / run.name, raw.name, arguments.c, arguments.f, arguments.tr, run.name, test,
+                images, arguments.device, arguments.np)
+            for run in runs.values()
+        ]  # fmt: skip
+        run_jobs(engine, jobs, scores, failed, lambda: write_tables(out, setup, test, sweeps, runs, scores, failed))
+        points = write_tables(out, setup, test, sweeps, runs, scores, failed)
         title = f"{arguments.tr} on {raw.name}, plans {arguments.p}, fold {arguments.f}"
         seeds = len(next(iter(sweeps.values()))[0].runs)
         bars = f" Error bars: sample standard deviation over {seeds} seeds." if seeds > 1 else ""

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from nnunet_uda.training.distributed import global_sum
+
 
 def boundary_loss(probabilities: Tensor, label: Tensor, width: int = 1) -> Tensor:
     """1 - Dice between the soft boundaries of prediction and label, averaged over the foreground classes.
@@ -13,7 +15,7 @@ def boundary_loss(probabilities: Tensor, label: Tensor, width: int = 1) -> Tenso
     Boundaries come from pooling, so that they are differentiable, as in Bokhovkin and Burnaev 2019 (Boundary Loss for
     Remote Sensing Imagery Semantic Segmentation). Theirs is the inner rim and their score the boundary F1 with a
     tolerance; here it is the morphological gradient, maximum minus minimum of a window, whose thickness is the
-    tolerance, and the score is Dice, summed over the batch. The edge of the patch is no boundary.
+    tolerance, and the score is Dice, summed over the batch of all processes. The edge of the patch is no boundary.
 
     A class without a boundary in the batch's labels takes no part: its Dice would be 0 however little is predicted.
 
@@ -29,10 +31,10 @@ def boundary_loss(probabilities: Tensor, label: Tensor, width: int = 1) -> Tenso
     predicted = _soft_boundary(probabilities[:, 1:].float(), width)
     expected = _soft_boundary((label == classes).float(), width)
     axes = (0, *range(2, label.ndim))
-    length = expected.sum(axes)
+    length = global_sum(expected.sum(axes))
     takes_part = length > 0
-    total = predicted.sum(axes) + length
-    dice = 2 * (predicted * expected).sum(axes) / torch.where(takes_part, total, 1)
+    total = global_sum(predicted.sum(axes)) + length
+    dice = 2 * global_sum((predicted * expected).sum(axes)) / torch.where(takes_part, total, 1)
     return ((1 - dice) * takes_part).sum() / takes_part.sum().clamp(min=1)
 
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from nnunet_uda.training.distributed import global_sum
+
 
 def soft_dice_loss(logits: Tensor, target: Tensor, include_background: bool = False, smooth: float = 1e-5) -> Tensor:
     """1 - Dice, with Dice = (2 sum(p y) + smooth) / (sum(p) + sum(y) + smooth) per class, p = softmax of the logits.
 
-    The sums run over the whole batch and all positions (batch Dice); the classes are then averaged with equal shares.
+    The sums run over the whole batch (of all processes) and all positions, batch Dice; the classes are then averaged
+    with equal shares.
     A class that the batch's target lacks counts as every other: loss 0 where its probabilities sum to nothing, up to 1
     (with hardly any gradient) where they sum to far more than ``smooth``; never NaN.
 
@@ -27,7 +30,7 @@ def soft_dice_loss(logits: Tensor, target: Tensor, include_background: bool = Fa
     probabilities = logits.float().softmax(dim=1)
     reference = torch.zeros_like(probabilities, dtype=torch.bool).scatter_(1, target.long(), True)
     axes = (0, *range(2, logits.ndim))
-    overlap = (probabilities * reference).sum(axes)
-    total = probabilities.sum(axes) + reference.sum(axes)
+    overlap = global_sum((probabilities * reference).sum(axes))
+    total = global_sum(probabilities.sum(axes) + reference.sum(axes))
     dice = (2 * overlap + smooth) / (total + smooth)
     return 1 - (dice if include_background else dice[1:]).mean()

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nnunet_uda.errors import UDAError
+from nnunet_uda.training.distributed import gather_rows
 
 
 class GlobalContrastiveLoss(nn.Module):
@@ -28,7 +29,7 @@ class GlobalContrastiveLoss(nn.Module):
         self.temperature = temperature
 
     def forward(self, z_source: Tensor, z_translated: Tensor) -> Tensor:
-        """Loss over all 2t vectors; row i of both arguments comes from the same image.
+        """Loss over all 2t vectors, of all processes; row i of both arguments comes from the same image.
 
         Args:
             z_source: [t, C] float, projected features of the source images; L2-normalised here.
@@ -38,7 +39,8 @@ class GlobalContrastiveLoss(nn.Module):
             Scalar, float32, also under autocast; 0 with a graph where t is 0, and 0 where t is 1 (no negatives).
         """
         with torch.autocast(z_source.device.type, enabled=False):
-            z = F.normalize(torch.cat((z_source, z_translated)).float(), dim=1)
+            z = torch.cat((gather_rows(z_source.float()), gather_rows(z_translated.float())))
+            z = F.normalize(z, dim=1)
             count = z.shape[0]
             if count == 0:
                 return z.sum()

@@ -9,10 +9,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nnunet_uda.errors import UDAError
+from nnunet_uda.training.distributed import gather_rows, global_mean
 
 
 class PrototypeDictionary(nn.Module):
@@ -53,8 +54,7 @@ class PrototypeDictionary(nn.Module):
         """
         num_classes, capacity, _ = self.entries.shape
         prototypes, classes = prototypes.to(self.entries), classes.to(self.count)
-        if distributed.is_available() and distributed.is_initialized():
-            prototypes, classes = _gather_rows(prototypes, classes)
+        prototypes, classes = gather_rows(prototypes), gather_rows(classes)
         belongs = classes[:, None] == torch.arange(num_classes, device=classes.device)
         new = belongs.sum(dim=0)
         earlier = belongs.cumsum(dim=0).gather(1, classes[:, None])[:, 0] - 1  # of the same class in this call
@@ -112,7 +112,7 @@ def prototype_contrastive_loss(
 
     s_d(c, j) is the mean of the top-k cosines between prototype c and the entries of class j in dictionary d; j runs
     over the classes with entries there. A pair (c, d) counts where d has entries of c's own class and of another one;
-    the loss is the mean over the pairs that count. The gradient reaches the prototypes only.
+    the loss is the mean over the pairs that count, of all processes. The gradient reaches the prototypes only.
 
     Args:
         prototypes: [N, D] float.
@@ -132,21 +132,4 @@ def prototype_contrastive_loss(
             counts = filled[classes] & (filled.sum() >= 2)
             losses.append(F.cross_entropy(logits[counts], classes[counts].long(), reduction="none"))
         pairs = torch.cat(losses)
-        return pairs.mean() if len(pairs) else pairs.sum()
-
-
-def _gather_rows(prototypes: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
-    """Prototypes [N, D] and classes [N] of all ranks, one rank after the other; N may differ."""
-    world = range(distributed.get_world_size())
-    number = torch.tensor([len(classes)], device=classes.device)
-    numbers = [torch.empty_like(number) for _ in world]
-    distributed.all_gather(numbers, number)
-    sizes = [int(n) for n in numbers]
-    gathered = []
-    for rows in (prototypes, classes):
-        padded = rows.new_zeros(max(sizes), *rows.shape[1:])
-        padded[: len(rows)] = rows
-        parts = [torch.empty_like(padded) for _ in world]
-        distributed.all_gather(parts, padded)
-        gathered.append(torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)]))
-    return gathered[0], gathered[1]
+        return global_mean(pairs.sum(), torch.tensor(len(pairs), device=pairs.device))

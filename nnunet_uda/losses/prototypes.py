@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from nnunet_uda.training.distributed import global_mean
+
 IGNORED = -1
 """The label of a position that belongs to no class."""
 
@@ -71,8 +73,8 @@ def class_prototypes(
 def intra_class_loss(embedding: Tensor, labels: Tensor, prototypes: Tensor, present: Tensor) -> Tensor:
     """L_sc: mean of 1 - cos(embedding, own prototype), own meaning of the same image and class.
 
-    The mean runs over all labelled positions of the batch whose class has a prototype in their image, each with the
-    same share. The gradient reaches both the embedding and the prototypes.
+    The mean runs over all labelled positions of the batch, of all processes, whose class has a prototype in their
+    image, each with the same share. The gradient reaches both the embedding and the prototypes.
 
     Args:
         embedding: [B, D, *map] float.
@@ -88,13 +90,14 @@ def intra_class_loss(embedding: Tensor, labels: Tensor, prototypes: Tensor, pres
         lengths = vectors.norm(dim=1, keepdim=True).clamp(min=1e-12)
         cosines = torch.einsum("bkd,bdp->bkp", prototypes.float(), vectors) / lengths
         own = _class_masks(labels, present.shape[1]) & present[..., None]
-        return ((1 - cosines) * own).sum() / own.sum().clamp(min=1)
+        return global_mean(((1 - cosines) * own).sum(), own.sum())
 
 
 def inter_class_loss(prototypes: Tensor, present: Tensor) -> Tensor:
     """L_dc: mean of relu(cos) over the pairs of different classes present in the same image.
 
-    Prototypes of different images are never compared. All pairs of the batch have the same share.
+    Prototypes of different images are never compared. All pairs of the batch (of all processes) have the same
+    share.
 
     Args:
         prototypes: [B, K, D] float, of :func:`class_prototypes`.
@@ -107,7 +110,7 @@ def inter_class_loss(prototypes: Tensor, present: Tensor) -> Tensor:
         prototypes = prototypes.float()
         cosines = torch.einsum("bkd,bjd->bkj", prototypes, prototypes)
         pairs = (present[:, :, None] & present[:, None, :]).triu(diagonal=1)
-        return (cosines.relu() * pairs).sum() / pairs.sum().clamp(min=1)
+        return global_mean((cosines.relu() * pairs).sum(), pairs.sum())
 
 
 def _class_masks(labels: Tensor, num_classes: int) -> Tensor:

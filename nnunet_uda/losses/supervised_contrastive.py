@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from nnunet_uda.training.distributed import gather_rows
+
 
 def supervised_contrastive_loss(
     vectors: Tensor, labels: Tensor, temperature: float = 0.07, negatives: str = "all", reduction: str = "mean"
@@ -15,7 +17,8 @@ def supervised_contrastive_loss(
     .. math:: \sum_i \frac{-1}{|P(i)|} \sum_{p \in P(i)}
         \log \frac{\exp(z_i \cdot z_p / \tau)}{\sum_{a \in A(i)} \exp(z_i \cdot z_a / \tau)}
 
-    P(i) are the others with i's label, A(i) all others. An i without any P(i) is skipped.
+    i runs over the batch, of all processes. P(i) are the others with i's label, A(i) all others. An i without any P(i)
+    is skipped.
 
     Args:
         vectors: [B, C] float; L2-normalised here.
@@ -30,14 +33,15 @@ def supervised_contrastive_loss(
         Scalar, float32, also under autocast; 0 with a graph where no i counts.
     """
     with torch.autocast(vectors.device.type, enabled=False):
-        z = F.normalize(vectors.float(), dim=1)
+        vectors, labels = gather_rows(vectors.float()), gather_rows(labels)
+        z = F.normalize(vectors, dim=1)
         same = labels[:, None] == labels[None]
         itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
         positive = same & ~itself
         among = ~same if negatives == "other" else ~itself
         counts = positive.any(1) & among.any(1)
         if not counts.any():
-            return vectors.float().sum() * 0
+            return vectors.sum() * 0
         similarity = z @ z.T / temperature
         total = similarity.masked_fill(~among, float("-inf"))[counts].logsumexp(1)
         of_positives = (similarity * positive)[counts].sum(1) / positive[counts].sum(1)

@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from nnunet_uda.training.distributed import global_sum
+
 EPSILON = 1e-9
 SMOOTH = 1e-5
 
@@ -48,7 +50,7 @@ def certain_pseudo_label(probabilities: Tensor, threshold: float, form: str = "e
 def uncertain_segmentation_loss(logits: Tensor, threshold: float = 0.2, form: str = "entropy") -> Tensor:
     """L_useg (eq. 8): Dice of the prediction with its own pseudo label, inside the certain mask only.
 
-    Sums run over the batch and all certain positions; classes without certain foreground are left out.
+    Sums run over the batch of all processes and all certain positions; classes without certain foreground are left out.
 
     Args:
         logits: [B, C, *S] float, before softmax; class 0 is the background, which takes no part.
@@ -63,7 +65,7 @@ def uncertain_segmentation_loss(logits: Tensor, threshold: float = 0.2, form: st
         label, mask = certain_pseudo_label(probabilities, threshold, form)
         axes = (0, *range(2, logits.ndim))
         label, predicted = (label * mask)[:, 1:], (probabilities * mask)[:, 1:]
-        size = label.sum(axes)
-        dice = (2 * (label * predicted).sum(axes) + SMOOTH) / (size + predicted.sum(axes) + SMOOTH)
+        size, overlap = global_sum(label.sum(axes)), global_sum((label * predicted).sum(axes))
+        dice = (2 * overlap + SMOOTH) / (size + global_sum(predicted.sum(axes)) + SMOOTH)
         present = (size > 0).float()
         return ((1 - dice) * present).sum() / present.sum().clamp(min=1)

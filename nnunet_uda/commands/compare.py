@@ -1,0 +1,418 @@
+"""``nnUNetUDA_compare``: methods x directions x folds x seeds, trained and scored, to one table and a plot."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from nnunet_uda.commands.sweep import settings_in_force
+from nnunet_uda.data.convention import environment_folder, read_json
+from nnunet_uda.errors import UDAError, command
+from nnunet_uda.evaluation.compare_plot import Bar, draw_comparison
+from nnunet_uda.evaluation.metrics import METRICS
+from nnunet_uda.evaluation.report import DIGITS, jsonable, markdown_table
+from nnunet_uda.evaluation.runs import find_raw_dataset
+from nnunet_uda.evaluation.sweep_plot import OverSeeds, over_seeds
+from nnunet_uda.evaluation.tables import MEAN, gap_closed, summarise
+from nnunet_uda.experiments.engines import add_engine_arguments, make_engine, run_jobs
+from nnunet_uda.experiments.job import Job, Score, find_target_test, find_trainer, lay_out_images
+from nnunet_uda.files import exclusive, whole_file, write_json
+from nnunet_uda.plans import check_uda, derive_plans, merge_uda
+
+SETUP = "setup.json"
+LOWER, UPPER = "lower bound", "upper bound"
+RULES = (
+    "Every run's figure is the mean over structures and then over test cases, as in nnUNetUDA_evaluate; below, mean "
+    "± sample standard deviation over runs (folds and seeds). ASSD is undefined, and missing from its mean, where "
+    "exactly one of prediction and reference is empty: such distances are counted beside it.",
+    "Gap closed: (run - lower) / (upper - lower) of the Dice, with the means of both bounds over all their runs on the "
+    "same dataset and fold, so that the deviation is that of the runs and not of the bounds.",
+    "Training time is the sum of the epochs' (validation included; without preparation, pictures and the final "
+    "validation). Memory is the peak of the training's main process, resident; and allocated on the CUDA device where "
+    "there is one. Neither says much where runs shared a machine.",
+    "These are test scores: no setting, method or checkpoint is to be chosen by them without saying so.",
+)
+
+
+@dataclass(frozen=True)
+class Method:
+    """A trainer on one target test: ``dataset`` is what it trains on, ``test`` whose target images it is tested on."""
+
+    label: str
+    trainer: str
+    dataset: str
+    test: str
+
+
+@dataclass(frozen=True)
+class Row:
+    """One run: a job, and the row of the table that it belongs to."""
+
+    method: Method
+    fold: str
+    seed: int | None
+    job: Job
+
+
+@dataclass(frozen=True)
+class Cells:
+    """A method on one test: every figure over its finished runs, and what is missing."""
+
+    method: Method
+    figures: dict[str, OverSeeds]
+    undefined: int
+    done: int
+    planned: int
+
+
+FIGURES = ("Dice", "ASSD", "gap", "seconds", "memory", "device_memory")
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="nnUNetUDA_compare",
+        description="Train every trainer on every dataset, fold and seed, predict the target's test images, score "
+        "them, and write compare.md, compare.csv, compare.json and compare.png. The same command again goes on where "
+        "it stopped, and may name more trainers, datasets, folds or seeds. A run that fails is listed with its log, "
+        "and stops no other.",
+        epilog="Example: nnUNetUDA_compare -d 501 502 -tr CISFATrainer SimilarityPrototypesTrainer -f 0 -seeds 0 1 2 "
+        "-p nnUNetPlansShort -lower SourceOnlyTrainer -upper SupervisedTrainer:511 SupervisedTrainer:512 -o compared",
+    )
+    parser.add_argument("-d", nargs="+", required=True, help="dataset ids or names, one for each direction or task")
+    parser.add_argument("-tr", nargs="+", required=True, help="trainers")
+    parser.add_argument("-p", required=True, help="plans of this name in every dataset (nnUNetUDA_configure)")
+    parser.add_argument("-c", default="2d", help="configuration [2d]")
+    parser.add_argument("-f", nargs="+", default=["0"], help="folds; where imagesTs is empty, the fold's 'val' in "
+                        "splits_target.json is the test [0]")  # fmt: skip
+    parser.add_argument("-seeds", nargs="+", type=int, help="train with each seed, in plans named PLANS_seed_N [the "
+                        "plans as they are]")  # fmt: skip
+    bound = (
+        "TRAINER or TRAINER:DATASET, what to train it on [that of -d]; one for all -d, or one for each in their order"
+    )
+    parser.add_argument("-lower", nargs="+", default=[], metavar="TRAINER[:DATASET]", help=f"lower bound: {bound}")
+    parser.add_argument("-upper", nargs="+", default=[], metavar="TRAINER[:DATASET]", help=f"upper bound: {bound}")
+    parser.add_argument("-o", type=Path, required=True, help="output folder: new, empty, or of this command before")
+    parser.add_argument("-device", default="cuda", help="device of training and prediction: cpu, cuda or mps [cuda]")
+    parser.add_argument("-np", type=int, default=min(8, os.cpu_count() or 1), help="processes that score a run's "
+                        "predictions [%(default)s]")  # fmt: skip
+    add_engine_arguments(parser)
+    arguments = parser.parse_args(argv)
+    for name in ("d", "tr", "f", "seeds"):
+        values = getattr(arguments, name) or []
+        if len(set(values)) != len(values):
+            raise UDAError(f"-{name}: a value is given twice in {values}")
+    for fold in arguments.f:
+        if fold != "all" and not fold.isdigit():
+            raise UDAError(f"-f takes folds' numbers or 'all', found {fold!r}")
+    for name in ("lower", "upper"):
+        if len(getattr(arguments, name)) not in (0, 1, len(arguments.d)):
+            raise UDAError(
+                f"-{name} takes one bound for all datasets or one for each of {arguments.d}, found "
+                f"{getattr(arguments, name)}"
+            )
+    return arguments
+
+
+# --- what to train ---------------------------------------------------------------------------------------------------
+
+
+def find_methods(arguments: argparse.Namespace) -> list[Method]:
+    """Bounds and trainers of every test, the lower bound first and the upper last.
+
+    Raises:
+        UDAError: no such dataset, or a trainer that does not exist or does not read settings.
+    """
+    methods = []
+    for index, dataset in enumerate(arguments.d):
+        test = find_raw_dataset(dataset).name
+
+        def bound(words: list[str], label: str, index: int = index, test: str = test) -> list[Method]:
+            if not words:
+                return []
+            trainer, _, trained = words[index if len(words) > 1 else 0].partition(":")
+            return [Method(label, trainer, find_raw_dataset(trained).name if trained else test, test)]
+
+        methods += bound(arguments.lower, LOWER)
+        methods += [Method(trainer, trainer, test, test) for trainer in arguments.tr]
+        methods += bound(arguments.upper, UPPER)
+    for trainer in {method.trainer for method in methods}:
+        find_trainer(trainer)
+    return methods
+
+
+def plan_plans(methods: Sequence[Method], arguments: argparse.Namespace) -> dict[tuple[str, int | None], dict]:
+    """The plans of every dataset that is trained on, by dataset and seed; without ``-seeds`` those that are there.
+
+    Raises:
+        UDAError: no such plans, no such configuration, images not preprocessed, settings that a trainer refuses, or
+            plans of a run's name with other content.
+    """
+    found: dict[tuple[str, int | None], dict] = {}
+    for method in methods:
+        folder = environment_folder("nnUNet_preprocessed") / method.dataset
+        path = folder / f"{arguments.p}.json"
+        if not path.exists():
+            raise UDAError(f"{path} does not exist: make the plans {arguments.p} of {method.dataset} first, with "
+                           "nnUNetUDA_configure")  # fmt: skip
+        base = read_json(path)
+        uda = base.get("uda", {})
+        check_uda(uda, f"{path}, key 'uda'")
+        settings_in_force(find_trainer(method.trainer), uda, f"{path}, key 'uda'")
+        for seed in arguments.seeds or [None]:
+            name = arguments.p if seed is None else f"{arguments.p}_seed_{seed}"
+            plans = derive_plans(base, arguments.c, name, uda if seed is None else merge_uda(uda, {"seed": seed}))
+            if not (folder / plans["configurations"][arguments.c]["data_identifier"]).is_dir():
+                raise UDAError(f"{folder} holds no images for {arguments.p}. First: nnUNetv2_preprocess -d "
+                               f"{method.dataset} -plans_name {arguments.p} -c {arguments.c}")  # fmt: skip
+            there = folder / f"{name}.json"
+            if there.exists() and read_json(there) != plans:
+                raise UDAError(
+                    f"{there} exists, and differs from what {arguments.p} now gives: those plans have changed, or the "
+                    "name was taken. Take plans of another name, or remove that file and the results trained by it"
+                )
+            found[method.dataset, seed] = plans
+    return found
+
+
+def plan_rows(
+    methods: Sequence[Method], plans: dict[tuple[str, int | None], dict], arguments: argparse.Namespace, out: Path
+) -> list[Row]:
+    """Every run, seeds first, then folds: a stop leaves a few seeds whole."""
+    rows, images = [], {}
+    for seed in arguments.seeds or [None]:
+        for fold in arguments.f:
+            for method in methods:
+                raw = find_raw_dataset(method.test)
+                test = find_target_test(raw, fold)
+                if (method.test, fold) not in images:
+                    images[method.test, fold] = lay_out_images(raw, test, out / f"images_{method.test}_fold_{fold}")
+                name = plans[method.dataset, seed]["plans_name"]
+                trained = "" if method.dataset == method.test else f"_on_{method.dataset}"
+                job = f"{method.test}__{method.trainer}{trained}__{name}__fold_{fold}"
+                rows.append(Row(method, fold, seed, Job(
+                    job, out / "runs" / job, method.dataset, arguments.c, fold, method.trainer, name, test,
+                    images[method.test, fold], arguments.device, arguments.np,
+                )))  # fmt: skip
+    return rows
+
+
+# --- tables ----------------------------------------------------------------------------------------------------------
+
+
+def dice_of(score: Score) -> float:
+    """A run's Dice, as in every table."""
+    return summarise(score.volumes)[MEAN]["Dice"]["mean"]
+
+
+def gaps(rows: Sequence[Row], scores: dict[str, Score]) -> dict[str, float]:
+    """Percent of the gap closed, by job; NaN where a bound of the same test and fold has no finished run."""
+
+    def bound(row: Row, label: str) -> float:
+        same = [other for other in rows if (other.method.test, other.fold) == (row.method.test, row.fold)]
+        return over_seeds(
+            [dice_of(scores[r.job.name]) for r in same if r.method.label == label and r.job.name in scores]
+        ).mean
+
+    return {
+        row.job.name: gap_closed(dice_of(scores[row.job.name]), bound(row, LOWER), bound(row, UPPER), "Dice")[0]
+        for row in rows
+        if row.job.name in scores and row.method.label not in (LOWER, UPPER)
+    }
+
+
+def summarise_methods(rows: Sequence[Row], scores: dict[str, Score]) -> list[Cells]:
+    """One entry a method and test, in the order of ``rows``."""
+    closed = gaps(rows, scores)
+    cells = []
+    for method in dict.fromkeys(row.method for row in rows):
+        names = [row.job.name for row in rows if row.method == method]
+        done = [name for name in names if name in scores]
+        means = [summarise(scores[name].volumes)[MEAN] for name in done]
+        values: dict[str, list[float]] = {
+            "Dice": [mean["Dice"]["mean"] for mean in means],
+            "ASSD": [mean["ASSD"]["mean"] for mean in means],
+            "gap": [closed.get(name, math.nan) for name in done],
+            **{figure: [getattr(scores[name], figure) for name in done] for figure in FIGURES[3:]},
+        }
+        undefined = sum(mean["ASSD"]["n_undefined"] for mean in means)
+        figures = {figure: over_seeds(values[figure]) for figure in FIGURES}
+        cells.append(Cells(method, figures, undefined, len(done), len(names)))
+    return cells
+
+
+def _cell(cell: OverSeeds, digits: int, unit: float = 1.0, remark: str = "") -> str:
+    if not cell.n:
+        return "–"
+    deviation = "" if math.isnan(cell.std) else f" ± {cell.std / unit:.{digits}f}"
+    return f"{cell.mean / unit:.{digits}f}{deviation}{remark}"
+
+
+def method_table(test: str, cells: Sequence[Cells]) -> dict[str, Any]:
+    """One test's methods as a table for ``markdown_table``."""
+    rows = []
+    for entry in cells:
+        figures, label = entry.figures, entry.method.label
+        remark = f" ({entry.undefined} undefined)" if entry.undefined else ""
+        trained = "" if entry.method.dataset == test else f" on {entry.method.dataset}"
+        rows.append([
+            label if label == entry.method.trainer else f"{label}: {entry.method.trainer}{trained}",
+            _cell(figures["Dice"], DIGITS["Dice"]),
+            _cell(figures["ASSD"], DIGITS["ASSD"], remark=remark),
+            _cell(figures["gap"], 1),
+            _cell(figures["seconds"], 1, 60),
+            _cell(figures["memory"], 1),
+            _cell(figures["device_memory"], 1),
+            str(entry.done) if entry.done == entry.planned else f"{entry.done} of {entry.planned}",
+        ])  # fmt: skip
+    header = ["trainer", "Dice", "ASSD (mm)", "gap closed (%)", "training (min)", "memory (GiB)", "CUDA memory (GiB)",
+              "runs"]  # fmt: skip
+    return {"caption": test, "header": header, "rows": rows}
+
+
+def write_tables(
+    out: Path, setup: dict[str, Any], rows: Sequence[Row], scores: dict[str, Score], failed: dict[str, str]
+) -> list[Cells]:
+    """Write ``compare.md``, ``compare.csv`` (a row a run) and ``compare.json`` (both, unrounded)."""
+    cells = summarise_methods(rows, scores)
+    tests = list(dict.fromkeys(row.method.test for row in rows))
+    blocks = [f"# Comparison: plans {setup['plans']}, configuration {setup['configuration']}"]
+    for test in tests:
+        blocks.append(markdown_table(method_table(test, [entry for entry in cells if entry.method.test == test])))
+    missing = [f"- {row.job.name}: {failed.get(row.job.name, 'not finished yet')}" for row in rows
+               if row.job.name not in scores]  # fmt: skip
+    if missing:
+        blocks.append("\n".join(["**Runs that are missing from these tables**", "", *missing]))
+    with whole_file(out / "compare.md") as temporary:
+        temporary.write_text("\n\n".join([*blocks, *RULES]) + "\n", encoding="utf-8")
+
+    records = [run_record(row, scores, failed, gaps(rows, scores)) for row in rows]
+    with whole_file(out / "compare.csv") as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+        names = list(dict.fromkeys(name for record in records for name in record))
+        writer = csv.DictWriter(file, names)
+        writer.writeheader()
+        writer.writerows({name: "" if value is None else value for name, value in record.items()} for record in records)
+    means = [{"test": entry.method.test, "label": entry.method.label, "trainer": entry.method.trainer,
+              "dataset": entry.method.dataset, "runs": entry.done, "planned": entry.planned,
+              "distances_undefined": entry.undefined, **{name: vars(cell) for name, cell in entry.figures.items()}}
+             for entry in cells]  # fmt: skip
+    write_json(jsonable({**setup, "rules": RULES, "runs": records, "means": means}), out / "compare.json")
+    return cells
+
+
+def run_record(row: Row, scores: dict[str, Score], failed: dict[str, str], closed: dict[str, float]) -> dict[str, Any]:
+    """One run, with None for what is undefined or not there yet."""
+    name, method = row.job.name, row.method
+    record: dict[str, Any] = {"test": method.test, "label": method.label, "trainer": method.trainer,
+                              "dataset": method.dataset, "fold": row.fold, "seed": row.seed, "plans": row.job.plans,
+                              "state": "finished" if name in scores else "failed" if name in failed else "missing",
+                              "log": str(row.job.log)}  # fmt: skip
+    if name in scores:
+        score = scores[name]
+        summary = summarise(score.volumes)
+        figures = {"dice": summary[MEAN]["Dice"]["mean"], "assd_mm": summary[MEAN]["ASSD"]["mean"],
+                   "gap_closed_percent": closed.get(name, math.nan), "training_seconds": score.seconds,
+                   "peak_memory_gib": score.memory, "peak_device_memory_gib": score.device_memory,
+                   "validation_pseudo_dice": score.pseudo_dice}  # fmt: skip
+        for structure in row.job.test.labels.structures:
+            for short, metric in zip(("dice", "assd_mm", "hd95_mm"), METRICS, strict=True):
+                figures[f"{short}_{structure}"] = summary[structure][metric]["mean"]
+        record |= jsonable(figures) | {"distances_undefined": summary[MEAN]["ASSD"]["n_undefined"]}
+    return record
+
+
+def bars(rows: Sequence[Row], cells: Sequence[Cells], scores: dict[str, Score]) -> list[Bar]:
+    """What the plot shows of every method."""
+    return [
+        Bar(
+            entry.method.test,
+            entry.method.label,
+            entry.figures["Dice"],
+            entry.figures["ASSD"],
+            [dice_of(scores[row.job.name]) for row in rows if row.method == entry.method and row.job.name in scores],
+        )
+        for entry in cells
+    ]
+
+
+def check_output(out: Path, setup: dict[str, Any]) -> None:
+    """Refuse a folder that is not this comparison's.
+
+    Raises:
+        UDAError: a file, or a folder that holds something else.
+    """
+    if out.exists() and not out.is_dir():
+        raise UDAError(f"{out} is a file: give a folder with -o")
+    if (out / SETUP).exists():
+        former = read_json(out / SETUP)
+        if former != setup:
+            raise UDAError(f"{out} holds a comparison of {former}, this one is of {setup}: give another folder with -o")
+    elif out.exists() and any(path.name != ".lock" for path in out.iterdir()):
+        raise UDAError(f"{out} is not empty and holds no former comparison ({SETUP}): give another folder with -o")
+
+
+@command
+def main(argv: list[str] | None = None) -> None:
+    arguments = parse_arguments(argv)
+    results = environment_folder("nnUNet_results")
+    out = arguments.o.resolve()
+    setup = {"plans": arguments.p, "configuration": arguments.c}
+    check_output(out, setup)
+    methods = find_methods(arguments)
+    for method in methods:
+        for fold in arguments.f:
+            find_target_test(find_raw_dataset(method.test), fold)
+    plans = plan_plans(methods, arguments)
+    check_results(methods, plans, arguments.c, results)
+    engine = make_engine(arguments, out)
+
+    scores: dict[str, Score] = {}
+    failed: dict[str, str] = {}
+    with exclusive(out):
+        write_json(setup, out / SETUP)
+        for (dataset, seed), content in plans.items():
+            if seed is not None:
+                path = environment_folder("nnUNet_preprocessed") / dataset / f"{content['plans_name']}.json"
+                write_json(content, path)
+        rows = plan_rows(methods, plans, arguments, out)
+        jobs = list({row.job.name: row.job for row in rows}.values())
+        write = partial(write_tables, out, setup, rows, scores, failed)
+        run_jobs(engine, jobs, scores, failed, write)
+        cells = write()
+        draw_comparison(out / "compare.png", bars(rows, cells, scores), f"plans {arguments.p}, {arguments.c}")
+    print((out / "compare.md").read_text(encoding="utf-8"))
+    print(f"Written to {out}: compare.md, compare.csv, compare.json, compare.png")
+    if failed:
+        listed = "".join(f"\n  {name}: {text}" for name, text in failed.items())
+        raise UDAError(
+            f"{len(failed)} of {len(jobs)} runs failed; the same command tries them again, and only them:{listed}"
+        )
+
+
+def check_results(
+    methods: Sequence[Method], plans: dict[tuple[str, int | None], dict], configuration: str, results: Path
+) -> None:
+    """Refuse to take a training with other plans of the same name for a part of the comparison.
+
+    Raises:
+        UDAError: naming the results' plans.
+    """
+    for method in methods:
+        for (dataset, _), content in plans.items():
+            trained = f"{method.trainer}__{content['plans_name']}__{configuration}"
+            path = results / dataset / trained / "plans.json"
+            if dataset == method.dataset and path.exists() and read_json(path) != content:
+                raise UDAError(
+                    f"{path} differs from the plans {content['plans_name']} of {dataset}: they have changed since that "
+                    "training. Take plans of another name, or remove those results"
+                )
+
+
+if __name__ == "__main__":
+    main()

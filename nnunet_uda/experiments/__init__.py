@@ -1,0 +1,1 @@
+"""Trainings by the dozen: what one is, and the engines that run them."""

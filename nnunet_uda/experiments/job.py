@@ -1,0 +1,299 @@
+"""One training, its predictions of the target's test images, and their scores; each part is done once.
+
+``python -m nnunet_uda.experiments.job JOB.json`` does what is missing of a job, in a process of its own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nnunet_uda.commands import fold_images
+from nnunet_uda.commands.trainers import trainers_folder
+from nnunet_uda.data.convention import SPLITS_TARGET, case_files, read_json
+from nnunet_uda.errors import UDAError, command
+from nnunet_uda.evaluation.metrics import evaluate_folder, list_cases
+from nnunet_uda.evaluation.report import jsonable
+from nnunet_uda.evaluation.runs import Labels, cases_of_folds, read_labels
+from nnunet_uda.evaluation.tables import Volume
+from nnunet_uda.files import exclusive, whole_file, write_json
+
+COST = "training_cost.json"
+"""What ``nnUNetUDA_train`` writes beside the checkpoints: peak memory in GiB, resident and on the device."""
+
+
+@dataclass(frozen=True)
+class TargetTest:
+    """The target's test cases; ``fold`` is that of ``splits_target.json``, or None where they lie in ``imagesTs``."""
+
+    cases: list[str]
+    reference: Path
+    labels: Labels
+    fold: int | None
+
+
+@dataclass(frozen=True)
+class Score:
+    """What the tables show of one run.
+
+    Attributes:
+        volumes: scores of each test case.
+        pseudo_dice: the last epoch's validation pseudo Dice.
+        seconds: sum over epochs of their duration.
+        memory: peak resident memory of the training process in GiB, NaN where ``nnUNetUDA_train`` did not train it.
+        device_memory: peak memory allocated on a CUDA device in GiB, NaN without one.
+    """
+
+    volumes: list[Volume]
+    pseudo_dice: float
+    seconds: float = math.nan
+    memory: float = math.nan
+    device_memory: float = math.nan
+
+
+@dataclass(frozen=True)
+class Job:
+    """A training and its test.
+
+    Attributes:
+        name: unique in its output folder.
+        folder: where log, predictions and scores go.
+        images: the target's test images.
+    """
+
+    name: str
+    folder: Path
+    dataset: str
+    configuration: str
+    fold: str
+    trainer: str
+    plans: str
+    test: TargetTest
+    images: Path
+    device: str
+    num_processes: int
+
+    @property
+    def log(self) -> Path:
+        return self.folder / "log.txt"
+
+    @property
+    def trained(self) -> Path:
+        """nnU-Net's folder of the fold."""
+        from nnunetv2.utilities.file_path_utilities import get_output_folder
+
+        return Path(get_output_folder(self.dataset, self.trainer, self.plans, self.configuration, self.fold))
+
+    def write(self) -> Path:
+        """The job as a file for ``main``."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / "job.json"
+        with whole_file(path) as temporary:
+            temporary.write_text(json.dumps(dataclasses.asdict(self), indent=4, default=str) + "\n")
+        return path
+
+    @staticmethod
+    def read(path: Path) -> Job:
+        content = read_json(path)
+        test = content.pop("test")
+        labels = Labels(**test.pop("labels"))
+        test = TargetTest(**test | {"reference": Path(test["reference"]), "labels": labels})
+        return Job(**content | {"folder": Path(content["folder"]), "images": Path(content["images"]), "test": test})
+
+    def finish(self) -> None:
+        """Train, predict and score what is missing.
+
+        Raises:
+            UDAError: if training fails or predictions cannot be scored.
+        """
+        checkpoint = self.trained / "checkpoint_final.pth"
+        with exclusive(self.trained):
+            if not checkpoint.exists():
+                more = ["--c"] if (self.trained / "checkpoint_latest.pth").exists() else []
+                self.call("nnUNetUDA_train", self.dataset, self.configuration, self.fold, "-tr", self.trainer,
+                          "-p", self.plans, "-device", self.device, *more)  # fmt: skip
+        if not self.predicted():
+            predictions, partial = self.folder / "predictions", self.folder / "predictions.partial"
+            for stale in (partial, predictions):
+                shutil.rmtree(stale, ignore_errors=True)
+            origin = {"checkpoint": _stamp(checkpoint)}
+            self.predict(partial)
+            write_json(origin, partial / "made_from.json")
+            partial.rename(predictions)
+        if self.score() is None:
+            self.measure(checkpoint)
+
+    def call(self, *words: str) -> None:
+        """Run a command; its output goes where this process's own does, the log."""
+        print(f"$ {shlex.join(words)}", flush=True)
+        scripts = str(Path(sys.executable).parent)
+        environment = {**os.environ, "PATH": os.pathsep.join([scripts, os.environ["PATH"]])}
+        status = subprocess.run(words, env=environment, check=False).returncode
+        if status != 0:
+            raise UDAError(f"{words[0]} ended with status {status}")
+
+    def predict(self, output: Path) -> None:
+        """As ``nnUNetv2_predict`` with ``checkpoint_final.pth``, in this process."""
+        import torch
+        from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+
+        print(f"[{time.ctime()}] predicting {len(self.test.cases)} test case(s) with {self.trained}", flush=True)
+        output.mkdir()
+        predictor = nnUNetPredictor(device=torch.device(self.device), allow_tqdm=False)
+        predictor.initialize_from_trained_model_folder(str(self.trained.parent), (self.fold,))
+        predictor.predict_from_files_sequential(str(self.images), str(output))
+
+    def predicted(self) -> bool:
+        """Whether every test case is predicted, by the present checkpoint."""
+        checkpoint, predictions = self.trained / "checkpoint_final.pth", self.folder / "predictions"
+        if not checkpoint.exists() or not (predictions / "made_from.json").exists():
+            return False
+        if read_json(predictions / "made_from.json") != {"checkpoint": _stamp(checkpoint)}:
+            return False
+        return all((predictions / f"{case}{self.test.labels.file_ending}").exists() for case in self.test.cases)
+
+    def _origin(self) -> dict[str, Any]:
+        reference, ending = self.test.reference, self.test.labels.file_ending
+        references = {case: _stamp(reference / f"{case}{ending}") for case in self.test.cases}
+        return {"checkpoint": _stamp(self.trained / "checkpoint_final.pth"), "references": references}
+
+    def score(self) -> Score | None:
+        """The scores, where they are those of the present checkpoint, predictions and references."""
+        path = self.folder / "score.json"
+        if not self.predicted() or not path.exists():
+            return None
+        content = read_json(path)
+        if content.get("made_from") != self._origin():
+            return None
+        volumes = [Volume(case, {s: {m: _nan(value) for m, value in scores.items()} for s, scores in by.items()})
+                   for case, by in content["metrics"].items()]  # fmt: skip
+        numbers = ("validation_pseudo_dice", "training_seconds", "peak_memory_gib", "peak_device_memory_gib")
+        return Score(volumes, *(_nan(content.get(name)) for name in numbers))
+
+    def measure(self, checkpoint: Path) -> None:
+        """Write ``score.json``."""
+        import torch
+
+        labels = self.test.labels
+        metrics = evaluate_folder(
+            self.test.reference, self.folder / "predictions", labels.structures, labels.file_ending, self.test.cases,
+            labels.ignore, self.num_processes,
+        )  # fmt: skip
+        logging = torch.load(checkpoint, map_location="cpu", weights_only=False)["logging"]
+        times = zip(logging["epoch_start_timestamps"], logging["epoch_end_timestamps"], strict=True)
+        cost = read_json(self.trained / COST) if (self.trained / COST).exists() else {}
+        content = {
+            "made_from": self._origin(),
+            "validation_pseudo_dice": float(logging["mean_fg_dice"][-1]),
+            "training_seconds": float(sum(end - start for start, end in times)),
+            **cost,
+            "metrics": metrics,
+        }
+        write_json(jsonable(content), self.folder / "score.json")
+
+
+def find_target_test(raw: Path, fold: str) -> TargetTest:
+    """The target's test cases: those of ``imagesTs``, or in a fold protocol the fold's ``val``.
+
+    Raises:
+        UDAError: no test image, or test images and references that do not belong together.
+    """
+    labels = read_labels(raw / "dataset.json")
+    images, reference, splits = raw / "imagesTs", raw / "labelsTs", raw / SPLITS_TARGET
+    cases, test_fold = sorted(case_files(images, labels.file_ending)), None
+    if not cases:
+        if not splits.exists() or fold == "all":
+            raise UDAError(f"{images} holds no image, and fold {fold} has no test images in {splits} either: target "
+                           "images are needed that the runs are not trained on, and their labels")  # fmt: skip
+        test_fold = int(fold)
+        cases = cases_of_folds(splits, [test_fold])[test_fold]
+    references = set(list_cases(reference, labels.file_ending))
+    missing, extra = sorted(set(cases) - references), sorted(references - set(cases))
+    if missing:
+        raise UDAError(f"no reference in {reference} for the test case(s) {', '.join(missing[:10])}: add it")
+    if extra and test_fold is None:
+        raise UDAError(f"no image in {images} for the reference(s) {', '.join(extra[:10])}: none is left out silently")
+    return TargetTest(cases, reference, labels, test_fold)
+
+
+def lay_out_images(raw: Path, test: TargetTest, folder: Path) -> Path:
+    """Where the test images lie; in a fold protocol ``folder``, with exactly the fold's."""
+    if test.fold is None:
+        return raw / "imagesTs"
+    if sorted(case_files(folder, test.labels.file_ending)) != test.cases:  # else jobs may be reading them
+        partial = folder.with_name(f"{folder.name}.partial")
+        for stale in (folder, partial):
+            shutil.rmtree(stale, ignore_errors=True)
+        fold_images.main(["-d", raw.name, "-f", str(test.fold), "-o", str(partial)])
+        partial.rename(folder)
+    return folder
+
+
+def find_trainer(name: str) -> type:
+    """The trainer class, found as ``nnUNetv2_train`` will find it.
+
+    Raises:
+        UDAError: no such trainer, or one that does not read the settings in the plans.
+    """
+    from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
+
+    from nnunet_uda.training.uda_trainer import UDATrainer
+
+    os.environ.setdefault("nnUNet_extTrainer", str(trainers_folder()))
+    try:
+        trainer = recursive_find_trainer_class_by_name(name)
+    except RuntimeError as error:
+        raise UDAError(f"-tr {name}: {error}") from error
+    if not issubclass(trainer, UDATrainer):
+        raise UDAError(f"-tr {name}: it does not read the settings under 'uda' in the plans, so none can be varied")
+    return trainer
+
+
+def last_error(log: Path, start: int, otherwise: str) -> str:
+    """The last line of a log from byte ``start`` that names an error, else its last line, else ``otherwise``."""
+    with open(log, "rb") as file:
+        file.seek(start)
+        lines = [line.strip() for line in file.read().decode("utf-8", "replace").splitlines() if line.strip()]
+    errors = [line for line in lines if re.match(r"ERROR:|[\w.]*(Error|Exception)\b", line)]
+    causes = [line for line in errors if not re.match(r"ERROR: \S+ ended with status", line)]
+    return (causes or errors or lines or [otherwise])[-1]
+
+
+def _stamp(path: Path) -> list[int]:
+    stat = path.stat()
+    return [stat.st_size, stat.st_mtime_ns]
+
+
+def _nan(value: float | None) -> float:
+    return math.nan if value is None else value
+
+
+@command
+def main(argv: list[str] | None = None) -> None:
+    [path] = sys.argv[1:] if argv is None else argv
+    job = Job.read(Path(path))
+    with open(job.log, "ab", buffering=0) as log:  # also what C code and child processes say
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+    os.environ.setdefault("nnUNet_extTrainer", str(trainers_folder()))
+    threads = os.environ.get("OMP_NUM_THREADS", "")
+    if threads.isdigit():
+        import torch
+
+        torch.set_num_threads(int(threads))
+    job.finish()
+
+
+if __name__ == "__main__":
+    main()
