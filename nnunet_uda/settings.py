@@ -15,7 +15,10 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 from nnunet_uda.errors import UDAError
 
 METHODS = {
+    "advent": "nnunet_uda.trainers.advent:ADVENTSettings",
     "cisfa": "nnunet_uda.trainers.cisfa:CISFASettings",
+    "cut": "nnunet_uda.trainers.cut:CUTSettings",
+    "entropy_minimisation": "nnunet_uda.trainers.entropy_minimisation:EntMinSettings",
     "random_style": "nnunet_uda.trainers.random_style:RandomStyleSettings",
     "similarity_prototypes": "nnunet_uda.trainers.similarity_prototypes:SimilarityPrototypesSettings",
     "uuds": "nnunet_uda.trainers.uuds:UUDSSettings",

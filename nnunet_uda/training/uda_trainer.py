@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import sys
 from collections.abc import Iterator
@@ -133,6 +134,10 @@ class UDATrainer(nnUNetTrainer):
             target: ``(B, C, *patch)`` z-scored target images without labels, unrelated to ``source``.
         """
         raise NotImplementedError
+
+    def reads_target(self) -> bool:
+        """Whether ``train_on`` gets a target batch in the present epoch; a schedule may need none in a part of it."""
+        return self.needs_target
 
     def translate(self, source: Tensor) -> Tensor:
         """Source images as the segmenter is to see them at validation; here unchanged. ``(B, C, *patch)``."""
@@ -346,7 +351,7 @@ class UDATrainer(nnUNetTrainer):
 
     def train_step(self, batch: dict) -> dict:
         source, label = self._to_device(batch["data"]), self._to_device(batch["target"])
-        target = self._to_device(next(self.dataloader_target)["data"]) if self.needs_target else None
+        target = self._to_device(next(self.dataloader_target)["data"]) if self.reads_target() else None
         self._terms = {}
         self.train_on(source, label, target)
         if self.grad_scaler is not None:
@@ -360,7 +365,8 @@ class UDATrainer(nnUNetTrainer):
                     f"Training stops; the checkpoints in {self.output_folder} are from before it. Lower the learning "
                     "rate or the term's weight"
                 )
-        return {"loss": losses["segmentation"], **losses}
+        first = losses.get("segmentation", next(iter(losses.values())))  # epochs may leave the segmenter as it is
+        return {"loss": first, **losses}
 
     def update(self, name: str, terms: dict[str, Tensor], max_norm: float | None = None) -> None:
         """One step of the optimiser ``name`` on the sum of ``terms``, each of which is logged under its own name."""
@@ -395,8 +401,10 @@ class UDATrainer(nnUNetTrainer):
         for name in train_outputs[0]:
             if name != "loss":
                 mean = float(np.mean([output[name] for output in train_outputs]))
-                self.loss_history.setdefault(name, []).append(mean)
-        self.print_to_log_file("losses:", {name: round(values[-1], 4) for name, values in self.loss_history.items()})
+                before = [math.nan] * self.current_epoch  # of a term that appears late
+                self.loss_history.setdefault(name, before).append(mean)
+        shown = {name: round(self.loss_history[name][-1], 4) for name in train_outputs[0] if name != "loss"}
+        self.print_to_log_file("losses:", shown)
 
     def on_validation_epoch_start(self):
         super().on_validation_epoch_start()

@@ -1,0 +1,84 @@
+"""ADVENT: adversarial entropy minimisation (AdvEnt of Vu et al. 2019, section 3.2).
+
+A discriminator tells the weighted self-information maps of source predictions from those of target predictions; the
+segmenter learns from labelled source images and to give target maps that are taken for source maps. So target
+predictions become as certain as source predictions, and in the same places.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from nnunet_uda.losses.entropy import domain_cross_entropy, weighted_self_information
+from nnunet_uda.networks.patch_discriminator import PatchDiscriminator
+from nnunet_uda.settings import require
+from nnunet_uda.training.uda_trainer import UDATrainer, frozen
+
+
+@dataclass(frozen=True)
+class ADVENTSettings:
+    """Settings under ``uda.advent``. Weight and learning rate are the paper's, whose discriminator is as wide.
+
+    ``adversarial_weight`` (lambda_adv) stands beside a mean cross-entropy in the paper. nnU-Net's loss is that plus a
+    Dice term of the same order, averaged over the levels of deep supervision, so the discriminator weighs here at most
+    what it does there: its term is 0.0007 where it can tell nothing.
+    """
+
+    discriminator_width: int = 64
+    discriminator_layers: int = 3
+    discriminator_learning_rate: float = 1e-4
+    adversarial_weight: float = 0.001
+
+    def __post_init__(self) -> None:
+        for name in ("discriminator_width", "discriminator_layers"):
+            require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
+        require(self.discriminator_learning_rate > 0, "discriminator_learning_rate", "positive")
+        require(self.adversarial_weight >= 0, "adversarial_weight", "at least 0", self.adversarial_weight)
+
+
+class ADVENTTrainer(UDATrainer):
+    """The paper's AdvEnt at one level, the full resolution. ``uda.advent`` in the plans holds its settings."""
+
+    method = "advent"
+    method_settings = ADVENTSettings
+
+    def build_networks(self) -> dict[str, nn.Module]:
+        patch_size = self.configuration_manager.patch_size
+        return {
+            "discriminator": PatchDiscriminator(
+                self.label_manager.num_segmentation_heads,
+                len(patch_size),
+                patch_size,
+                self.own_settings.discriminator_width,
+                self.own_settings.discriminator_layers,
+            )
+        }
+
+    def build_optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        rate = self.own_settings.discriminator_learning_rate
+        parameters = self.networks["discriminator"].parameters()
+        return {"discriminator": torch.optim.Adam(parameters, rate, (0.9, 0.99))}
+
+    def on_train_epoch_start(self):
+        super().on_train_epoch_start()
+        for group in self.optimizers["discriminator"].param_groups:  # polynomial in the paper, as the segmenter's
+            rate = self.optimizer.param_groups[0]["lr"] / self.initial_lr
+            group["lr"] = rate * self.own_settings.discriminator_learning_rate
+
+    def train_on(self, source: Tensor, label: Tensor | list[Tensor], target: Tensor | None) -> None:
+        discriminator = self.networks["discriminator"]
+        with self.autocast(), frozen(discriminator):
+            of_source = self.segment(source)
+            terms = {"segmentation": self.loss(of_source, label)}
+            source_maps = weighted_self_information(self.finest(of_source).detach())
+            target_maps = weighted_self_information(self.finest(self.segment(target)))
+            loss = domain_cross_entropy(discriminator(target_maps), is_source=True)  # eq. 6
+            terms["segmenter_adversarial"] = self.own_settings.adversarial_weight * loss
+        self.update("segmenter", terms, max_norm=12)
+        with self.autocast():
+            loss = domain_cross_entropy(discriminator(source_maps), is_source=True)  # eq. 5, on the maps seen above
+            loss = loss + domain_cross_entropy(discriminator(target_maps.detach()), is_source=False)
+        self.update("discriminator", {"discriminator": 0.5 * loss})

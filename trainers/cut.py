@@ -1,0 +1,190 @@
+"""CUT, then train: contrastive unpaired translation (Park et al. 2020), then a segmenter on its translations.
+
+In the first part of the schedule a generator learns to translate source images to the target: a least-squares GAN, and
+PatchNCE between an image and its translation, with the image itself as the only place of negatives, and on target
+images, which should stay as they are. In the rest the generator is fixed and the segmenter learns from translations
+with the source's labels. Neither part knows of the other.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
+from torch import Tensor, nn
+
+from nnunet_uda.errors import UDAError
+from nnunet_uda.losses.adversarial import lsgan_loss
+from nnunet_uda.losses.patch_nce import PatchNCELoss
+from nnunet_uda.networks.patch_discriminator import PatchDiscriminator
+from nnunet_uda.networks.patch_projector import PatchProjector
+from nnunet_uda.networks.resnet_generator import ResnetGenerator
+from nnunet_uda.settings import require
+from nnunet_uda.training.uda_trainer import UDATrainer, frozen
+
+
+@dataclass(frozen=True)
+class CUTSettings:
+    """Settings under ``uda.cut``. Defaults are CUT's (its section 4 and appendix C.1), but for the split.
+
+    ``translation_share`` is the share of the epochs that train the generator; the rest trains the segmenter. The
+    generator's rate is constant for the first half of its part and falls to zero in the second (``linear``).
+    """
+
+    translation_share: float = 0.5
+    generator_width: int = 64
+    generator_blocks: int = 9
+    discriminator_width: int = 64
+    discriminator_layers: int = 3
+    gan_learning_rate: float = 2e-4
+    gan_beta1: float = 0.5
+    gan_schedule: Literal["linear", "constant"] = "linear"
+    adversarial_weight: float = 1.0
+    patch_contrastive_weight: float = 1.0
+    identity_weight: float = 1.0
+    temperature: float = 0.07
+    patches: int = 256
+    patch_features: int = 256
+
+    def __post_init__(self) -> None:
+        require(0 < self.translation_share < 1, "translation_share", "above 0 and below 1", self.translation_share)
+        for name in ("generator_width", "generator_blocks", "discriminator_width", "discriminator_layers", "patches",
+                     "patch_features"):  # fmt: skip
+            require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
+        for name in ("gan_learning_rate", "temperature"):
+            require(getattr(self, name) > 0, name, "positive", getattr(self, name))
+        for name in ("adversarial_weight", "patch_contrastive_weight", "identity_weight"):
+            require(getattr(self, name) >= 0, name, "at least 0", getattr(self, name))
+
+
+class LatePolyLRScheduler(PolyLRScheduler):
+    """nnU-Net's schedule over the epochs from ``start`` on; before it the rate is the initial one."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, initial_lr: float, start: int, end: int) -> None:
+        self.start = start
+        super().__init__(optimizer, initial_lr, end - start)
+
+    def step(self, current_step: int | None = None) -> None:
+        super().step(max(0, (current_step or 0) - self.start))
+
+
+class CUTTrainer(UDATrainer):
+    """Translate, then train. ``uda.cut`` in the plans holds its settings (``CUTSettings``).
+
+    Until the generator is fixed the segmenter stays at its random start, and so does pseudo Dice.
+    """
+
+    method = "cut"
+    method_settings = CUTSettings
+
+    @property
+    def translation_epochs(self) -> int:
+        """The epochs of the generator's part: at least one, and at least one is left for the segmenter."""
+        return min(max(1, round(self.own_settings.translation_share * self.num_epochs)), self.num_epochs - 1)
+
+    @property
+    def generator_learns(self) -> bool:
+        return self.current_epoch < self.translation_epochs
+
+    def initialize(self):
+        if self.num_epochs < 2:
+            raise UDAError(
+                f"CUTTrainer: num_epochs is {self.num_epochs}; expected at least 2, one for the generator and one for "
+                "the segmenter. Set num_epochs (nnUNetUDA_configure -set num_epochs=...)"
+            )
+        super().initialize()
+        if self._do_i_compile():
+            generator = self.networks["generator"]
+            generator.forward_with_features = torch.compile(generator.forward_with_features)
+            generator.encode = torch.compile(generator.encode)
+
+    def build_networks(self) -> dict[str, nn.Module]:
+        settings, channels = self.own_settings, self.num_input_channels
+        patch_size = self.configuration_manager.patch_size
+        strides = self.configuration_manager.pool_op_kernel_sizes[1:3]  # the segmenter's own: thin axes stay whole
+        generator = ResnetGenerator(
+            channels, len(patch_size), settings.generator_width, settings.generator_blocks, strides
+        )
+        self.patch_contrastive = PatchNCELoss(settings.temperature, negatives="input")
+        return {
+            "generator": generator,
+            "patch_projector": PatchProjector(generator.feature_channels, settings.patch_features, settings.patches),
+            "discriminator": PatchDiscriminator(
+                channels, len(patch_size), patch_size, settings.discriminator_width, settings.discriminator_layers
+            ),
+        }
+
+    def build_optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        def adam(*names: str) -> torch.optim.Optimizer:
+            parameters = [p for name in names for p in self.networks[name].parameters()]
+            return torch.optim.Adam(
+                parameters, self.own_settings.gan_learning_rate, (self.own_settings.gan_beta1, 0.999)
+            )
+
+        return {"generator": adam("generator", "patch_projector"), "discriminator": adam("discriminator")}
+
+    def configure_optimizers(self):
+        optimizer, _ = super().configure_optimizers()
+        return optimizer, LatePolyLRScheduler(optimizer, self.initial_lr, self.translation_epochs, self.num_epochs)
+
+    def on_train_epoch_start(self):
+        super().on_train_epoch_start()
+        if self.own_settings.gan_schedule == "linear":
+            factor = min(1.0, max(0.0, 2 * (1 - self.current_epoch / self.translation_epochs)))
+            for name in ("generator", "discriminator"):
+                for group in self.optimizers[name].param_groups:
+                    group["lr"] = factor * self.own_settings.gan_learning_rate
+
+    def reads_target(self) -> bool:
+        return self.generator_learns
+
+    def translate(self, source: Tensor) -> Tensor:
+        return self.networks["generator"](source)
+
+    def train_on(self, source: Tensor, label: Tensor | list[Tensor], target: Tensor | None) -> None:
+        if self.generator_learns:
+            self.update_generator(source, target)
+        else:
+            self.update_segmenter(source, label)
+
+    def update_generator(self, source: Tensor, target: Tensor) -> None:
+        """Eq. 5, the discriminator first, both on one pass of the generator."""
+        settings, generator, number = self.own_settings, self.networks["generator"], len(source)
+        discriminator = self.networks["discriminator"]
+        with self.autocast():
+            images = torch.cat([source, target]) if settings.identity_weight > 0 else source
+            outputs, features = generator.forward_with_features(images)
+            translated = outputs[:number]
+            loss = lsgan_loss(discriminator(target), is_real=True)
+            loss = loss + lsgan_loss(discriminator(translated.detach()), is_real=False)
+        self.update("discriminator", {"discriminator": 0.5 * loss})  # eq. 1
+        with self.autocast(), frozen(discriminator):
+            loss = lsgan_loss(discriminator(translated), is_real=True)
+            terms = {"generator_adversarial": settings.adversarial_weight * loss}
+            losses = self.patch_contrastive_losses(features, generator.encode(outputs), number)  # eq. 4
+            terms["patch_contrastive"] = settings.patch_contrastive_weight * losses[0]
+            if settings.identity_weight > 0:
+                terms["identity"] = settings.identity_weight * losses[1]
+        self.update("generator", terms)
+
+    def update_segmenter(self, source: Tensor, label: Tensor | list[Tensor]) -> None:
+        with torch.no_grad(), self.autocast():
+            translated = self.networks["generator"](source)
+        with self.autocast():
+            loss = self.loss(self.segment(translated), label)
+        self.update("segmenter", {"segmentation": loss}, max_norm=12)
+
+    def patch_contrastive_losses(
+        self, features: list[Tensor], of_outputs: list[Tensor], number: int
+    ) -> tuple[Tensor, ...]:
+        """PatchNCE, mean over the encoder's layers, of the first ``number`` images and of the rest, if there is one."""
+        projector = self.networks["patch_projector"]
+        positions = projector.sample_positions(features)
+        keys, queries = projector(features, positions), projector(of_outputs, positions)
+        return tuple(
+            torch.stack([self.patch_contrastive(q[part], k[part]) for q, k in zip(queries, keys, strict=True)]).mean()
+            for part in (slice(number), slice(number, None))
+            if len(queries[0][part])
+        )
