@@ -53,12 +53,8 @@ class ModelChoice:
 
     @property
     def means(self) -> list[float]:
-        """Of the chosen criterion, one an epoch. An epoch where it is not defined (NaN) leaves the mean alone."""
-        mean, means = math.nan, []
-        for value in self.history.get(self.criterion, []):
-            mean = value if math.isnan(mean) else mean if math.isnan(value) else 0.9 * mean + 0.1 * value
-            means.append(mean)
-        return means
+        """Of the chosen criterion, one an epoch."""
+        return running_means(self.history.get(self.criterion, []))
 
     @property
     def last_is_best(self) -> bool:
@@ -72,6 +68,15 @@ class ModelChoice:
         finished, every = len(self.means), self.settings.keep_every
         names = ["checkpoint_best.pth"] if self.last_is_best else []
         return names + ([f"checkpoint_epoch_{finished:04d}.pth"] if every and finished % every == 0 else [])
+
+
+def running_means(values: Sequence[float]) -> list[float]:
+    """nnU-Net's mean of its pseudo Dice, after each epoch. A value that is not defined (NaN) leaves the mean alone."""
+    mean, means = math.nan, []
+    for value in values:
+        mean = value if math.isnan(mean) else mean if math.isnan(value) else 0.9 * mean + 0.1 * value
+        means.append(mean)
+    return means
 
 
 def fixed_patches(dataset: nnUNetBaseDataset, patch_size: Sequence[int], number: int) -> Tensor:

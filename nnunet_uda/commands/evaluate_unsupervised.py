@@ -1,0 +1,142 @@
+"""``nnUNetUDA_evaluate --unsupervised``: compare trained checkpoints on target images without a label."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import math
+import os
+from itertools import groupby, product
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nnunet_uda.commands.evaluate import whole_folder
+from nnunet_uda.commands.trainers import trainers_folder
+from nnunet_uda.data.convention import TARGET_FOLDER, dataset_name, environment_folder
+from nnunet_uda.errors import UDAError
+from nnunet_uda.evaluation.criteria import HIGHER_IS_BETTER
+from nnunet_uda.evaluation.report import jsonable, markdown_table
+from nnunet_uda.evaluation.runs import find_raw_dataset
+from nnunet_uda.evaluation.unsupervised import (
+    TrainedModel,
+    dataset_of,
+    measure,
+    preprocessed,
+    pseudo_dice,
+    require_checkpoint,
+    unlabelled_images,
+)
+from nnunet_uda.files import write_json
+
+REPORT = "criteria.json"
+COLUMNS = {"pseudo_dice": True, **HIGHER_IS_BETTER}
+NOTE = (
+    "No label was read. ↑: higher is better, ↓: lower is better; bold: the best of a column. pseudo_dice is that of "
+    "the checkpoint's last epoch in training, on source validation patches. All others are measured on these images, "
+    "without test-time mirroring. agreement: Dice between the segmentations of an image and of the same image darkened "
+    "and mirrored. entropy and snd also praise a network that finds nothing; foreground_entropy, mutual_information "
+    "and agreement do not. None of them is a Dice on the target: label a few scans before you trust a choice."
+)
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options that name trained models, one for each combination."""
+    parser.add_argument("-d", metavar="DATASET", required=True, help="dataset id or name")
+    parser.add_argument("-tr", metavar="TRAINER", nargs="+", required=True, help="trainers")
+    parser.add_argument("-p", metavar="PLANS", nargs="+", default=["nnUNetPlans"], help="plans (default: nnUNetPlans)")
+    parser.add_argument("-c", metavar="CONFIGURATION", default="2d", help="configuration (default: 2d)")
+    parser.add_argument("-f", metavar="FOLD", nargs="+", default=["0"], help="folds, each a model of its own "
+                        "(default: 0)")  # fmt: skip
+    parser.add_argument("-i", metavar="FOLDER", type=Path, help=f"unlabelled target images (default: the dataset's "
+                        f"{TARGET_FOLDER})")  # fmt: skip
+    parser.add_argument("-device", default="cuda", help="cuda, cpu or mps (default: cuda)")
+
+
+def model_folders(arguments: argparse.Namespace) -> list[tuple[Path, str]]:
+    """nnU-Net's results folder and the fold of each combination of ``-tr``, ``-p`` and ``-f``."""
+    os.environ.setdefault("nnUNet_extTrainer", str(trainers_folder()))
+    results = environment_folder("nnUNet_results") / dataset_name(arguments.d)
+    names = product(arguments.tr, arguments.p)
+    return [(results / f"{trainer}__{plans}__{arguments.c}", fold) for trainer, plans in names for fold in arguments.f]
+
+
+def open_device(name: str) -> torch.device:
+    """The torch device.
+
+    Raises:
+        UDAError: if it is not there.
+    """
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not available.get(name.partition(":")[0], False):
+        raise UDAError(f"-device {name} is not available; it may be {', '.join(k for k, v in available.items() if v)}")
+    return torch.device(name)
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown, the best value of each criterion in bold."""
+    header = ["trainer", "plans", "fold", "checkpoint", "epochs"]
+    header += [f"{name} {'↑' if higher else '↓'}" for name, higher in COLUMNS.items()]
+    best = {}
+    for name, higher in COLUMNS.items():
+        defined = [row[name] for row in rows if not math.isnan(row[name])]
+        best[name] = (max if higher else min)(defined, default=math.nan)
+    lines = []
+    for row in rows:
+        cells = ["–" if math.isnan(row[name]) else f"{row[name]:.4f}" for name in COLUMNS]
+        marked = [
+            f"**{cell}**" if len(rows) > 1 and row[name] == best[name] else cell
+            for name, cell in zip(COLUMNS, cells, strict=True)
+        ]
+        lines.append([*(str(row[key]) for key in header[:5]), *marked])
+    return markdown_table({"caption": f"{len(rows)} checkpoint(s)", "header": header, "rows": lines})
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="nnUNetUDA_evaluate --unsupervised",
+        description="Compare trained checkpoints on unlabelled target images: criteria.json, .csv and .md, and the "
+        f"table on the screen. {NOTE}",
+        epilog="Example: nnUNetUDA_evaluate --unsupervised -d 501 -tr CISFATrainer SourceOnlyTrainer -chk "
+        "checkpoint_best.pth checkpoint_final.pth -o criteria",
+    )
+    add_model_arguments(parser)
+    parser.add_argument("-chk", metavar="FILE", nargs="+", default=["checkpoint_final.pth"], help="checkpoints of each "
+                        "model (default: checkpoint_final.pth)")  # fmt: skip
+    parser.add_argument("-o", metavar="FOLDER", required=True, help="output folder; a former result is replaced")
+    arguments = parser.parse_args(argv)
+    device = open_device(arguments.device)
+    models = [
+        TrainedModel(folder, fold, checkpoint)
+        for folder, fold in model_folders(arguments)
+        for checkpoint in arguments.chk
+    ]
+    for model in models:
+        dataset_of(model)
+        require_checkpoint(model)
+    images = arguments.i or find_raw_dataset(arguments.d) / TARGET_FOLDER
+    cases = unlabelled_images(images, dataset_of(models[0]))
+
+    rows = []
+    with whole_folder(Path(arguments.o), REPORT) as output:
+        for folder, group in groupby(models, key=lambda model: model.folder):
+            same_plans = list(group)
+            with preprocessed(same_plans[0], cases, device) as volumes:
+                for model in same_plans:
+                    values, checkpoint = measure(model, volumes, device)
+                    trainer, plans, _ = folder.name.split("__")
+                    row = {"trainer": trainer, "plans": plans, "fold": model.fold, "checkpoint": model.checkpoint}
+                    row |= {"epochs": checkpoint["current_epoch"], "pseudo_dice": pseudo_dice(checkpoint), **values}
+                    rows.append(row)
+        text = f"{table(rows)}\n\n{len(cases)} image(s) of {images}. {NOTE}\n"
+        content = {"dataset": dataset_name(arguments.d), "configuration": arguments.c, "images": str(images),
+                   "cases": list(cases), "higher_is_better": COLUMNS, "checkpoints": rows}  # fmt: skip
+        write_json(jsonable(content), output / REPORT)
+        with open(output / "criteria.csv", "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+        (output / "criteria.md").write_text(text, encoding="utf-8")
+    print(text)
+    print(f"Written to {arguments.o}: {REPORT}, criteria.csv, criteria.md")
