@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from nnunet_uda.losses.adversarial import lsgan_loss
 from nnunet_uda.losses.global_contrastive import GlobalContrastiveLoss
-from nnunet_uda.losses.patch_nce import PatchNCELoss, position_weights
+from nnunet_uda.losses.patch_nce import PatchNCELoss, layers_patch_nce
 from nnunet_uda.networks.patch_discriminator import PatchDiscriminator
 from nnunet_uda.networks.patch_projector import PatchProjector
 from nnunet_uda.networks.projection_head import ProjectionHead
@@ -202,14 +202,9 @@ class CISFATrainer(UDATrainer):
 
     def patch_contrastive_loss(self, features: list[Tensor], of_translated: list[Tensor], label: Tensor) -> Tensor:
         """Mean over the encoder's layers of the weighted PatchNCE loss (eqs 2 to 4)."""
+        weight = self.own_settings.foreground_weight
         projector = self.networks["patch_projector"]
-        positions = projector.sample_positions(features)
-        keys, queries = projector(features, positions), projector(of_translated, positions)
-        losses = []
-        for feature, position, key, query in zip(features, positions, keys, queries, strict=True):
-            weights = position_weights(label, feature.shape[2:], position, self.own_settings.foreground_weight)
-            losses.append(self.patch_contrastive(query, key, weights))
-        return torch.stack(losses).mean()
+        return layers_patch_nce(self.patch_contrastive, projector, features, of_translated, label, weight)
 
     def global_contrastive_loss(self, source: Tensor, bottleneck_of_translated: Tensor) -> Tensor:
         """Eq. 5 over the batch's pairs of a source slice and its own translation."""

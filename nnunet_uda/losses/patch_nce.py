@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nnunet_uda.errors import UDAError
+from nnunet_uda.networks.patch_projector import PatchProjector
 
 
 class PatchNCELoss(nn.Module):
@@ -88,3 +89,33 @@ def position_weights(
         stride *= size
     foreground = label.flatten(1).index_select(1, index) > 0
     return torch.where(foreground, float(foreground_weight), 1.0)
+
+
+def layers_patch_nce(
+    loss: PatchNCELoss,
+    projector: PatchProjector,
+    features: Sequence[Tensor],
+    of_translated: Sequence[Tensor],
+    label: Tensor,
+    foreground_weight: float,
+) -> Tensor:
+    """Mean over the encoder's layers of the weighted loss at freshly drawn positions (eqs 2 to 4).
+
+    Args:
+        loss: PatchNCE of one layer.
+        projector: samples and projects vectors.
+        features: one [B, C, *s] map per layer, of the input image.
+        of_translated: the same layers of its translation.
+        label: [B, 1, *S] integer classes of the input image.
+        foreground_weight: w of eq 3.
+
+    Returns:
+        Scalar, float32.
+    """
+    positions = projector.sample_positions(features)
+    keys, queries = projector(features, positions), projector(of_translated, positions)
+    losses = []
+    for feature, position, key, query in zip(features, positions, keys, queries, strict=True):
+        weights = position_weights(label, feature.shape[2:], position, foreground_weight)
+        losses.append(loss(query, key, weights))
+    return torch.stack(losses).mean()

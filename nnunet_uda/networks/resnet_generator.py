@@ -148,15 +148,22 @@ class ResnetGenerator(nn.Module):
             hidden = block(hidden)
         return [*features, hidden]
 
+    def late_stages(self, features: list[Tensor]) -> list[tuple[nn.Module, Sequence[int] | None]]:
+        """What lies between ``encode``'s last feature and the head, each with the size to interpolate to before it."""
+        blocks = [(block, None) for block in self.blocks[len(self.blocks) // 2 + 1 :]]
+        return blocks + [(up, low.shape[2:]) for up, low in zip(self.up, reversed(features[1:-2]), strict=True)]
+
+    def decode(self, features: list[Tensor]) -> Tensor:
+        """The translation [B, num_channels, *S] of the image whose features ``encode`` returned."""
+        hidden = features[-1]
+        for stage, size in self.late_stages(features):
+            hidden = stage(hidden if size is None else F.interpolate(hidden, size=size, mode="nearest"))
+        return self.head(hidden)
+
     def forward_with_features(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
         """One pass that gives both ``forward(x)`` and ``encode(x)``."""
         features = self.encode(x)
-        hidden = features[-1]
-        for block in self.blocks[len(self.blocks) // 2 + 1 :]:
-            hidden = block(hidden)
-        for stage, skipped in zip(self.up, reversed(features[1:-2]), strict=True):
-            hidden = stage(F.interpolate(hidden, size=skipped.shape[2:], mode="nearest"))
-        return self.head(hidden), features
+        return self.decode(features), features
 
     def forward(self, x: Tensor) -> Tensor:
         """Translate [B, num_channels, *S] z-scored intensities into an image of the same shape."""
