@@ -4,8 +4,10 @@ VENV ?= .venv
 PYTHON ?= python3
 SEED ?= 0
 RUN ?= demo_run
+KILLS ?= 50
+MINUTES ?= 120
 
-.PHONY: demo test test-slow lint clean
+.PHONY: demo test test-slow soak lint clean
 
 demo: $(VENV)/installed
 	$(VENV)/bin/nnUNetUDA_demo -o $(RUN) -seed $(SEED)
@@ -15,6 +17,9 @@ test: $(VENV)/installed
 
 test-slow: $(VENV)/installed
 	$(VENV)/bin/python -m pytest -m slow
+
+soak: $(VENV)/installed
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(VENV)/bin/python tests/soak.py -kills $(KILLS) -minutes $(MINUTES)
 
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .

@@ -41,6 +41,7 @@ from nnunet_uda.data.reading import (
 from nnunet_uda.dataset_conversion.quicklook import draw_quicklook
 from nnunet_uda.errors import UDAError, command
 from nnunet_uda.files import write_json
+from nnunet_uda.workers import end_with
 
 ENDING = ".nii.gz"
 AXES = ("left-right", "posterior-anterior", "inferior-superior")
@@ -367,7 +368,7 @@ def _whole_folder(dataset_id: int, folder: str, overwrite: bool, warnings: list[
             os.replace(replaced / folder, final)  # killed between the two renames below
         for leftover in raw.glob(f"{prefix}_*"):
             print(f"Removing {leftover}, left by an interrupted conversion")
-            shutil.rmtree(leftover)
+            shutil.rmtree(leftover, ignore_errors=True)  # a killed run's process may write on for a moment
         _check_free(dataset_id, final, overwrite, warnings)
         temporary = raw / f"{prefix}_{uuid.uuid4().hex[:8]}"
         temporary.mkdir()
@@ -423,7 +424,7 @@ def _convert_all(groups: Sequence[Group], folder: Path, structures: int, process
             progress.update()
     else:
         spawn = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(min(processes, len(jobs)), spawn) as pool:
+        with ProcessPoolExecutor(min(processes, len(jobs)), spawn, end_with, (os.getpid(),)) as pool:
             futures = {
                 pool.submit(convert_case, case, images, labels, structures): (group_name, case)
                 for group_name, case, images, labels in jobs

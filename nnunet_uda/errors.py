@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import reprlib
 import sys
 from collections.abc import Callable
 from functools import wraps
 from types import TracebackType
+from typing import Any
 
 
 class UDAError(RuntimeError):
@@ -14,6 +16,27 @@ class UDAError(RuntimeError):
     The message names the file, what was found, what was expected and what to do. Commands print it without a
     traceback and exit with status 1.
     """
+
+
+def shown(value: Any) -> str:
+    """A value from a file for a message, shortened where it is long or nested."""
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = short.maxlong = 100
+    return short.repr(value)
+
+
+def nested_deeper(value: Any, limit: int) -> bool:
+    """Whether lists and dictionaries lie inside each other more than ``limit`` deep."""
+    level = [value]
+    for _ in range(limit + 1):
+        level = [
+            item
+            for part in level
+            if isinstance(part, (dict, list))
+            for item in (part.values() if isinstance(part, dict) else part)
+            if isinstance(item, (dict, list))
+        ]
+    return bool(level)
 
 
 def command(main: Callable[..., None]) -> Callable[..., None]:

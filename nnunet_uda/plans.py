@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from nnunetv2.experiment_planning.experiment_planners.network_topology import get_pool_and_conv_props
 from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
+from nnunetv2.utilities.json_export import recursive_fix_for_json_export
 
 from nnunet_uda.errors import UDAError
 from nnunet_uda.settings import METHODS, UDASettings, parse_settings, split_settings
@@ -185,7 +186,7 @@ def _resize_stages(kwargs: dict[str, Any], number: int) -> None:
 def replan_plane(dataset: str, plans: dict[str, Any], plane: str, name: str) -> dict[str, Any]:
     """Plan ``dataset`` again by the planner of ``plans``, with slices along ``plane`` instead of the largest spacing.
 
-    Writes ``<name>.json`` into the preprocessed dataset, as nnU-Net's planner does, and returns it.
+    Returns the plans; nothing is written, since plans without their settings would be taken for finished ones.
 
     Raises:
         UDAError: unless ``dataset.json`` asks for the reader that reorients to RAS: else planes differ between files.
@@ -210,6 +211,9 @@ def replan_plane(dataset: str, plans: dict[str, Any], plane: str, name: str) -> 
     class PlanePlanner(planner_class):
         def determine_transpose(self):
             return forward, [int(np.argwhere(np.array(forward) == axis)[0][0]) for axis in range(3)]
+
+        def save_plans(self, plans):
+            recursive_fix_for_json_export(plans)
 
     PlanePlanner.__name__ = planner_class.__name__  # recorded in the plans, and looked up in nnU-Net by name
     planner = PlanePlanner(dataset, plans_name=name)

@@ -8,14 +8,16 @@ The object holds the settings shared by all trainers and, under a method's name,
 from __future__ import annotations
 
 import dataclasses
+import sys
 import types
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from nnunet_uda.errors import UDAError
+from nnunet_uda.errors import UDAError, nested_deeper, shown
 
 METHODS = {
     "advent": "nnunet_uda.trainers.advent:ADVENTSettings",
+    "cast": "nnunet_uda.trainers.cast:CASTSettings",
     "cisfa": "nnunet_uda.trainers.cisfa:CISFASettings",
     "cut": "nnunet_uda.trainers.cut:CUTSettings",
     "entropy_minimisation": "nnunet_uda.trainers.entropy_minimisation:EntMinSettings",
@@ -96,7 +98,7 @@ def parse_settings(settings_class: type[Settings], values: dict[str, Any], where
     checked = {}
     for name, value in values.items():
         if not _has_type(value, hints[name]):
-            raise UDAError(f"{where}: '{name}' must be {_describe(hints[name])}, found {value!r}")
+            raise UDAError(f"{where}: '{name}' must be {_describe(hints[name])}, found {shown(value)}")
         checked[name] = float(value) if _wants_float(hints[name]) and value is not None else value
     try:
         return settings_class(**checked)
@@ -112,6 +114,8 @@ def split_settings(uda: Any, method: str | None, where: str) -> tuple[dict[str, 
     """
     if not isinstance(uda, dict):
         raise UDAError(f"{where}: 'uda' must be a JSON object, found {type(uda).__name__}")
+    if nested_deeper(uda, 20):
+        raise UDAError(f"{where}: 'uda' is nested too deep: it holds settings, and objects of settings by method")
     allowed = {*METHODS, *([method] if method else [])}
     shared = {key: value for key, value in uda.items() if key not in allowed}
     nested = [key for key, value in shared.items() if isinstance(value, dict)]
@@ -151,10 +155,10 @@ def _has_type(value: Any, hint: Any) -> bool:
             if value is None:
                 return True
         elif option is float:
-            if isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < float("inf"):
+            if isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max:
                 return True
         elif option is int:
-            if isinstance(value, int) and not isinstance(value, bool):
+            if isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63:
                 return True
         elif isinstance(value, option):
             return True

@@ -268,7 +268,7 @@ def test_bad_dataset_json(dataset, capsys, labels, message):
 def test_output_that_cannot_be_written(dataset, capsys):
     with pytest.raises(SystemExit):
         evaluate(dataset / "preds" / "ours_all" / "ct_1.nii.gz", "-d", "501", "-p", dataset / "preds" / "ours_all")
-    assert "cannot write the evaluation to" in capsys.readouterr().err
+    assert "cannot be written" in capsys.readouterr().err
 
 
 # --- pictures ---------------------------------------------------------------------------------------------------------

@@ -151,7 +151,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint(in_workspace):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert path.read_bytes() == before
-    assert [p.name for p in path.parent.glob(".*")] == []
+    assert [p.name for p in path.parent.glob(".*.tmp")] == []
     trainer.save_checkpoint(str(path))  # with room again
 
 
@@ -200,7 +200,7 @@ def test_a_fold_outside_the_splits_and_too_few_cases_are_refused(own_copy):
     trainer = make_trainer("CISFATrainer", fold=3)
     splits = own_copy / "preprocessed" / "Dataset501_Blobs" / "splits_final.json"
     splits.write_text(json.dumps([{"train": ["mr_Tr00", "mr_Tr01"], "val": ["mr_Tr02"]}]))
-    with pytest.raises(UDAError, match="fold 3 does not exist.*folds 0 to 0"):
+    with pytest.raises(UDAError, match=r"fold 3 does not exist.*1 fold\(s\), 0 to 0"):
         trainer.run_training()
     splits.unlink()
     few = make_trainer("CISFATrainer")
@@ -215,7 +215,7 @@ def test_fold_all_uses_every_case(in_workspace):
     assert len(trainer.validation_dataset.identifiers) == 5
 
 
-def test_regions_cascades_and_several_devices_are_refused(in_workspace, monkeypatch):
+def test_regions_and_cascades_are_refused(in_workspace, monkeypatch):
     trainer = make_trainer("CISFATrainer")
     monkeypatch.setattr(trainer, "is_cascaded", True)
     with pytest.raises(UDAError, match="cascades"):
@@ -223,10 +223,6 @@ def test_regions_cascades_and_several_devices_are_refused(in_workspace, monkeypa
     trainer = make_trainer("CISFATrainer")
     trainer.label_manager._has_regions = True
     with pytest.raises(UDAError, match="region-based"):
-        trainer.initialize()
-    trainer = make_trainer("CISFATrainer")
-    trainer.is_ddp = True
-    with pytest.raises(UDAError, match="one device"):
         trainer.initialize()
 
 

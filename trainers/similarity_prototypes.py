@@ -378,7 +378,7 @@ class SimilarityPrototypesTrainer(CompositeTrainer):
 
     def on_train_start(self):
         super().on_train_start()
-        if self.uses_prototypes and self.current_epoch == 0:
+        if self.uses_prototypes and self.current_epoch == 0 and not self.steps and self.local_rank == 0:
             Path(self.output_folder, "pictures").mkdir(exist_ok=True)
             save_embeddings(self._embeddings_before, self.sample_embeddings())
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import shutil
-import uuid
 from pathlib import Path
 
 import SimpleITK as sitk
@@ -14,6 +12,7 @@ from nnunet_uda.data.convention import case_files, dataset_name, environment_fol
 from nnunet_uda.data.intensities import Intensities, read_clipped, read_intensities
 from nnunet_uda.data.reading import check_whole
 from nnunet_uda.errors import UDAError, command
+from nnunet_uda.files import whole_folder
 
 ENDINGS = (".nii.gz", ".nii")
 
@@ -36,16 +35,8 @@ def main(argv: list[str] | None = None) -> None:
     cases = _cases(args.i)
     if args.o.exists() and (not args.o.is_dir() or any(args.o.iterdir())):
         raise UDAError(f"{args.o} exists and is not an empty folder: give a new folder. Nothing was written.")
-    args.o.parent.mkdir(parents=True, exist_ok=True)
-    temporary = args.o.with_name(f".{args.o.name}_{uuid.uuid4().hex[:8]}")
-    temporary.mkdir()
-    try:
-        _write_all(cases, intensities, temporary)
-        if args.o.exists():
-            args.o.rmdir()
-        temporary.rename(args.o)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with whole_folder(args.o) as folder:
+        _write_all(cases, intensities, folder)
     print(f"{len(cases)} scan(s) clipped into {args.o}")
 
 

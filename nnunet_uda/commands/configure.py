@@ -82,8 +82,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UDAError(
             f"-p must be a new name without a path: planning again would drop settings from {args.base}.json"
         )
-    if path.exists() and not args.overwrite:
-        raise UDAError(f"{path} exists: choose another name, or replace it with --overwrite")
+    former = read_json(path) if path.exists() and not args.overwrite else None
     base = read_json(folder / f"{args.base}.json")
     plans = replan_plane(dataset, base, args.plane, args.p) if args.plane else base
     uda, options = base.get("uda", {}), {}
@@ -102,6 +101,8 @@ def main(argv: list[str] | None = None) -> None:
     options |= {key: value for key, value in given.items() if value is not None}
     uda = merge_uda(uda, dict(parse_assignment(text) for text in args.set))
     plans = derive_plans(plans, args.c, args.p, uda, **options)
+    if former not in (None, plans):
+        raise UDAError(f"{path} exists, with other content: choose another name, or replace it with --overwrite")
     write_json(plans, path)
 
     chosen = plans["configurations"][args.c]

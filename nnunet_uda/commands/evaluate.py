@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import os
-import shutil
-import tempfile
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from nnunet_uda import files
 from nnunet_uda.errors import UDAError, command
 from nnunet_uda.evaluation.metrics import evaluate_case, parallel
 from nnunet_uda.evaluation.overlays import PLANES, OverlayTask, draw_case, label_colours
@@ -67,6 +67,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("-plane", choices=list(PLANES), help="plane of the overlays (default: the thick-slice plane)")
     parser.add_argument("-np", metavar="N", type=int, default=min(8, os.cpu_count() or 1), help="number of processes "
                         "(default: %(default)s)")  # fmt: skip
+    parser.add_argument("--unsupervised", action="store_true", help="compare trained checkpoints on unlabelled images "
+                        "instead; other options: --unsupervised -h")  # fmt: skip
     parser.add_argument("--no_overlays", action="store_true", help="draw no overlays")
     arguments = parser.parse_args(argv)
     if arguments.slices < 1 or arguments.np < 1:
@@ -75,43 +77,16 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 @contextmanager
-def whole_folder(target: Path) -> Iterator[Path]:
-    """A temporary folder beside ``target`` that takes its place at the end, or is removed after an error.
+def whole_folder(target: Path, report: str = REPORT) -> Iterator[Path]:
+    """``files.whole_folder`` for an evaluation, which may replace a former one and nothing else.
 
     Raises:
-        UDAError: if ``target`` holds something else than a former evaluation, or cannot be written.
+        UDAError: if ``target`` holds something else than a former evaluation (``report``), or cannot be written.
     """
-    if target.exists() and not (target.is_dir() and ((target / REPORT).is_file() or not any(target.iterdir()))):
-        raise UDAError(f"{target} exists and holds no former evaluation ({REPORT}): choose another folder with -o")
-    temporary = None
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-        temporary.chmod(0o777 & ~_umask())
+    if target.exists() and not (target.is_dir() and ((target / report).is_file() or not any(target.iterdir()))):
+        raise UDAError(f"{target} exists and holds no former evaluation ({report}): choose another folder with -o")
+    with files.whole_folder(target) as temporary:
         yield temporary
-        former = None
-        if target.exists():
-            former = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent)) / "former"
-            target.rename(former)
-        try:
-            temporary.rename(target)
-        except OSError:
-            if former is not None:
-                former.rename(target)
-            raise
-        if former is not None:
-            shutil.rmtree(former.parent)
-    except OSError as error:
-        raise UDAError(f"cannot write the evaluation to {target}: {error}") from error
-    finally:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _umask() -> int:
-    umask = os.umask(0)
-    os.umask(umask)
-    return umask
 
 
 def score_runs(
@@ -161,6 +136,12 @@ def draw_overlays(
 
 @command
 def main(argv: list[str] | None = None) -> None:
+    words = sys.argv[1:] if argv is None else argv
+    if "--unsupervised" in words:
+        from nnunet_uda.commands import evaluate_unsupervised
+
+        evaluate_unsupervised.main([word for word in words if word != "--unsupervised"])
+        return
     arguments = parse_arguments(argv)
     raw = find_raw_dataset(arguments.d) if arguments.d else None
     for option, value in (("-r", arguments.r), ("-djfile", arguments.djfile)):

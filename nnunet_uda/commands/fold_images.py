@@ -10,6 +10,7 @@ from pathlib import Path
 from nnunet_uda.data.convention import (
     SPLITS_TARGET,
     TARGET_FOLDER,
+    check_dataset_json,
     check_splits,
     dataset_name,
     environment_folder,
@@ -18,6 +19,7 @@ from nnunet_uda.data.convention import (
     target_cases,
 )
 from nnunet_uda.errors import UDAError, command
+from nnunet_uda.files import whole_folder
 
 
 @command
@@ -33,6 +35,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     raw = environment_folder("nnUNet_raw") / dataset_name(args.d)
     dataset_json = read_json(raw / "dataset.json")
+    check_dataset_json(dataset_json, raw / "dataset.json")
     cases = target_cases(raw, dataset_json)
     splits_file = raw / SPLITS_TARGET
     if not splits_file.exists():
@@ -40,14 +43,14 @@ def main(argv: list[str] | None = None) -> None:
     identifiers = fold_of(check_splits(read_json(splits_file), set(cases), splits_file), args.f, splits_file)["val"]
     if not identifiers:
         raise UDAError(f"{splits_file}: fold {args.f} has an empty 'val', so there is nothing to test on")
-    if args.o.exists() and any(args.o.iterdir()):
-        raise UDAError(f"{args.o} is not empty: give a new folder")
-    args.o.mkdir(parents=True, exist_ok=True)
-    for path in (raw / TARGET_FOLDER / file.name for identifier in identifiers for file in cases[identifier]):
-        try:
-            os.symlink(path.resolve(), args.o / path.name)
-        except OSError:
-            shutil.copyfile(path, args.o / path.name)
+    if args.o.exists() and (not args.o.is_dir() or any(args.o.iterdir())):
+        raise UDAError(f"{args.o} is not empty, or no folder: give a new folder")
+    with whole_folder(args.o) as folder:
+        for path in (raw / TARGET_FOLDER / file.name for identifier in identifiers for file in cases[identifier]):
+            try:
+                os.symlink(path.resolve(), folder / path.name)
+            except OSError:
+                shutil.copyfile(path, folder / path.name)
     print(f"{len(identifiers)} target test case(s) of fold {args.f} in {args.o}")
 
 

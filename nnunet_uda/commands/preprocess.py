@@ -7,7 +7,13 @@ import argparse
 from nnunetv2.configuration import default_num_processes
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-from nnunet_uda.data.convention import dataset_name, environment_folder, read_json
+from nnunet_uda.data.convention import (
+    check_dataset_json,
+    check_plans_names,
+    dataset_name,
+    environment_folder,
+    read_json,
+)
 from nnunet_uda.data.target import preprocess_target
 from nnunet_uda.errors import UDAError, command
 
@@ -26,8 +32,9 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     for dataset in args.d:
         folder = environment_folder("nnUNet_preprocessed") / dataset_name(dataset)
-        plans = PlansManager(read_json(folder / f"{args.p}.json"))
+        plans = PlansManager(check_plans_names(read_json(folder / f"{args.p}.json"), folder / f"{args.p}.json"))
         dataset_json = read_json(folder / "dataset.json")
+        check_dataset_json(dataset_json, folder / "dataset.json")
         for configuration in args.c:
             if configuration not in plans.available_configurations:
                 raise UDAError(

@@ -17,7 +17,7 @@ from batchgenerators.utilities.file_and_folder_operations import load_json
 from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw, nnUNet_results
 from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
 
-from nnunet_uda.errors import UDAError
+from nnunet_uda.errors import UDAError, nested_deeper, shown
 
 TARGET_FOLDER = "imagesTu"
 SPLITS_TARGET = "splits_target.json"
@@ -51,13 +51,73 @@ def dataset_name(name_or_id: str | int) -> str:
 
 
 def read_json(path: Path) -> Any:
-    """JSON content of ``path``; a missing or broken file is a ``UDAError`` that names it."""
+    """JSON content of ``path``; a missing, unreadable or broken file is a ``UDAError`` that names it."""
     try:
         return load_json(str(path))
     except FileNotFoundError:
         raise UDAError(f"{path} does not exist") from None
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise UDAError(f"{path} is not valid JSON: {error}") from error
+    except RecursionError:
+        raise UDAError(f"{path} is not valid JSON for any purpose here: its brackets are nested too deep") from None
+
+
+def is_plain_name(name: Any) -> bool:
+    """Whether ``name`` can be (the main part of) a file's name in a folder, and nothing outside that folder."""
+    return (
+        isinstance(name, str)
+        and name not in ("", ".", "..")
+        and len(name) <= 200
+        and name.isprintable()
+        and not set(name) & set("/\\")
+    )
+
+
+def check_dataset_json(content: Any, where: Path | str) -> None:
+    """Check of a ``dataset.json`` what nnU-Net and everything here take for granted; ``uda`` is ``read_domains``'s.
+
+    Raises:
+        UDAError: for the first fault.
+    """
+    if not isinstance(content, dict) or nested_deeper(content, 20):
+        raise UDAError(f"{where} must hold a JSON object with 'channel_names', 'labels', 'numTraining', 'file_ending'")
+    ending, channels, labels = (content.get(key) for key in ("file_ending", "channel_names", "labels"))
+    if not is_plain_name(ending) or not ending.startswith("."):
+        raise UDAError(f"{where}: 'file_ending' must be like .nii.gz, found {shown(ending)}")
+    if not isinstance(channels, dict) or not channels or set(channels) != {str(i) for i in range(len(channels))}:
+        raise UDAError(f'{where}: \'channel_names\' must be like {{"0": "intensity"}}, found {shown(channels)}')
+    if not isinstance(labels, dict) or labels.get("background") != 0 or isinstance(labels["background"], bool):
+        raise UDAError(f'{where}: \'labels\' must be like {{"background": 0, "liver": 1}}, found {shown(labels)}')
+    for name in (*channels.values(), *labels):
+        if not isinstance(name, str) or not name or not name.isprintable():
+            raise UDAError(f"{where}: channels and labels need names that can be printed, found {shown(name)}")
+    values = [value for value in labels.values() if not isinstance(value, list)]  # lists are nnU-Net's regions
+    if not all(isinstance(value, int) and not isinstance(value, bool) for value in values):
+        raise UDAError(f"{where}: the values of 'labels' must be integers, found {shown(labels)}")
+    if len(values) == len(labels) and sorted(values) != list(range(len(values))):
+        raise UDAError(f"{where}: the values of 'labels' must be 0, 1, 2, ... without gaps, found {shown(labels)}")
+    number = content.get("numTraining")
+    if not isinstance(number, int) or isinstance(number, bool) or number < 0:
+        raise UDAError(f"{where}: 'numTraining' must be the number of labelled cases, found {shown(number)}")
+
+
+def check_plans_names(plans: Any, where: Path | str) -> dict[str, Any]:
+    """``plans``, once every name in them that becomes a folder's name is one: no path leads out of nnU-Net's folders.
+
+    Raises:
+        UDAError: for a name that is none, or plans without configurations.
+    """
+    if not isinstance(plans, dict) or not isinstance(plans.get("configurations"), dict):
+        raise UDAError(f"{where} must hold plans as nnU-Net writes them: a JSON object with 'configurations'")
+    names = {key: plans.get(key) for key in ("dataset_name", "plans_name")}
+    for configuration, content in plans["configurations"].items():
+        if not isinstance(content, dict):
+            raise UDAError(f"{where}: configuration {shown(configuration)} must be a JSON object")
+        names[f"{configuration}'s data_identifier"] = content.get("data_identifier", "inherited")
+    for key, name in names.items():
+        if not is_plain_name(name):
+            raise UDAError(f"{where}: {shown(key)} must be a name without a path, found {shown(name)}")
+    return plans
 
 
 @dataclass(frozen=True)
@@ -82,7 +142,7 @@ def read_domains(dataset_json: dict[str, Any], where: str = "dataset.json") -> D
             f"Make it with nnUNetUDA_convert, or add {example} and the folder {TARGET_FOLDER}"
         )
     for key in ("source_domain", "target_domain"):
-        if not isinstance(uda.get(key), str) or not uda[key]:
+        if not isinstance(uda.get(key), str) or not uda[key] or not uda[key].isprintable():
             raise UDAError(f"{where}: 'uda' needs the name of the domain '{key}', for instance {example}")
     return Domains(uda["source_domain"], uda["target_domain"])
 
@@ -149,8 +209,9 @@ def target_cases(raw_dataset: Path, dataset_json: dict[str, Any]) -> dict[str, l
     return cases
 
 
-def check_splits(splits: Any, known: set[str], where: Path | str) -> list[dict[str, list[str]]]:
-    """Check the form of a splits file and that its ids exist in ``known``."""
+def check_splits(splits: Any, known: set[str], where: Path | str, disjoint: bool = True) -> list[dict[str, list[str]]]:
+    """Check the form of a splits file, that its ids exist in ``known``, and unless told otherwise that folds' two
+    lists have no case in common."""
     if not isinstance(splits, list) or not splits:
         raise UDAError(f"{where} must hold a list of folds, each with 'train' and 'val'")
     for fold, split in enumerate(splits):
@@ -162,7 +223,7 @@ def check_splits(splits: Any, known: set[str], where: Path | str) -> list[dict[s
         if missing:
             raise UDAError(f"{where}: fold {fold} names cases that do not exist: {missing[:5]}")
         both = sorted(set(split["train"]) & set(split["val"]))
-        if both:
+        if both and disjoint:
             raise UDAError(f"{where}: fold {fold} has cases in both 'train' and 'val': {both[:5]}")
         if not split["train"]:
             raise UDAError(f"{where}: fold {fold} has no training case")

@@ -16,7 +16,7 @@ import numpy as np
 import SimpleITK as sitk
 
 from nnunet_uda.data.reading import check_image, read_image
-from nnunet_uda.errors import UDAError
+from nnunet_uda.errors import UDAError, shown
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def read_intensities(dataset_json: Mapping[str, Any], where: Path | str) -> Inte
     Raises:
         UDAError: if there are none, or they are not in the form of ``Intensities.to_json``.
     """
-    uda = dataset_json.get("uda")
+    uda = dataset_json.get("uda") if isinstance(dataset_json, dict) else None
     found = uda.get("intensities") if isinstance(uda, dict) else None
     if found is None:
         raise UDAError(
@@ -93,7 +93,9 @@ def read_intensities(dataset_json: Mapping[str, Any], where: Path | str) -> Inte
     example = '{"percentiles": [5, 95], "range": [-1, 1]}'
     percentiles, scale = (found.get("percentiles"), found.get("range")) if isinstance(found, dict) else (None, None)
     if not _is_pair(percentiles) or not (scale is None or _is_pair(scale)):
-        raise UDAError(f"{where}: uda.intensities is {found!r}; expected the form {example}. Convert the data again.")
+        raise UDAError(
+            f"{where}: uda.intensities is {shown(found)}; expected the form {example}. Convert the data again."
+        )
     return Intensities(tuple(percentiles), None if scale is None else tuple(scale))
 
 
@@ -101,7 +103,7 @@ def _is_pair(value: Any) -> bool:
     return (
         isinstance(value, Sequence)
         and len(value) == 2
-        and all(isinstance(v, int | float) and not isinstance(v, bool) for v in value)
+        and all(isinstance(v, int | float) and not isinstance(v, bool) and abs(v) < 1e30 for v in value)
     )
 
 

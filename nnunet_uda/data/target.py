@@ -1,13 +1,16 @@
 """The unlabelled target, preprocessed with the plans' settings into a sibling of nnU-Net's own folder.
 
 nnU-Net deletes and lists its own folders (``nnUNetPlans_2d``), so the target lies in ``nnUNetPlans_2d_target``. Its
-``manifest.json`` records what the cases were made from: a case counts as present only once it stands there.
+``manifest.json`` records what the cases were made from, and their files' sizes: a case counts as present only once it
+stands there and its files are whole. Cases are made in a folder of the run's own, so that what a killed run's worker
+still writes is never taken for one.
 """
 
 from __future__ import annotations
 
-import multiprocessing
+import os
 import shutil
+import uuid
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -19,12 +22,22 @@ from nnunetv2.training.dataloading.nnunet_dataset import comp_blosc2_params, nnU
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from tqdm import tqdm
 
-from nnunet_uda.data.convention import SPLITS_TARGET, check_splits, environment_folder, fold_of, read_json, target_cases
+from nnunet_uda.data.convention import (
+    SPLITS_TARGET,
+    check_splits,
+    environment_folder,
+    fold_of,
+    is_plain_name,
+    read_json,
+    target_cases,
+)
 from nnunet_uda.data.reading import check_image, read_image
 from nnunet_uda.errors import UDAError
-from nnunet_uda.files import exclusive, sha256, write_json
+from nnunet_uda.files import LOCK, exclusive, sha256, sync, sync_folder, write_json
+from nnunet_uda.workers import as_done
 
 MANIFEST = "manifest.json"
+_SUFFIXES = (".b2nd", "_seg.b2nd", ".pkl")
 _PLANS_KEYS = ("image_reader_writer", "transpose_forward", "foreground_intensity_properties_per_channel")
 _CONFIGURATION_KEYS = (
     "preprocessor_name",
@@ -67,36 +80,45 @@ def preprocess_target(
     settings = _preprocessing_settings(plans, configuration)
     raw_dataset = Path(nnUNet_raw.get()) / plans.dataset_name if nnUNet_raw.is_set() else None
 
-    with exclusive(folder):
-        manifest = read_json(folder / MANIFEST) if (folder / MANIFEST).exists() else None
-        if raw_dataset is None or not raw_dataset.is_dir():
-            return _accept_without_raw(folder, manifest, settings, plans.dataset_name)
-        cases = target_cases(raw_dataset, dataset_json)
-        _copy_splits(raw_dataset, preprocessed, set(cases))
-        kept = {}
-        if manifest is not None and manifest["settings"] == settings:
-            kept = {i: case for i, case in manifest["cases"].items() if i in cases and _unchanged(case, cases[i])}
-        elif manifest is not None:
-            log(f"{folder} was made with other settings: preprocessing the target again")
-        todo = {identifier: files for identifier, files in cases.items() if identifier not in kept}
-        complete = {f"{identifier}{suffix}" for identifier in kept for suffix in (".b2nd", "_seg.b2nd", ".pkl")}
-        for path in folder.iterdir():
-            if path.name not in complete | {".lock", MANIFEST}:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-        _write_manifest(folder, settings, kept)
-        if not todo:
-            return folder
-        log(f"Preprocessing {len(todo)} unlabelled target case(s) of {plans.dataset_name} into {folder}")
-        work = partial(
-            _preprocess_case, folder=folder, plans=plans.plans, configuration=configuration_name, dataset=dataset_json
-        )
-        num_processes = min(num_processes, len(todo))
-        if num_processes <= 1:
-            results = map(work, todo.items())
-            _collect(results, folder, settings, kept, len(todo))
-        else:
-            with multiprocessing.get_context("spawn").Pool(num_processes) as pool:
-                _collect(pool.imap_unordered(work, todo.items()), folder, settings, kept, len(todo))
+    try:
+        with exclusive(folder):
+            manifest = _read_manifest(folder)
+            if raw_dataset is None or not raw_dataset.is_dir():
+                return _accept_without_raw(folder, manifest, settings, plans.dataset_name)
+            cases = target_cases(raw_dataset, dataset_json)
+            _copy_splits(raw_dataset, preprocessed, set(cases))
+            kept, sizes = _kept(folder, manifest, settings, cases, log)
+            todo = {identifier: files for identifier, files in cases.items() if identifier not in kept}
+            complete = {f"{identifier}{suffix}" for identifier in kept for suffix in _SUFFIXES}
+            for path in folder.iterdir():
+                if path.name not in complete | {LOCK, MANIFEST}:
+                    shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
+            _write_manifest(folder, settings, kept, sizes)
+            if not todo:
+                return folder
+            log(f"Preprocessing {len(todo)} unlabelled target case(s) of {plans.dataset_name} into {folder}")
+            partial_folder = folder / f".partial_{uuid.uuid4().hex[:8]}"
+            partial_folder.mkdir()
+            work = partial(
+                _preprocess_case, folder=partial_folder, plans=plans.plans, configuration=configuration_name,
+                dataset=dataset_json,
+            )  # fmt: skip
+            num_processes = min(num_processes, len(todo))
+            results = map(work, todo.items()) if num_processes <= 1 else as_done(work, todo.items(), num_processes)
+            try:
+                for identifier, made in tqdm(results, total=len(todo), desc="target", unit="case"):
+                    for suffix in _SUFFIXES:
+                        os.replace(partial_folder / f"{identifier}{suffix}", folder / f"{identifier}{suffix}")
+                    sync_folder(folder)
+                    kept[identifier], sizes[identifier] = made, _sizes(folder, identifier)
+                    _write_manifest(folder, settings, kept, sizes)
+            finally:
+                shutil.rmtree(partial_folder, ignore_errors=True)
+    except OSError as error:
+        raise UDAError(
+            f"{folder}: the target cannot be preprocessed ({error}). Is the disk full, or the folder read-only? What "
+            "was finished is kept"
+        ) from error
     return folder
 
 
@@ -110,14 +132,51 @@ def target_identifiers(folder: Path, fold: int | str) -> list[str]:
     return sorted(fold_of(splits, int(fold), splits_file)["train"])
 
 
-def _collect(results: Any, folder: Path, settings: dict, done: dict, total: int) -> None:
-    for identifier, case in tqdm(results, total=total, desc="target", unit="case"):
-        done[identifier] = case
-        _write_manifest(folder, settings, done)
+def _read_manifest(folder: Path) -> dict[str, Any] | None:
+    """The manifest, or None where there is none of the right form: then every case is made again."""
+    try:
+        manifest = read_json(folder / MANIFEST)
+    except UDAError:
+        return None
+    if not isinstance(manifest, dict) or "settings" not in manifest:
+        return None
+    parts = (manifest.get("cases"), manifest.setdefault("sizes", {}))
+    return manifest if all(isinstance(part, dict) for part in parts) else None
 
 
-def _write_manifest(folder: Path, settings: dict, cases: dict) -> None:
-    write_json({"settings": settings, "cases": {i: cases[i] for i in sorted(cases)}}, folder / MANIFEST)
+def _kept(
+    folder: Path, manifest: dict | None, settings: dict, cases: dict[str, list[Path]], log: Callable[[str], None]
+) -> tuple[dict[str, Any], dict[str, list[int]]]:
+    """What the manifest says of the cases that need not be made again, and the sizes of their files."""
+    if manifest is None:
+        return {}, {}
+    if manifest["settings"] != settings:
+        log(f"{folder} was made with other settings: preprocessing the target again")
+        return {}, {}
+    current = {i: made for i, made in manifest["cases"].items() if i in cases and _unchanged(made, cases[i])}
+    kept = {i: made for i, made in current.items() if _is_whole(folder, i, manifest)}
+    damaged = sorted(set(current) - set(kept))
+    if damaged:
+        log(f"{folder}: files of {', '.join(damaged)} are missing or cut short: preprocessing them again")
+    return kept, {i: _sizes(folder, i) for i in kept}
+
+
+def _sizes(folder: Path, identifier: str) -> list[int]:
+    return [(folder / f"{identifier}{suffix}").stat().st_size for suffix in _SUFFIXES]
+
+
+def _is_whole(folder: Path, identifier: str, manifest: dict[str, Any]) -> bool:
+    """Whether the case's files are there, with the sizes that were noted when they were made."""
+    try:
+        sizes = _sizes(folder, identifier)
+    except OSError:
+        return False
+    return manifest["sizes"].get(identifier, sizes) == sizes
+
+
+def _write_manifest(folder: Path, settings: dict, cases: dict, sizes: dict) -> None:
+    content = {"settings": settings, "cases": {i: cases[i] for i in sorted(cases)}, "sizes": sizes}
+    write_json(content, folder / MANIFEST)
 
 
 def _accept_without_raw(folder: Path, manifest: dict | None, settings: dict, name: str) -> Path:
@@ -130,6 +189,12 @@ def _accept_without_raw(folder: Path, manifest: dict | None, settings: dict, nam
         raise UDAError(
             f"{folder} is stale: it was made with other plans. It cannot be made again because the raw dataset {name} "
             "is not to be found: set nnUNet_raw (export nnUNet_raw=/path/to/nnUNet_raw)"
+        )
+    damaged = sorted(i for i in manifest["cases"] if not is_plain_name(i) or not _is_whole(folder, i, manifest))
+    if damaged:
+        raise UDAError(
+            f"{folder}: the files of {damaged[:5]} are missing or cut short. Copy the folder again, or set nnUNet_raw "
+            f"(export nnUNet_raw=/path/to/nnUNet_raw) so that they can be made again from {name}"
         )
     return folder
 
@@ -183,4 +248,6 @@ def _preprocess_case(
         data, seg, properties, str(folder / identifier), chunks=chunks, blocks=blocks, chunks_seg=chunks_seg,
         blocks_seg=blocks_seg,
     )  # fmt: skip
+    for suffix in _SUFFIXES:
+        sync(folder / f"{identifier}{suffix}")
     return identifier, fingerprint

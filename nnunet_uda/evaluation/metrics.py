@@ -15,6 +15,7 @@ Only one empty: Dice is 0; ASSD and HD95 are NaN, and the tables count the volum
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -28,6 +29,7 @@ from tqdm import tqdm
 
 from nnunet_uda.data.reading import check_whole, execute
 from nnunet_uda.errors import UDAError
+from nnunet_uda.workers import end_with
 
 METRICS = ("Dice", "ASSD", "HD95")
 GEOMETRY_TOLERANCE = 1e-3
@@ -225,7 +227,7 @@ def parallel(function: Callable[..., Any], tasks: Sequence[tuple], num_processes
     if num_processes <= 1 or len(tasks) <= 1:
         return [function(*task) for task in tqdm(tasks, desc=description, unit="volume")]
     workers = min(num_processes, len(tasks))
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_use_one_thread) as pool:
+    with ProcessPoolExecutor(workers, get_context("spawn"), _use_one_thread, (os.getpid(),)) as pool:
         futures = [pool.submit(function, *task) for task in tasks]
         try:
             for future in tqdm(as_completed(futures), desc=description, unit="volume", total=len(futures)):
@@ -237,8 +239,10 @@ def parallel(function: Callable[..., Any], tasks: Sequence[tuple], num_processes
         return [future.result() for future in futures]
 
 
-def _use_one_thread() -> None:
+def _use_one_thread(parent: int) -> None:
     import torch
+
+    end_with(parent)
 
     torch.set_num_threads(1)
     sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)

@@ -14,9 +14,10 @@ from nnunet_uda.data.convention import (
     dataset_name,
     environment_folder,
     fold_of,
+    is_plain_name,
     read_json,
 )
-from nnunet_uda.errors import UDAError
+from nnunet_uda.errors import UDAError, shown
 from nnunet_uda.evaluation.metrics import check_cases
 
 FOLD = "{fold}"
@@ -61,16 +62,24 @@ def read_labels(dataset_json: Path) -> Labels:
     Raises:
         UDAError: for a missing key, regions, or a label that is no integer.
     """
-    content: dict[str, Any] = read_json(dataset_json)
-    for key in ("labels", "file_ending"):
-        if key not in content:
-            raise UDAError(f"{dataset_json} has no '{key}', which every nnU-Net dataset.json must have")
+    content: Any = read_json(dataset_json)
+    for key, kind in (("labels", dict), ("file_ending", str)):
+        if not isinstance(content, dict) or not isinstance(content.get(key), kind):
+            raise UDAError(f"{dataset_json} has no '{key}' as every nnU-Net dataset.json must have")
     labels = content["labels"]
+    if not is_plain_name(content["file_ending"]):
+        raise UDAError(f"{dataset_json}: 'file_ending' must be like .nii.gz, found {shown(content['file_ending'])}")
     for name, value in labels.items():
+        if not name or not name.isprintable():
+            raise UDAError(f"{dataset_json}: a label needs a name that can be printed, found {shown(name)}")
         if isinstance(value, list):
-            raise UDAError(f"{dataset_json}: label '{name}' is a region ({value}); only plain labels are supported")
+            raise UDAError(
+                f"{dataset_json}: label '{name}' is a region ({shown(value)}); only plain labels are supported"
+            )
         if not isinstance(value, int) or isinstance(value, bool):
-            raise UDAError(f"{dataset_json}: label '{name}' must be an integer, found {value!r}")
+            raise UDAError(f"{dataset_json}: label '{name}' must be an integer, found {shown(value)}")
+        if not 0 <= value <= 65535:
+            raise UDAError(f"{dataset_json}: label '{name}' must be from 0 to 65535, found {shown(value)}")
     structures = {name: value for name, value in labels.items() if value != 0 and name != "ignore"}
     if not structures:
         raise UDAError(f"{dataset_json}: 'labels' has no structure besides the background")
@@ -109,6 +118,9 @@ def cases_of_folds(splits_file: Path, folds: Sequence[int]) -> dict[int, list[st
     splits = read_json(splits_file)
     if not isinstance(splits, list) or not all(isinstance(s, dict) and isinstance(s.get("val"), list) for s in splits):
         raise UDAError(f"{splits_file} must hold a list of folds, each with 'train' and 'val'")
+    bad = [name for split in splits for name in split["val"] if not is_plain_name(name)]
+    if bad:
+        raise UDAError(f"{splits_file}: case ids must be names without a path, found {shown(bad[0])}")
     cases = {fold: sorted(fold_of(splits, fold, splits_file)["val"]) for fold in sorted(set(folds))}
     for fold, names in cases.items():
         if not names:

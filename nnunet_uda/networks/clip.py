@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nnunet_uda.errors import UDAError
+from nnunet_uda.errors import UDAError, shown
 
 VARIABLE = "NNUNET_UDA_CLIP"
 """Environment variable: file or folder of CLIP's weights, for every training that names no file itself."""
@@ -51,15 +51,18 @@ def clip_shape(model: str, config: dict[str, Any] | None = None) -> dict[str, An
     else:
         where = "'clip_config'"
     vision, text = config.get("vision_cfg", {}), config.get("text_cfg", {})
-    if not isinstance(vision.get("layers"), (list, tuple)) or len(vision["layers"]) != 4:
+    if not isinstance(vision, dict) or not isinstance(text, dict):
+        raise UDAError(f"{where}: 'vision_cfg' and 'text_cfg' must be JSON objects, as in open_clip's own model files")
+    layers = vision.get("layers")
+    if not isinstance(layers, (list, tuple)) or len(layers) != 4 or not all(map(_is_size, layers)):
         raise UDAError(
             f"{where}: the image encoder must be CLIP's ResNet ('vision_cfg' with four numbers in 'layers'), found "
-            f"{vision.get('timm_model_name') or vision.get('layers')!r}; choose RN50-quickgelu, RN101-quickgelu or "
+            f"{shown(vision.get('timm_model_name') or layers)}; choose RN50-quickgelu, RN101-quickgelu or "
             "RN50x4-quickgelu"
         )
     for part, needed in ((config, ["embed_dim"]), (vision, ["image_size", "width"]),
                          (text, ["context_length", "vocab_size", "width", "heads", "layers"])):  # fmt: skip
-        missing = [key for key in needed if not isinstance(part.get(key), int)]
+        missing = [key for key in needed if not _is_size(part.get(key))]
         if missing:
             raise UDAError(f"{where}: {missing} must be given as whole numbers, as in open_clip's own model files")
     return {
@@ -69,6 +72,10 @@ def clip_shape(model: str, config: dict[str, Any] | None = None) -> dict[str, An
         | {key: vision[key] for key in ("head_width",) if key in vision},
         "text_cfg": {key: text[key] for key in ("context_length", "vocab_size", "width", "heads", "layers")},
     }
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value < 2**31
 
 
 # -- weights -------------------------------------------------------------------------------------------------------

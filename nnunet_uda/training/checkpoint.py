@@ -1,19 +1,139 @@
-"""Random state, and turning a failed write into a message."""
+"""Checkpoints as files: written whole with the one before kept, read as data, and the state of random generators."""
 
 from __future__ import annotations
 
+import codecs
+import os
 import random
+import shlex
+import shutil
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from nnunet_uda.errors import UDAError
+from nnunet_uda.files import whole_file
+
+LATEST, BEST, FINAL = "checkpoint_latest.pth", "checkpoint_best.pth", "checkpoint_final.pth"
+PREVIOUS = "checkpoint_previous.pth"
+"""The latest checkpoint but one. nnU-Net does not look at it: it is for the day when the latest cannot be read."""
+FORMER = "checkpoint_former.pth"
+"""The furthest checkpoint of a training that was begun anew without ``--c``."""
+
+
+def write_checkpoint(checkpoint: dict[str, Any], path: Path | str) -> None:
+    """Write a checkpoint whole or not at all; the latest one before it stays as ``checkpoint_previous.pth``.
+
+    Raises:
+        UDAError: if it cannot be written; what was there is intact.
+    """
+    path = Path(path)
+    try:
+        with whole_file(path) as temporary:
+            torch.save(checkpoint, temporary)
+            if path.name == LATEST and path.exists():
+                _keep(path, path.with_name(PREVIOUS))
+    except (OSError, RuntimeError) as error:
+        raise UDAError(
+            f"{path} could not be written ({error}). Is the disk full, or the folder read-only? The previous "
+            "checkpoint is intact: make room and continue with --c"
+        ) from error
+
+
+def _keep(path: Path, copy: Path) -> None:
+    """Give the file a second name, ``copy``, which at no moment is missing or half a file."""
+    with whole_file(copy) as temporary:
+        temporary.unlink(missing_ok=True)
+        try:
+            os.link(path, temporary)
+        except OSError:  # a file system without hard links
+            shutil.copyfile(path, temporary)
+
+
+def set_former_aside(folder: Path) -> Path | None:
+    """Take a former training's checkpoints out of ``--c``'s sight; the furthest is kept, under the name returned.
+
+    ``--c`` prefers ``checkpoint_final.pth``: left there, it would be taken for the end of the training begun anew.
+    """
+    kept = None
+    for name in (FINAL, LATEST, PREVIOUS):
+        path = folder / name
+        if path.exists() and kept is None:
+            kept = folder / FORMER
+            os.replace(path, kept)
+        path.unlink(missing_ok=True)
+    return kept
+
+
+def read_checkpoint(path: Path | str) -> dict[str, Any]:
+    """A checkpoint's content, on the CPU. Nothing in the file is run: it may hold tensors, numbers and text only.
+
+    Raises:
+        UDAError: for a file that is no whole checkpoint; it names one beside it that is, and how to go on from that.
+    """
+    path = Path(path)
+    try:
+        return _load(path)
+    except Exception as error:  # a cut pickle raises whatever its last byte makes of it
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UDAError(f"{path} cannot be read as a checkpoint (cut short?): {reason}. {_way_out(path)}") from error
+
+
+def _load(path: Path) -> dict[str, Any]:
+    with _numpy_allowed():
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(checkpoint, dict):
+        raise ValueError(f"it holds a {type(checkpoint).__name__}")
+    return checkpoint
+
+
+def _numpy_allowed():
+    """nnU-Net's log, and the random state in checkpoints of before, hold numpy's numbers and arrays."""
+    if not hasattr(torch.serialization, "safe_globals"):  # before torch 2.5
+        return nullcontext()
+    core = np._core if hasattr(np, "_core") else np.core
+    numbers = [type(np.dtype(name)) for name in ("float64", "float32", "int64", "uint32")]
+    return torch.serialization.safe_globals(
+        [core.multiarray._reconstruct, core.multiarray.scalar, np.ndarray, np.dtype, *numbers, codecs.encode]
+    )
+
+
+def _way_out(path: Path) -> str:
+    latest = path.with_name(LATEST)
+    for other in (path.with_name(name) for name in (LATEST, PREVIOUS, BEST)):
+        if other == path or not other.exists():
+            continue
+        try:
+            epoch = _load(other)["current_epoch"]
+        except Exception:  # damaged too
+            continue
+        words = [] if path == latest else [shlex.join(["rm", str(path)])]
+        words += [] if other == latest else [shlex.join(["cp", str(other), str(latest)])]
+        return (
+            f"{other} is whole and stands at epoch {epoch}. To go on from it: {' && '.join(words)} and then the same "
+            "command with --c (left to you, since what damaged one file may have damaged more)"
+        )
+    return "No other checkpoint beside it can be read: start anew, without --c"
+
+
+def plain(value: Any) -> Any:
+    """``value`` with numpy's numbers as Python's, in lists and dictionaries too."""
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(plain(item) for item in value)
+    return value.item() if isinstance(value, np.generic) else value
+
 
 def random_state() -> dict[str, Any]:
     """State of every random generator that training draws from (Python, numpy, torch on CPU and on CUDA)."""
+    name, keys, *rest = np.random.get_state()
     return {
         "python": random.getstate(),
-        "numpy": np.random.get_state(),
+        "numpy": (name, torch.from_numpy(keys.astype(np.int64)), *rest),
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
     }
@@ -21,8 +141,9 @@ def random_state() -> dict[str, Any]:
 
 def set_random_state(state: dict[str, Any]) -> None:
     """Restore what ``random_state`` returned. CUDA states are restored where the number of devices is the same."""
+    name, keys, *rest = state["numpy"]
     random.setstate(state["python"])
-    np.random.set_state(state["numpy"])
+    np.random.set_state((name, np.asarray(keys).astype(np.uint32), *rest))
     torch.set_rng_state(state["torch"].cpu())
     if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all([item.cpu() for item in state["cuda"]])

@@ -30,14 +30,33 @@ from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
 
-from nnunet_uda.data.convention import environment_folder, normalisation_warning, read_domains
+from nnunet_uda.data.convention import (
+    check_dataset_json,
+    check_plans_names,
+    check_splits,
+    environment_folder,
+    fold_of,
+    normalisation_warning,
+    read_domains,
+    read_json,
+)
+from nnunet_uda.data.damage import refuse_damaged
 from nnunet_uda.data.target import TargetDataset, preprocess_target, target_identifiers
 from nnunet_uda.errors import UDAError, print_without_traceback
-from nnunet_uda.files import whole_file
 from nnunet_uda.losses.dice import soft_dice_loss
 from nnunet_uda.settings import UDASettings, parse_settings, split_settings
-from nnunet_uda.training.checkpoint import random_state, seed_everything, set_random_state
+from nnunet_uda.training.checkpoint import (
+    PREVIOUS,
+    plain,
+    read_checkpoint,
+    seed_everything,
+    set_former_aside,
+    set_random_state,
+    write_checkpoint,
+)
+from nnunet_uda.training.model_choice import ModelChoice
 from nnunet_uda.training.pictures import plot_losses, write_panels
+from nnunet_uda.training.stoppable_trainer import StoppableTrainer
 from nnunet_uda.training.translated_dataset import TranslatedDataset
 
 
@@ -52,7 +71,7 @@ class _Unlabelled:
     has_ignore_label = False
 
 
-class UDATrainer(nnUNetTrainer):
+class UDATrainer(StoppableTrainer):
     """Two data streams, several networks, one segmenter that predicts.
 
     ``self.network`` is nnU-Net's auto-configured network: its checkpoints are nnU-Net checkpoints. A method adds
@@ -82,6 +101,8 @@ class UDATrainer(nnUNetTrainer):
         sys.excepthook = print_without_traceback
         for variable in ("nnUNet_preprocessed", "nnUNet_results"):
             environment_folder(variable)
+        check_plans_names(plans, "the plans file")
+        check_dataset_json(dataset_json, f"dataset.json of {plans['dataset_name']}")
         where = f"plans {plans['plans_name']!r}, key 'uda'"
         shared, own = split_settings(plans.get("uda", {}), self.method, where)
         self.settings: UDASettings = parse_settings(UDASettings, shared, where)
@@ -101,8 +122,10 @@ class UDATrainer(nnUNetTrainer):
         self.optimizers: dict[str, torch.optim.Optimizer] = {}
         self.dataloader_target = None
         self.loss_history: dict[str, list[float]] = {}
+        self.model_choice = ModelChoice(self.settings)
         self._terms: dict[str, Tensor] = {}
         self._restored_random_state: dict[str, Any] | None = None
+        self._begins_anew = True
 
     def adopt_settings(self) -> None:
         """Settings that nnU-Net keeps as attributes of its own."""
@@ -174,8 +197,6 @@ class UDATrainer(nnUNetTrainer):
 
     def _refuse_unsupported(self) -> None:
         name = type(self).__name__
-        if self.is_ddp:
-            raise UDAError(f"{name} trains on one device: run it without -num_gpus")
         if self.is_cascaded:
             raise UDAError(f"{name} does not support cascades: train the configuration 2d or 3d_fullres")
         if self.label_manager.has_regions:
@@ -244,13 +265,14 @@ class UDATrainer(nnUNetTrainer):
         return pipeline
 
     def do_split(self):
-        """nnU-Net's split, but a fold outside the splits and too few cases are refused."""
+        """nnU-Net's split, but a fold outside the splits, cases that do not exist and too few cases are refused."""
         splits_file = Path(self.preprocessed_dataset_folder_base, "splits_final.json")
         if self.fold != "all":
             if splits_file.exists():
-                number = len(load_json(str(splits_file)))
-                if not 0 <= self.fold < number:
-                    raise UDAError(f"fold {self.fold} does not exist: {splits_file} holds folds 0 to {number - 1}")
+                known = set(self.dataset_class.get_identifiers(self.preprocessed_dataset_folder))
+                splits = check_splits(read_json(splits_file), known, splits_file, disjoint=False)
+                if not fold_of(splits, self.fold, splits_file)["val"]:
+                    raise UDAError(f"{splits_file}: fold {self.fold} has no validation case")
             elif self.dataset_json["numTraining"] < 5:
                 raise UDAError(
                     f"{self.dataset_json['numTraining']} labelled source case(s) are too few for 5-fold "
@@ -269,9 +291,22 @@ class UDATrainer(nnUNetTrainer):
         return loaders
 
     def get_tr_and_val_datasets(self):
-        training, self.validation_dataset = super().get_tr_and_val_datasets()
-        self._refuse_empty_labels(training)
-        return training, self.validation_dataset
+        self.training_dataset, self.validation_dataset = super().get_tr_and_val_datasets()
+        refuse_damaged((self.training_dataset, self.validation_dataset), self._source_remedy)
+        self._refuse_empty_labels(self.training_dataset)
+        return self.training_dataset, self.validation_dataset
+
+    @property
+    def _source_remedy(self) -> str:
+        plans = self.plans_manager
+        return (
+            f"Preprocess the source again: nnUNetv2_preprocess -d {plans.dataset_name} -plans_name {plans.plans_name} "
+            f"-c {self.configuration_name}, then the same command with --c"
+        )
+
+    @property
+    def _target_remedy(self) -> str:
+        return "Remove the files of these cases: the same command with --c preprocesses them again"
 
     def _refuse_empty_labels(self, dataset: nnUNetBaseDataset) -> None:
         for identifier in dataset.identifiers:
@@ -284,28 +319,36 @@ class UDATrainer(nnUNetTrainer):
             "Check labelsTr and the label values"
         )
 
+    def refuse_damaged_cases(self) -> None:
+        refuse_damaged((self.training_dataset, self.validation_dataset), self._source_remedy, voxels=True)
+        if self.needs_target:
+            refuse_damaged((self.target_dataset,), self._target_remedy, voxels=True)
+
     def prepare_target(self) -> TargetDataset:
         """The fold's target training cases, preprocessed now if they are missing or stale."""
         domains = read_domains(self.dataset_json)
         warning = normalisation_warning(self.dataset_json, domains)
         if warning:
             self.print_to_log_file(f"WARNING: {warning}")
-        folder = preprocess_target(
-            self.plans_manager,
-            self.configuration_name,
-            self.dataset_json,
-            default_num_processes,
-            self.print_to_log_file,
+        folder = self.on_first_rank(
+            lambda: preprocess_target(
+                self.plans_manager,
+                self.configuration_name,
+                self.dataset_json,
+                default_num_processes,
+                self.print_to_log_file,
+            )
         )
         identifiers = target_identifiers(folder, self.fold)
         self.print_to_log_file(
             f"Unlabelled target: {len(identifiers)} {domains.target} case(s) from {folder}. No target label is read; "
-            f"pseudo Dice and checkpoint_best come from {domains.source} validation cases"
+            f"pseudo Dice comes from {domains.source} validation cases"
         )
         return TargetDataset(str(folder), identifiers)
 
     def _target_loader(self, num_processes: int) -> Iterator[dict]:
         self.target_dataset = self.prepare_target()
+        refuse_damaged((self.target_dataset,), self._target_remedy)
         rotation, dummy_2d, initial_patch_size, mirror_axes = (
             self.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
         )
@@ -328,7 +371,13 @@ class UDATrainer(nnUNetTrainer):
 
     def on_train_start(self):
         self._refuse_other_settings()
+        if not self.was_initialized:
+            self.initialize()
+        self.start_together(self.plain_network, self.networks)
         super().on_train_start()
+        if self.needs_target:
+            self.model_choice.open_target(self.target_dataset, self.configuration_manager.patch_size, self.batch_size)
+        self.print_to_log_file(f"checkpoint_best follows {self.model_choice.criterion}, without target labels")
         if self._restored_random_state is not None:
             set_random_state(self._restored_random_state)  # last: opening the loaders has drawn random numbers
 
@@ -352,11 +401,12 @@ class UDATrainer(nnUNetTrainer):
     def train_step(self, batch: dict) -> dict:
         source, label = self._to_device(batch["data"]), self._to_device(batch["target"])
         target = self._to_device(next(self.dataloader_target)["data"]) if self.reads_target() else None
+        self.in_step = True
         self._terms = {}
         self.train_on(source, label, target)
         if self.grad_scaler is not None:
             self.grad_scaler.update()
-        values = torch.stack([value.float() for value in self._terms.values()]).cpu()
+        values = self.mean_over_ranks(torch.stack([value.float() for value in self._terms.values()])).cpu()
         losses = dict(zip(self._terms, values.tolist(), strict=True))
         for name, value in losses.items():
             if not np.isfinite(value):
@@ -366,7 +416,9 @@ class UDATrainer(nnUNetTrainer):
                     "rate or the term's weight"
                 )
         first = losses.get("segmentation", next(iter(losses.values())))  # epochs may leave the segmenter as it is
-        return {"loss": first, **losses}
+        outputs = {"loss": first, **losses}
+        self.step_done(outputs)
+        return outputs
 
     def update(self, name: str, terms: dict[str, Tensor], max_norm: float | None = None) -> None:
         """One step of the optimiser ``name`` on the sum of ``terms``, each of which is logged under its own name."""
@@ -375,9 +427,11 @@ class UDATrainer(nnUNetTrainer):
         loss = torch.stack([value.float() for value in terms.values()]).sum()
         if self.grad_scaler is not None:
             self.grad_scaler.scale(loss).backward()
+            self.share_gradients(optimizer)
             self.grad_scaler.unscale_(optimizer)
         else:
             loss.backward()
+            self.share_gradients(optimizer)
         if max_norm is not None:
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
             nn.utils.clip_grad_norm_(parameters, max_norm)
@@ -397,6 +451,7 @@ class UDATrainer(nnUNetTrainer):
         return data.to(self.device, non_blocking=True)
 
     def on_train_epoch_end(self, train_outputs: list[dict]):
+        train_outputs = self.whole_epoch(train_outputs)
         super().on_train_epoch_end([{"loss": output["loss"]} for output in train_outputs])
         for name in train_outputs[0]:
             if name != "loss":
@@ -415,18 +470,40 @@ class UDATrainer(nnUNetTrainer):
         translated = self._translated(self._to_device(batch["data"]))
         return super().validation_step(batch | {"data": translated.float()})
 
+    def on_validation_epoch_end(self, val_outputs: list[dict]):
+        super().on_validation_epoch_end(val_outputs)
+        values = self.model_choice.add(
+            self.logger.get_value("mean_fg_dice", -1), self._predict, batch_size=self.batch_size, device=self.device,
+            mirror_axes=self.inference_allowed_mirroring_axes, num_classes=self.label_manager.num_segmentation_heads,
+        )  # fmt: skip
+        self.model_choice.history = self.on_first_rank(lambda: self.model_choice.history)  # devices differ in last bits
+        self.print_to_log_file("criteria:", {name: round(value, 4) for name, value in values.items()})
+
+    def _predict(self, images: Tensor) -> Tensor:
+        with self.autocast():
+            return self.finest(self.network(images))
+
     def on_epoch_end(self):
         epoch = self.current_epoch
+        self._best_ema = math.inf  # nnU-Net chooses no checkpoint_best: model_choice does
         super().on_epoch_end()
+        self.current_epoch = epoch  # what these checkpoints are of
+        for name in self.model_choice.checkpoints():
+            self.print_to_log_file(
+                f"Writing {name}: mean {self.model_choice.criterion} {self.model_choice.means[-1]:.4f}"
+            )
+            self.save_checkpoint(join(self.output_folder, name))
+        self.current_epoch = epoch + 1
         last = epoch == self.num_epochs - 1
-        if last or epoch % self.settings.picture_every == 0:
+        if self.local_rank == 0 and (last or epoch % self.settings.picture_every == 0):
             plot_losses(join(self.output_folder, "losses.png"), self.loss_history)
+            plot_losses(join(self.output_folder, "criteria.png"), self.model_choice.history)
             self.draw_pictures(Path(self.output_folder, f"pictures/epoch_{epoch:04d}.png"))
 
     def on_train_end(self):
         super().on_train_end()
-        if isinstance(self.dataloader_target, NonDetMultiThreadedAugmenter):
-            self.dataloader_target._finish()
+        if self.local_rank == 0:
+            Path(self.output_folder, PREVIOUS).unlink(missing_ok=True)
 
     @torch.no_grad()
     def draw_pictures(self, path: Path) -> None:
@@ -475,16 +552,22 @@ class UDATrainer(nnUNetTrainer):
         if self.disable_checkpointing:
             self.print_to_log_file("No checkpoint written, checkpointing is disabled")
             return
-        # nnU-Net saves checkpoint_latest before it compares this epoch with the best
-        means = [self._best_ema, *self.logger.get_value("ema_fg_dice", None)[-1:]]
-        best = max((value for value in means if value is not None), default=None)
+        position = self.within_epoch or self.position()
+        position = position | {"random_state": self.states_of_ranks(position["random_state"])}
+        self.on_first_rank(lambda: self._write_checkpoint(filename, position))
+
+    def _write_checkpoint(self, filename: str, position: dict[str, Any]) -> None:
+        if self._begins_anew and (former := set_former_aside(Path(self.output_folder))):
+            self.print_to_log_file(f"An earlier training of this fold lay here; its checkpoint is now {former}")
+        self._begins_anew = False
+        epochs = self.current_epoch + (self.within_epoch is None)
         checkpoint = {
             "network_weights": self.plain_network.state_dict(),
             "optimizer_state": self.optimizer.state_dict(),
             "grad_scaler_state": self.grad_scaler.state_dict() if self.grad_scaler is not None else None,
-            "logging": self.logger.get_checkpoint(),
-            "_best_ema": best,
-            "current_epoch": self.current_epoch + 1,
+            "logging": {name: plain(values[:epochs]) for name, values in self.logger.get_checkpoint().items()},
+            "_best_ema": plain(max(self.logger.get_value("ema_fg_dice", None)[:epochs], default=None)),
+            "current_epoch": epochs,
             "init_args": self.my_init_kwargs,
             "trainer_name": type(self).__name__,
             "inference_allowed_mirroring_axes": self.inference_allowed_mirroring_axes,
@@ -492,38 +575,43 @@ class UDATrainer(nnUNetTrainer):
                 "settings": self.settings_dict(),
                 "networks": self.networks.state_dict(),
                 "optimizers": {n: o.state_dict() for n, o in self.optimizers.items() if n != self.network_update},
-                "random_state": random_state(),
-                "loss_history": self.loss_history,
+                **position,
+                "criteria": {name: values[:epochs] for name, values in self.model_choice.history.items()},
             },
         }
-        try:
-            with whole_file(filename) as temporary:
-                torch.save(checkpoint, temporary)
-        except (OSError, RuntimeError) as error:
-            raise UDAError(
-                f"{filename} could not be written ({error}). Is the disk full, or the folder read-only? The previous "
-                "checkpoint is intact: make room and continue with --c"
-            ) from error
+        write_checkpoint(checkpoint, filename)
 
     def load_checkpoint(self, filename_or_checkpoint: str) -> None:
-        """Restore everything ``save_checkpoint`` wrote.
+        """Restore everything ``save_checkpoint`` wrote, as ``read_checkpoint`` reads it: as data alone.
+
+        nnU-Net's own method would read the file once more, and run what is pickled in it.
 
         Raises:
             UDAError: unreadable file, a checkpoint of another trainer, other plans or other settings.
         """
         path = filename_or_checkpoint
-        try:
-            checkpoint = torch.load(path, map_location="cpu", weights_only=False)
-        except Exception as error:  # a cut pickle raises whatever its last byte makes of it
-            raise UDAError(f"{path} cannot be read as a checkpoint (cut short?): {error}") from error
+        checkpoint = read_checkpoint(path)
         self._check_checkpoint(checkpoint, path)
-        super().load_checkpoint(path)
+        if not self.was_initialized:
+            self.initialize()
+        self._begins_anew = False
+        self.my_init_kwargs = checkpoint["init_args"]
+        self.current_epoch = checkpoint["current_epoch"]
+        self.logger.load_checkpoint(checkpoint["logging"])
+        self._best_ema = checkpoint["_best_ema"]
+        self.inference_allowed_mirroring_axes = checkpoint["inference_allowed_mirroring_axes"]
+        self.plain_network.load_state_dict(checkpoint["network_weights"])
+        self.optimizer.load_state_dict(checkpoint["optimizer_state"])
+        if self.grad_scaler is not None and checkpoint["grad_scaler_state"] is not None:
+            self.grad_scaler.load_state_dict(checkpoint["grad_scaler_state"])
         extra = checkpoint["uda"]
         self.networks.load_state_dict(extra["networks"])
         for name, state in extra["optimizers"].items():
             self.optimizers[name].load_state_dict(state)
         self.loss_history = extra["loss_history"]
-        self._restored_random_state = extra["random_state"]
+        self.model_choice.history = extra["criteria"]
+        self._restored_random_state = self.state_of_rank(extra["random_state"])
+        self.steps = extra.get("steps", [])
 
     def _check_checkpoint(self, checkpoint: dict, path: str) -> None:
         name = type(self).__name__
@@ -562,7 +650,8 @@ class UDATrainer(nnUNetTrainer):
             super().perform_actual_validation(save_probabilities)
         finally:
             self.dataset_class = dataset_class
-        save_json({"validated_on": note}, join(self.output_folder, "validation", "about.json"))
+        if self.local_rank == 0:
+            save_json({"validated_on": note}, join(self.output_folder, "validation", "about.json"))
 
     def _translated(self, source: Tensor) -> Tensor:
         with self.autocast():
