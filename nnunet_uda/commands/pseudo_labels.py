@@ -1,0 +1,202 @@
+"""``nnUNetUDA_pseudo_labels``: a dataset of the labelled source and of target scans with predictions for labels."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import SimpleITK as sitk
+from tqdm import tqdm
+
+from nnunet_uda.data.convention import (
+    case_files,
+    check_splits,
+    dataset_name,
+    environment_folder,
+    read_domains,
+    read_json,
+    target_cases,
+)
+from nnunet_uda.data.pseudo_labels import implausible_structures, keep_components, structure_volumes
+from nnunet_uda.data.reading import check_whole, read_image, read_label
+from nnunet_uda.errors import UDAError, command
+from nnunet_uda.files import whole_folder, write_json
+
+PREFIX = "pseudo_"
+SPLITS = "splits_final.json"
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the command was asked for, checked.
+
+    Attributes:
+        raw: raw dataset to start from.
+        dataset_json: its ``dataset.json``.
+        structures: their names, for the classes 1, 2, ...
+        predictions: folder with one label file a target case.
+        share, factor: see ``keep_components`` and ``implausible_structures``.
+    """
+
+    raw: Path
+    dataset_json: dict[str, Any]
+    structures: list[str]
+    predictions: Path
+    share: float
+    factor: float
+
+    @property
+    def ending(self) -> str:
+        return self.dataset_json["file_ending"]
+
+
+@command
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="nnUNetUDA_pseudo_labels",
+        description="Make a dataset whose labelled cases are those of dataset -d and its unlabelled target scans "
+        "(imagesTu) with predictions for labels, for a last round of plain training. Small connected components of a "
+        "prediction are removed; a case is left out where a structure's volume is implausible beside the source's. "
+        "Predictions are made with nnUNetv2_predict -i .../imagesTu. No target label is read.",
+    )
+    parser.add_argument("-d", required=True, help="dataset id or name")
+    parser.add_argument("-i", required=True, type=Path, metavar="FOLDER", help="predictions of imagesTu")
+    parser.add_argument("-o", required=True, metavar="DatasetXXX_NAME", help="the new dataset")
+    parser.add_argument(
+        "-component_share", type=float, default=0.1,
+        help="keep a component with at least this share of its structure's largest one (default 0.1; 1: largest only)",
+    )  # fmt: skip
+    parser.add_argument(
+        "-volume_factor", type=float, default=2.0,
+        help="a volume is plausible from the source's least divided by this to its greatest times this (default 2)",
+    )  # fmt: skip
+    args = parser.parse_args(argv)
+    root = environment_folder("nnUNet_raw")
+    request = _request(args, root / dataset_name(args.d))
+    final = _new_dataset(root, args.o)
+    targets = target_cases(request.raw, request.dataset_json)
+    known = _source_volumes(request)
+    with whole_folder(final) as folder:
+        for name in ("imagesTr", "labelsTr"):
+            (folder / name).mkdir()
+        lines, kept = [], []
+        for identifier, images in tqdm(targets.items(), desc="Pseudo labels", unit="case"):
+            label, why = _pseudo_label(request, identifier, images[0], known)
+            lines.append(f"  {identifier}: {'left out, ' + why if why else 'taken'}")
+            if not why:
+                kept.append(PREFIX + identifier)
+                _write_label(label, folder / "labelsTr" / f"{kept[-1]}{request.ending}")
+                for image in images:
+                    _link(image, folder / "imagesTr" / f"{PREFIX}{image.name}")
+        if not kept:
+            raise UDAError(f"no prediction in {request.predictions} is plausible:\n" + "\n".join(lines))
+        _add_source(request, kept, folder)
+    print("\n".join(lines))
+    print(f"{final}: {len(known)} source case(s) and {len(kept)} of {len(targets)} target case(s) with pseudo labels")
+
+
+def _request(args: argparse.Namespace, raw: Path) -> Request:
+    if not 0 <= args.component_share <= 1:
+        raise UDAError(f"-component_share must be between 0 and 1, found {args.component_share}")
+    if args.volume_factor < 1:
+        raise UDAError(f"-volume_factor must be at least 1, found {args.volume_factor}")
+    if not args.i.is_dir():
+        raise UDAError(f"{args.i} (-i) is no folder; expected the output of nnUNetv2_predict on imagesTu")
+    dataset_json = read_json(raw / "dataset.json")
+    read_domains(dataset_json, str(raw / "dataset.json"))
+    labels = {name: value for name, value in dataset_json["labels"].items() if name not in ("background", "ignore")}
+    if sorted(map(str, labels.values())) != sorted(map(str, range(1, len(labels) + 1))):
+        raise UDAError(f"{raw / 'dataset.json'}: region-based labels are not supported: one integer for each structure")
+    structures = sorted(labels, key=labels.__getitem__)
+    return Request(raw, dataset_json, structures, args.i, args.component_share, args.volume_factor)
+
+
+def _new_dataset(root: Path, name: str) -> Path:
+    match = re.fullmatch(r"Dataset(\d{3})_[\w-]+", name)
+    if not match:
+        raise UDAError(f"-o takes the new dataset's name, DatasetXXX_NAME, found {name!r}")
+    taken = sorted(path.name for path in root.glob(f"Dataset{match[1]}_*"))
+    if taken:
+        raise UDAError(f"{root / taken[0]} exists: give a dataset id that is free, or remove it. Nothing was written")
+    return root / name
+
+
+def _source_volumes(request: Request) -> np.ndarray:
+    """``(N, structures)`` volumes of the labelled cases, in cubic mm."""
+    volumes = []
+    for path in sorted((request.raw / "labelsTr").glob(f"*{request.ending}")):
+        label = read_image(path)
+        array = sitk.GetArrayFromImage(label)
+        volumes.append(structure_volumes(array, len(request.structures), label.GetSpacing()))
+    if not volumes:
+        raise UDAError(f"{request.raw / 'labelsTr'} holds no label; expected files ending in {request.ending}")
+    return np.array(volumes)
+
+
+def _pseudo_label(request: Request, identifier: str, image: Path, known: np.ndarray) -> tuple[sitk.Image, str]:
+    """The cleaned prediction of a case, and why it is left out, empty where it is taken."""
+    path = request.predictions / f"{identifier}{request.ending}"
+    if not path.exists():
+        raise UDAError(f"{path} does not exist; expected a prediction of every case in {image.parent}")
+    prediction, _ = read_label(path, read_image(image), image)
+    number = len(request.structures)
+    array = sitk.GetArrayFromImage(prediction)
+    if array.min() < 0 or array.max() > number:
+        raise UDAError(f"{path} holds values from {array.min()} to {array.max()}; expected 0 to {number}")
+    cleaned = keep_components(array.astype(np.uint8), number, request.share)
+    volumes = structure_volumes(cleaned, number, prediction.GetSpacing())
+    wrong = [
+        f"{request.structures[i - 1]} has {volumes[i - 1] / 1000:.1f} ml (source "
+        f"{known[:, i - 1].min() / 1000:.1f} to {known[:, i - 1].max() / 1000:.1f} ml)"
+        for i in implausible_structures(volumes, known, request.factor)
+    ]
+    label = sitk.GetImageFromArray(cleaned)
+    label.CopyInformation(prediction)
+    return label, "; ".join(wrong)
+
+
+def _write_label(label: sitk.Image, path: Path) -> None:
+    try:
+        sitk.WriteImage(label, str(path), True)
+        check_whole(path)  # on a full disk SimpleITK leaves a short file without an error
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise UDAError(f"{path} cannot be written ({reason}). Make room, or check permissions.") from None
+
+
+def _add_source(request: Request, kept: list[str], folder: Path) -> None:
+    """The source's cases, ``dataset.json`` and the splits: pseudo labels are trained on in every fold, never tested."""
+    cases = case_files(request.raw / "imagesTr", request.ending)
+    for identifier, images in cases.items():
+        for image in images:
+            _link(image, folder / "imagesTr" / image.name)
+        name = f"{identifier}{request.ending}"
+        _link(request.raw / "labelsTr" / name, folder / "labelsTr" / name)
+    content = {key: value for key, value in request.dataset_json.items() if key != "uda"}
+    write_json(content | {"numTraining": len(cases) + len(kept), "pseudo_labelled": kept}, folder / "dataset.json")
+    splits_file = request.raw / SPLITS
+    if splits_file.exists():
+        splits = check_splits(read_json(splits_file), set(cases), splits_file)
+    else:
+        identifiers = sorted(cases)
+        parts = [identifiers[fold::5] for fold in range(min(5, len(identifiers)))]
+        splits = [{"train": [i for i in identifiers if i not in part], "val": part} for part in parts]
+    write_json([{"train": split["train"] + kept, "val": split["val"]} for split in splits], folder / SPLITS)
+
+
+def _link(file: Path, place: Path) -> None:
+    """A link to ``file`` where the file system allows, else a copy."""
+    try:
+        os.symlink(file.resolve(), place)
+    except OSError:
+        shutil.copyfile(file, place)
+
+
+if __name__ == "__main__":
+    main()

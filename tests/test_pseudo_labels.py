@@ -1,0 +1,156 @@
+"""Whole-volume pseudo labels: cleaning, plausibility, and the dataset made of them."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+from conftest import make_raw_dataset, write_volume
+
+from nnunet_uda.commands.pseudo_labels import main
+from nnunet_uda.data.pseudo_labels import implausible_structures, keep_components, structure_volumes
+
+
+def test_small_components_become_background():
+    label = np.zeros((3, 8, 8), np.uint8)
+    label[:, :2, :2], label[0, 5, 5], label[1, 6:, 6:] = 1, 1, 1  # 12, 1 and 4 voxels
+    label[2, 0, 7] = 2
+    kept = {share: keep_components(label, 2, share) for share in (0.0, 0.1, 0.5, 1.0)}
+    assert [int((kept[share] == 1).sum()) for share in kept] == [17, 16, 12, 12]
+    assert all((array == 2).sum() == 1 for array in kept.values())
+    assert (label == 1).sum() == 17
+    diagonal = np.zeros((1, 4, 4), np.uint8)
+    diagonal[0, 0, 0], diagonal[0, 1, 1:3] = 1, 1
+    assert keep_components(diagonal, 1, 1.0).sum() == 2  # a corner connects nothing
+    assert not keep_components(np.zeros((2, 2, 2), np.uint8), 3, 0.1).any()
+
+
+def test_volumes_are_in_cubic_mm():
+    label = np.zeros((2, 3, 4), np.uint8)
+    label[0], label[1, 0, 0] = 1, 3
+    assert structure_volumes(label, 3, (2.0, 0.5, 4.0)).tolist() == [48.0, 0.0, 4.0]
+
+
+@pytest.mark.parametrize(
+    ("volumes", "expected"),
+    [
+        ([10, 5], []), ([5, 5], []), ([4.9, 5], [1]), ([40, 5], []), ([41, 5], [1]),
+        ([0, 5], [1]), ([10, 0], []), ([10, 11], [2]), ([0, 100], [1, 2]),
+    ],
+)  # fmt: skip
+def test_plausible_is_what_the_source_holds_within_a_factor(volumes, expected):
+    known = np.array([[10.0, 5.0], [20.0, 0.0]])
+    assert implausible_structures(np.array(volumes, float), known, 2.0) == expected
+
+
+def test_a_structure_that_no_source_case_has_is_implausible():
+    assert implausible_structures(np.array([3.0]), np.zeros((2, 1)), 2.0) == [1]
+    assert implausible_structures(np.array([0.0]), np.zeros((2, 1)), 2.0) == []
+
+
+# -- the command -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def dataset(tmp_path, monkeypatch):
+    """A raw dataset, and predictions of its target that are a source case's label."""
+    monkeypatch.setenv("nnUNet_raw", str(tmp_path / "raw"))
+    monkeypatch.setattr(sys, "excepthook", sys.__excepthook__)
+    raw = make_raw_dataset(tmp_path / "raw")
+    label = sitk.GetArrayFromImage(sitk.ReadImage(str(raw / "labelsTr" / "mr_Tr00.nii.gz")))
+    for index in range(4):
+        write_volume(tmp_path / "predictions" / f"ct_Tu{index:02d}.nii.gz", label)
+    return raw
+
+
+def run(dataset: Path, *options: str, name: str = "Dataset601_Second") -> Path:
+    main(["-d", "501", "-i", str(dataset.parent.parent / "predictions"), "-o", name, *options])
+    return dataset.parent / name
+
+
+def change(dataset: Path, case: str, function) -> np.ndarray:
+    path = dataset.parent.parent / "predictions" / f"{case}.nii.gz"
+    array = function(sitk.GetArrayFromImage(sitk.ReadImage(str(path))))
+    write_volume(path, array)
+    return array
+
+
+def add_speck(label: np.ndarray) -> np.ndarray:
+    label[0, 0, 0] = 2
+    return label
+
+
+def test_the_dataset_is_source_and_filtered_predictions(dataset, capsys):
+    shutil.rmtree(dataset / "labelsTs")  # no target label is needed
+    change(dataset, "ct_Tu01", lambda label: np.where(label == 1, 0, label))
+    speckled = change(dataset, "ct_Tu02", add_speck)
+    out = run(dataset)
+    source, pseudo = [f"mr_Tr{i:02d}" for i in range(5)], [f"pseudo_ct_Tu{i:02d}" for i in (0, 2, 3)]
+    assert sorted(path.name for path in (out / "labelsTr").iterdir()) == [f"{i}.nii.gz" for i in source + pseudo]
+    assert sorted(path.name for path in (out / "imagesTr").iterdir()) == [f"{i}_0000.nii.gz" for i in source + pseudo]
+    content = json.loads((out / "dataset.json").read_text())
+    assert content["numTraining"] == 8 and content["pseudo_labelled"] == pseudo and "uda" not in content
+    cleaned = sitk.ReadImage(str(out / "labelsTr" / "pseudo_ct_Tu02.nii.gz"))
+    expected = speckled.copy()
+    expected[0, 0, 0] = 0
+    assert np.array_equal(sitk.GetArrayFromImage(cleaned), expected)
+    image = sitk.ReadImage(str(out / "imagesTr" / "pseudo_ct_Tu02_0000.nii.gz"))
+    assert cleaned.GetSpacing() == image.GetSpacing() and cleaned.GetDirection() == image.GetDirection()
+    printed = capsys.readouterr().out
+    assert "ct_Tu01: left out, left has 0.0 ml (source" in printed and "3 of 4 target case(s)" in printed
+
+
+def test_pseudo_labels_are_trained_on_in_every_fold_and_never_tested(dataset):
+    out = run(dataset)
+    splits = json.loads((out / "splits_final.json").read_text())
+    pseudo = {f"pseudo_ct_Tu{i:02d}" for i in range(4)}
+    assert len(splits) == 5
+    for split in splits:
+        assert pseudo <= set(split["train"]) and not set(split["train"]) & set(split["val"])
+    assert sorted(i for split in splits for i in split["val"]) == [f"mr_Tr{i:02d}" for i in range(5)]
+
+
+def test_folds_of_the_raw_dataset_are_kept(dataset):
+    fold = {"train": ["mr_Tr00", "mr_Tr01"], "val": ["mr_Tr02"]}
+    (dataset / "splits_final.json").write_text(json.dumps([fold]))
+    (split,) = json.loads((run(dataset) / "splits_final.json").read_text())
+    assert split["val"] == ["mr_Tr02"] and split["train"][:2] == fold["train"] and len(split["train"]) == 6
+
+
+def everything_wrong(dataset: Path) -> None:
+    for index in range(4):
+        change(dataset, f"ct_Tu{index:02d}", np.zeros_like)
+
+
+@pytest.mark.parametrize(
+    ("prepare", "options", "words"),
+    [
+        (lambda d: (d.parent.parent / "predictions" / "ct_Tu03.nii.gz").unlink(), (), "ct_Tu03.nii.gz does not exist"),
+        (lambda d: change(d, "ct_Tu00", lambda x: x + 3), (), "holds values from 3 to 5; expected 0 to 2"),
+        (lambda d: change(d, "ct_Tu00", lambda x: x[1:]), (), "ct_Tu00"),
+        (everything_wrong, (), "no prediction in .* is plausible"),
+        (lambda d: (d.parent / "Dataset601_Other").mkdir(), (), "Dataset601_Other exists"),
+        (lambda d: None, ("-volume_factor", "0.5"), "-volume_factor must be at least 1"),
+        (lambda d: None, ("-component_share", "2"), "-component_share must be between 0 and 1"),
+    ],
+)
+def test_what_does_not_fit_is_refused_and_nothing_is_written(dataset, capsys, prepare, options, words):
+    prepare(dataset)
+    before = sorted(path.name for path in dataset.parent.iterdir())
+    with pytest.raises(SystemExit) as stopped:
+        run(dataset, *options)
+    assert stopped.value.code != 0
+    assert re.search(words, capsys.readouterr().err)
+    assert sorted(path.name for path in dataset.parent.iterdir()) == before
+
+
+def test_a_bad_name_is_refused(dataset, capsys):
+    with pytest.raises(SystemExit):
+        run(dataset, name="../Dataset601_Second")
+    assert "DatasetXXX_NAME" in capsys.readouterr().err
