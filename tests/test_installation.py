@@ -17,7 +17,8 @@ NAMES = [
     "CISFASequentialGCLTrainer", "SourceOnlyTrainer", "SupervisedTrainer", "SimilarityPrototypesTrainer",
     "PrototypesBaselineTrainer", "PrototypesNoSimilarityTrainer", "PrototypesNoContrastTrainer",
     "UUDSTrainer", "UUDSNoDomainPromptTrainer", "UUDSNoSegmentationPromptTrainer", "UUDSNoUncertaintyTrainer",
-    "RandomStyleTrainer", "CUTTrainer", "EntMinTrainer", "ADVENTTrainer",
+    "CASTTrainer", "CASTNoTranslationTrainer", "CASTNoStyleTrainer", "CASTNoRandomStyleTrainer",
+    "CASTNoSelfTrainingTrainer", "RandomStyleTrainer", "CUTTrainer", "EntMinTrainer", "ADVENTTrainer",
 ]  # fmt: skip
 FIND = f"""
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name

@@ -1,0 +1,274 @@
+"""CAST: who learns from what, who is averaged, when self-training starts, and what is never read."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_trainer, same_weights, weights
+
+from nnunet_uda.errors import UDAError
+from nnunet_uda.losses.prototypes import IGNORED
+
+TINY = {"cast__generator_width": 4, "cast__generator_blocks": 2, "cast__discriminator_width": 4, "cast__patches": 16,
+        "criterion_patches": 2}  # fmt: skip
+TERMS = {"loss", "patch_contrastive", "style_diversity", "generator_adversarial", "segmentation", "self_training",
+         "image_discriminator"}  # fmt: skip
+
+
+def made(name: str = "CASTTrainer", **options):
+    return make_trainer(name, **TINY | options)
+
+
+def started(name: str = "CASTTrainer", **options):
+    trainer = made(name, **options)
+    trainer.on_train_start()
+    trainer.on_train_epoch_start()
+    return trainer
+
+
+def trusting(trainer):
+    """Let self-training run at full weight, on whatever the teacher says."""
+    trainer.networks["self_training"].ramp.fill_(trainer.networks["self_training"].ramp_epochs)
+    trainer.networks["self_training"].confidence = 0.0
+    return trainer
+
+
+def batch(trainer):
+    source = next(trainer.dataloader_train)
+    return source["data"], source["target"], next(trainer.dataloader_target)["data"]
+
+
+def parameters(module):
+    return {name: value.detach().clone() for name, value in module.named_parameters()}
+
+
+def changed(before, module):
+    return {name for name, value in module.named_parameters() if not torch.equal(before[name], value)}
+
+
+def test_one_step_trains_everything_but_the_teacher_who_is_averaged(in_workspace):
+    trainer = trusting(started())
+    before = {name: parameters(network) for name, network in trainer.networks.items()}
+    teacher = parameters(trainer.network)
+    losses = trainer.train_step(next(trainer.dataloader_train))
+    assert set(losses) == TERMS and losses["self_training"] > 0
+    for name in ("generator", "patch_projector", "image_discriminator"):
+        assert changed(before[name], trainer.networks[name]) == set(before[name]), name
+    student = trainer.networks["student"]
+    lowest = {name for name in teacher if "seg_layers.0" in name}  # deep supervision gives it weight 0
+    assert changed(before["student"], student) >= set(teacher) - lowest
+    for name, value in trainer.network.named_parameters():
+        torch.testing.assert_close(value, 0.1 * teacher[name] + 0.9 * dict(student.named_parameters())[name])
+        assert not value.requires_grad and value.grad is None
+    assert trainer.networks["average"].steps == 1
+    assert not trainer.network.training and student.training
+
+
+def test_updates_touch_their_own_networks_alone(in_workspace):
+    trainer = trusting(started())
+    source, label, target = batch(trainer)
+    translated = trainer.translate(source).detach()
+    steps = {
+        ("generator", "patch_projector"): lambda: trainer.update_generator(source, label[0], target),
+        ("student",): lambda: trainer.update_student(source, translated, label, target),
+        ("image_discriminator",): lambda: trainer.update_discriminator(translated, target),
+        ("teacher",): trainer.update_teacher,
+    }
+    networks = {**trainer.networks, "teacher": trainer.network}
+    for touched, step in steps.items():
+        before = {name: parameters(network) for name, network in networks.items()}
+        step()
+        for name, network in networks.items():
+            assert bool(changed(before[name], network)) == (name in touched), (name, touched)
+
+
+def test_pseudo_labels_carry_no_gradient_and_come_from_the_teacher(in_workspace, monkeypatch):
+    trainer = trusting(started())
+    _, _, target = batch(trainer)
+    asked = []
+    original = trainer._predict
+    monkeypatch.setattr(trainer, "_predict", lambda images: asked.append(images) or original(images))
+    labels = trainer.pseudo_label(target)
+    assert len(asked) == 2 and torch.equal(asked[0], target) and not torch.equal(asked[1], target)
+    assert not labels.requires_grad and labels.shape == (2, 32, 32)
+    with torch.no_grad():
+        agreed = trainer.finest(trainer.network(target)).argmax(1)
+    known = labels != IGNORED
+    assert known.any() and torch.equal(labels[known], agreed[known])
+    trainer.networks["self_training"].confidence = 1.0
+    assert (trainer.pseudo_label(target) == IGNORED).all()
+
+
+def test_no_target_label_is_read(in_workspace, monkeypatch, tmp_path):
+    """With full trust in the teacher, garbage in labelsTs and its absence change nothing."""
+    shutil.copytree(in_workspace.raw, tmp_path / "raw")
+    monkeypatch.setenv("nnUNet_raw", str(tmp_path / "raw"))
+    labels = tmp_path / "raw" / "Dataset501_Blobs" / "labelsTs"
+    results = []
+    for _ in range(2):
+        trainer = trusting(started(num_epochs=1))
+        for _ in range(2):
+            losses = trainer.train_step(next(trainer.dataloader_train))
+        assert losses["self_training"] > 0
+        results.append(weights(trainer))
+        for path in labels.iterdir() if labels.exists() else ():
+            path.write_bytes(b"garbage")
+    assert same_weights(*results)
+
+
+def test_random_weights_do_not_start_self_training(in_workspace):
+    """However well its own views agree, a network that is sure of nothing is no teacher."""
+    trainer = started()
+    state = trainer.networks["self_training"]
+    for seed in range(5):
+        torch.manual_seed(seed)
+        for module in trainer.network.modules():
+            if hasattr(module, "reset_parameters"):
+                module.reset_parameters()
+        state.observe_source(batch(trainer)[1][0])
+        for _ in range(3):
+            trainer.judge_teacher(1.0)
+    assert state.weight == 0 and trainer.self_training_weight == 0
+    assert trainer.train_step(next(trainer.dataloader_train))["self_training"] == 0
+
+
+def test_a_good_teacher_starts_it(in_workspace, monkeypatch):
+    trainer = started()
+    state = trainer.networks["self_training"]
+    state.observe_source(torch.tensor([0] * 8 + [1, 2]))
+    good = torch.zeros(1, 3, 32, 32)
+    good[:, 0], good[:, 1, :4, :20], good[:, 2, -4:, :20] = 5, 20, 20
+    monkeypatch.setattr(trainer, "_predict", lambda images: good.expand(len(images), 3, 32, 32))
+    weights_of_epochs = []
+    for _ in range(4):
+        trainer.judge_teacher(0.95)
+        weights_of_epochs.append(trainer.self_training_weight)
+    assert weights_of_epochs == [0, 1, 1, 1]  # the mean is 0.475, then 0.71; a ramp of one epoch
+    assert "weight of pseudo labels 1.00" in Path(trainer.log_file).read_text()
+
+
+def test_the_student_sees_styles_of_source_and_some_translations(in_workspace):
+    trainer = started(cast__translated_share=1.0)
+    source, label, _ = batch(trainer)
+    translated = trainer.translate(source).detach()
+    images, labels = trainer.labelled_images(source, translated, label)
+    assert images.shape == (4, 1, 32, 32) and [len(level) for level in labels] == [4] * len(label)
+    assert torch.equal(labels[0][:2], labels[0][2:])
+    for seen, original in zip(images, (*source, *translated), strict=True):
+        assert not torch.allclose(seen, original, atol=1e-2)
+    trainer.own_settings = dataclasses.replace(trainer.own_settings, translated_share=0.0)
+    images, _ = trainer.labelled_images(source, translated, label)
+    assert torch.equal(images[2:], translated) and not torch.allclose(images[:2], source, atol=1e-2)
+
+
+def test_the_discriminator_sees_translations_without_random_styles(in_workspace, monkeypatch):
+    trainer = started(cast__translated_share=1.0)
+    source, label, target = batch(trainer)
+    seen = {}
+    student, discriminator = trainer.update_student, trainer.update_discriminator
+    monkeypatch.setattr(
+        trainer, "update_student", lambda s, t, *rest: seen.update(before=t.clone()) or student(s, t, *rest)
+    )
+    monkeypatch.setattr(
+        trainer, "update_discriminator", lambda t, x: seen.update(after=t.clone()) or discriminator(t, x)
+    )
+    trainer.train_on(source, label, target)
+    assert torch.equal(seen["before"], seen["after"])
+
+
+@pytest.mark.parametrize(
+    ("name", "missing"),
+    [
+        ("CASTNoTranslationTrainer", {"patch_contrastive", "style_diversity", "generator_adversarial",
+                                      "image_discriminator"}),
+        ("CASTNoStyleTrainer", {"style_diversity"}),
+        ("CASTNoRandomStyleTrainer", set()),
+        ("CASTNoSelfTrainingTrainer", {"self_training"}),
+    ],
+)  # fmt: skip
+def test_ablations_leave_out_what_they_say(in_workspace, name, missing):
+    trainer = started(name)
+    losses = trainer.train_step(next(trainer.dataloader_train))
+    assert TERMS - set(losses) == missing
+    source, label, _ = batch(trainer)
+    assert trainer.translates == (name != "CASTNoTranslationTrainer")
+    assert torch.equal(trainer.translate(source), source) == (not trainer.translates)
+    if name == "CASTNoRandomStyleTrainer":
+        images, _ = trainer.labelled_images(source, source, label)
+        assert torch.equal(images, torch.cat([source, source]))
+    if name == "CASTNoStyleTrainer":
+        assert not trainer.draw_codes(3).any()
+
+
+def test_continuing_ends_where_an_uninterrupted_run_ends(in_workspace, monkeypatch):
+    options = {"num_epochs": 3, "cast__start_score": 0.0, "cast__confidence": 0.0}  # self-training from the first epoch
+    whole = made(**options)
+    whole.run_training()
+    assert whole.loss_history["self_training"][-1] > 0
+    shutil.rmtree(whole.output_folder)
+
+    class Killed(Exception):
+        pass
+
+    stopped = made(**options)
+    step, seen = stopped.train_step, []
+
+    def some_steps(batch):
+        seen.append(1)
+        if len(seen) == 6:  # in the last epoch
+            raise Killed
+        return step(batch)
+
+    monkeypatch.setattr(stopped, "train_step", some_steps)
+    with pytest.raises(Killed):
+        stopped.run_training()
+    resumed = made(**options)
+    resumed.load_checkpoint(str(Path(stopped.output_folder, "checkpoint_latest.pth")))
+    assert resumed.self_training_weight > 0
+    resumed.run_training()
+    assert same_weights(weights(whole), weights(resumed))
+    for name in ("styles_epoch_0000.png", "epoch_0000.png"):
+        assert Path(resumed.output_folder, "pictures", name).read_bytes()[:4] == b"\x89PNG"
+
+
+def test_pretrained_weights_reach_the_student(in_workspace):
+    trainer = made()
+    trainer.initialize()
+    with torch.no_grad():
+        for parameter in trainer.network.parameters():
+            parameter.add_(1.0)
+    trainer.on_train_start()
+    assert same_weights(trainer.plain_network.state_dict(), trainer.networks["student"].state_dict())
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+def test_the_optimiser_trains_the_student(in_workspace, optimizer):
+    trainer = made(segmenter_optimizer=optimizer)
+    trainer.initialize()
+    owned = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
+    assert owned == {id(p) for p in trainer.networks["student"].parameters()}
+    assert type(trainer.optimizer).__name__.lower() == optimizer
+
+
+def test_three_dimensions_train_too(in_workspace):
+    in_workspace.configure("tiny3d", configuration="3d_fullres", options=("--overwrite",))
+    trainer = trusting(started(plans="tiny3d", configuration="3d_fullres"))
+    losses = trainer.train_step(next(trainer.dataloader_train))
+    assert set(losses) == TERMS and all(torch.isfinite(torch.tensor(list(losses.values()))))
+
+
+def test_self_training_without_patches_to_judge_on_is_refused(in_workspace):
+    with pytest.raises(UDAError, match="'criterion_patches' is 0"):
+        made(criterion_patches=0).on_train_start()
+    made("CASTNoSelfTrainingTrainer", criterion_patches=0).on_train_start()
+
+
+def test_wrong_settings_are_named(in_workspace):
+    with pytest.raises(UDAError, match="'teacher_decay' must be at least 0 and below 1, found 1"):
+        made(cast__teacher_decay=1.0)
+    with pytest.raises(UDAError, match="CASTNoStyleTrainer fixes.*style_codes"):
+        made("CASTNoStyleTrainer", cast__style_codes=True)

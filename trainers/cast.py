@@ -1,0 +1,364 @@
+"""CAST: contrastive translation, augmentation, self-training, in one plain nnU-Net network.
+
+A generator translates source images to the target as in CISFA (Hu, Wang and Shi): least-squares GAN and label-weighted
+PatchNCE; a random style code makes one image many translations. A student learns from source images and translations in
+random styles (``RandomStyleTrainer``'s). The teacher is the student's exponential average (Tarvainen and Valpola 2017)
+and what predicts: ``network``. It labels real target images where it is confident and its views agree; the student
+learns these under strong augmentation, once the teacher deserves it. Every step updates the generator, then the
+student, then the discriminator, then the teacher.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from nnunet_uda.data.random_style import StyleAugmentationSettings, restyle_batch, style_transforms
+from nnunet_uda.errors import UDAError
+from nnunet_uda.losses.adversarial import lsgan_loss
+from nnunet_uda.losses.patch_nce import PatchNCELoss, layers_patch_nce
+from nnunet_uda.losses.pseudo_label import pseudo_label_loss
+from nnunet_uda.losses.style_diversity import style_diversity_loss
+from nnunet_uda.networks.patch_discriminator import PatchDiscriminator
+from nnunet_uda.networks.patch_projector import PatchProjector
+from nnunet_uda.networks.style_generator import StyleResnetGenerator
+from nnunet_uda.settings import require
+from nnunet_uda.training.pictures import write_panels
+from nnunet_uda.training.self_training import Average, SelfTraining, class_shares, seen_in_views
+from nnunet_uda.training.uda_trainer import UDATrainer, _middle, frozen
+
+
+@dataclass(frozen=True)
+class CASTSettings(StyleAugmentationSettings):
+    """Settings under ``uda.cast``; those of the random styles are RandomStyleTrainer's, those of the GAN are CISFA's.
+
+    ``translation``, ``style_codes``, ``random_styles`` and ``self_training`` switch the parts. ``translated_share`` is
+    the share of translations that get a random style too: the rest is learned as it is, as target images come at
+    prediction. ``start_score`` and ``plausible_factor``: see ``SelfTraining``. ``ramp_share`` is the share of the
+    schedule over which the weight of pseudo labels rises to ``self_training_weight``. A teacher looks at an image
+    ``views`` times.
+    """
+
+    translation: bool = True
+    style_codes: bool = True
+    random_styles: bool = True
+    self_training: bool = True
+    generator_width: int = 64
+    generator_blocks: int = 9
+    discriminator_width: int = 64
+    discriminator_layers: int = 3
+    gan_learning_rate: float = 2e-4
+    gan_beta1: float = 0.5
+    image_adversarial_weight: float = 1.0
+    patch_contrastive_weight: float = 1.0
+    patch_contrastive_temperature: float = 0.2
+    patches: int = 256
+    patch_features: int = 128
+    foreground_weight: float = 2.0
+    style_dim: int = 8
+    style_diversity_weight: float = 1.0
+    style_diversity_margin: float = 0.1
+    translated_share: float = 0.5
+    teacher_decay: float = 0.99
+    views: int = 2
+    confidence: float = 0.9
+    start_score: float = 0.7
+    plausible_factor: float = 10.0
+    ramp_share: float = 0.1
+    self_training_weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("generator_width", "generator_blocks", "discriminator_width", "discriminator_layers", "patches",
+                     "patch_features", "style_dim", "views", "plausible_factor", "foreground_weight"):  # fmt: skip
+            require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
+        for name in ("gan_learning_rate", "patch_contrastive_temperature", "style_diversity_margin"):
+            require(getattr(self, name) > 0, name, "positive", getattr(self, name))
+        for name in ("image_adversarial_weight", "patch_contrastive_weight", "style_diversity_weight",
+                     "self_training_weight"):  # fmt: skip
+            require(getattr(self, name) >= 0, name, "at least 0", getattr(self, name))
+        for name in ("translated_share", "confidence", "start_score", "ramp_share"):
+            require(0 <= getattr(self, name) <= 1, name, "between 0 and 1", getattr(self, name))
+        require(0 <= self.teacher_decay < 1, "teacher_decay", "at least 0 and below 1", self.teacher_decay)
+
+
+class CASTTrainer(UDATrainer):
+    """The whole method. ``uda.cast`` in the plans holds its settings (``CASTSettings``).
+
+    ``network`` is the teacher: validation, checkpoints and prediction are its. The student that gradients reach is
+    ``networks["student"]``.
+    """
+
+    method = "cast"
+    method_settings = CASTSettings
+
+    # -- networks ------------------------------------------------------------------------------------------------
+
+    def configure_optimizers(self):
+        """nnU-Net's optimiser and schedule, for the student: a copy of the network, which becomes the teacher."""
+        teacher, self.network = self.network, copy.deepcopy(self.plain_network)
+        try:
+            self.student = self.network
+            return super().configure_optimizers()
+        finally:
+            self.network = teacher.requires_grad_(False)
+
+    def build_networks(self) -> dict[str, nn.Module]:
+        settings, classes = self.own_settings, self.label_manager.num_segmentation_heads
+        foreground_labels = self.label_manager.foreground_labels
+        self.labelled_styles = style_transforms(settings, foreground_labels)
+        self.unlabelled_styles = style_transforms(settings, ())
+        networks: dict[str, nn.Module] = {"student": self.student, "average": Average(settings.teacher_decay)}
+        if settings.self_training:
+            ramp_epochs = max(1, round(settings.ramp_share * self.num_epochs))
+            networks["self_training"] = SelfTraining(classes, settings.confidence, settings.start_score, ramp_epochs)
+        if settings.translation:
+            networks |= self.build_translation()
+        return networks
+
+    def build_translation(self) -> dict[str, nn.Module]:
+        settings, channels = self.own_settings, self.num_input_channels
+        patch_size = self.configuration_manager.patch_size
+        generator = StyleResnetGenerator(
+            channels, len(patch_size), settings.generator_width, settings.generator_blocks,
+            self.configuration_manager.pool_op_kernel_sizes[1:3],  # the segmenter's own strides: thin axes stay whole
+            style_dim=settings.style_dim,
+        )  # fmt: skip
+        self.patch_contrastive = PatchNCELoss(settings.patch_contrastive_temperature)
+        return {
+            "generator": generator,
+            "patch_projector": PatchProjector(generator.feature_channels, settings.patch_features, settings.patches),
+            "image_discriminator": PatchDiscriminator(
+                channels, len(patch_size), patch_size, settings.discriminator_width, settings.discriminator_layers
+            ),
+        }
+
+    def build_optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        def adam(*names: str) -> torch.optim.Optimizer:
+            parameters = [p for name in names for p in self.networks[name].parameters()]
+            return torch.optim.Adam(
+                parameters, self.own_settings.gan_learning_rate, (self.own_settings.gan_beta1, 0.999)
+            )
+
+        if not self.own_settings.translation:
+            return {}
+        return {
+            "generator": adam("generator", "patch_projector"),
+            "image_discriminator": adam("image_discriminator"),
+        }
+
+    def prepare_network(self) -> None:
+        super().prepare_network()
+        self.student_encoder, self.student_decoder = self.student.encoder, self.student.decoder
+        if self._do_i_compile():
+            self.student_encoder, self.student_decoder = map(
+                torch.compile, (self.student_encoder, self.student_decoder)
+            )
+            if self.own_settings.translation:
+                generator = self.networks["generator"]
+                generator.encode, generator.decode = map(torch.compile, (generator.encode, generator.decode))
+
+    # -- schedule ------------------------------------------------------------------------------------------------
+
+    def on_train_start(self):
+        super().on_train_start()
+        if self.own_settings.self_training and self.model_choice.patches is None:
+            raise UDAError(
+                f"{type(self).__name__} starts self-training by what it sees on fixed target patches, but "
+                "'criterion_patches' is 0: give a number, or set cast.self_training=false"
+            )
+        if self.networks["average"].steps == 0:
+            self.student.load_state_dict(self.plain_network.state_dict())  # -pretrained_weights reach the network alone
+
+    @property
+    def self_training_weight(self) -> float:
+        """Of pseudo labels in this epoch; 0 until the teacher deserves to be a teacher."""
+        if not self.own_settings.self_training:
+            return 0.0
+        return self.own_settings.self_training_weight * self.networks["self_training"].weight
+
+    def on_train_epoch_start(self):
+        super().on_train_epoch_start()
+        self.network.eval()  # the teacher is never trained
+
+    def on_validation_epoch_end(self, val_outputs: list[dict]):
+        super().on_validation_epoch_end(val_outputs)
+        if self.own_settings.self_training:
+            self.judge_teacher(self.model_choice.history["agreement"][-1])
+
+    def judge_teacher(self, agreement: float) -> None:
+        """Start, raise or lower self-training by the teacher's agreement and by the structures that it is sure of."""
+        state = self.networks["self_training"]
+        shares = []
+        with torch.no_grad():
+            for images in self.model_choice.patches.split(self.batch_size):
+                confidence, found = self._predict(images.to(self.device)).float().softmax(1).max(1)
+                sure = found.masked_fill(confidence <= state.thresholds()[found], -1)
+                shares.append(class_shares(sure, self.label_manager.num_segmentation_heads))
+        score = state.judge(agreement, torch.stack(shares).mean(0), self.own_settings.plausible_factor)
+        state.load_state_dict(self.on_first_rank(state.state_dict))  # of several processes each has seen other batches
+        self.print_to_log_file(
+            f"teacher: score {score:.4f}, mean {state.score.item():.4f} (self-training from "
+            f"{self.own_settings.start_score}), weight of pseudo labels {self.self_training_weight:.2f}"
+        )
+
+    # -- a step --------------------------------------------------------------------------------------------------
+
+    def train_on(self, source: Tensor, label: Tensor | list[Tensor], target: Tensor | None) -> None:
+        translated = None
+        if self.own_settings.translation:
+            self.update_generator(source, self.finest(label), target)
+            with torch.no_grad(), self.autocast():
+                translated = self.networks["generator"](source, self.draw_codes(len(source)))  # with the new weights
+        self.update_student(source, translated, label, target)
+        if self.own_settings.translation:
+            self.update_discriminator(translated, target)
+        self.update_teacher()
+
+    def draw_codes(self, number: int) -> Tensor:
+        """Random style codes; without style codes the middle one."""
+        codes = self.networks["generator"].draw_codes(number)
+        return codes if self.own_settings.style_codes else torch.zeros_like(codes)
+
+    def update_generator(self, source: Tensor, label: Tensor, target: Tensor) -> None:
+        """Fool the discriminator, keep the shapes, listen to the style code."""
+        settings, generator = self.own_settings, self.networks["generator"]
+        terms = {}
+        with self.autocast(), frozen(self.networks["image_discriminator"]):
+            features = generator.encode(source)
+            code = self.draw_codes(len(source))
+            translated = generator.decode(features, code)
+            if settings.patch_contrastive_weight > 0:
+                loss = layers_patch_nce(
+                    self.patch_contrastive, self.networks["patch_projector"], features, generator.encode(translated),
+                    label, settings.foreground_weight,
+                )  # fmt: skip
+                terms["patch_contrastive"] = settings.patch_contrastive_weight * loss
+            if settings.style_codes and settings.style_diversity_weight > 0:
+                other_code = self.draw_codes(len(source))
+                other = generator.decode(features, other_code)
+                loss = style_diversity_loss(translated, other, code, other_code, settings.style_diversity_margin)
+                terms["style_diversity"] = settings.style_diversity_weight * loss
+            logits = self.networks["image_discriminator"](translated)
+            terms["generator_adversarial"] = settings.image_adversarial_weight * lsgan_loss(logits, is_real=True)
+        self.update("generator", terms)
+
+    def update_student(
+        self, source: Tensor, translated: Tensor | None, label: Tensor | list[Tensor], target: Tensor
+    ) -> None:
+        """Learn source labels on source images and translations, pseudo labels on target images."""
+        if self.own_settings.self_training:
+            self.networks["self_training"].observe_source(self.finest(label))
+        images, label = self.labelled_images(source, translated, label)
+        weight = self.self_training_weight
+        pseudo_label = self.pseudo_label(target) if weight > 0 else None
+        terms = {}
+        with self.autocast():
+            terms["segmentation"] = self.loss(self.study(images), label)
+            if self.own_settings.self_training:
+                loss = images.new_zeros(())
+                if weight > 0:
+                    seen = restyle_batch(self.unlabelled_styles, target) if self.own_settings.random_styles else target
+                    loss = pseudo_label_loss(self.finest(self.study(seen)), pseudo_label)
+                terms["self_training"] = weight * loss
+        self.update("segmenter", terms, max_norm=12)
+
+    def labelled_images(
+        self, source: Tensor, translated: Tensor | None, label: Tensor | list[Tensor]
+    ) -> tuple[Tensor, Tensor | list[Tensor]]:
+        """Source images, each in a random style, and translations, a share of them so; and their labels."""
+        finest, images = self.finest(label), [source]
+        if self.own_settings.random_styles:
+            images = [restyle_batch(self.labelled_styles, source, finest)]
+        if translated is None:
+            return images[0], label
+        images.append(translated.float().clone())
+        if self.own_settings.random_styles:
+            chosen = torch.rand(len(source)) < self.own_settings.translated_share
+            for index in chosen.nonzero()[:, 0].tolist():
+                part = slice(index, index + 1)
+                images[1][part] = restyle_batch(self.labelled_styles, images[1][part], finest[part])
+        twice = [torch.cat([one, one]) for one in label] if isinstance(label, list) else torch.cat([label, label])
+        return torch.cat(images), twice
+
+    def study(self, images: Tensor) -> list[Tensor] | Tensor:
+        """The student's logits, a list from fine to coarse with deep supervision."""
+        return self.student_decoder(self.student_encoder(images))
+
+    @torch.no_grad()
+    def pseudo_label(self, target: Tensor) -> Tensor:
+        """The teacher's labels of target images, ``(B, *patch)``, where they can be trusted."""
+        state = self.networks["self_training"]
+        probabilities, agreed = seen_in_views(
+            self._predict, target, self.own_settings.views, self.inference_allowed_mirroring_axes
+        )
+        state.observe_target(probabilities)
+        return state.label(probabilities, agreed)
+
+    def update_discriminator(self, translated: Tensor, target: Tensor) -> None:
+        with self.autocast():
+            image = self.networks["image_discriminator"]
+            loss = lsgan_loss(image(target), is_real=True) + lsgan_loss(image(translated), is_real=False)
+        self.update("image_discriminator", {"image_discriminator": 0.5 * loss})
+
+    def update_teacher(self) -> None:
+        self.networks["average"].update(self.plain_network, self.student)
+
+    # -- validation and pictures ---------------------------------------------------------------------------------
+
+    @property
+    def translates(self) -> bool:
+        return self.own_settings.translation
+
+    def translate(self, source: Tensor) -> Tensor:
+        """In the middle style, so that validation does not depend on chance."""
+        return self.networks["generator"](source) if self.translates else source
+
+    def draw_pictures(self, path: Path) -> None:
+        super().draw_pictures(path)
+        if self.translates:
+            self.draw_styles(path.with_name(f"styles_{path.name}"))
+
+    @torch.no_grad()
+    def draw_styles(self, path: Path) -> None:
+        """The same source slice in four fixed styles, and which of the teacher's labels of a target slice it trusts."""
+        source, _ = self._whole_patch(self.validation_dataset, by_label=True)
+        target, _ = self._whole_patch(self.target_dataset, by_label=False)
+        generator = self.networks["generator"]
+        codes = torch.randn(4, generator.style_dim, generator=torch.Generator().manual_seed(0)).to(source.device)
+        with self.autocast():
+            styles = [generator(source, code[None]) for code in codes]
+        rows = [[("source", _middle(source), None), *(("style", _middle(image), None) for image in styles)]]
+        if self.own_settings.self_training:
+            trusted = self.networks["self_training"].label(*seen_in_views(self._predict, target, 1, None))
+            shown = _middle(target)
+            rows.append([("target", shown, None), ("trusted", shown, _middle(trusted[:, None]))])
+        write_panels(path, rows, len(self.label_manager.foreground_labels))
+
+
+class CASTNoTranslationTrainer(CASTTrainer):
+    """Restyled source images and self-training alone."""
+
+    fixed_settings = {"translation": False}
+
+
+class CASTNoStyleTrainer(CASTTrainer):
+    """One translation for each image: no style code."""
+
+    fixed_settings = {"style_codes": False}
+
+
+class CASTNoRandomStyleTrainer(CASTTrainer):
+    """Without random styles of source, translated and target images."""
+
+    fixed_settings = {"random_styles": False}
+
+
+class CASTNoSelfTrainingTrainer(CASTTrainer):
+    """Without pseudo labels; the network is still the student's average."""
+
+    fixed_settings = {"self_training": False}
