@@ -124,7 +124,10 @@ def split_settings(uda: Any, method: str | None, where: str) -> tuple[dict[str, 
             f"{where}: 'uda' holds settings for an unknown method {nested[0]!r}. "
             f"Known methods: {', '.join(sorted(allowed))}"
         )
-    return shared, uda.get(method, {}) if method else {}
+    own = uda.get(method, {}) if method else {}
+    if not isinstance(own, dict):
+        raise UDAError(f"{where}.{method} must be a JSON object, found {shown(own)}")
+    return shared, own
 
 
 def describe_settings(settings_class: type) -> list[tuple[str, str, Any]]:

@@ -1,0 +1,292 @@
+"""Files that people and other programs wrote, damaged at random: each ends in a UDAError or in a correct run."""
+
+from __future__ import annotations
+
+import copy
+import json
+import random
+import shutil
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import make_trainer
+from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
+
+from nnunet_uda.commands import clip, configure, evaluate, fold_images, preprocess
+from nnunet_uda.data import convention
+from nnunet_uda.data.intensities import read_intensities
+from nnunet_uda.errors import UDAError
+from nnunet_uda.evaluation.runs import cases_of_folds, read_labels
+from nnunet_uda.networks.clip import clip_shape
+from nnunet_uda.plans import check_uda, method_settings_class
+from nnunet_uda.settings import METHODS, UDASettings, describe_settings, parse_settings, split_settings
+
+SECONDS, WAIT = 20, 300
+"""Of computing for one input, and of any time at all, for busy machines."""
+
+
+def nested(depth: int, kind: type) -> Any:
+    value: Any = 1
+    for _ in range(depth):
+        value = [value] if kind is list else {"a": value}
+    return value
+
+
+def strange_values() -> list[Any]:
+    return [
+        None, True, False, 0, 1, -1, 2**31, 2**63, -(2**70), 10**400, 0.5, -0.0, 1e308, 1e-320, float("nan"),
+        float("inf"), -float("inf"), "", " ", "0", "cisfa", "../../x", "/etc/passwd", "a/b", "..", "\x00", "a\nb",
+        "\ud800", "\u202e", "ä" * 5000, "x" * 300, [], {}, [[]], [{}], {"": None}, {"a": {}}, [None] * 50,
+        list(range(100)), nested(30, list), nested(30, dict), nested(400, list), nested(400, dict), b"".decode(),
+    ]  # fmt: skip
+
+
+def places(value: Any, path: tuple = ()) -> Iterator[tuple]:
+    """Paths to every part of ``value``."""
+    yield path
+    if isinstance(value, dict):
+        for key in value:
+            yield from places(value[key], (*path, key))
+    elif isinstance(value, list):
+        for index in range(len(value)):
+            yield from places(value[index], (*path, index))
+
+
+def mutated(value: Any, rng: random.Random) -> Any:
+    """A copy with one to three parts replaced, removed, doubled, renamed or added."""
+    value = copy.deepcopy(value)
+    for _ in range(rng.choice((1, 1, 1, 2, 3))):
+        *way, last = rng.choice(list(places(value))) or (None,)
+        strange = copy.deepcopy(rng.choice(strange_values()))
+        if last is None:
+            return strange if rng.random() < 0.3 else value
+        holder = value
+        for step in way:
+            holder = holder[step]
+        action = rng.choice(("replace", "replace", "replace", "remove", "double", "rename", "add", "retype"))
+        if action == "remove":
+            del holder[last]
+        elif action == "double" and isinstance(holder, list):
+            holder.append(copy.deepcopy(holder[last]))
+        elif action == "rename" and isinstance(holder, dict):
+            holder[rng.choice(("", "x", last.upper(), f"{last}_", "\ud800", "../x", "y" * 300))] = holder.pop(last)
+        elif action == "add" and isinstance(holder, dict):
+            holder[rng.choice(("x", "uuds", "cisfa", "seed", "1", "ignore", "num_epochs"))] = strange
+        elif action == "retype":
+            holder[last] = rng.choice((str, lambda v: [v], lambda v: {"a": v}))(holder[last])
+        else:
+            holder[last] = strange
+    return value
+
+
+def as_text(value: Any, rng: random.Random) -> bytes:
+    """JSON, one time in eight cut, or with bytes that are no text, or nested beyond what any parser takes."""
+    text = json.dumps(value).encode()
+    return rng.choice(
+        [text] * 24 + [text[: rng.randrange(len(text) + 1)], text + b"\xff\xfe", b"[" * 100000]
+    )  # fmt: skip
+
+
+@contextmanager
+def limited(what: Any) -> Iterator[None]:
+    def late(*_: object) -> None:
+        raise TimeoutError(f"no answer in time to {what!r:.300}")
+
+    timers = ((signal.SIGPROF, signal.ITIMER_PROF, SECONDS), (signal.SIGALRM, signal.ITIMER_REAL, WAIT))
+    before = [signal.signal(number, late) for number, _, _ in timers]
+    for _, timer, seconds in timers:
+        signal.setitimer(timer, seconds)
+    try:
+        yield
+    finally:
+        for (number, timer, _), handler in zip(timers, before, strict=True):
+            signal.setitimer(timer, 0)
+            signal.signal(number, handler)
+
+
+def refused(function: Callable[[], object], what: Any) -> bool:
+    """Whether ``function`` ended in a clear refusal; anything but that and a correct end fails the test."""
+    try:
+        with limited(what):
+            function()
+    except UDAError as error:
+        assert str(error)
+        return True
+    except SystemExit as end:
+        assert end.code == 1
+        return True
+    except BaseException as error:
+        raise AssertionError(f"{type(error).__name__}: {error!s:.300} for {what!r:.500}") from error
+    return False
+
+
+def outcomes(count: int, seed: int, value: Any, attempt: Callable[[Any, random.Random], Callable[[], object]]) -> float:
+    """The share that was refused of ``count`` mutations of ``value``."""
+    rng = random.Random(seed)
+    bad = 0
+    for _ in range(count):
+        damaged = mutated(value, rng)
+        bad += refused(attempt(damaged, rng), damaged)
+    return bad / count
+
+
+def whole_uda() -> dict[str, Any]:
+    """Every setting of every method at its default."""
+    uda = {name: default for name, _, default in describe_settings(UDASettings)}
+    for method in METHODS:
+        uda[method] = {name: default for name, _, default in describe_settings(method_settings_class(method))}
+    uda["uuds"]["clip_config"] = {
+        "embed_dim": 16, "quick_gelu": True, "vision_cfg": {"image_size": 64, "layers": [1, 1, 1, 1], "width": 4},
+        "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
+    }  # fmt: skip
+    return uda
+
+
+def test_mutations_change_values_and_the_undamaged_passes():
+    rng = random.Random(0)
+    assert sum(mutated(whole_uda(), rng) == whole_uda() for _ in range(100)) < 20
+    assert not refused(lambda: check_uda(whole_uda(), "x"), "undamaged")
+
+
+def test_settings():
+    def attempt(uda: Any, rng: random.Random) -> Callable[[], object]:
+        def read() -> None:
+            if isinstance(uda, dict) and isinstance(uda.get("uuds"), dict):
+                config = uda["uuds"].get("clip_config")
+                if isinstance(config, dict):
+                    clip_shape("RN50-quickgelu", config)
+            method = rng.choice(sorted(METHODS))
+            shared, own = split_settings(uda, method, "x")
+            parse_settings(UDASettings, shared, "x")
+            parse_settings(method_settings_class(method), own, "x")
+            check_uda(uda, "x")
+
+        return read
+
+    assert 0.5 < outcomes(500, 1, whole_uda(), attempt) < 1
+
+
+@pytest.fixture
+def dataset(in_workspace, tmp_path, monkeypatch):
+    """Raw and preprocessed folders to damage, the target preprocessed, and whole predictions."""
+    for name in ("raw", "preprocessed"):
+        shutil.copytree(getattr(in_workspace, name), tmp_path / name)
+        monkeypatch.setenv(f"nnUNet_{name}", str(tmp_path / name))
+    preprocess.main(["-d", "501", "-c", "2d", "-np", "1"])
+    raw = tmp_path / "raw" / "Dataset501_Blobs"
+    splits = [{"train": ["ct_Tu00", "ct_Tu01"], "val": ["ct_Tu02"]}, {"train": ["ct_Tu03"], "val": ["ct_Tu00"]}]
+    (raw / "splits_target.json").write_text(json.dumps(splits))
+    content = json.loads((raw / "dataset.json").read_text())
+    content["uda"]["intensities"] = {"percentiles": [5, 95], "range": [-1, 1]}
+    (raw / "dataset.json").write_text(json.dumps(content))
+    return raw
+
+
+def outside(raw: Path) -> set[Path]:
+    """What lies beside the dataset's folders, where nothing may appear."""
+    root = raw.parent.parent
+    return {
+        path
+        for path in root.rglob("*")
+        if path.relative_to(root).parts[0] not in ("raw", "preprocessed", "results", "out")
+    }
+
+
+def test_dataset_json(dataset, tmp_path):
+    file = tmp_path / "dataset.json"
+    content = json.loads((dataset / "dataset.json").read_text())
+
+    def attempt(damaged: Any, rng: random.Random) -> Callable[[], object]:
+        file.write_bytes(as_text(damaged, rng))
+
+        def read() -> None:
+            read_labels(file)
+            read_intensities(convention.read_json(file), file)
+            found = convention.read_json(file)
+            convention.check_dataset_json(found, file)
+            convention.normalisation_warning(found, convention.read_domains(found))
+            convention.target_cases(dataset, found)
+
+        return read
+
+    assert 0.5 < outcomes(400, 2, content, attempt) < 1
+
+
+def test_splits(dataset, tmp_path):
+    file, known = tmp_path / "splits.json", {"ct_Tu00", "ct_Tu01", "ct_Tu02", "ct_Tu03"}
+
+    def attempt(damaged: Any, rng: random.Random) -> Callable[[], object]:
+        file.write_bytes(as_text(damaged, rng))
+
+        def read() -> None:
+            cases_of_folds(file, [0, 1])
+            splits = convention.check_splits(convention.read_json(file), known, file)
+            convention.fold_of(splits, 1, file)
+
+        return read
+
+    assert 0.5 < outcomes(200, 3, json.loads((dataset / "splits_target.json").read_text()), attempt) < 1
+
+
+def test_commands_and_trainers(dataset, tmp_path, capsys):
+    """The same files through whole commands and a trainer's start, as far as training data."""
+    preprocessed = tmp_path / "preprocessed" / "Dataset501_Blobs"
+    predictions, out = tmp_path / "out" / "predictions", tmp_path / "out" / "result"
+    shutil.copytree(dataset / "labelsTs", predictions)
+    fold = tmp_path / "out" / "fold"
+    fold.mkdir()
+    for folder in (dataset / "labelsTs", predictions, fold):
+        shutil.copy(predictions / "ct_Ts00.nii.gz", folder / "ct_Tu02.nii.gz")
+    scans = tmp_path / "out" / "scans"
+    scans.mkdir()
+    shutil.copy(dataset / "imagesTs" / "ct_Ts00_0000.nii.gz", scans)
+    evaluation = ["-d", "501", "-o", str(out), "--no_overlays", "-np", "1", "-p"]
+
+    def train(**uda: Any) -> None:
+        trainer = make_trainer("CISFATrainer", **uda)
+        trainer.dataset_class = infer_dataset_class(trainer.preprocessed_dataset_folder)
+        trainer.do_split()
+        convention.target_cases(dataset, trainer.dataset_json)
+
+    known = [f"mr_Tr0{index}" for index in range(5)]
+    commands: list[tuple[Path, Callable[[], object]]] = [
+        (dataset / "dataset.json", lambda: fold_images.main(["-d", "501", "-f", "0", "-o", str(out)])),
+        (dataset / "splits_target.json", lambda: fold_images.main(["-d", "501", "-f", "1", "-o", str(out)])),
+        (dataset / "dataset.json", lambda: evaluate.main([*evaluation, f"a={predictions}"])),
+        (dataset / "splits_target.json", lambda: evaluate.main([*evaluation, f"a={fold}", "-f", "0"])),
+        (dataset / "dataset.json", lambda: clip.main(["-d", "501", "-i", str(scans), "-o", str(out)])),
+        (preprocessed / "dataset.json", lambda: preprocess.main(["-d", "501", "-np", "1"])),
+        (dataset / "splits_target.json", lambda: preprocess.main(["-d", "501", "-np", "1"])),
+        (preprocessed / "dataset.json", train),
+        (preprocessed / "splits_final.json", train),
+    ]
+    splits = [{"train": known[:3], "val": known[3:]}, {"train": known[2:], "val": known[:2]}]
+    (preprocessed / "splits_final.json").write_text(json.dumps(splits))
+    train()  # imports what is slow to import, without a limit
+    before, rng = outside(dataset), random.Random(4)
+    for file, run in commands:
+        whole = file.read_bytes()
+        shutil.rmtree(out, ignore_errors=True)
+        assert not refused(run, f"{file.name} undamaged")
+        for _ in range(12):
+            damaged = mutated(json.loads(whole), rng)
+            try:
+                json_only = run is train  # nnU-Net itself reads these, so they must at least be JSON
+                file.write_bytes(json.dumps(damaged).encode() if json_only else as_text(damaged, rng))
+                refused(run, damaged)
+            finally:
+                file.write_bytes(whole)
+                shutil.rmtree(out, ignore_errors=True)
+    plans = preprocessed / "tiny.json"
+    content = json.loads(plans.read_text())
+    for _ in range(60):
+        damaged = mutated(whole_uda(), rng)
+        plans.write_text(json.dumps(content | {"uda": damaged}))
+        refused(train, damaged)
+        refused(lambda: configure.main(["-d", "501", "-from", "tiny", "-p", "other", "--overwrite"]), damaged)
+    assert outside(dataset) == before
+    assert "Traceback" not in capsys.readouterr().err
