@@ -61,7 +61,7 @@ def test_criteria_need_patches() -> None:
 
 
 class Cases:
-    """A dataset whose voxels hold 1000 case + slice (first axis), so that patches say where they come from."""
+    """A dataset that says where its patches come from: channels 1000 case + slice (first axis), 100 row + column."""
 
     def __init__(self, *shapes: tuple[int, int, int]) -> None:
         self.shapes = dict(zip("abcdef", shapes, strict=False))
@@ -70,7 +70,8 @@ class Cases:
     def load_case(self, identifier: str):
         shape = self.shapes[identifier]
         data = np.zeros((2, *shape), np.float32)
-        data += 1000 * (1 + self.identifiers.index(identifier)) + np.arange(shape[0])[:, None, None]
+        data[0] = 1000 * (1 + self.identifiers.index(identifier)) + np.arange(shape[0])[:, None, None]
+        data[1] = 100 * np.arange(shape[1])[:, None] + np.arange(shape[2])
         return data, None, None, {}
 
 
@@ -80,7 +81,8 @@ def test_patches_are_spread_over_cases_and_slices_and_always_the_same() -> None:
     patches = fixed_patches(dataset, (8, 10), 6)
     assert torch.equal(torch.get_rng_state(), state[0]) and (np.random.get_state()[1] == state[1]).all()
     assert patches.shape == (6, 2, 8, 10) and patches.dtype == torch.float32
-    assert patches[:, 1, 0, 0].tolist() == [1005, 1015, 2002, 2007, 3007, 3022]
+    assert patches[:, 0, 0, 0].tolist() == [1005, 1015, 2002, 2007, 3007, 3022]
+    assert len(set(patches[:, 1, 0, 0].tolist())) > 1  # other places in the slices
     assert torch.equal(patches, fixed_patches(dataset, (8, 10), 6))
     assert fixed_patches(dataset, (8, 10), 2)[:, 0, 0, 0].tolist() == [1010, 2005]
 
@@ -193,3 +195,18 @@ def test_without_target_images_pseudo_dice_is_followed(in_workspace, monkeypatch
     trainer = train("SourceOnlyTrainer", num_epochs=1, checkpoint_criterion="agreement")
     assert trainer.model_choice.criterion == "pseudo_dice" and list(trainer.model_choice.history) == ["pseudo_dice"]
     assert Path(trainer.output_folder, "checkpoint_best.pth").exists()
+
+
+def test_two_generators_are_measured_as_they_predict(in_workspace) -> None:
+    small = {"embedding_dim": 8, "discriminator_width": 4, "dictionary_size": 6, "top_k": 2}
+    options = {f"similarity_prototypes__{key}": value for key, value in small.items()}
+    trainer = make_trainer("SimilarityPrototypesTrainer", criterion_patches=2, **options)
+    trainer.on_train_start()
+    with torch.no_grad():
+        trainer.on_validation_epoch_start()
+        images, network = trainer.model_choice.patches, trainer.plain_network
+        direct = network.target_generator(images)
+        by_source = network.source_generator(direct.image)
+        average = (direct.segmentation.softmax(1) + by_source.segmentation.softmax(1)) / 2
+        assert network.deep_supervision  # as in the middle of a training
+        assert torch.allclose(trainer._predict(images).softmax(1), average, atol=1e-5)

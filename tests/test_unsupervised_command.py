@@ -102,7 +102,10 @@ def test_checkpoints_are_compared_without_labels(models, in_workspace, tmp_path,
 @pytest.mark.parametrize(
     ("more", "words"),
     [
-        (("-chk", "checkpoint_best.pth"), r"checkpoint_best.pth does not exist. There are checkpoint_cut.pth, checkpoint_epoch_0001.pth"),
+        (
+            ("-chk", "checkpoint_best.pth"),
+            "best.pth does not exist. There are checkpoint_cut.pth, checkpoint_epoch_0001",
+        ),
         (("-tr", "CISFATrainer"), "CISFATrainer__tiny__2d does not exist: no such model has been trained"),
         (("-f", "3"), r"fold_3/checkpoint_final.pth does not exist. There is no checkpoint in that folder"),
         (("-device", "gpu"), "-device gpu is not available; it may be cpu"),
