@@ -27,10 +27,11 @@ from nnunet_uda.training.uda_trainer import UDATrainer, frozen
 
 @dataclass(frozen=True)
 class CUTSettings:
-    """Settings under ``uda.cut``. Defaults are CUT's (its section 4 and appendix C.1), but for the split.
+    """Settings under ``uda.cut``. Defaults are CUT's, its code's where the paper leaves it open, but for the split.
 
     ``translation_share`` is the share of the epochs that train the generator; the rest trains the segmenter. The
     generator's rate is constant for the first half of its part and falls to zero in the second (``linear``).
+    ``patch_contrastive_weight`` and ``identity_weight`` are eq. 5's lambda_X and lambda_Y (CUT's code halves both).
     """
 
     translation_share: float = 0.5
@@ -163,7 +164,7 @@ class CUTTrainer(UDATrainer):
         with self.autocast(), frozen(discriminator):
             loss = lsgan_loss(discriminator(translated), is_real=True)
             terms = {"generator_adversarial": settings.adversarial_weight * loss}
-            losses = self.patch_contrastive_losses(features, generator.encode(outputs), number)  # eq. 4
+            losses = self.patch_contrastive_losses(features, generator.encode(outputs), number)  # eq. 3
             terms["patch_contrastive"] = settings.patch_contrastive_weight * losses[0]
             if settings.identity_weight > 0:
                 terms["identity"] = settings.identity_weight * losses[1]
