@@ -240,33 +240,65 @@ def test_target_labels_come_after_the_warm_up_and_never_with_chi_0(workspace):
     assert term(uuds__threshold=0.0) == 0
 
 
-def test_a_fixed_judge_teaches_the_generator_alone(workspace, monkeypatch):
-    reached = {}
-    for judge in ("trained", "fixed"):
-        trainer = started(uuds__translation_judge=judge)
-        network = trainer.plain_network
-        terms = {}
-        monkeypatch.setattr(trainer, "update", lambda name, new, max_norm=None, kept=terms: kept.update(new))
-        encode, passes = network.encode, []
+@pytest.mark.parametrize(
+    ("judge", "term", "passes", "reached"),
+    [
+        ("trained", "domain_translated", [False, True], {"judge", "prompt", "generator"}),
+        ("fixed", "domain_translated", [False, True], {"generator", "prompt"}),  # T^d steers the generator's DAM
+        ("adversarial", "domain_translated", [False, True, False], {"generator", "prompt"}),
+        ("adversarial", "domain_judge", [False, True, False], {"judge", "prompt"}),
+    ],
+)
+def test_whom_the_judge_of_translations_teaches(workspace, monkeypatch, judge, term, passes, reached):
+    trainer = started(uuds__translation_judge=judge)
+    network = trainer.plain_network
+    terms, encode, seen = {}, network.encode, []
+    monkeypatch.setattr(trainer, "update", lambda name, new, max_norm=None: terms.update(new))
 
-        def cut(images, encode=encode, passes=passes, **options):
-            passes.append(images.requires_grad)
-            encoded = encode(images, **options)
-            if options:
-                return encoded
-            return encoded._replace(levels=[x.detach() for x in encoded.levels], tokens=encoded.tokens.detach())
+    def cut(images, **options):
+        seen.append(images.requires_grad)
+        encoded = encode(images, **options)
+        if options:
+            return encoded
+        return encoded._replace(levels=[x.detach() for x in encoded.levels], tokens=encoded.tokens.detach())
 
-        monkeypatch.setattr(network, "encode", cut)
-        trainer.train_on(*batch(trainer))
-        assert passes == [False, True]
-        network.zero_grad()
-        terms["domain_translated"].backward()
-        parts = {"judge": network.encoder.visual.conv1.weight, "prompt": network.prompts.text_projection,
-                 "generator": network.image_head.weight}  # fmt: skip
-        reached[judge] = {name for name, p in parts.items() if p.grad is not None and p.grad.abs().sum() > 0}
-        assert all(p.requires_grad for p in network.encoder.visual.parameters())
-    assert reached["trained"] == {"judge", "prompt", "generator"}
-    assert reached["fixed"] == {"generator", "prompt"}, "T^d steers the DAM of the generator"
+    monkeypatch.setattr(network, "encode", cut)
+    trainer.train_on(*batch(trainer))
+    assert seen == passes
+    network.zero_grad()
+    terms[term].backward()
+    parts = {"judge": network.encoder.visual.conv1.weight, "prompt": network.prompts.text_projection,
+             "generator": network.image_head.weight}  # fmt: skip
+    assert {name for name, p in parts.items() if p.grad is not None and p.grad.abs().sum() > 0} == reached
+    assert all(p.requires_grad for p in network.encoder.visual.parameters())
+
+
+def test_an_adversarial_judge_compares_reconstructions_with_translations_and_both_sides_pull_apart(
+    workspace, monkeypatch
+):
+    trainer = started(uuds__translation_judge="adversarial")
+    pairs = []
+
+    def watched(near, far, prompt):
+        pairs.append((near, far))
+        return (near - far).sum()
+
+    monkeypatch.setattr(trainer, "domain_loss", watched)
+    source, label, target = batch(trainer)
+    network = trainer.plain_network
+    with torch.no_grad():
+        domain, _ = network.prompts()
+        made = network.generate(network.encode(torch.cat([source, target]), keep_statistics=True), domain).image
+        looked_at = network.encode(made, keep_statistics=True).summary
+    trainer.train_on(source, label, target)
+    reconstructed, translated = looked_at.split(len(source))
+    learnt, deceived = pairs[1:]
+    for found, expected in ((learnt[0], reconstructed), (learnt[1], translated)):
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(deceived[0], learnt[1], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(deceived[1], learnt[0], rtol=1e-4, atol=1e-6)
+    assert deceived[0].requires_grad
+    assert not deceived[1].requires_grad, "reconstructed source images are not to look like translations"
 
 
 @pytest.mark.parametrize(

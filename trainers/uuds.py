@@ -55,7 +55,9 @@ class UUDSSettings:
     Not in the paper, and off by default: ``generator_skips`` gives the image decoder CLIP's finer maps, normalised.
     ``translation_judge`` ``fixed`` lets eq. 2 (and the content constraint) teach the generator alone: the encoder that
     looks at x^{t->s}, x_g^t and T^d are taken as they are. Trained along, they soon tell any translation from x^t, and
-    L_DD is nothing. ``content_weight`` keeps the translation like its image.
+    L_DD is nothing. ``adversarial`` makes the encoder an opponent, which the paper does without: it learns to tell
+    reconstructed source images from translations by L_DD, and the generator, by eq. 2 with the reconstruction in the
+    place of x_g^t, to have them mistaken (a relativistic GAN). ``content_weight`` keeps the translation like its image.
 
     ``clip_config`` describes a ResNet CLIP that open_clip has no name for, as open_clip's own JSON files do; it takes
     the place of ``clip_model``. ``clip_weights`` is a tag of the hub, a file, a folder, or ``random``.
@@ -72,7 +74,7 @@ class UUDSSettings:
     domain_prompt: str = "A photo of a source domain"
     context_vectors: int = 16
     generator_skips: Literal["none", "normalised"] = "none"
-    translation_judge: Literal["trained", "fixed"] = "trained"
+    translation_judge: Literal["trained", "fixed", "adversarial"] = "trained"
     use_domain_prompt: bool = True
     use_segmentation_prompt: bool = True
     use_uncertainty: bool = True
@@ -251,16 +253,7 @@ class UUDSTrainer(CompositeTrainer):
             if settings.use_domain_prompt:
                 terms["domain"] = self.domain_loss(both.summary[:count], of_target.summary, domain)  # eq. 1
             if self.encodes_translations:
-                fixed = settings.translation_judge == "fixed"
-                with frozen(network.encoder) if fixed else nullcontext():
-                    again = network.encode(translated, keep_statistics=True)
-                if settings.use_domain_prompt:
-                    far, prompt = (
-                        (of_target.summary.detach(), domain.detach()) if fixed else (of_target.summary, domain)
-                    )
-                    terms["domain_translated"] = self.domain_loss(again.summary, far, prompt)  # eq. 2
-                if settings.content_weight > 0:
-                    terms["content"] = settings.content_weight * self.content_loss(target, of_target, translated, again)
+                terms |= self.translation_terms(target, both, reconstructed, translated, domain)
             segmented = network.segment(both.part(slice(count)), generated.part(slice(count)), classes)
             if settings.use_segmentation_prompt:
                 terms["contrastive"] = self.contrastive_loss(segmented.pooled, self.finest(label))  # eq. 4
@@ -273,6 +266,34 @@ class UUDSTrainer(CompositeTrainer):
             terms["identity"] = settings.identity_weight * F.l1_loss(reconstructed, source)  # eq. 9
         self.update("network", terms, max_norm=12)
         self._terms["structure"] = structure_correlation(target, translated)
+
+    def translation_terms(
+        self, target: Tensor, both: Encoded, reconstructed: Tensor, translated: Tensor, domain: Tensor | None
+    ) -> dict[str, Tensor]:
+        """What the encoder says of x^{t->s}: eq. 2, and the content constraint.
+
+        An adversarial judge also sees the reconstructed source images. They bear the same marks of the image decoder
+        as translations do: real ones would be told apart by those marks, whatever the contrast.
+        """
+        settings, network, count = self.own_settings, self.plain_network, len(target)
+        terms, judge, of_target = {}, settings.translation_judge, both.part(slice(count, None))
+        adversarial = judge == "adversarial" and settings.use_domain_prompt
+        seen = torch.cat([reconstructed.detach(), translated]) if adversarial else translated
+        with nullcontext() if judge == "trained" else frozen(network.encoder):
+            again = network.encode(seen, keep_statistics=True)
+        far = of_target.summary
+        if adversarial:
+            far, again = again.summary[:count], again.part(slice(count, None))
+            learnt = network.encode(seen.detach(), keep_statistics=True).summary
+            terms["domain_judge"] = self.domain_loss(learnt[:count], learnt[count:], domain)
+        if settings.use_domain_prompt:
+            prompt = domain
+            if judge != "trained":
+                far, prompt = far.detach(), domain.detach()
+            terms["domain_translated"] = self.domain_loss(again.summary, far, prompt)  # eq. 2
+        if settings.content_weight > 0:
+            terms["content"] = settings.content_weight * self.content_loss(target, of_target, translated, again)
+        return terms
 
     @property
     def encodes_translations(self) -> bool:
@@ -360,7 +381,8 @@ class UUDSTrainer(CompositeTrainer):
             f"{domain} validation cases on the road of target images (encoded, reconstructed as {domain}, segmented "
             f"from the features of that), against their own {domain} labels: no target label was read"
         )
-        save_json({"validated_on": note}, join(self.output_folder, "validation", "about.json"))
+        if self.local_rank == 0:
+            save_json({"validated_on": note}, join(self.output_folder, "validation", "about.json"))
 
     # -- pictures ------------------------------------------------------------------------------------------------
 
