@@ -193,13 +193,16 @@ class CASTTrainer(UDATrainer):
     def judge_teacher(self, agreement: float) -> None:
         """Start, raise or lower self-training by the teacher's agreement and by the structures that it is sure of."""
         state = self.networks["self_training"]
-        shares = []
+        seen = []
         with torch.no_grad():
             for images in self.model_choice.patches.split(self.batch_size):
-                confidence, found = self._predict(images.to(self.device)).float().softmax(1).max(1)
-                sure = found.masked_fill(confidence <= state.thresholds()[found], -1)
-                shares.append(class_shares(sure, self.label_manager.num_segmentation_heads))
-        score = state.judge(agreement, torch.stack(shares).mean(0), self.own_settings.plausible_factor)
+                probabilities = self._predict(images.to(self.device)).float().softmax(1)
+                state.observe_target(probabilities)
+                seen.append(probabilities.max(1))
+        thresholds, classes = state.thresholds(), self.label_manager.num_segmentation_heads
+        sure = [found.masked_fill(confidence <= thresholds[found], -1) for confidence, found in seen]
+        shares = class_shares(torch.cat(sure), classes)
+        score = state.judge(agreement, shares, self.own_settings.plausible_factor)
         state.load_state_dict(self.on_first_rank(state.state_dict))  # of several processes each has seen other batches
         self.print_to_log_file(
             f"teacher: score {score:.4f}, mean {state.score.item():.4f} (self-training from "

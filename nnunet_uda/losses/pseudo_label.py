@@ -7,15 +7,18 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nnunet_uda.losses.prototypes import IGNORED
+from nnunet_uda.training.distributed import global_mean, global_sum
 
 SMOOTH = 1e-5
+MAJORITY = 0.5
 
 
 def class_thresholds(class_confidence: Tensor, confidence: float) -> Tensor:
     """A threshold for each class, lower where the network is less sure, so that no class is left out.
 
     tau_k = tau * c_k / max_j c_j with c the mean confidence of the pixels called k (as FreeMatch scales its own,
-    Wang et al., ICLR 2023; tau is fixed here).
+    Wang et al., ICLR 2023; tau is fixed here), and at least 0.5 where tau is: a label is more probable than all others
+    together.
 
     Args:
         class_confidence: [K] float in (0, 1].
@@ -24,7 +27,7 @@ def class_thresholds(class_confidence: Tensor, confidence: float) -> Tensor:
     Returns:
         [K] float.
     """
-    return confidence * class_confidence / class_confidence.max()
+    return (confidence * class_confidence / class_confidence.max()).clamp(min=min(MAJORITY, confidence))
 
 
 def agreed_labels(probabilities: Tensor, agreed: Tensor, thresholds: Tensor) -> Tensor:
@@ -45,8 +48,8 @@ def agreed_labels(probabilities: Tensor, agreed: Tensor, thresholds: Tensor) -> 
 def pseudo_label_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """Cross-entropy plus 1 - Dice over the labelled positions, each class with the same share in the Dice.
 
-    Sums run over the batch and all labelled positions; Dice is the mean over the foreground classes that the labels
-    hold. Half of the sum, so that its size is that of one loss.
+    Sums run over the batch, of all processes, and all labelled positions; Dice is the mean over the foreground classes
+    that the labels hold. Half of the sum, so that its size is that of one loss.
 
     Args:
         logits: [B, K, *S] float, before softmax; class 0 is the background.
@@ -58,12 +61,12 @@ def pseudo_label_loss(logits: Tensor, labels: Tensor) -> Tensor:
     with torch.autocast(logits.device.type, enabled=False):
         logits, labels = logits.float(), labels.detach()
         known = labels != IGNORED
-        entropy = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum") / known.sum().clamp(min=1)
+        entropy = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
         axes = (0, *range(2, logits.ndim))
         probabilities = logits.softmax(1) * known[:, None]
         reference = F.one_hot(labels.clamp(min=0), logits.shape[1]).movedim(-1, 1) * known[:, None]
-        size = reference.sum(axes)[1:]
-        overlap = (probabilities * reference).sum(axes)[1:]
-        dice = (2 * overlap + SMOOTH) / (size + probabilities.sum(axes)[1:] + SMOOTH)
+        size = global_sum(reference.sum(axes)[1:])
+        overlap = global_sum((probabilities * reference).sum(axes)[1:])
+        dice = (2 * overlap + SMOOTH) / (size + global_sum(probabilities.sum(axes)[1:]) + SMOOTH)
         present = (size > 0).float()
-        return 0.5 * (entropy + ((1 - dice) * present).sum() / present.sum().clamp(min=1))
+        return 0.5 * (global_mean(entropy, known.sum()) + ((1 - dice) * present).sum() / present.sum().clamp(min=1))

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from nnunet_uda.losses.pseudo_label import agreed_labels, class_thresholds
+from nnunet_uda.training.distributed import global_sum, world_size
 
-MOMENTUM = 0.99
+MOMENTUM = 0.95
 """Of the running means over batches: class shares and class confidences."""
 
 
@@ -76,7 +77,7 @@ class SelfTraining(nn.Module):
     @torch.no_grad()
     def observe_source(self, label: Tensor) -> None:
         """Remember how much of the labelled patches each class fills; ``label`` is [B, 1, *S] integer."""
-        shares = class_shares(label.flatten(), len(self.source_shares))
+        shares = global_sum(class_shares(label.flatten(), len(self.source_shares))) / world_size()
         new = MOMENTUM * self.source_shares + (1 - MOMENTUM) * shares
         self.source_shares.copy_(torch.where(self.source_shares < 0, shares, new))
 
@@ -85,8 +86,9 @@ class SelfTraining(nn.Module):
         """Remember how sure the teacher is of each class that it finds; ``probabilities`` is [B, K, *S]."""
         confidence, found = probabilities.float().max(1)
         confidence, found = confidence.flatten(), found.flatten()
-        counts = torch.bincount(found, minlength=probabilities.shape[1])
-        means = torch.zeros_like(self.class_confidence).index_add_(0, found, confidence) / counts.clamp(min=1)
+        counts = global_sum(torch.bincount(found, minlength=probabilities.shape[1]))
+        sums = global_sum(torch.zeros_like(self.class_confidence).index_add_(0, found, confidence))
+        means = sums / counts.clamp(min=1)
         new = MOMENTUM * self.class_confidence + (1 - MOMENTUM) * means
         self.class_confidence.copy_(torch.where(counts > 0, new, self.class_confidence))
 
