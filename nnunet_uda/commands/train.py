@@ -26,6 +26,7 @@ from nnunet_uda.training.distributed import StoppedWithOthersError, rank, world_
 TIMEOUT = timedelta(hours=2)
 """After which a collective call that another process does not answer is an error."""
 POLL_SECONDS = 0.2
+PATIENCE_SECONDS = 5.0
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -250,6 +251,10 @@ def main(argv: list[str] | None = None) -> None:
         train(arguments, device)
     except StoppedWithOthersError:
         raise SystemExit(1) from None
+    except UDAError:
+        if rank() > 0:
+            time.sleep(PATIENCE_SECONDS)  # most errors are every process's, and process 0 says them
+        raise
     if world_size() > 1:
         distributed.destroy_process_group()
 

@@ -20,6 +20,8 @@ from nnunet_uda.files import write_json
 
 POLL_SECONDS = 0.5
 SLURM_POLL_SECONDS = 15.0
+LIVE = ("PENDING", "CONFIGURING", "RUNNING", "SUSPENDED", "PREEMPTED", "REQUEUED", "COMPLETING")
+"""States of SLURM jobs that will still do something; one that SLURM has forgotten (UNKNOWN) will not."""
 Done = Callable[[Job, str | None], None]
 """Called with every job when it has ended, and with the reason where it has failed."""
 
@@ -152,6 +154,7 @@ class SubmititEngine:
         except ImportError as error:
             raise UDAError("-engine slurm needs submitit: pip install 'nnunet_uda[slurm]'") from error
         self.submitit, self.folder, self.parameters, self.cluster = submitit, folder, parameters, cluster
+        self.job_class = submitit.SlurmJob if cluster == "slurm" else submitit.LocalJob
         self.poll_seconds = SLURM_POLL_SECONDS
 
     def run(self, jobs: Sequence[Job], started: Callable[[Job], None], done: Done) -> None:
@@ -159,9 +162,8 @@ class SubmititEngine:
         self.folder.mkdir(parents=True, exist_ok=True)
         record = self.folder / "submitted.json"
         ids: dict[str, str] = read_json(record) if record.exists() else {}
-        kind = self.submitit.SlurmJob if self.cluster == "slurm" else self.submitit.LocalJob
-        under_way = {name: kind(self.folder, ids[name]) for name in ids}
-        under_way = {name: submitted for name, submitted in under_way.items() if not submitted.done()}
+        under_way = {name: self.job_class(self.folder, ids[name]) for name in ids}
+        under_way = {name: item for name, item in under_way.items() if item.state.partition(" ")[0] in LIVE}
         try:
             executor = self.submitit.AutoExecutor(self.folder, cluster=self.cluster)
             executor.update_parameters(name="nnUNetUDA", **self.parameters)

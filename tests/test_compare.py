@@ -1,0 +1,372 @@
+"""``nnUNetUDA_compare``: what is planned and refused, the tables' arithmetic, the engines, and a real tiny road."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import make_raw_dataset
+from matplotlib.image import imread
+
+from nnunet_uda.commands import compare
+from nnunet_uda.commands.compare import LOWER, UPPER, Method, Row, method_table, plan_rows, run_record, write_tables
+from nnunet_uda.errors import UDAError
+from nnunet_uda.evaluation.runs import Labels
+from nnunet_uda.evaluation.tables import Volume
+from nnunet_uda.experiments import engines, job
+from nnunet_uda.experiments.engines import LocalEngine, SubmititEngine, make_engine, run_jobs
+from nnunet_uda.experiments.job import Job, Score, TargetTest, last_error
+
+DATASET = "Dataset501_Blobs"
+NAMES = ("left", "right")
+
+
+def a_job(folder: Path, name: str = "a", device: str = "cpu") -> Job:
+    test = TargetTest(["x"], folder / "labelsTs", Labels({"left": 1}, None, ".nii.gz"), None)
+    return Job(name, folder / "runs" / name, DATASET, "2d", "0", "T", "P", test, folder / "imagesTs", device, 1)
+
+
+def parse(*options: str):
+    return compare.parse_arguments(["-d", "501", "-tr", "SourceOnlyTrainer", "-p", "tiny", "-o", "out", *options])
+
+
+def test_a_job_survives_its_file(tmp_path):
+    first = a_job(tmp_path)
+    assert Job.read(first.write()) == first
+
+
+# --- tables ----------------------------------------------------------------------------------------------------------
+
+
+def volumes(dice: float, assd: float) -> list[Volume]:
+    return [Volume("x", {name: {"Dice": dice, "ASSD": assd, "HD95": 2 * assd} for name in NAMES})]
+
+
+def rows_of(tmp_path: Path, *runs: tuple[str, str, int]) -> list[Row]:
+    rows = []
+    for label, fold, seed in runs:
+        method = Method(label, f"{label}-trainer" if label in (LOWER, UPPER) else label, DATASET, DATASET)
+        rows.append(Row(method, fold, seed, a_job(tmp_path, f"{label}_{fold}_{seed}")))
+    return rows
+
+
+def test_tables_against_values_by_hand(tmp_path):
+    runs = [(LOWER, "0", 1), (LOWER, "0", 2), ("A", "0", 1), ("A", "0", 2), ("B", "0", 1), (UPPER, "0", 1),
+            (LOWER, "1", 1), ("A", "1", 1), (UPPER, "1", 1)]  # fmt: skip
+    rows = rows_of(tmp_path, *runs)
+    dice = {f"{LOWER}_0_1": 0.2, f"{LOWER}_0_2": 0.4, f"{UPPER}_0_1": 0.8, "A_0_1": 0.55, "A_0_2": 0.8,
+            f"{LOWER}_1_1": 0.5, f"{UPPER}_1_1": 0.9, "A_1_1": 0.6}  # fmt: skip
+    scores = {name: Score(volumes(value, 10 * value), 0.5, 120.0, 2.0) for name, value in dice.items()}
+    cells = write_tables(tmp_path, {"plans": "P", "configuration": "2d"}, rows, scores, {"B_0_1": "it broke"})
+
+    # bounds of fold 0: 0.3 (over both seeds) and 0.8; of fold 1: 0.5 and 0.9
+    expected = {"A_0_1": 50.0, "A_0_2": 100.0, "A_1_1": 25.0}
+    assert compare.gaps(rows, scores) == pytest.approx(expected)
+    by_label = {entry.method.label: entry for entry in cells}
+    assert list(by_label) == [LOWER, "A", "B", UPPER]
+    a = by_label["A"].figures
+    assert (a["Dice"].mean, a["gap"].mean, a["gap"].std) == pytest.approx((0.65, 175 / 3, 38.188), rel=1e-4)
+    assert a["Dice"].std == pytest.approx(0.13229, rel=1e-4) and a["seconds"].mean == 120
+    assert math.isnan(by_label[LOWER].figures["gap"].mean) and by_label["B"].figures["Dice"].n == 0
+
+    table = method_table(DATASET, cells)["rows"]
+    assert table[1] == ["A", "0.650 ± 0.132", "6.50 ± 1.32", "58.3 ± 38.2", "2.0 ± 0.0", "2.0 ± 0.0", "–", "3"]
+    assert table[0][0] == f"{LOWER}: {LOWER}-trainer" and table[0][3] == "–"
+    assert table[2] == ["B", "–", "–", "–", "–", "–", "–", "0 of 1"]
+    text = (tmp_path / "compare.md").read_text()
+    assert "- B_0_1: it broke" in text and "- A_0_1" not in text and compare.RULES[1] in text
+
+    with open(tmp_path / "compare.csv", newline="") as file:
+        found = list(csv.DictReader(file))
+    assert [row["state"] for row in found] == ["finished"] * 4 + ["failed"] + ["finished"] * 4
+    assert float(found[2]["gap_closed_percent"]) == pytest.approx(50) and found[0]["gap_closed_percent"] == ""
+    assert float(found[2]["assd_mm"]) == pytest.approx(5.5) and found[4]["dice"] == ""
+    content = json.loads((tmp_path / "compare.json").read_text())
+    assert content["means"][1]["Dice"]["mean"] == pytest.approx(0.65) and content["means"][1]["runs"] == 3
+    assert content["runs"][4]["state"] == "failed" and content["means"][2]["Dice"]["mean"] is None
+
+
+def test_undefined_distances_are_counted(tmp_path):
+    rows = rows_of(tmp_path, ("A", "0", 1))
+    scores = {"A_0_1": Score(volumes(0.0, math.nan), math.nan)}
+    [cells] = compare.summarise_methods(rows, scores)
+    assert cells.undefined == 2 and method_table(DATASET, [cells])["rows"][0][2] == "–"
+    record = run_record(rows[0], scores, {}, {})
+    assert record["assd_mm"] is None and record["distances_undefined"] == 2 and record["dice"] == 0
+
+
+def test_the_plot_shows_every_run(tmp_path):
+    rows = rows_of(tmp_path, (LOWER, "0", 1), ("A", "0", 1), ("A", "0", 2), ("B", "0", 1))
+    scores = {row.job.name: Score(volumes(0.4, 3), 0.5) for row in rows[:3]}
+    bars = compare.bars(rows, compare.summarise_methods(rows, scores), scores)
+    assert [(bar.label, len(bar.runs)) for bar in bars] == [(LOWER, 1), ("A", 2), ("B", 0)]
+    compare.draw_comparison(tmp_path / "plot.png", bars, "title")
+    assert imread(tmp_path / "plot.png").std() > 0
+
+
+# --- what is planned -------------------------------------------------------------------------------------------------
+
+
+def test_methods_seeds_folds_and_bounds_are_planned(in_workspace, tmp_path):
+    arguments = parse("-lower", "SourceOnlyTrainer", "-upper", f"SupervisedTrainer:{DATASET}", "-seeds", "7", "3")
+    arguments.tr = ["CISFATrainer"]
+    methods = compare.find_methods(arguments)
+    assert [(m.label, m.trainer) for m in methods] == [
+        (LOWER, "SourceOnlyTrainer"), ("CISFATrainer", "CISFATrainer"), (UPPER, "SupervisedTrainer"),
+    ]  # fmt: skip
+    plans = compare.plan_plans(methods, arguments)
+    assert [(key[1], value["plans_name"], value["uda"]["seed"]) for key, value in plans.items()] == [
+        (7, "tiny_seed_7", 7), (3, "tiny_seed_3", 3),
+    ]  # fmt: skip
+    rows = plan_rows(methods, plans, arguments, tmp_path)
+    assert [(row.seed, row.job.plans, row.job.trainer) for row in rows[2:4]] == [
+        (7, "tiny_seed_7", "SupervisedTrainer"), (3, "tiny_seed_3", "SourceOnlyTrainer"),
+    ]  # fmt: skip
+    assert rows[0].job.images == in_workspace.raw / DATASET / "imagesTs" and len({row.job.name for row in rows}) == 6
+
+    arguments.seeds = None
+    assert compare.plan_plans(methods, arguments)[DATASET, None]["plans_name"] == "tiny", "the plans as they are"
+
+
+def test_a_bound_trained_elsewhere_is_tested_on_this_target(tmp_path, monkeypatch):
+    for name in (DATASET, "Dataset502_Back", "Dataset511_Upper", "Dataset512_UpperBack"):
+        make_raw_dataset(tmp_path / "raw", name, num_source=1, num_target=1, num_test=1, size=(2, 6, 6))
+    monkeypatch.setenv("nnUNet_raw", str(tmp_path / "raw"))
+    upper = ("-upper", "SupervisedTrainer:511", "SupervisedTrainer:512")
+    with pytest.raises(UDAError, match="one bound for all datasets or one for each"):
+        parse(*upper, "-d", "501", "502", "503")
+    arguments = parse(*upper, "-d", "501", "502")
+    methods = compare.find_methods(arguments)
+    assert [(m.test, m.dataset) for m in methods] == [
+        (DATASET, DATASET), (DATASET, "Dataset511_Upper"),
+        ("Dataset502_Back", "Dataset502_Back"), ("Dataset502_Back", "Dataset512_UpperBack"),
+    ]  # fmt: skip
+    plans = {(method.dataset, None): {"plans_name": "tiny"} for method in methods}
+    rows = plan_rows(methods, plans, arguments, tmp_path / "out")
+    assert rows[1].job.dataset == "Dataset511_Upper" and DATASET in str(rows[1].job.test.reference)
+    assert rows[1].job.name == f"{DATASET}__SupervisedTrainer_on_Dataset511_Upper__tiny__fold_0"
+
+
+def test_each_fold_of_a_fold_protocol_has_its_own_test_images(tmp_path, monkeypatch):
+    raw = make_raw_dataset(tmp_path / "raw", num_source=2, num_target=3, num_test=0, size=(2, 6, 6))
+    monkeypatch.setenv("nnUNet_raw", str(tmp_path / "raw"))
+    cases = ["ct_Tu00", "ct_Tu01", "ct_Tu02"]
+    splits = [{"train": [c for c in cases if c != case], "val": [case]} for case in cases[:2]]
+    (raw / "splits_target.json").write_text(json.dumps(splits))
+    (raw / "labelsTs").mkdir()
+    for case in cases[:2]:
+        shutil.copy(raw / "labelsTr" / "mr_Tr00.nii.gz", raw / "labelsTs" / f"{case}.nii.gz")
+    arguments = parse("-f", "0", "1")
+    method = Method("T", "T", DATASET, DATASET)
+    rows = plan_rows([method], {(DATASET, None): {"plans_name": "tiny"}}, arguments, tmp_path / "out")
+    assert [row.job.test.cases for row in rows] == [["ct_Tu00"], ["ct_Tu01"]]
+    assert [[path.name for path in row.job.images.iterdir()] for row in rows] == [
+        ["ct_Tu00_0000.nii.gz"], ["ct_Tu01_0000.nii.gz"],
+    ]  # fmt: skip
+
+
+REFUSED = [
+    (["-f", "0", "0"], "-f: a value is given twice"),
+    (["-f", "first"], "-f takes folds' numbers"),
+    (["-seeds", "1", "1"], "-seeds: a value is given twice"),
+    (["-tr", "AbsentTrainer"], "Could not find requested nnunet trainer"),
+    (["-p", "absent"], "absent.json does not exist"),
+    (["-c", "3d_lowres"], "no configuration '3d_lowres'"),
+    (["-jobs", "0"], "-jobs must be at least 1"),
+]
+
+
+@pytest.mark.parametrize(("options", "words"), REFUSED)
+def test_bad_comparisons_are_refused_before_anything_is_written(in_workspace, tmp_path, capsys, options, words):
+    before = sorted((in_workspace.preprocessed / DATASET).iterdir())
+    with pytest.raises(SystemExit) as stopped:
+        compare.main(["-d", "501", "-tr", "SourceOnlyTrainer", "-p", "tiny", "-o", str(tmp_path / "out"), *options])
+    assert stopped.value.code == 1 and words in capsys.readouterr().err
+    assert sorted((in_workspace.preprocessed / DATASET).iterdir()) == before and not (tmp_path / "out").exists()
+
+
+def test_nothing_made_otherwise_is_taken_for_a_part(in_workspace, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(compare, "run_jobs", lambda *_: pytest.fail("nothing must be trained"))
+
+    def refused(*options: str) -> str:
+        with pytest.raises(SystemExit):
+            compare.main(["-d", "501", "-tr", "SourceOnlyTrainer", "-p", "tiny", "-o", str(tmp_path / "o"), *options])
+        return capsys.readouterr().err
+
+    (tmp_path / "o").mkdir()
+    (tmp_path / "o" / "mine").touch()
+    assert "is not empty and holds no former comparison" in refused()
+    (tmp_path / "o" / "mine").unlink()
+    (tmp_path / "o" / "setup.json").write_text('{"plans": "others", "configuration": "2d"}')
+    assert "holds a comparison of" in refused()
+    (tmp_path / "o" / "setup.json").unlink()
+    trained = tmp_path / "results" / DATASET / "SourceOnlyTrainer__tiny__2d" / "plans.json"
+    trained.parent.mkdir(parents=True)
+    trained.write_text("{}")
+    assert f"{trained} differs from the plans tiny" in refused()
+
+
+# --- engines ---------------------------------------------------------------------------------------------------------
+
+FAKE = """
+import sys, time, pathlib
+job = pathlib.Path(sys.argv[1])
+(job / "started").write_text(str(time.monotonic()))
+print("about to work", flush=True)
+if "bad" in job.name:
+    sys.exit("ERROR: it broke\\nERROR: nnUNetUDA_train ended with status 1")
+time.sleep(float(sys.argv[2]))
+(job / "ended").write_text(str(time.monotonic()))
+"""
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    """Jobs that are a few lines of Python; ``fake`` sets their duration."""
+    seconds = {"": 0.3}
+
+    def command_of(job: Job) -> list[str]:
+        code = f"import os, sys\nlog = os.open({str(job.log)!r}, os.O_WRONLY | os.O_APPEND)\nos.dup2(log, 1)\n"
+        return [sys.executable, "-c", code + "os.dup2(log, 2)\n" + FAKE, str(job.folder), str(seconds[""])]
+
+    monkeypatch.setattr(engines, "command_of", command_of)
+    monkeypatch.setattr(engines, "POLL_SECONDS", 0.02)
+    monkeypatch.setattr(Job, "score", lambda self: Score([], 0.5) if (self.folder / "ended").exists() else None)
+    return lambda duration: seconds.update({"": duration})
+
+
+def test_local_jobs_run_at_once_a_failure_stops_none_and_what_is_done_is_not_done_again(tmp_path, fake, capsys):
+    fake(1.0)
+    jobs = [a_job(tmp_path, name) for name in ("a", "bad", "b")]
+    scores, failed, changes = {}, {}, []
+    run_jobs(LocalEngine(2, "cpu"), jobs, scores, failed, lambda: changes.append(dict(scores)))
+    assert set(scores) == {"a", "b"} and len(changes) == 4
+    assert failed["bad"].startswith("ERROR: it broke (status 1; log: ") and str(jobs[1].log) in failed["bad"]
+    read = {(job.name, what): float((job.folder / what).read_text()) for job in (jobs[0], jobs[2])
+            for what in ("started", "ended")}  # fmt: skip
+    assert read["b", "started"] < read["a", "ended"], "two at a time"
+
+    fake(0.0)
+    (jobs[2].folder / "ended").unlink()
+    first = (jobs[0].folder / "started").read_text()
+    scores, failed = {}, {}
+    run_jobs(LocalEngine(1, "cpu"), jobs, scores, failed, lambda: None)
+    assert set(scores) == {"a", "b"} and set(failed) == {"bad"}
+    assert (jobs[0].folder / "started").read_text() == first, "not run again"
+    assert "3 runs, 1 of them finished before" in capsys.readouterr().out
+
+
+def test_a_local_engine_that_is_ended_leaves_nothing_running(tmp_path, fake):
+    fake(60.0)
+    job = a_job(tmp_path)
+    engine = LocalEngine(1, "cpu")
+    begun = time.monotonic()
+
+    def started(_: Job) -> None:
+        while not (job.folder / "started").exists():
+            time.sleep(0.02)
+        signal.setitimer(signal.ITIMER_REAL, 0.2)
+
+    before = signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    try:
+        with pytest.raises(SystemExit):
+            engine.run([job], started, lambda *_: None)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert time.monotonic() - begun < 30
+    found = subprocess.run(["pgrep", "-f", str(job.folder)], capture_output=True, text=True, check=False)
+    assert found.stdout == ""
+
+
+def test_each_local_job_has_its_share(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    for name in ("OMP_NUM_THREADS", "nnUNet_n_proc_DA", "CUDA_VISIBLE_DEVICES"):
+        monkeypatch.delenv(name, raising=False)
+    assert "OMP_NUM_THREADS" not in LocalEngine(1, "cpu").environment(0)
+    assert LocalEngine(4, "cpu").environment(3)["OMP_NUM_THREADS"] == "2"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
+    devices = [LocalEngine(3, "cuda").environment(slot)["CUDA_VISIBLE_DEVICES"] for slot in range(3)]
+    assert devices == ["4", "6", "4"]
+    monkeypatch.setenv("nnUNet_n_proc_DA", "0")
+    assert LocalEngine(2, "cpu").environment(0)["nnUNet_n_proc_DA"] == "0", "what the user has set stays"
+
+
+def test_slurm_options_become_submititi_parameters(tmp_path):
+    pytest.importorskip("submitit")
+    options = ("-engine", "slurm", "-partition", "gpu", "-time", "90", "-jobs", "4", "-slurm", "account=x", "qos=y")
+    engine = make_engine(parse(*options), tmp_path)
+    assert engine.parameters == {
+        "timeout_min": 90, "cpus_per_task": 8, "gpus_per_node": 1, "mem_gb": 32, "slurm_partition": "gpu",
+        "slurm_array_parallelism": 4, "slurm_additional_parameters": {"account": "x", "qos": "y"},
+    }  # fmt: skip
+    assert make_engine(parse("-engine", "slurm", "-device", "cpu"), tmp_path).parameters["gpus_per_node"] == 0
+
+
+def test_submitit_runs_jobs_and_a_new_start_waits_for_those_under_way(tmp_path, fake):
+    submitit = pytest.importorskip("submitit")
+    fake(6.0)
+    jobs = [a_job(tmp_path, name) for name in ("a", "bad")]
+    engine = SubmititEngine(tmp_path / "slurm", {"timeout_min": 5}, cluster="local")
+    engine.poll_seconds = 0.05
+    first = submitit.AutoExecutor(engine.folder, cluster="local")
+    first.update_parameters(timeout_min=5)
+    engines.prepare(jobs[0])
+    under_way = first.submit(submitit.helpers.CommandFunction(engines.command_of(jobs[0])))
+    (engine.folder / "submitted.json").write_text(json.dumps({"a": under_way.job_id, "gone": "0"}))
+    engine.job_class = lambda folder, number: (
+        under_way if number == under_way.job_id else submitit.LocalJob(folder, number)
+    )
+    scores, failed = {}, {}
+    run_jobs(engine, jobs, scores, failed, lambda: None)
+    assert set(scores) == {"a"} and "ERROR: it broke (SLURM job" in failed["bad"]
+    assert json.loads((engine.folder / "submitted.json").read_text())["a"] == under_way.job_id, "not submitted again"
+
+
+def test_the_reason_of_a_failure(tmp_path):
+    log = tmp_path / "log"
+    log.write_text("ERROR: of the start before\n")
+    start = log.stat().st_size
+    assert last_error(log, start, "nothing") == "nothing"
+    with open(log, "a") as file:
+        file.write("some words\n")
+    assert last_error(log, start, "nothing") == "some words"
+    with open(log, "a") as file:
+        file.write("torch.OutOfMemoryError: no memory\nmore\nERROR: nnUNetUDA_train ended with status 1\n")
+    assert last_error(log, start, "nothing") == "torch.OutOfMemoryError: no memory"
+
+
+# --- the whole road --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_comparison_goes_on_where_it_stopped(in_workspace, tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    words = ["-d", "501", "-tr", "EntMinTrainer", "-p", "tiny", "-o", str(tmp_path / "out"), "-device", "cpu", "-np",
+             "1", "-lower", "SourceOnlyTrainer", "-upper", "SupervisedTrainer"]  # fmt: skip
+    compare.main([*words, "-jobs", "2"])
+    out = tmp_path / "out"
+    content = json.loads((out / "compare.json").read_text())
+    assert [run["state"] for run in content["runs"]] == ["finished"] * 3
+    for run in content["runs"]:
+        assert 0 <= run["dice"] <= 1 and run["training_seconds"] > 0 and 0.1 < run["peak_memory_gib"] < 50
+    assert imread(out / "compare.png").std() > 0
+    logs = {path: path.read_text() for path in out.glob("runs/*/log.txt")}
+    assert len(logs) == 3 and all(text.count("$ nnUNetUDA_train") == 1 for text in logs.values())
+
+    [entmin] = out.glob("runs/*EntMin*")
+    (entmin / "score.json").unlink()
+    compare.main(words)
+    again = {path: path.read_text() for path in logs}
+    assert all(text == logs[path] for path, text in again.items() if entmin not in path.parents)
+    assert again[entmin / "log.txt"].count("$ nnUNetUDA_train") == 1, "neither trained nor predicted again"
+    assert again[entmin / "log.txt"].count("predicting") == 1 and (entmin / "score.json").exists()
+    assert job.Job.read(entmin / "job.json").score() is not None
