@@ -208,7 +208,7 @@ def main() -> None:
     arguments = parser.parse_args()
     folder = arguments.o or Path(tempfile.mkdtemp(prefix="soak_"))
     folder.mkdir(parents=True, exist_ok=True)
-    rng, deadline, log = random.Random(arguments.seed), time.monotonic() + 60 * arguments.minutes, folder / "log.txt"
+    rng, log = random.Random(arguments.seed), folder / "log.txt"
     workspace = Workspace(folder)
     make_raw_dataset(workspace.raw)
     workspace.plan("501", "2d")
@@ -216,6 +216,7 @@ def main() -> None:
     workspace.configure("soak", "num_epochs=6", "iterations_per_epoch=6", "picture_every=3")
 
     stages = build_stages(workspace, folder, rng)
+    deadline = time.monotonic() + 60 * arguments.minutes
     shares = {name: SHARES[name] for name in arguments.stages}
     for stage in stages:
         if stage.name not in shares and not (stage.name == "training" and "prediction" in shares):

@@ -21,6 +21,7 @@ from nnunet_uda.data.convention import read_json
 from nnunet_uda.errors import UDAError, command
 from nnunet_uda.experiments.job import COST
 from nnunet_uda.files import write_json
+from nnunet_uda.training.checkpoint import read_checkpoint
 from nnunet_uda.training.distributed import StoppedWithOthersError, rank, world_size
 
 TIMEOUT = timedelta(hours=2)
@@ -209,7 +210,7 @@ def load_pretrained(network: torch.nn.Module, path: Path) -> None:
     if not path.exists():
         raise UDAError(f"-pretrained_weights {path} does not exist")
     module = getattr(network, "_orig_mod", network)
-    weights = torch.load(path, map_location="cpu", weights_only=False)["network_weights"]
+    weights = read_checkpoint(path)["network_weights"]
     own = module.state_dict()
     for key in (key for key in own if ".seg_layers." not in key):
         found = tuple(weights[key].shape) if key in weights else None

@@ -183,14 +183,14 @@ class Job:
 
     def measure(self, checkpoint: Path) -> None:
         """Write ``score.json``."""
-        import torch
+        from nnunet_uda.training.checkpoint import read_checkpoint
 
         labels = self.test.labels
         metrics = evaluate_folder(
             self.test.reference, self.folder / "predictions", labels.structures, labels.file_ending, self.test.cases,
             labels.ignore, self.num_processes,
         )  # fmt: skip
-        logging = torch.load(checkpoint, map_location="cpu", weights_only=False)["logging"]
+        logging = read_checkpoint(checkpoint)["logging"]
         times = zip(logging["epoch_start_timestamps"], logging["epoch_end_timestamps"], strict=True)
         cost = read_json(self.trained / COST) if (self.trained / COST).exists() else {}
         content = {
