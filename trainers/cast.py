@@ -29,7 +29,7 @@ from nnunet_uda.networks.style_generator import StyleResnetGenerator
 from nnunet_uda.settings import require
 from nnunet_uda.training.pictures import write_panels
 from nnunet_uda.training.self_training import Average, SelfTraining, class_shares, seen_in_views
-from nnunet_uda.training.uda_trainer import UDATrainer, _middle, frozen
+from nnunet_uda.training.uda_trainer import UDATrainer, frozen, middle_slice
 
 
 @dataclass(frozen=True)
@@ -335,11 +335,11 @@ class CASTTrainer(UDATrainer):
         codes = torch.randn(4, generator.style_dim, generator=torch.Generator().manual_seed(0)).to(source.device)
         with self.autocast():
             styles = [generator(source, code[None]) for code in codes]
-        rows = [[("source", _middle(source), None), *(("style", _middle(image), None) for image in styles)]]
+        rows = [[("source", middle_slice(source), None), *(("style", middle_slice(image), None) for image in styles)]]
         if self.own_settings.self_training:
             trusted = self.networks["self_training"].label(*seen_in_views(self._predict, target, 1, None))
-            shown = _middle(target)
-            rows.append([("target", shown, None), ("trusted", shown, _middle(trusted[:, None]))])
+            shown = middle_slice(target)
+            rows.append([("target", shown, None), ("trusted", shown, middle_slice(trusted[:, None]))])
         write_panels(path, rows, len(self.label_manager.foreground_labels))
 
 

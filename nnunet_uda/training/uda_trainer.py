@@ -513,19 +513,19 @@ class UDATrainer(StoppableTrainer):
         self.networks.eval()
         source, label = self._whole_patch(self.validation_dataset, by_label=True)
         translated = self._translated(source)
-        seen = _middle(translated)
+        seen = middle_slice(translated)
         rows = [
             [
-                ("source", _middle(source), None),
+                ("source", middle_slice(source), None),
                 ("translated", seen, None),
-                ("label", seen, _middle(label)),
-                ("prediction", seen, _middle(self._segmentation(translated))),
+                ("label", seen, middle_slice(label)),
+                ("prediction", seen, middle_slice(self._segmentation(translated))),
             ]
         ]
         if self.needs_target:
             target, _ = self._whole_patch(self.target_dataset, by_label=False)
-            shown = _middle(target)
-            rows.append([("target", shown, None), ("prediction", shown, _middle(self._segmentation(target)))])
+            shown = middle_slice(target)
+            rows.append([("target", shown, None), ("prediction", shown, middle_slice(self._segmentation(target)))])
         write_panels(path, rows, len(self.label_manager.foreground_labels))
 
     def _whole_patch(self, dataset: nnUNetBaseDataset, by_label: bool) -> tuple[Tensor, Tensor]:
@@ -668,7 +668,7 @@ class UDATrainer(StoppableTrainer):
         return outputs[0] if isinstance(outputs, (list, tuple)) else outputs
 
 
-def _middle(images: Tensor) -> np.ndarray:
+def middle_slice(images: Tensor) -> np.ndarray:
     """``(1, C, *patch)`` to its first channel's (middle) slice, ``(H, W)``."""
     image = images[0, 0].float().cpu().numpy()
     return image[image.shape[0] // 2] if image.ndim == 3 else image
