@@ -32,8 +32,8 @@ TRAINER = "CISFATrainer"
 SHARES = {"training": 0.36, "checkpointing": 0.24, "preprocessing": 0.14, "conversion": 0.14, "prediction": 0.12}
 LONGEST = 1800
 """Seconds after which a command counts as hung."""
-AFTER_DEATH = 5
-"""Seconds that processes may live on after the one they worked for was killed."""
+AFTER_DEATH = 60
+"""Seconds that processes may live on after the one they worked for was killed: one that is starting looks only then."""
 
 
 class Fault(Exception):
@@ -130,6 +130,7 @@ def disturb(workspace: Workspace, stage: Stage, kills: int, rng: random.Random, 
             stage.check()
         except Fault as fault:
             stage.faults.append(str(fault))
+            print(f"{stage.name}: FAULT: {fault}", flush=True)
 
 
 def build_stages(workspace: Workspace, folder: Path, rng: random.Random) -> list[Stage]:
