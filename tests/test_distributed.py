@@ -397,11 +397,11 @@ def test_a_signal_to_one_rank_ends_both_after_the_same_step(workspace, tmp_path)
 
 
 def shares(rank: int) -> Any:
-    trainer = make_trainer("CISFATrainer", "four", foreground_oversampling=0.5)
+    trainer = make_trainer("CISFATrainer", "four", foreground_oversampling=0.5, seed=None)
     trainer.on_train_start()
     source, target = next(trainer.dataloader_train), next(trainer.dataloader_target)
     return {"source": source["data"], "target": target["data"], "oversampled": trainer.oversample_foreground_percent,
-            "loss": trainer.loss.weight_factors}  # fmt: skip
+            "loss": trainer.loss.weight_factors, "weights": weights(trainer)}  # fmt: skip
 
 
 def test_each_rank_loads_its_share_and_draws_its_own(workspace, tmp_path):
@@ -411,6 +411,7 @@ def test_each_rank_loads_its_share_and_draws_its_own(workspace, tmp_path):
         assert not torch.equal(first[name], second[name])
     assert (first["oversampled"], second["oversampled"]) == (0, 1), "the second half of the batch, as with one process"
     assert first["loss"][-1] == 0
+    assert same_weights(first["weights"], second["weights"]), "without a seed, too"
 
 
 def refused(rank: int, name: str, plans: str, options: dict[str, Any]) -> str:
@@ -437,6 +438,7 @@ def validated(rank: int) -> list[str]:
     return sorted(path.name for path in Path(trainer.output_folder, "validation").iterdir())
 
 
+@pytest.mark.slow
 def test_the_final_validation_is_shared(workspace, tmp_path):
     lists = in_processes(tmp_path, validated)
     cases = [f"mr_Tr{index:02d}.nii.gz" for index in range(5)]

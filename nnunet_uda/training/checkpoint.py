@@ -129,24 +129,24 @@ def plain(value: Any) -> Any:
 
 
 def random_state() -> dict[str, Any]:
-    """State of every random generator that training draws from (Python, numpy, torch on CPU and on CUDA)."""
+    """State of every random generator that training draws from (Python, numpy, torch on CPU and on its CUDA device)."""
     name, keys, *rest = np.random.get_state()
     return {
         "python": random.getstate(),
         "numpy": (name, torch.from_numpy(keys.astype(np.int64)), *rest),
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "cuda": [torch.cuda.get_rng_state()] if torch.cuda.is_available() else [],
     }
 
 
 def set_random_state(state: dict[str, Any]) -> None:
-    """Restore what ``random_state`` returned. CUDA states are restored where the number of devices is the same."""
+    """Restore what ``random_state`` returned."""
     name, keys, *rest = state["numpy"]
     random.setstate(state["python"])
     np.random.set_state((name, np.asarray(keys).astype(np.uint32), *rest))
     torch.set_rng_state(state["torch"].cpu())
-    if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all([item.cpu() for item in state["cuda"]])
+    if state["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"][0].cpu())
 
 
 def seed_everything(seed: int) -> None:
