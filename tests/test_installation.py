@@ -16,7 +16,8 @@ NAMES = [
     "CISFATrainer", "CISFANoWeightTrainer", "CISFANoPCLTrainer", "CISFANoGCLTrainer", "CISFANoPCLNoGCLTrainer",
     "CISFASequentialGCLTrainer", "SourceOnlyTrainer", "SupervisedTrainer", "SimilarityPrototypesTrainer",
     "PrototypesBaselineTrainer", "PrototypesNoSimilarityTrainer", "PrototypesNoContrastTrainer",
-    "UUDSTrainer", "UUDSNoDomainPromptTrainer", "UUDSNoSegmentationPromptTrainer", "UUDSNoUncertaintyTrainer",
+    "UUDSTrainer", "UUDSAdversarialTrainer", "UUDSNoDomainPromptTrainer", "UUDSNoSegmentationPromptTrainer",
+    "UUDSNoUncertaintyTrainer",
     "CASTTrainer", "CASTNoTranslationTrainer", "CASTNoStyleTrainer", "CASTNoRandomStyleTrainer",
     "CASTNoSelfTrainingTrainer", "RandomStyleTrainer", "CUTTrainer", "EntMinTrainer", "ADVENTTrainer",
 ]  # fmt: skip

@@ -231,6 +231,18 @@ def test_table_3(workspace, name, missing):
     assert rebuilt.segmentation_prompt == trainer.plain_network.segmentation_prompt == ("Segmentation" not in name)
 
 
+def test_the_adversarial_variant_has_defaults_of_its_own_and_takes_the_users_settings(workspace):
+    trainer = started("UUDSAdversarialTrainer", uuds__identity_weight=3.0)
+    losses = trainer.train_step(next(trainer.dataloader_train))
+    assert set(losses) == TERMS | {"domain_judge", "content", "loss", "structure"}
+    assert (trainer.own_settings.domain_weight, trainer.own_settings.identity_weight) == (0.3, 3.0)
+    rebuilt = type(trainer).build_network_architecture(
+        trainer.plans_manager, trainer.configuration_manager, 1, 3, enable_deep_supervision=False
+    )
+    rebuilt.load_state_dict(trainer.plain_network.state_dict())
+    assert len(rebuilt.skips) == 3 and len(started().plain_network.skips) == 0
+
+
 def test_target_labels_come_after_the_warm_up_and_never_with_chi_0(workspace):
     def term(**options):
         return started(**options).train_step(next(started(**options).dataloader_train))["uncertain_segmentation"]

@@ -120,6 +120,23 @@ class UUDSSettings:
         return clip_shape(self.clip_model, self.clip_config)
 
 
+@dataclass(frozen=True)
+class UUDSAdversarialSettings(UUDSSettings):
+    """The same settings under ``uda.uuds`` with other defaults: those with which UUDS translates (docs/results.md).
+
+    The generator sees CLIP's finer maps, the encoder opposes it, the content is constrained, L_DD weighs less and L_id
+    more. ``threshold`` is high because trusting the surest pixels alone, which are background, ended in background.
+    """
+
+    generator_skips: Literal["none", "normalised"] = "normalised"
+    translation_judge: Literal["trained", "fixed", "adversarial"] = "adversarial"
+    content_weight: float = 1.0
+    domain_weight: float = 0.3
+    domain_temperature: float = 0.2
+    identity_weight: float = 2.0
+    threshold: float = 0.6
+
+
 class UUDSTrainer(CompositeTrainer):
     """The paper's method. ``uda.uuds`` in the plans holds its settings (``UUDSSettings``).
 
@@ -150,7 +167,7 @@ class UUDSTrainer(CompositeTrainer):
     ) -> nn.Module:
         where = f"plans {plans_manager.plans_name!r}, key 'uda'"
         _, own = split_settings(plans_manager.plans.get("uda", {}), cls.method, where)
-        settings = parse_settings(UUDSSettings, own | cls.fixed_settings, f"{where}.{cls.method}")
+        settings = parse_settings(cls.method_settings, own | cls.fixed_settings, f"{where}.{cls.method}")
         return UUDSNetwork(
             settings.shape,
             num_input_channels,
@@ -471,6 +488,12 @@ class UUDSNoUncertaintyTrainer(UUDSTrainer):
     """Table 3, second row: no L_useg, so that target images do not teach the segmentation."""
 
     fixed_settings = {"use_uncertainty": False}
+
+
+class UUDSAdversarialTrainer(UUDSTrainer):
+    """Not in the paper: UUDS with an opponent, the defaults of ``UUDSAdversarialSettings``."""
+
+    method_settings = UUDSAdversarialSettings
 
 
 def num_outputs(configuration_manager) -> int:
