@@ -397,6 +397,7 @@ def test_a_signal_to_one_rank_ends_both_after_the_same_step(workspace, tmp_path)
 
 
 def shares(rank: int) -> Any:
+    torch.manual_seed(rank)  # as processes are that were started by themselves
     trainer = make_trainer("CISFATrainer", "four", foreground_oversampling=0.5, seed=None)
     trainer.on_train_start()
     source, target = next(trainer.dataloader_train), next(trainer.dataloader_target)
@@ -412,6 +413,19 @@ def test_each_rank_loads_its_share_and_draws_its_own(workspace, tmp_path):
     assert (first["oversampled"], second["oversampled"]) == (0, 1), "the second half of the batch, as with one process"
     assert first["loss"][-1] == 0
     assert same_weights(first["weights"], second["weights"]), "without a seed, too"
+
+
+def first_images(rank: int) -> Tensor:
+    trainer = make_trainer("SourceOnlyTrainer", "four", foreground_oversampling=0.0)
+    trainer.on_train_start()
+    return next(trainer.dataloader_train)["data"]
+
+
+def test_one_seed_gives_each_rank_images_of_its_own_again_and_again(workspace, tmp_path):
+    first, second = in_processes(tmp_path / "once", first_images)
+    assert not torch.equal(first, second)
+    again = in_processes(tmp_path / "twice", first_images)
+    assert torch.equal(again[0], first) and torch.equal(again[1], second)
 
 
 def refused(rank: int, name: str, plans: str, options: dict[str, Any]) -> str:

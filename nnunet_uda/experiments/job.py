@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import math
 import os
@@ -15,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import time
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -252,7 +254,8 @@ def find_trainer(name: str) -> type:
 
     os.environ.setdefault("nnUNet_extTrainer", str(trainers_folder()))
     try:
-        trainer = recursive_find_trainer_class_by_name(name)
+        with redirect_stdout(io.StringIO()):  # nnU-Net says which files it looks into
+            trainer = recursive_find_trainer_class_by_name(name)
     except RuntimeError as error:
         raise UDAError(f"-tr {name}: {error}") from error
     if not issubclass(trainer, UDATrainer):
