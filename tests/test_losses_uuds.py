@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from nnunet_uda.losses.domain_discrepancy import domain_discrepancy_loss
-from nnunet_uda.losses.structure import structure_correlation
+from nnunet_uda.losses.structure import shared_information
 from nnunet_uda.losses.supervised_contrastive import supervised_contrastive_loss
 from nnunet_uda.losses.uncertainty import (
     certain_pseudo_label,
@@ -230,15 +230,43 @@ def test_the_printed_useg_has_a_soft_label_without_gradient():
 # -- what is watched -----------------------------------------------------------------------------------------------
 
 
-def test_structure_is_kept_by_linear_maps_and_lost_by_others():
-    image = F.interpolate(normal(2, 1, 6, 6), size=(24, 24), mode="bilinear")
-    assert structure_correlation(image, image).item() == pytest.approx(1, abs=1e-5)
-    assert structure_correlation(image, 3 - 2 * image).item() == pytest.approx(1, abs=1e-5)
-    assert structure_correlation(image, torch.ones_like(image)).item() == 0
-    unrelated = F.interpolate(normal(2, 1, 6, 6, seed=1), size=(24, 24), mode="bilinear")
-    assert abs(structure_correlation(image, unrelated).item()) < 0.4
-    noisy = structure_correlation(image, image + 0.05 * normal(2, 1, 24, 24, seed=2)).item()
-    assert 0.6 < noisy < 1
+def smooth(seed: int = 0) -> torch.Tensor:
+    return F.interpolate(normal(2, 1, 6, 6, seed=seed), size=(64, 64), mode="bilinear")
+
+
+def test_structure_is_kept_by_any_contrast_and_lost_by_other_images():
+    image = smooth()
+    assert shared_information(image, image).item() == pytest.approx(1, abs=1e-5)
+    assert shared_information(image, 3 - 2 * image).item() == pytest.approx(1, abs=1e-2), "bins' edges fall otherwise"
+    assert shared_information(image, torch.ones_like(image)).item() == 0
+    assert shared_information(image, smooth(seed=1)).item() < 0.2
+    assert shared_information(image, normal(2, 1, 64, 64, seed=1)).item() < 0.1
+    folded = shared_information(image, (image - image.mean()).abs()).item()
+    noisy = shared_information(image, image + 0.1 * normal(2, 1, 64, 64, seed=2)).item()
+    assert 0.4 < folded < 1 and 0.4 < noisy < 1
+
+
+@pytest.mark.parametrize("size", [(64, 64), (24, 40)])
+def test_shared_information_is_scikit_learns(size):
+    from sklearn.metrics import normalized_mutual_info_score
+
+    image, other = normal(2, 3, *size), normal(2, 3, *size, seed=1)
+    other = other + image
+    image[:, :, :8] = -1.0  # ties, as air has
+    number = min(16, int((size[0] * size[1] / 4) ** 0.5) // 2)
+    expected = []
+    for a, b in zip(F.avg_pool2d(image, 2).flatten(0, 1), F.avg_pool2d(other, 2).flatten(0, 1), strict=True):
+        bins = []
+        for x in (a.flatten().tolist(), b.flatten().tolist()):
+            ordered = sorted(x)
+            edges = []
+            for step in range(1, number):
+                place = step / number * (len(x) - 1)
+                low = int(place)
+                edges.append(ordered[low] + (place - low) * (ordered[low + 1] - ordered[low]))
+            bins.append([sum(value > edge + 1e-7 for edge in edges) for value in x])
+        expected.append(normalized_mutual_info_score(*bins, average_method="geometric"))
+    assert shared_information(image, other).item() == pytest.approx(sum(expected) / len(expected), abs=2e-3)
 
 
 def test_losses_are_float32_and_finite_for_half_precision_logits():

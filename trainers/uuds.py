@@ -26,7 +26,7 @@ from nnunet_uda.data.mixed_slices import MixedSliceLoader
 from nnunet_uda.errors import UDAError
 from nnunet_uda.losses.domain_discrepancy import domain_discrepancy_loss
 from nnunet_uda.losses.patch_nce import PatchNCELoss
-from nnunet_uda.losses.structure import structure_correlation
+from nnunet_uda.losses.structure import shared_information
 from nnunet_uda.losses.supervised_contrastive import supervised_contrastive_loss
 from nnunet_uda.losses.uncertainty import normalised_entropy, uncertain_segmentation_loss
 from nnunet_uda.networks.clip import Encoded, clip_shape, read_clip_weights
@@ -282,7 +282,7 @@ class UUDSTrainer(CompositeTrainer):
                 )
             terms["identity"] = settings.identity_weight * F.l1_loss(reconstructed, source)  # eq. 9
         self.update("network", terms, max_norm=12)
-        self._terms["structure"] = structure_correlation(target, translated)
+        self._terms["structure"] = shared_information(target, translated)
 
     def translation_terms(
         self, target: Tensor, both: Encoded, reconstructed: Tensor, translated: Tensor, domain: Tensor | None
@@ -373,7 +373,7 @@ class UUDSTrainer(CompositeTrainer):
         structure, bound = self.loss_history["structure"][-1], self.own_settings.structure_bound
         if self.current_epoch >= self.own_settings.warmup_epochs and structure < bound:
             self.print_to_log_file(
-                f"WARNING: translations keep little of their images' structure: their edges correlate by "
+                f"WARNING: translations keep little of their images' structure: their normalised mutual information is "
                 f"{structure:.2f}, below the bound {bound} (uuds.structure_bound). The translation may be collapsing; "
                 "uuds.content_weight=1 adds a constraint"
             )
