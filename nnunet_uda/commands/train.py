@@ -64,6 +64,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     for pair in (("--c", "--val"), ("--c", "-pretrained_weights"), ("--val_best", "--disable_checkpointing")):
         if all(getattr(arguments, option.lstrip("-")) for option in pair):
             raise UDAError(f"{pair[0]} and {pair[1]} exclude each other")
+    if arguments.pretrained_weights is not None and not arguments.pretrained_weights.exists():
+        raise UDAError(f"-pretrained_weights {arguments.pretrained_weights} does not exist")
     return arguments
 
 
@@ -205,10 +207,8 @@ def load_pretrained(network: torch.nn.Module, path: Path) -> None:
     """All weights but the segmentation layers' from a checkpoint, by nnU-Net's rule, on whatever device.
 
     Raises:
-        UDAError: no such file, or a weight that is missing there or has another shape.
+        UDAError: no readable checkpoint, or a weight that is missing there or has another shape.
     """
-    if not path.exists():
-        raise UDAError(f"-pretrained_weights {path} does not exist")
     module = getattr(network, "_orig_mod", network)
     weights = read_checkpoint(path)["network_weights"]
     own = module.state_dict()
