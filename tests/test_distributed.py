@@ -520,7 +520,7 @@ def test_memory_is_the_most_of_all_starts(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_launcher_trains_is_killed_and_goes_on(workspace):
+def test_the_launcher_trains_and_validates_again(workspace):
     words = ("nnUNetUDA_train", "501", "2d", "0", "-tr", "CISFATrainer", "-p", "four", "-device", "cpu",
              "-num_processes", "2")  # fmt: skip
     variables = {"nnUNet_n_proc_DA": "0", "OMP_NUM_THREADS": "1"}
