@@ -36,7 +36,9 @@ def shared_information(image: Tensor, translated: Tensor) -> Tensor:
         number = min(MOST_BINS, math.isqrt(small.shape[1]) // 2)
         edges = small.quantile(torch.linspace(0, 1, number + 1, device=x.device)[1:-1], dim=1).T.contiguous()
         binned.append(torch.searchsorted(edges, small))
-    joint = F.one_hot(binned[0] * number + binned[1], number**2).float().mean(1).unflatten(1, (number, number))
+    pairs = binned[0] * number + binned[1]
+    counts = pairs.new_zeros(len(pairs), number**2).scatter_add_(1, pairs, torch.ones_like(pairs))
+    joint = (counts / pairs.shape[1]).unflatten(1, (number, number))
     first, second = _entropy(joint.sum(2)), _entropy(joint.sum(1))
     shared = first + second - _entropy(joint.flatten(1))
     both = (first * second).sqrt()
