@@ -196,3 +196,19 @@ def weights(trainer) -> dict[str, torch.Tensor]:
 def same_weights(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
     """Equal bit for bit."""
     return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+
+
+def batch(trainer) -> tuple:
+    """Source images, their labels and target images of the next training step."""
+    source = next(trainer.dataloader_train)
+    return source["data"], source["target"], next(trainer.dataloader_target)["data"]
+
+
+def parameters(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Copies of a module's parameters by name."""
+    return {name: value.detach().clone() for name, value in module.named_parameters()}
+
+
+def changed(before: dict[str, torch.Tensor], module: torch.nn.Module) -> set[str]:
+    """Names of the parameters that differ from ``parameters`` of before."""
+    return {name for name, value in module.named_parameters() if not torch.equal(before[name], value)}

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_trainer, same_weights, weights
+from conftest import batch, changed, make_trainer, parameters, same_weights, weights
 
 from nnunet_uda.errors import UDAError
 from nnunet_uda.losses.prototypes import IGNORED
@@ -35,19 +35,6 @@ def trusting(trainer):
     trainer.networks["self_training"].ramp.fill_(trainer.networks["self_training"].ramp_epochs)
     trainer.networks["self_training"].confidence = 0.0
     return trainer
-
-
-def batch(trainer):
-    source = next(trainer.dataloader_train)
-    return source["data"], source["target"], next(trainer.dataloader_target)["data"]
-
-
-def parameters(module):
-    return {name: value.detach().clone() for name, value in module.named_parameters()}
-
-
-def changed(before, module):
-    return {name for name, value in module.named_parameters() if not torch.equal(before[name], value)}
 
 
 def test_one_step_trains_everything_but_the_teacher_who_is_averaged(in_workspace):

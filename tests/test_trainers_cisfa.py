@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_trainer
+from conftest import batch, changed, make_trainer, parameters
 
 from nnunet_uda.losses.adversarial import lsgan_loss
 
@@ -22,19 +22,6 @@ def started(name, **options):
     trainer.on_train_start()
     trainer.on_train_epoch_start()
     return trainer
-
-
-def batch(trainer):
-    source = next(trainer.dataloader_train)
-    return source["data"], source["target"], next(trainer.dataloader_target)["data"]
-
-
-def parameters(module):
-    return {name: value.detach().clone() for name, value in module.named_parameters()}
-
-
-def changed(before, module):
-    return {name for name, value in module.named_parameters() if not torch.equal(before[name], value)}
 
 
 def test_one_step_changes_every_network_and_leaves_none_frozen(trainer):

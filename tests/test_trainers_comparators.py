@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_trainer, same_weights, weights
+from conftest import batch, changed, make_trainer, parameters, same_weights, weights
 
 from nnunet_uda.errors import UDAError
 from nnunet_uda.losses.entropy import domain_cross_entropy, entropy_loss, weighted_self_information
@@ -35,19 +35,6 @@ def started(name, epoch=0, **options):
     trainer.current_epoch = epoch
     trainer.on_train_epoch_start()
     return trainer
-
-
-def batch(trainer):
-    source = next(trainer.dataloader_train)
-    return source["data"], source["target"], next(trainer.dataloader_target)["data"]
-
-
-def parameters(module):
-    return {name: value.detach().clone() for name, value in module.named_parameters()}
-
-
-def changed(before, module):
-    return {name for name, value in module.named_parameters() if not torch.equal(before[name], value)}
 
 
 def all_networks(trainer):

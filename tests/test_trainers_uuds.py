@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_trainer, same_weights, weights
+from conftest import batch, make_trainer, same_weights, weights
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from torch import nn
 
@@ -62,11 +62,6 @@ def train(name="UUDSTrainer", pictures=False, **options):
         trainer.draw_pictures = lambda path: None  # seconds an epoch
     trainer.run_training()
     return trainer
-
-
-def batch(trainer):
-    source = next(trainer.dataloader_train)
-    return source["data"], source["target"], next(trainer.dataloader_target)["data"]
 
 
 def parameters(trainer):

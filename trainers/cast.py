@@ -138,17 +138,12 @@ class CASTTrainer(UDATrainer):
         }
 
     def build_optimizers(self) -> dict[str, torch.optim.Optimizer]:
-        def adam(*names: str) -> torch.optim.Optimizer:
-            parameters = [p for name in names for p in self.networks[name].parameters()]
-            return torch.optim.Adam(
-                parameters, self.own_settings.gan_learning_rate, (self.own_settings.gan_beta1, 0.999)
-            )
-
+        options = {"learning_rate": self.own_settings.gan_learning_rate, "beta1": self.own_settings.gan_beta1}
         if not self.own_settings.translation:
             return {}
         return {
-            "generator": adam("generator", "patch_projector"),
-            "image_discriminator": adam("image_discriminator"),
+            "generator": self.adam_for("generator", "patch_projector", **options),
+            "image_discriminator": self.adam_for("image_discriminator", **options),
         }
 
     def prepare_network(self) -> None:

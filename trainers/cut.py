@@ -118,13 +118,11 @@ class CUTTrainer(UDATrainer):
         }
 
     def build_optimizers(self) -> dict[str, torch.optim.Optimizer]:
-        def adam(*names: str) -> torch.optim.Optimizer:
-            parameters = [p for name in names for p in self.networks[name].parameters()]
-            return torch.optim.Adam(
-                parameters, self.own_settings.gan_learning_rate, (self.own_settings.gan_beta1, 0.999)
-            )
-
-        return {"generator": adam("generator", "patch_projector"), "discriminator": adam("discriminator")}
+        options = {"learning_rate": self.own_settings.gan_learning_rate, "beta1": self.own_settings.gan_beta1}
+        return {
+            "generator": self.adam_for("generator", "patch_projector", **options),
+            "discriminator": self.adam_for("discriminator", **options),
+        }
 
     def configure_optimizers(self):
         optimizer, _ = super().configure_optimizers()

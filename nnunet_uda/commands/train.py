@@ -21,7 +21,7 @@ from nnunet_uda.data.convention import read_json
 from nnunet_uda.errors import UDAError, command
 from nnunet_uda.experiments.job import COST
 from nnunet_uda.files import write_json
-from nnunet_uda.training.checkpoint import read_checkpoint
+from nnunet_uda.training.checkpoint import BEST, read_checkpoint
 from nnunet_uda.training.distributed import StoppedWithOthersError, rank, world_size
 
 TIMEOUT = timedelta(hours=2)
@@ -199,7 +199,7 @@ def train(arguments: argparse.Namespace, device: torch.device) -> None:
         if rank() == 0:
             write_cost(Path(trainer.output_folder, COST), device)
     if arguments.val_best:
-        trainer.load_checkpoint(str(Path(trainer.output_folder, "checkpoint_best.pth")))
+        trainer.load_checkpoint(str(Path(trainer.output_folder, BEST)))
     trainer.perform_actual_validation(arguments.npz)
 
 

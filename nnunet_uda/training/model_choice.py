@@ -14,6 +14,7 @@ from torch import Tensor
 
 from nnunet_uda.evaluation.criteria import HIGHER_IS_BETTER, TargetCriteria, look_twice
 from nnunet_uda.settings import UDASettings
+from nnunet_uda.training.checkpoint import BEST
 
 
 class ModelChoice:
@@ -66,7 +67,7 @@ class ModelChoice:
     def checkpoints(self) -> list[str]:
         """Names of the checkpoints that are to be written after the last epoch."""
         finished, every = len(self.means), self.settings.keep_every
-        names = ["checkpoint_best.pth"] if self.last_is_best else []
+        names = [BEST] if self.last_is_best else []
         return names + ([f"checkpoint_epoch_{finished:04d}.pth"] if every and finished % every == 0 else [])
 
 

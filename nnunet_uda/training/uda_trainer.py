@@ -227,6 +227,11 @@ class UDATrainer(StoppableTrainer):
             self.network.parameters(), self.initial_lr, betas=(0.5, 0.999), weight_decay=self.weight_decay
         )
 
+    def adam_for(self, *names: str, learning_rate: float, beta1: float) -> torch.optim.Optimizer:
+        """Adam for the networks of these names."""
+        parameters = [p for name in names for p in self.networks[name].parameters()]
+        return torch.optim.Adam(parameters, learning_rate, (beta1, 0.999))
+
     def _build_loss(self):
         if self.settings.segmentation_loss == "dice_ce":
             return super()._build_loss()
