@@ -59,8 +59,7 @@ class ADVENTTrainer(UDATrainer):
 
     def build_optimizers(self) -> dict[str, torch.optim.Optimizer]:
         rate = self.own_settings.discriminator_learning_rate
-        parameters = self.networks["discriminator"].parameters()
-        return {"discriminator": torch.optim.Adam(parameters, rate, (0.9, 0.99))}
+        return {"discriminator": self.adam_for("discriminator", learning_rate=rate, beta1=0.9, beta2=0.99)}
 
     def on_train_epoch_start(self):
         super().on_train_epoch_start()

@@ -209,7 +209,7 @@ class SimilarityPrototypesTrainer(CompositeTrainer):
         }
 
     def adam(self, parameters, learning_rate: float) -> torch.optim.Optimizer:
-        return torch.optim.Adam(parameters, learning_rate, (self.own_settings.adam_beta1, 0.999))
+        return torch.optim.Adam(parameters, learning_rate, (self.own_settings.adam_beta1, 0.999), fused=True)
 
     def discriminators(self, kind: str) -> list[nn.Module]:
         """D_S and D_T of ``kind`` "image" or "segmentation"; none where training sees no target image."""

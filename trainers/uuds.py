@@ -230,7 +230,7 @@ class UUDSTrainer(CompositeTrainer):
     def network_optimizer(self) -> torch.optim.Optimizer:
         kind = torch.optim.AdamW if self.own_settings.optimizer == "adamw" else torch.optim.Adam
         parameters = [p for p in self.network.parameters() if p.requires_grad]
-        return kind(parameters, self.initial_lr, weight_decay=self.weight_decay)
+        return kind(parameters, self.initial_lr, weight_decay=self.weight_decay, fused=True)
 
     def build_optimizers(self) -> dict[str, torch.optim.Optimizer]:
         parameters = list(self.networks.parameters())

@@ -224,13 +224,13 @@ class UDATrainer(StoppableTrainer):
         if self.settings.segmenter_optimizer == "sgd":
             return None
         return torch.optim.Adam(
-            self.network.parameters(), self.initial_lr, betas=(0.5, 0.999), weight_decay=self.weight_decay
+            self.network.parameters(), self.initial_lr, (0.5, 0.999), weight_decay=self.weight_decay, fused=True
         )
 
-    def adam_for(self, *names: str, learning_rate: float, beta1: float) -> torch.optim.Optimizer:
-        """Adam for the networks of these names."""
+    def adam_for(self, *names: str, learning_rate: float, beta1: float, beta2: float = 0.999) -> torch.optim.Optimizer:
+        """Adam for the networks of these names; fused, since the loop over weights took a fifth of a step on a CPU."""
         parameters = [p for name in names for p in self.networks[name].parameters()]
-        return torch.optim.Adam(parameters, learning_rate, (beta1, 0.999))
+        return torch.optim.Adam(parameters, learning_rate, (beta1, beta2), fused=True)
 
     def _build_loss(self):
         if self.settings.segmentation_loss == "dice_ce":
