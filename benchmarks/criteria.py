@@ -74,7 +74,7 @@ def kept_checkpoints(folder: Path, fold: str) -> list[TrainedModel]:
 def true_dice(model: TrainedModel, raw: Path, test: TargetTest, device: torch.device) -> float:
     """Mean over test cases of the mean over structures, with the labels of the target."""
     predictor, _ = open_model(model, device)
-    files = case_files(raw / ("imagesTs" if test.fold is None else TARGET_FOLDER), test.labels.file_ending)
+    files = case_files(raw / test.images, test.labels.file_ending)
     with TemporaryDirectory() as output:
         with redirect_stdout(StringIO()):
             predictor.predict_from_files_sequential(

@@ -269,6 +269,18 @@ def test_a_fold_protocol_predicts_exactly_the_folds_test_images(tmp_path, monkey
     assert lay_out_images(raw, TargetTest(["x"], raw, test.labels, None), folder) == raw / "imagesTs"
 
 
+def test_without_test_images_the_targets_training_images_with_a_reference_are_the_test(tmp_path):
+    raw = make_raw_dataset(tmp_path, num_source=2, num_target=3, num_test=0, size=(2, 6, 6))
+    (raw / "labelsTs").mkdir()
+    shutil.copy(raw / "labelsTr" / "mr_Tr00.nii.gz", raw / "labelsTs" / "ct_Tu01.nii.gz")
+    test = find_target_test(raw, "all")
+    assert (test.cases, test.fold, test.transductive) == (["ct_Tu01"], None, True)
+    assert lay_out_images(raw, test, tmp_path / "none") == raw / "imagesTu"
+    shutil.copy(raw / "labelsTr" / "mr_Tr00.nii.gz", raw / "labelsTs" / "ct_Ts00.nii.gz")
+    with pytest.raises(UDAError, match=r"no image in .*imagesTu for the reference\(s\) ct_Ts00"):
+        find_target_test(raw, "all")
+
+
 def test_test_images_and_references_must_belong_together(tmp_path):
     raw = make_raw_dataset(tmp_path, num_source=2, num_target=1, num_test=2, size=(2, 6, 6))
     assert (find_target_test(raw, "0").cases, find_target_test(raw, "0").fold) == (["ct_Ts00", "ct_Ts01"], None)

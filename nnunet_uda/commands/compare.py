@@ -22,7 +22,7 @@ from nnunet_uda.evaluation.runs import find_raw_dataset
 from nnunet_uda.evaluation.sweep_plot import OverSeeds, over_seeds
 from nnunet_uda.evaluation.tables import MEAN, gap_closed, summarise
 from nnunet_uda.experiments.engines import add_engine_arguments, make_engine, run_jobs
-from nnunet_uda.experiments.job import Job, Score, find_target_test, find_trainer, lay_out_images
+from nnunet_uda.experiments.job import TRANSDUCTIVE, Job, Score, find_target_test, find_trainer, lay_out_images
 from nnunet_uda.files import exclusive, whole_file, write_json
 from nnunet_uda.plans import check_uda, derive_plans, merge_uda
 
@@ -284,7 +284,9 @@ def write_tables(
     tests = list(dict.fromkeys(row.method.test for row in rows))
     blocks = [f"# Comparison: plans {setup['plans']}, configuration {setup['configuration']}"]
     for test in tests:
-        blocks.append(markdown_table(method_table(test, [entry for entry in cells if entry.method.test == test])))
+        transductive = any(row.job.test.transductive for row in rows if row.method.test == test)
+        table = method_table(test, [entry for entry in cells if entry.method.test == test])
+        blocks.append(markdown_table(table | {"notes": [TRANSDUCTIVE] if transductive else []}))
     missing = [f"- {row.job.name}: {failed.get(row.job.name, 'not finished yet')}" for row in rows
                if row.job.name not in scores]  # fmt: skip
     if missing:

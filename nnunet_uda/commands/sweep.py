@@ -23,7 +23,15 @@ from nnunet_uda.evaluation.runs import find_raw_dataset
 from nnunet_uda.evaluation.sweep_plot import OverSeeds, Point, draw_sweeps, over_seeds
 from nnunet_uda.evaluation.tables import MEAN, summarise
 from nnunet_uda.experiments.engines import add_engine_arguments, make_engine, run_jobs
-from nnunet_uda.experiments.job import Job, Score, TargetTest, find_target_test, find_trainer, lay_out_images
+from nnunet_uda.experiments.job import (
+    TRANSDUCTIVE,
+    Job,
+    Score,
+    TargetTest,
+    find_target_test,
+    find_trainer,
+    lay_out_images,
+)
 from nnunet_uda.files import exclusive, whole_file, write_json
 from nnunet_uda.plans import check_uda, derive_plans, merge_uda
 from nnunet_uda.settings import UDASettings, parse_settings, split_settings
@@ -270,11 +278,12 @@ def write_tables(
 ) -> dict[str, list[Point]]:
     """Write ``sweep.md`` (a table a sweep) and ``sweep.csv`` (a row a run); return the points of every sweep."""
     points = {setting: collect_points(values, scores) for setting, values in sweeps.items()}
-    where = "imagesTs" if test.fold is None else f"fold {test.fold} of {SPLITS_TARGET}"
+    where = test.images if test.fold is None else f"fold {test.fold} of {SPLITS_TARGET}"
     blocks = [
         f"# {setup['trainer']} on {setup['dataset']}: sweep",
         f"Plans {setup['plans']}, configuration {setup['configuration']}, fold {setup['fold']}; {len(test.cases)} "
         f"target test case(s), {where}; structures: {', '.join(test.labels.structures)}.",
+        *([TRANSDUCTIVE] if test.transductive else []),
         f"**{WARNING}**",
         PSEUDO_DICE,
         *(markdown_table(sweep_table(setting, sweeps[setting], points[setting], scores)) for setting in sweeps),

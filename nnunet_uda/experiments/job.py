@@ -23,7 +23,7 @@ from typing import Any
 
 from nnunet_uda.commands import fold_images
 from nnunet_uda.commands.trainers import trainers_folder
-from nnunet_uda.data.convention import SPLITS_TARGET, case_files, read_json
+from nnunet_uda.data.convention import SPLITS_TARGET, TARGET_FOLDER, case_files, read_json
 from nnunet_uda.errors import UDAError, command
 from nnunet_uda.evaluation.metrics import evaluate_folder, list_cases
 from nnunet_uda.evaluation.report import jsonable
@@ -34,15 +34,32 @@ from nnunet_uda.files import exclusive, whole_file, write_json
 COST = "training_cost.json"
 """What ``nnUNetUDA_train`` writes beside the checkpoints: peak memory in GiB, resident and on the device."""
 
+TRANSDUCTIVE = (
+    "Transductive: this dataset has no target test images (imagesTs), so the runs are tested on target images that "
+    "training saw, without their labels."
+)
+
 
 @dataclass(frozen=True)
 class TargetTest:
-    """The target's test cases; ``fold`` is that of ``splits_target.json``, or None where they lie in ``imagesTs``."""
+    """The target's test cases.
+
+    Attributes:
+        fold: that of ``splits_target.json`` whose ``val`` they are, else None.
+        transductive: they lie in ``imagesTu``, so that training sees the images (never their labels), and not in
+            ``imagesTs``.
+    """
 
     cases: list[str]
     reference: Path
     labels: Labels
     fold: int | None
+    transductive: bool = False
+
+    @property
+    def images(self) -> str:
+        """The raw dataset's folder that holds their images."""
+        return TARGET_FOLDER if self.transductive or self.fold is not None else "imagesTs"
 
 
 @dataclass(frozen=True)
@@ -208,31 +225,37 @@ class Job:
 def find_target_test(raw: Path, fold: str) -> TargetTest:
     """The target's test cases: those of ``imagesTs``, or in a fold protocol the fold's ``val``.
 
+    Without either the test is transductive: the target's training images that have a reference.
+
     Raises:
         UDAError: no test image, or test images and references that do not belong together.
     """
     labels = read_labels(raw / "dataset.json")
     images, reference, splits = raw / "imagesTs", raw / "labelsTs", raw / SPLITS_TARGET
     cases, test_fold = sorted(case_files(images, labels.file_ending)), None
-    if not cases:
+    references = set(list_cases(reference, labels.file_ending)) if reference.is_dir() or cases else set()
+    transductive = not cases and not splits.exists() and bool(references)
+    if transductive:
+        cases = sorted(references & set(case_files(raw / TARGET_FOLDER, labels.file_ending)))
+    elif not cases:
         if not splits.exists() or fold == "all":
             raise UDAError(f"{images} holds no image, and fold {fold} has no test images in {splits} either: target "
                            "images are needed that the runs are not trained on, and their labels")  # fmt: skip
         test_fold = int(fold)
         cases = cases_of_folds(splits, [test_fold])[test_fold]
-    references = set(list_cases(reference, labels.file_ending))
     missing, extra = sorted(set(cases) - references), sorted(references - set(cases))
     if missing:
         raise UDAError(f"no reference in {reference} for the test case(s) {', '.join(missing[:10])}: add it")
     if extra and test_fold is None:
-        raise UDAError(f"no image in {images} for the reference(s) {', '.join(extra[:10])}: none is left out silently")
-    return TargetTest(cases, reference, labels, test_fold)
+        folder = raw / TARGET_FOLDER if transductive else images
+        raise UDAError(f"no image in {folder} for the reference(s) {', '.join(extra[:10])}: none is left out silently")
+    return TargetTest(cases, reference, labels, test_fold, transductive)
 
 
 def lay_out_images(raw: Path, test: TargetTest, folder: Path) -> Path:
     """Where the test images lie; in a fold protocol ``folder``, with exactly the fold's."""
     if test.fold is None:
-        return raw / "imagesTs"
+        return raw / test.images
     if sorted(case_files(folder, test.labels.file_ending)) != test.cases:  # else jobs may be reading them
         partial = folder.with_name(f"{folder.name}.partial")
         for stale in (folder, partial):
