@@ -1,0 +1,206 @@
+"""Every trainer on every task: tasks made, networks trained and tested, one table and one plot.
+
+    python benchmarks/table.py -o FOLDER -data $NNUNET_UDA_TEST_DATA -jobs 2 -device cpu
+
+Makes the tasks (``tasks.py``), writes the plans ``nnUNetPlansTable`` with one schedule for all trainers, and starts
+``nnUNetUDA_compare`` for each group of tasks and each seed; the phantom has the seeds of ``-seeds``, the others, whose
+scans are fixed, one. Then table.md, table.csv and table.png in FOLDER. The same command goes on where it was stopped;
+``--only_table`` puts together what is finished, at any time. Each run keeps a checkpoint of every epoch, which is what
+``criteria.py`` needs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from tasks import TASKS, Task, make_task
+
+from nnunet_uda.commands.compare import (
+    LOWER,
+    RULES,
+    UPPER,
+    Cells,
+    Method,
+    Row,
+    bars,
+    gaps,
+    method_table,
+    run_record,
+    summarise_methods,
+)
+from nnunet_uda.commands.demo import Demo
+from nnunet_uda.errors import UDAError, command
+from nnunet_uda.evaluation.compare_plot import draw_comparison
+from nnunet_uda.evaluation.report import DIGITS, markdown_table
+from nnunet_uda.experiments.job import TRANSDUCTIVE, Job, Score
+from nnunet_uda.files import whole_file
+
+PLANS = "nnUNetPlansTable"
+LOWER_TRAINER, UPPER_TRAINER = "SourceOnlyTrainer", "SupervisedTrainer"
+TRAINERS = ("RandomStyleTrainer", "CUTTrainer", "EntMinTrainer", "ADVENTTrainer", "CISFATrainer",
+            "SimilarityPrototypesTrainer", "UUDSAdversarialTrainer", "CASTTrainer")  # fmt: skip
+GROUPS = {"phantom": ("phantom_mr2ct", "phantom_ct2mr"), "brain": ("brain_t12t2", "brain_t22t1"), "vs": ("vs",),
+          "totalseg": ("totalseg",)}  # fmt: skip
+ITERATIONS = {"phantom": 100, "brain": 50, "vs": 50, "totalseg": 50}
+"""Of each of the 6 epochs."""
+NETWORK = ("-patch_size", "64", "64", "-batch_size", "2", "-base_features", "16", "-max_features", "128")
+CLIP = {
+    "embed_dim": 128,
+    "quick_gelu": True,
+    "vision_cfg": {"image_size": 64, "layers": [1, 1, 1, 1], "width": 16},
+    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 2},
+}
+GAN = ("generator_width=16", "generator_blocks=4", "discriminator_width=32")
+SETTINGS = (
+    "num_epochs=6", "keep_every=1", "val_iterations_per_epoch=5", "picture_every=1000", "mirror=false",
+    *(f"{method}.{setting}" for method in ("cisfa", "cut", "cast") for setting in GAN), "advent.discriminator_width=32",
+    "similarity_prototypes.discriminator_width=32", "similarity_prototypes.warmup_epochs=1",
+    "similarity_prototypes.generator_learning_rate=1e-3", "uuds.clip_weights=random", "uuds.warmup_epochs=2",
+    "uuds.learning_rate=5e-4", "uuds.optimizer=adamw", f"uuds.clip_config={json.dumps(CLIP)}",
+)  # fmt: skip
+"""Sizes and rates for networks this small and schedules this short; everything else is every trainer's default."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One start of ``nnUNetUDA_compare``: a group of tasks with one seed."""
+
+    group: str
+    seed: int
+    folder: Path
+
+    @property
+    def tasks(self) -> list[Task]:
+        return [TASKS[name] for name in GROUPS[self.group]]
+
+    @property
+    def out(self) -> Path:
+        return self.folder / f"compare_{self.group}"
+
+    @property
+    def settings(self) -> list[str]:
+        own = ["foreground_oversampling=0"] if self.group == "phantom" else []  # a patch holds the whole slice
+        return [f"seed={self.seed}", f"iterations_per_epoch={ITERATIONS[self.group]}", *SETTINGS, *own]
+
+    def commands(self, trainers: Sequence[str], more: Sequence[str]) -> list[list[str]]:
+        """Plans for every dataset, then the comparison."""
+        datasets, uppers = [str(task.dataset) for task in self.tasks], [task.upper_bound for task in self.tasks]
+        wanted = [*datasets, *(str(upper) for upper in uppers if upper is not None)]
+        upper = ["-upper", *(f"{UPPER_TRAINER}:{upper}" for upper in uppers)] if None not in uppers else []
+        plans = [["nnUNetUDA_configure", "-d", dataset, "-p", PLANS, "--overwrite", *NETWORK, "-set", *self.settings]
+                 for dataset in wanted]  # fmt: skip
+        compare = ["nnUNetUDA_compare", "-d", *datasets, "-tr", *trainers, "-f", self.tasks[0].fold, "-p", PLANS,
+                   "-lower", LOWER_TRAINER, *upper, "-o", str(self.out), *more]  # fmt: skip
+        return [*plans, compare]
+
+
+def comparisons(folder: Path, groups: Sequence[str], seeds: Sequence[int]) -> list[Comparison]:
+    """All of them, the first seed of every group before the others."""
+    pairs = [(seed, group) for seed in seeds for group in groups if group == "phantom" or seed == seeds[0]]
+    return [Comparison(group, seed, folder / f"seed_{seed if group == 'phantom' else 0}") for seed, group in pairs]
+
+
+def finished(one: Comparison) -> list[tuple[Row, Score]]:
+    """The finished runs of a comparison, bounds labelled as ``nnUNetUDA_compare`` does."""
+    found = []
+    os.environ.update(Demo(one.folder).variables)  # where a job looks for its training
+    names = {task.dataset: name for name, task in zip(GROUPS[one.group], one.tasks, strict=True)}
+    for path in sorted(one.out.glob("runs/*/job.json")):
+        job = Job.read(path)
+        score = job.score()
+        if score is None:
+            continue
+        test = job.name.split("__")[0]
+        label = {LOWER_TRAINER: LOWER, UPPER_TRAINER: UPPER}.get(job.trainer, job.trainer)
+        name = names[int(test[len("Dataset") : len("Dataset") + 3])]
+        method = Method(label, job.trainer, name if job.dataset == test else job.dataset, name)
+        found.append((Row(method, job.fold, one.seed, replace(job, name=f"seed_{one.seed}/{job.name}")), score))
+    return found
+
+
+def overview(cells: Sequence[Cells], labels: Sequence[str], tests: Sequence[str]) -> dict:
+    """A row a trainer, a column a task: Dice and percent of the gap closed."""
+
+    def cell(label: str, test: str) -> str:
+        for entry in cells:
+            if (entry.method.label, entry.method.test) == (label, test) and entry.done:
+                dice, gap = entry.figures["Dice"], entry.figures["gap"]
+                text = f"{dice.mean:.{DIGITS['Dice']}f}"
+                text += f" ± {dice.std:.{DIGITS['Dice']}f}" if dice.n > 1 else ""
+                return text + (f" ({gap.mean:.0f} %)" if gap.n else "")
+        return "–"
+
+    rows = [[label, *(cell(label, test) for test in tests)] for label in labels]
+    return {"caption": "Dice (gap closed)", "header": ["trainer", *tests], "rows": rows}
+
+
+def write_table(folder: Path, every: Sequence[Comparison], trainers: Sequence[str]) -> str:
+    """table.md, table.csv and table.png from what is finished; returns the Markdown.
+
+    Raises:
+        UDAError: nothing is finished.
+    """
+    labels = [LOWER, *trainers, UPPER]
+    found = [pair for one in every for pair in finished(one) if pair[0].method.label in labels]
+    if not found:
+        raise UDAError(f"{folder} holds no finished run yet")
+    named = {row.job.name: score for row, score in found}
+    rows = sorted((row for row, _ in found), key=lambda row: (
+        list(TASKS).index(row.method.test), labels.index(row.method.label), row.seed))  # fmt: skip
+    tests = list(dict.fromkeys(row.method.test for row in rows))
+    seeds = {name: sum(name in GROUPS[one.group] for one in every) for name in tests}
+    cells = [replace(entry, planned=seeds[entry.method.test]) for entry in summarise_methods(rows, named)]
+    transductive = [test for test in tests if any(r.job.test.transductive for r in rows if r.method.test == test)]
+    blocks = [markdown_table(overview(cells, [label for label in labels if any(
+        entry.method.label == label for entry in cells)], tests))]  # fmt: skip
+    for test in tests:
+        table = method_table(test, [entry for entry in cells if entry.method.test == test])
+        blocks.append(markdown_table(table | {"notes": [TRANSDUCTIVE] if test in transductive else []}))
+    text = "\n\n".join([*blocks, *RULES]) + "\n"
+    with whole_file(folder / "table.md") as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    closed = gaps(rows, named)
+    records = [run_record(row, named, {}, closed) for row in rows]
+    with whole_file(folder / "table.csv") as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(dict.fromkeys(name for record in records for name in record)))
+        writer.writeheader()
+        writer.writerows({name: "" if value is None else value for name, value in record.items()} for record in records)
+    draw_comparison(folder / "table.png", bars(rows, cells, named), f"plans {PLANS}")
+    return text
+
+
+@command
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("-o", type=Path, required=True, metavar="FOLDER", help="for everything")
+    parser.add_argument("-groups", nargs="+", choices=GROUPS, default=list(GROUPS), help="of tasks [all]")
+    parser.add_argument("-seeds", nargs="+", type=int, default=[0, 1, 2], help="of the phantoms [0 1 2]")
+    parser.add_argument("-tr", nargs="+", default=list(TRAINERS), metavar="TRAINER", help="between the bounds [all]")
+    parser.add_argument("-data", type=Path, help="folder of third-party scans [NNUNET_UDA_TEST_DATA]")
+    parser.add_argument("-device", default="cuda", help="cpu, cuda or mps [cuda]")
+    parser.add_argument("-jobs", type=int, default=1, help="runs at a time [1]")
+    parser.add_argument("-np", type=int, default=2, help="processes of conversion and scoring [2]")
+    parser.add_argument("--only_table", action="store_true", help="train nothing")
+    args = parser.parse_args(argv)
+    folder = args.o.resolve()
+    every = comparisons(folder, args.groups, args.seeds)
+    data = args.data or (Path(text) if (text := os.environ.get("NNUNET_UDA_TEST_DATA")) else None)
+    more = ["-device", args.device, "-jobs", str(args.jobs), "-np", str(args.np)]
+    for one in every if not args.only_table else []:
+        for name in GROUPS[one.group]:
+            make_task(name, one.folder, one.seed if one.group == "phantom" else 0, data and data.resolve(), args.np)
+        demo = Demo(one.folder)
+        for words in one.commands(args.tr, more):
+            demo.run(*words)
+        write_table(folder, every, args.tr)
+    print(write_table(folder, every, args.tr))
+
+
+if __name__ == "__main__":
+    main()

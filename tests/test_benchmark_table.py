@@ -1,0 +1,126 @@
+"""The table of all trainers on all tasks: what is run, and how finished runs of several seeds come together."""
+
+from __future__ import annotations
+
+import csv
+import sys
+
+import pytest
+from conftest import REPOSITORY
+
+from nnunet_uda.evaluation.metrics import METRICS
+from nnunet_uda.evaluation.runs import Labels
+from nnunet_uda.experiments.job import Job, TargetTest
+from nnunet_uda.files import write_json
+
+
+@pytest.fixture
+def table(monkeypatch):
+    monkeypatch.syspath_prepend(str(REPOSITORY / "benchmarks"))
+    for name in ("table", "tasks"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results", "nnUNet_extTrainer", "nnUNet_def_n_proc"):
+        monkeypatch.setenv(name, "")  # put back what the script sets
+    import table
+
+    return table
+
+
+def finish(folder, seed: int, dataset: str, test: str, trainer: str, dice: float, group: str = "phantom") -> Job:
+    """A finished run with nnU-Net's folders below ``folder/seed_N``."""
+    root = folder / f"seed_{seed}"
+    cases = TargetTest(["x"], root / "labelsTs", Labels({"left": 1}, None, ".nii.gz"), None, group == "totalseg")
+    name = f"{test}__{trainer}__fold_0"
+    job = Job(name, root / f"compare_{group}" / "runs" / name, dataset, "2d", "0", trainer, "P", cases, root, "cpu", 1)
+    trained = root / "nnUNet_results" / dataset / f"{trainer}__P__2d" / "fold_0"
+    predictions = job.folder / "predictions"
+    for path in (trained / "checkpoint_final.pth", predictions / "x.nii.gz", cases.reference / "x.nii.gz"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.exists():  # runs share the reference, whose time of change they know
+            path.write_bytes(b"as it is")
+
+    def stamp(path):
+        return [path.stat().st_size, path.stat().st_mtime_ns]
+
+    checkpoint = {"checkpoint": stamp(trained / "checkpoint_final.pth")}
+    write_json(checkpoint, predictions / "made_from.json")
+    content = {
+        "made_from": {**checkpoint, "references": {"x": stamp(cases.reference / "x.nii.gz")}},
+        "validation_pseudo_dice": 0.5, "training_seconds": 60.0,
+        "metrics": {"x": {"left": dict(zip(METRICS, (dice, 2.0, 4.0), strict=True))}},
+    }  # fmt: skip
+    job.write()
+    write_json(content, job.folder / "score.json")
+    return job
+
+
+PHANTOM, UPPER, PAIR = "Dataset501_Phantom", "Dataset511_PhantomSupervised", "Dataset521_TotalSegCT2MR"
+
+
+def test_seeds_and_tasks_come_together(table, tmp_path, capsys):
+    for seed, lower, cisfa in ((0, 0.2, 0.6), (1, 0.4, 0.8)):
+        finish(tmp_path, seed, PHANTOM, PHANTOM, "SourceOnlyTrainer", lower)
+        finish(tmp_path, seed, PHANTOM, PHANTOM, "CISFATrainer", cisfa)
+    finish(tmp_path, 0, UPPER, PHANTOM, "SupervisedTrainer", 0.9)
+    finish(tmp_path, 0, PAIR, PAIR, "CASTTrainer", 0.25, "totalseg")
+    unfinished = finish(tmp_path, 1, PHANTOM, PHANTOM, "CASTTrainer", 0.7)
+    (unfinished.folder / "score.json").unlink()
+    table.main(["-o", str(tmp_path), "--only_table", "-seeds", "0", "1"])
+
+    text = (tmp_path / "table.md").read_text()
+    assert text in capsys.readouterr().out
+    overview = {line.split("|")[1].strip(): [c.strip() for c in line.split("|")[2:-1]]
+                for line in text.split("\n\n")[1].splitlines()[1:]}  # fmt: skip
+    # lower bound 0.3 and upper 0.9 over all seeds: 0.6 and 0.8 close 50 and 83.3 percent
+    assert overview["lower bound"] == ["0.300 ± 0.141", "–"]
+    assert overview["CISFATrainer"] == ["0.700 ± 0.141 (67 %)", "–"]
+    assert overview["CASTTrainer"] == ["–", "0.250"] and overview["upper bound"] == ["0.900", "–"]
+    assert "EntMinTrainer" not in overview
+    assert "upper bound: SupervisedTrainer on Dataset511_PhantomSupervised" in text and "| 1 of 2" in text
+    assert "lower bound: SourceOnlyTrainer on" not in text
+    assert text.count("Transductive") == 1
+    with open(tmp_path / "table.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    found = [(row["test"], row["label"], row["seed"]) for row in rows]
+    assert found == [
+        ("phantom_mr2ct", "lower bound", "0"), ("phantom_mr2ct", "lower bound", "1"),
+        ("phantom_mr2ct", "CISFATrainer", "0"), ("phantom_mr2ct", "CISFATrainer", "1"),
+        ("phantom_mr2ct", "upper bound", "0"), ("totalseg", "CASTTrainer", "0"),
+    ]  # fmt: skip
+    assert float(rows[3]["gap_closed_percent"]) == pytest.approx(250 / 3)
+    assert (tmp_path / "table.png").stat().st_size > 1000
+
+
+def test_every_comparison_with_one_schedule_for_all_trainers(table, tmp_path, monkeypatch):
+    made, ran = [], []
+    monkeypatch.setattr(table, "make_task", lambda name, folder, seed, *more: made.append((name, folder.name, seed)))
+
+    def run(demo, *words):
+        ran.append((demo.folder.name, words))
+        if words[0] == "nnUNetUDA_compare":
+            finish(tmp_path, int(demo.folder.name[-1]), PHANTOM, PHANTOM, "CASTTrainer", 0.5)
+
+    monkeypatch.setattr(table.Demo, "run", run)
+    table.main(["-o", str(tmp_path), "-seeds", "4", "5", "-tr", "CASTTrainer", "-data", str(tmp_path), "-jobs", "2"])
+    assert made[:2] == [("phantom_mr2ct", "seed_4", 4), ("phantom_ct2mr", "seed_4", 4)]
+    assert made[-2:] == [("phantom_mr2ct", "seed_5", 5), ("phantom_ct2mr", "seed_5", 5)]
+    assert [(name, folder) for name, folder, _ in made[2:-2]] == [
+        (name, "seed_0") for name in ("brain_t12t2", "brain_t22t1", "vs", "totalseg")
+    ]
+    compared = [words for _, words in ran if words[0] == "nnUNetUDA_compare"]
+    assert len(compared) == 5
+    bounds = [words[words.index("-upper") + 1] if "-upper" in words else None for words in compared]
+    assert bounds == ["SupervisedTrainer:511", "SupervisedTrainer:533", "SupervisedTrainer:523", None,
+                      "SupervisedTrainer:511"]  # fmt: skip
+    assert all("-jobs" in words and words[words.index("-tr") + 1] == "CASTTrainer" for words in compared)
+    configured = [words[words.index("-set") + 1 :] for _, words in ran if words[0] == "nnUNetUDA_configure"]
+    schedules = {
+        tuple(w for w in words if not w.startswith(("seed", "iterations", "foreground"))) for words in configured
+    }
+    assert len(configured) == 4 + 4 + 2 + 1 + 4 and len(schedules) == 1
+
+
+def test_no_finished_run_is_said(table, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        table.main(["-o", str(tmp_path), "--only_table"])
+    assert "holds no finished run yet" in capsys.readouterr().err and not list(tmp_path.iterdir())
