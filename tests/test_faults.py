@@ -175,10 +175,12 @@ def test_numpys_numbers_and_random_states_are_read_old_and_new(tmp_path):
 
 
 def test_a_training_begun_anew_takes_the_former_ones_checkpoints_out_of_sight(tmp_path):
-    for epoch, name in enumerate((checkpoint.PREVIOUS, checkpoint.LATEST, checkpoint.FINAL, checkpoint.BEST)):
+    names = (checkpoint.PREVIOUS, checkpoint.LATEST, checkpoint.FINAL, checkpoint.BEST, "checkpoint_epoch_0005.pth")
+    for epoch, name in enumerate(names):
         checkpoint.write_checkpoint(content(epoch), tmp_path / name)
     assert checkpoint.set_former_aside(tmp_path) == tmp_path / checkpoint.FORMER
-    assert {p.name for p in tmp_path.iterdir()} == {checkpoint.FORMER, checkpoint.BEST}
+    left = {checkpoint.FORMER, checkpoint.BEST, "former_checkpoint_epoch_0005.pth"}
+    assert {p.name for p in tmp_path.iterdir()} == left
     assert checkpoint.read_checkpoint(tmp_path / checkpoint.FORMER)["current_epoch"] == 2
     assert checkpoint.set_former_aside(tmp_path) is None
 

@@ -7,7 +7,6 @@ import os
 import random
 import shlex
 import shutil
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +56,11 @@ def set_former_aside(folder: Path) -> Path | None:
     """Take a former training's checkpoints out of ``--c``'s sight; the furthest is kept, under the name returned.
 
     ``--c`` prefers ``checkpoint_final.pth``: left there, it would be taken for the end of the training begun anew.
+    What the setting ``keep_every`` kept becomes ``former_checkpoint_epoch_*.pth``.
     """
     kept = None
+    for path in folder.glob("checkpoint_epoch_*.pth"):
+        os.replace(path, path.with_name(f"former_{path.name}"))
     for name in (FINAL, LATEST, PREVIOUS):
         path = folder / name
         if path.exists() and kept is None:
@@ -92,8 +94,6 @@ def _load(path: Path) -> dict[str, Any]:
 
 def _numpy_allowed():
     """nnU-Net's log, and the random state in checkpoints of before, hold numpy's numbers and arrays."""
-    if not hasattr(torch.serialization, "safe_globals"):  # before torch 2.5
-        return nullcontext()
     core = np._core if hasattr(np, "_core") else np.core
     numbers = [type(np.dtype(name)) for name in ("float64", "float32", "int64", "uint32")]
     return torch.serialization.safe_globals(
