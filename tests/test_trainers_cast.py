@@ -140,22 +140,31 @@ def test_a_good_teacher_starts_it(in_workspace, monkeypatch):
     assert "weight of pseudo labels 1.00" in Path(trainer.log_file).read_text()
 
 
-def test_the_student_sees_styles_of_source_and_some_translations(in_workspace):
-    trainer = started(cast__translated_share=1.0)
+def test_the_student_sees_translations_and_a_share_of_images_in_random_styles(in_workspace, monkeypatch):
+    trainer = started(cast__styled_share=1.0)
     source, label, _ = batch(trainer)
     translated = trainer.translate(source).detach()
-    images, labels = trainer.labelled_images(source, translated, label)
-    assert images.shape == (4, 1, 32, 32) and [len(level) for level in labels] == [4] * len(label)
-    assert torch.equal(labels[0][:2], labels[0][2:])
-    for seen, original in zip(images, (*source, *translated), strict=True):
-        assert not torch.allclose(seen, original, atol=1e-2)
-    trainer.own_settings = dataclasses.replace(trainer.own_settings, translated_share=0.0)
-    images, _ = trainer.labelled_images(source, translated, label)
-    assert torch.equal(images[2:], translated) and not torch.allclose(images[:2], source, atol=1e-2)
+    before = source.clone(), translated.clone()
+    images = trainer.labelled_images(source, translated, label[0])
+    assert images.shape == (2, 1, 32, 32)
+    for seen, *originals in zip(images, source, translated, strict=True):
+        assert all(not torch.allclose(seen, original, atol=1e-2) for original in originals)
+    assert torch.equal(source, before[0]) and torch.equal(translated, before[1])
+    trainer.own_settings = dataclasses.replace(trainer.own_settings, styled_share=0.0)
+    assert torch.equal(trainer.labelled_images(source, translated, label[0]), translated)
+
+    trainer.own_settings = dataclasses.replace(trainer.own_settings, styled_share=0.25)
+    names = type(trainer).labelled_images.__globals__  # nnU-Net does not register the modules that it finds
+    monkeypatch.setitem(names, "restyle_batch", lambda styles, images, label: images + 100)
+    zeros = torch.zeros(100, 1, 1, 1)
+    seen = [trainer.labelled_images(zeros, zeros + 1, zeros) for _ in range(40)]
+    values, counts = torch.cat(seen).unique(return_counts=True)  # of 4000; three deviations are 82 and 62
+    assert values.tolist() == [1, 100, 101]
+    assert ((counts - torch.tensor([3000, 500, 500])).abs() < torch.tensor([83, 63, 63])).all()
 
 
 def test_the_discriminator_sees_translations_without_random_styles(in_workspace, monkeypatch):
-    trainer = started(cast__translated_share=1.0)
+    trainer = started(cast__styled_share=1.0)
     source, label, target = batch(trainer)
     seen = {}
     student, discriminator = trainer.update_student, trainer.update_discriminator
@@ -187,8 +196,9 @@ def test_ablations_leave_out_what_they_say(in_workspace, name, missing):
     assert trainer.translates == (name != "CASTNoTranslationTrainer")
     assert torch.equal(trainer.translate(source), source) == (not trainer.translates)
     if name == "CASTNoRandomStyleTrainer":
-        images, _ = trainer.labelled_images(source, source, label)
-        assert torch.equal(images, torch.cat([source, source]))
+        assert torch.equal(trainer.labelled_images(source, source + 1, label[0]), source + 1)
+    if name == "CASTNoTranslationTrainer":
+        assert not torch.allclose(trainer.labelled_images(source, None, label[0]), source, atol=1e-2)
     if name == "CASTNoStyleTrainer":
         assert not trainer.draw_codes(3).any()
 

@@ -36,11 +36,12 @@ from nnunet_uda.training.uda_trainer import UDATrainer, frozen, middle_slice
 class CASTSettings(StyleAugmentationSettings):
     """Settings under ``uda.cast``; those of the random styles are RandomStyleTrainer's, those of the GAN are CISFA's.
 
-    ``translation``, ``style_codes``, ``random_styles`` and ``self_training`` switch the parts. ``translated_share`` is
-    the share of translations that get a random style too: the rest is learned as it is, as target images come at
-    prediction. ``start_score`` and ``plausible_factor``: see ``SelfTraining``. ``ramp_share`` is the share of the
-    schedule over which the weight of pseudo labels rises to ``self_training_weight``. A teacher looks at an image
-    ``views`` times.
+    ``translation``, ``style_codes``, ``random_styles`` and ``self_training`` switch the parts. ``styled_share`` is the
+    share of labelled images that the student learns in a random style, half of them source images and half
+    translations; the rest are translations as they are, as target images come at prediction. With half of the images
+    in random styles, short schedules ended before the student had learned its labels. ``start_score`` and
+    ``plausible_factor``: see ``SelfTraining``. ``ramp_share`` is the share of the schedule over which the weight of
+    pseudo labels rises to ``self_training_weight``. A teacher looks at an image ``views`` times.
     """
 
     translation: bool = True
@@ -62,7 +63,7 @@ class CASTSettings(StyleAugmentationSettings):
     style_dim: int = 8
     style_diversity_weight: float = 1.0
     style_diversity_margin: float = 0.1
-    translated_share: float = 0.5
+    styled_share: float = 0.25
     teacher_decay: float = 0.99
     views: int = 2
     confidence: float = 0.9
@@ -81,7 +82,7 @@ class CASTSettings(StyleAugmentationSettings):
         for name in ("image_adversarial_weight", "patch_contrastive_weight", "style_diversity_weight",
                      "self_training_weight"):  # fmt: skip
             require(getattr(self, name) >= 0, name, "at least 0", getattr(self, name))
-        for name in ("translated_share", "confidence", "start_score", "ramp_share"):
+        for name in ("styled_share", "confidence", "start_score", "ramp_share"):
             require(0 <= getattr(self, name) <= 1, name, "between 0 and 1", getattr(self, name))
         require(0 <= self.teacher_decay < 1, "teacher_decay", "at least 0 and below 1", self.teacher_decay)
 
@@ -251,7 +252,7 @@ class CASTTrainer(UDATrainer):
         """Learn source labels on source images and translations, pseudo labels on target images."""
         if self.own_settings.self_training:
             self.networks["self_training"].observe_source(self.finest(label))
-        images, label = self.labelled_images(source, translated, label)
+        images = self.labelled_images(source, translated, self.finest(label))
         weight = self.self_training_weight
         pseudo_label = self.pseudo_label(target) if weight > 0 else None
         terms = {}
@@ -265,23 +266,23 @@ class CASTTrainer(UDATrainer):
                 terms["self_training"] = weight * loss
         self.update("segmenter", terms, max_norm=12)
 
-    def labelled_images(
-        self, source: Tensor, translated: Tensor | None, label: Tensor | list[Tensor]
-    ) -> tuple[Tensor, Tensor | list[Tensor]]:
-        """Source images, each in a random style, and translations, a share of them so; and their labels."""
-        finest, images = self.finest(label), [source]
+    def labelled_images(self, source: Tensor, translated: Tensor | None, label: Tensor) -> Tensor:
+        """Every image of the batch once, as the student learns it: as its translation, or in a random style.
+
+        Args:
+            source: ``(B, C, *patch)``.
+            translated: the same images translated; None without translation, when all get a random style.
+            label: ``(B, 1, *patch)``, full resolution.
+        """
+        images = (source if translated is None else translated).float().clone()
         if self.own_settings.random_styles:
-            images = [restyle_batch(self.labelled_styles, source, finest)]
-        if translated is None:
-            return images[0], label
-        images.append(translated.float().clone())
-        if self.own_settings.random_styles:
-            chosen = torch.rand(len(source)) < self.own_settings.translated_share
-            for index in chosen.nonzero()[:, 0].tolist():
+            share = 1.0 if translated is None else self.own_settings.styled_share
+            styled, from_source = torch.rand(len(source)) < share, torch.rand(len(source)) < 0.5
+            for index in styled.nonzero()[:, 0].tolist():
                 part = slice(index, index + 1)
-                images[1][part] = restyle_batch(self.labelled_styles, images[1][part], finest[part])
-        twice = [torch.cat([one, one]) for one in label] if isinstance(label, list) else torch.cat([label, label])
-        return torch.cat(images), twice
+                seen = source[part] if from_source[index] else images[part]
+                images[part] = restyle_batch(self.labelled_styles, seen, label[part])
+        return images
 
     def study(self, images: Tensor) -> list[Tensor] | Tensor:
         """The student's logits, a list from fine to coarse with deep supervision."""
