@@ -23,7 +23,7 @@ from nnunet_uda.errors import UDAError
 from nnunet_uda.evaluation.runs import Labels
 from nnunet_uda.evaluation.tables import Volume
 from nnunet_uda.experiments import engines, job
-from nnunet_uda.experiments.engines import LocalEngine, SubmititEngine, make_engine, run_jobs
+from nnunet_uda.experiments.engines import LocalEngine, run_jobs
 from nnunet_uda.experiments.job import Job, Score, TargetTest, last_error
 
 DATASET = "Dataset501_Blobs"
@@ -298,37 +298,6 @@ def test_each_local_job_has_its_share(monkeypatch):
     assert devices == ["4", "6", "4"]
     monkeypatch.setenv("nnUNet_n_proc_DA", "0")
     assert LocalEngine(2, "cpu").environment(0)["nnUNet_n_proc_DA"] == "0", "what the user has set stays"
-
-
-def test_slurm_options_become_submititi_parameters(tmp_path):
-    pytest.importorskip("submitit")
-    options = ("-engine", "slurm", "-partition", "gpu", "-time", "90", "-jobs", "4", "-slurm", "account=x", "qos=y")
-    engine = make_engine(parse(*options), tmp_path)
-    assert engine.parameters == {
-        "timeout_min": 90, "cpus_per_task": 8, "gpus_per_node": 1, "mem_gb": 32, "slurm_partition": "gpu",
-        "slurm_array_parallelism": 4, "slurm_additional_parameters": {"account": "x", "qos": "y"},
-    }  # fmt: skip
-    assert make_engine(parse("-engine", "slurm", "-device", "cpu"), tmp_path).parameters["gpus_per_node"] == 0
-
-
-def test_submitit_runs_jobs_and_a_new_start_waits_for_those_under_way(tmp_path, fake):
-    submitit = pytest.importorskip("submitit")
-    fake(6.0)
-    jobs = [a_job(tmp_path, name) for name in ("a", "bad")]
-    engine = SubmititEngine(tmp_path / "slurm", {"timeout_min": 5}, cluster="local")
-    engine.poll_seconds = 0.05
-    first = submitit.AutoExecutor(engine.folder, cluster="local")
-    first.update_parameters(timeout_min=5)
-    engines.prepare(jobs[0])
-    under_way = first.submit(submitit.helpers.CommandFunction(engines.command_of(jobs[0])))
-    (engine.folder / "submitted.json").write_text(json.dumps({"a": under_way.job_id, "gone": "0"}))
-    engine.job_class = lambda folder, number: (
-        under_way if number == under_way.job_id else submitit.LocalJob(folder, number)
-    )
-    scores, failed = {}, {}
-    run_jobs(engine, jobs, scores, failed, lambda: None)
-    assert set(scores) == {"a"} and "ERROR: it broke (SLURM job" in failed["bad"]
-    assert json.loads((engine.folder / "submitted.json").read_text())["a"] == under_way.job_id, "not submitted again"
 
 
 def test_the_reason_of_a_failure(tmp_path):

@@ -164,14 +164,20 @@ def spawn(number: int, argv: list[str]) -> None:
 
 
 def set_threads(device: str) -> None:
-    """As nnU-Net: all cores on the CPU, shared by this machine's processes; what OMP_NUM_THREADS says goes first."""
+    """As nnU-Net: all cores on the CPU, shared by this machine's processes; what OMP_NUM_THREADS says goes first.
+
+    All are those that this process may use: SLURM gives a task some of a machine's.
+    """
     threads = os.environ.get("OMP_NUM_THREADS", "")
     if device == "cuda":
         torch.set_num_threads(1)
     elif threads.isdigit():
         torch.set_num_threads(int(threads))
     else:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+        macos = not hasattr(os, "sched_getaffinity")
+        cores = (os.cpu_count() or 1) if macos else len(os.sched_getaffinity(0))
+        cores = min(cores, int(os.environ.get("SLURM_CPUS_PER_TASK", cores)))
+        torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
 # --- training --------------------------------------------------------------------------------------------------------

@@ -8,8 +8,10 @@ import signal
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +22,12 @@ from nnunet_uda.files import write_json
 
 POLL_SECONDS = 0.5
 SLURM_POLL_SECONDS = 15.0
-LIVE = ("PENDING", "CONFIGURING", "RUNNING", "SUSPENDED", "PREEMPTED", "REQUEUED", "COMPLETING")
-"""States of SLURM jobs that will still do something; one that SLURM has forgotten (UNKNOWN) will not."""
+GONE = "no longer known to it"
+ENDED = {GONE, "BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED",
+         "REVOKED", "TIMEOUT"}  # fmt: skip
+"""States of SLURM jobs that nothing follows but, where SLURM requeues the job, PENDING."""
+WARNING = "TERM@90"
+"""Seconds before its time limit at which SLURM asks a job to end; submitit's own SIGUSR2 would kill the training."""
 Done = Callable[[Job, str | None], None]
 """Called with every job when it has ended, and with the reason where it has failed."""
 
@@ -34,7 +40,8 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("-jobs", type=int, help="runs at a time; local: each has its share of cores and one of the "
                        "visible CUDA devices in turn [local: 1; slurm: as many as there are]")  # fmt: skip
     group.add_argument("-partition", help="slurm: partition")
-    group.add_argument("-time", type=int, default=1440, help="slurm: minutes for each run [1440]")
+    group.add_argument("-time", type=int, default=1440, help="slurm: minutes for each run; 90 s before, its training "
+                       "stops with a checkpoint, from which the next start goes on [1440]")  # fmt: skip
     group.add_argument("-gpus", type=int, help="slurm: GPUs for each run [1 with -device cuda, else 0]")
     group.add_argument("-cpus", type=int, default=8, help="slurm: cores for each run [8]")
     group.add_argument("-mem", type=int, default=32, help="slurm: GB of memory for each run [32]")
@@ -48,13 +55,13 @@ def make_engine(arguments: argparse.Namespace, out: Path) -> LocalEngine | Submi
         raise UDAError(f"-jobs must be at least 1, found {arguments.jobs}")
     if arguments.engine == "local":
         return LocalEngine(arguments.jobs or 1, arguments.device)
-    more = dict(word.partition("=")[::2] for word in arguments.slurm)
+    more = {"signal": WARNING} | dict(word.partition("=")[::2] for word in arguments.slurm)
     gpus = arguments.gpus if arguments.gpus is not None else int(arguments.device == "cuda")
     parameters: dict[str, Any] = {"timeout_min": arguments.time, "cpus_per_task": arguments.cpus,
-                                  "gpus_per_node": gpus, "mem_gb": arguments.mem}  # fmt: skip
+                                  "gpus_per_node": gpus, "mem_gb": arguments.mem,
+                                  "slurm_additional_parameters": more}  # fmt: skip
     parameters |= {"slurm_partition": arguments.partition} if arguments.partition else {}
     parameters |= {"slurm_array_parallelism": arguments.jobs} if arguments.jobs else {}
-    parameters |= {"slurm_additional_parameters": more} if more else {}
     return SubmititEngine(out / "slurm", parameters)
 
 
@@ -142,55 +149,125 @@ class LocalEngine:
                     _end(process)
 
 
-class SubmititEngine:
-    """Jobs of SLURM (or, for tests, of submitit's own local executor), which outlive this process.
+@dataclass(frozen=True)
+class Submitted:
+    """A SLURM job: its id, and the size in bytes of its run's log when it was submitted."""
 
-    Which job has which SLURM id is kept in ``folder``: a new start waits for those still there.
+    id: str
+    log_start: int
+
+
+class SubmititEngine:
+    """Jobs of SLURM, submitted by submitit, which outlive this process.
+
+    Which run has which SLURM job is kept in ``folder``: a new start waits for those still there. SLURM's controller is
+    asked what became of them, as it needs no accounting and knows of a job at once.
     """
 
-    def __init__(self, folder: Path, parameters: dict[str, Any], cluster: str = "slurm") -> None:
+    def __init__(self, folder: Path, parameters: dict[str, Any]) -> None:
         try:
             import submitit
         except ImportError as error:
             raise UDAError("-engine slurm needs submitit: pip install 'nnunet_uda[slurm]'") from error
-        self.submitit, self.folder, self.parameters, self.cluster = submitit, folder, parameters, cluster
-        self.job_class = submitit.SlurmJob if cluster == "slurm" else submitit.LocalJob
+        self.submitit, self.folder, self.parameters = submitit, folder, parameters
         self.poll_seconds = SLURM_POLL_SECONDS
 
     def run(self, jobs: Sequence[Job], started: Callable[[Job], None], done: Done) -> None:
-        """Submit what is not under way, and wait for everything."""
+        """Submit what is not under way, and wait for everything.
+
+        A job that has left the queue without scores has failed, unless they show until the next look: a shared file
+        system may be late, and a job that SLURM requeues is between two states.
+        """
+        with _ended_by_sigterm():
+            under_way = self._submit(jobs)
+            for job in jobs:
+                started(job)
+            waiting, left, answers = list(jobs), set[str](), True
+            while waiting:
+                time.sleep(self.poll_seconds)
+                try:
+                    states = slurm_states()
+                except UDAError as error:
+                    if answers:
+                        print(f"{error}; asking again every {self.poll_seconds:.0f} s", flush=True)
+                    answers = False
+                    continue
+                answers = True
+                for job in list(waiting):
+                    item = under_way[job.name]
+                    state = states.get(item.id, GONE)
+                    if state not in ENDED:
+                        left.discard(job.name)
+                    elif job.score() is not None:
+                        waiting.remove(job)
+                        done(job, None)
+                    elif job.name not in left:
+                        left.add(job.name)
+                    else:
+                        waiting.remove(job)
+                        done(job, self._reason(job, item, state))
+
+    def _submit(self, jobs: Sequence[Job]) -> dict[str, Submitted]:
+        """The SLURM jobs of all runs, new for those that have none in the queue.
+
+        Raises:
+            UDAError: SLURM or submitit is not there, or refuses the jobs.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
         record = self.folder / "submitted.json"
-        ids: dict[str, str] = read_json(record) if record.exists() else {}
-        under_way = {name: self.job_class(self.folder, ids[name]) for name in ids}
-        under_way = {name: item for name, item in under_way.items() if item.state.partition(" ")[0] in LIVE}
-        try:
-            executor = self.submitit.AutoExecutor(self.folder, cluster=self.cluster)
-            executor.update_parameters(name="nnUNetUDA", **self.parameters)
-        except (RuntimeError, ValueError, NameError) as error:
-            raise UDAError(f"submitit cannot use SLURM here ({error}): start this where sbatch works") from error
+        former = read_json(record) if record.exists() else {"submitting": None, "jobs": {}}
+        if former["submitting"] is not None:  # killed before their ids were written down
+            _ask_slurm("scancel", f"--user={os.getuid()}", f"--name={former['submitting']}")
+        states = slurm_states()
+        known = {name: Submitted(**item) for name, item in former["jobs"].items()}
+        under_way = {name: item for name, item in known.items() if states.get(item.id, GONE) not in ENDED}
         fresh = [job for job in jobs if job.name not in under_way]
-        starts = {job.name: prepare(job) if job in fresh else 0 for job in jobs}
-        with executor.batch():
-            submitted = [executor.submit(self.submitit.helpers.CommandFunction(command_of(job))) for job in fresh]
-        under_way |= {job.name: item for job, item in zip(fresh, submitted, strict=True)}
-        write_json({name: item.job_id for name, item in under_way.items()}, record)
-        for job in jobs:
-            started(job)
-        waiting = list(jobs)
-        with _ended_by_sigterm():
-            while waiting:
-                for job in [job for job in waiting if under_way[job.name].done()]:
-                    waiting.remove(job)
-                    error = under_way[job.name].exception()
-                    state = f"SLURM job {under_way[job.name].job_id} {under_way[job.name].state}"
-                    done(job, None if error is None else _reason(job, starts[job.name], state))
-                if waiting:
-                    time.sleep(self.poll_seconds)
+        if fresh:
+            name = f"nnUNetUDA-{uuid.uuid4().hex[:8]}"
+            starts = [prepare(job) for job in fresh]
+            _write_record(record, name, under_way)
+            try:
+                executor = self.submitit.AutoExecutor(self.folder, cluster="slurm")
+                executor.update_parameters(name=name, **self.parameters)
+                with executor.batch():
+                    items = [executor.submit(self.submitit.helpers.CommandFunction(command_of(job))) for job in fresh]
+            except (RuntimeError, ValueError, NameError, OSError) as error:
+                raise UDAError(f"SLURM did not take the jobs: {str(error).strip()}") from error
+            for job, item, start in zip(fresh, items, starts, strict=True):
+                under_way[job.name] = Submitted(item.job_id, start)
+        _write_record(record, None, under_way)
+        return under_way
+
+    def _reason(self, job: Job, item: Submitted, state: str) -> str:
+        errors = self.submitit.SlurmJob(self.folder, item.id).paths.stderr
+        otherwise = last_error(errors, 0, "it said nothing") if errors.exists() else "it said nothing"
+        return _reason(job, item.log_start, f"SLURM job {item.id} {state}", otherwise)
 
 
-def _reason(job: Job, start: int, state: str) -> str:
-    return f"{last_error(job.log, start, 'it said nothing')} ({state}; log: {job.log})"
+def slurm_states() -> dict[str, str]:
+    """State of every job of this user that SLURM's controller knows, by id; it forgets those that ended long ago.
+
+    Raises:
+        UDAError: no answer.
+    """
+    answer = _ask_slurm("squeue", f"--user={os.getuid()}", "--states=all", "--array", "--noheader", "--format=%i %T")
+    return dict(line.split() for line in answer.splitlines())
+
+
+def _ask_slurm(*words: str) -> str:
+    try:
+        return subprocess.run(words, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError) as error:
+        said = getattr(error, "stderr", None) or str(error)
+        raise UDAError(f"SLURM's {words[0]} does not answer here ({said.strip()})") from error
+
+
+def _write_record(path: Path, submitting: str | None, jobs: dict[str, Submitted]) -> None:
+    write_json({"submitting": submitting, "jobs": {name: asdict(item) for name, item in jobs.items()}}, path)
+
+
+def _reason(job: Job, start: int, state: str, otherwise: str = "it said nothing") -> str:
+    return f"{last_error(job.log, start, otherwise)} ({state}; log: {job.log})"
 
 
 def _visible_devices() -> list[str]:

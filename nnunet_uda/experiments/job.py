@@ -13,6 +13,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -154,11 +155,21 @@ class Job:
             self.measure(checkpoint)
 
     def call(self, *words: str) -> None:
-        """Run a command; its output goes where this process's own does, the log."""
+        """Run a command; its output goes where this process's own does, the log.
+
+        SIGTERM is passed on, and its end waited for: SLURM kills what a job's first process leaves behind.
+        """
         print(f"$ {shlex.join(words)}", flush=True)
         scripts = str(Path(sys.executable).parent)
         environment = {**os.environ, "PATH": os.pathsep.join([scripts, os.environ["PATH"]])}
-        status = subprocess.run(words, env=environment, check=False).returncode
+        process = subprocess.Popen(words, env=environment)
+        before = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+        try:
+            status = process.wait()
+        finally:
+            signal.signal(signal.SIGTERM, before)
+        if status in (128 + signal.SIGTERM, -signal.SIGTERM):
+            raise UDAError(f"{words[0]} was asked to end (SIGTERM); a new start goes on from its last checkpoint")
         if status != 0:
             raise UDAError(f"{words[0]} ended with status {status}")
 
