@@ -16,49 +16,70 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import redirect_stdout
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
 from io import StringIO
 from pathlib import Path
 
 import torch
+from memory import PROC, peak_resident
 from passes import convolution_peak, record_passes, synchronise
 
+from nnunet_uda.commands.trainers import trainers_folder
 from nnunet_uda.data.convention import dataset_name, environment_folder, read_json
 from nnunet_uda.errors import command
 
 BATCHES = 4
 
 
-def make_trainer(name: str, dataset: str, plans: dict, configuration: str, device: torch.device):
-    """A trainer ready to step, found as nnU-Net finds it."""
+def make_trainer(
+    name: str, dataset: str, plans: dict, configuration: str, device: torch.device, last_epoch: bool = False
+):
+    """A trainer ready to step, found as nnU-Net finds it; with ``last_epoch`` as at the end of its schedule.
+
+    Then no warm-up is left, CUT trains its segmenter, and CAST's pseudo labels have their full weight.
+    """
     from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
     from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
+    os.environ.setdefault("nnUNet_extTrainer", str(trainers_folder()))
     dataset_json = read_json(environment_folder("nnUNet_preprocessed") / dataset / "dataset.json")
     trainer_class = nnUNetTrainer if name == "nnUNetTrainer" else recursive_find_trainer_class_by_name(name)
     trainer = trainer_class(plans | {"continue_training": False}, configuration, 0, dataset_json, device)
     trainer.on_train_start()
+    if last_epoch:
+        trainer.current_epoch = trainer.num_epochs - 1
+        networks = getattr(trainer, "networks", {})
+        if "self_training" in networks:
+            networks["self_training"].ramp.fill_(networks["self_training"].ramp_epochs)
     trainer.on_train_epoch_start()
     return trainer
 
 
-def peak_bytes(trainer, batch: dict, device: torch.device) -> int:
-    """Most memory that tensors held during one step, the trainer's own weights and optimisers included."""
+def most_held(run: Callable[[], object], device: torch.device) -> int:
+    """Most bytes of tensors at once during ``run``; on CUDA those from before it included."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-        trainer.train_step(batch)
+        run()
         synchronise(device)
         return torch.cuda.max_memory_allocated()
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        trainer.train_step(batch)
+        run()
     held = peak = 0
     for event in sorted(profiler.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
         if event.name() == "[memory]":
             held += event.nbytes()
             peak = max(peak, held)
+    return peak
+
+
+def peak_bytes(trainer, batch: dict, device: torch.device) -> int:
+    """Most memory that tensors held during one step, the trainer's own weights and optimisers included."""
+    peak = most_held(lambda: trainer.train_step(batch), device)
+    if device.type == "cuda":
+        return peak
     modules = [trainer.network, *getattr(trainer, "networks", {}).values()]
     optimizers = getattr(trainer, "optimizers", {"network": trainer.optimizer}).values()
     fixed = {t.data_ptr(): t.nbytes for m in modules for t in [*m.parameters(), *m.buffers()]}
@@ -79,11 +100,13 @@ class Measured:
             trainer.dataloader_target = iter(targets * (steps + BATCHES))
         for batch in self.batches[:2]:
             trainer.train_step(batch)
-        self.passes = record_passes(trainer, self.batches[0])
-        self.flops = [one.flops() for one in self.passes]
         self.times: list[float] = []
-        self.pass_times: list[list[tuple[float, float]]] = [[] for _ in self.passes]
         self.peak = 0
+
+    def record(self) -> None:
+        self.passes = record_passes(self.trainer, self.batches[0])
+        self.flops = [one.flops() for one in self.passes]
+        self.pass_times: list[list[tuple[float, float]]] = [[] for _ in self.passes]
 
     def round(self, step: int) -> None:
         synchronise(self.device)
@@ -141,11 +164,95 @@ def loader_wait(trainer, steps: int, device: torch.device) -> float:
     return sum(loader.seconds for loader in loaders) / (time.perf_counter() - start)
 
 
+@contextmanager
+def environment(variables: dict[str, str | None]) -> Iterator[None]:
+    """Environment variables inside, None unset; as before afterwards."""
+
+    def change(values: dict[str, str | None]) -> None:
+        for name, value in values.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
+
+    before = {name: os.environ.get(name) for name in variables}
+    change(variables)
+    try:
+        yield
+    finally:
+        change(before)
+
+
+@contextmanager
+def set_aside(workers: str | None) -> Iterator[None]:
+    """nnU-Net's results in a folder that is removed afterwards, its loaders with ``workers`` processes (None: as many
+    as it chooses), and its output nowhere."""
+    with tempfile.TemporaryDirectory() as results, redirect_stdout(StringIO()):
+        with environment({"nnUNet_results": results, "nnUNet_n_proc_DA": workers}):
+            yield
+
+
+def measure_steps(
+    runs: Sequence[tuple[str, str, dict]],
+    dataset: str,
+    configuration: str,
+    device: torch.device,
+    steps: int,
+    live: int = 0,
+    last_epoch: bool = False,
+) -> tuple[float, list[dict]]:
+    """Time ``steps`` steps of every run, a trainer's name, the name of its plans and these, taken in turn.
+
+    Returns:
+        The operations a second that convolutions reach, and the figures of every run.
+    """
+    with set_aside("0"):
+        measured = [
+            Measured(name, make_trainer(name, dataset, plans, configuration, device, last_epoch), device, steps)
+            for name, _, plans in runs
+        ]
+        # what several runs take together would say nothing about one
+        resident = {"resident_bytes": peak_resident()} if len(runs) == 1 and PROC.is_dir() else {}
+        for one in measured:
+            one.record()
+        conv_peak = convolution_peak(device)
+        for step in range(steps):
+            for one in measured:
+                one.round(step)
+        for one in measured:
+            one.peak = peak_bytes(one.trainer, one.batches[0], device)
+        figures = [
+            {"trainer": name, "plans": plans, **one.figures(conv_peak), **resident}
+            for (name, plans, _), one in zip(runs, measured, strict=True)
+        ]
+        del measured, one
+    if live:
+        with set_aside(os.environ.get("nnUNet_n_proc_DA")):
+            for (name, _, plans), found in zip(runs, figures, strict=True):
+                trainer = make_trainer(name, dataset, plans, configuration, device, last_epoch)
+                found["loader_wait"] = loader_wait(trainer, live, device)
+                trainer.on_train_end()
+    return conv_peak, figures
+
+
 def print_table(header: list[str], rows: list[list[str]]) -> None:
     print("| " + " | ".join(header) + " |")
     print("|" + "---|" * len(header))
     for row in rows:
         print("| " + " | ".join(row) + " |")
+
+
+def draw_steps(axis, runs: list[dict]) -> None:
+    """A bar a run, its passes alone as a mark in it, and the first run's time as a line."""
+    several = len({run["plans"] for run in runs}) > 1
+    labels = [f"{run['trainer']}\n{run['plans']}" if several else run["trainer"] for run in runs]
+    places = range(len(runs))
+    axis.barh(places, [1e3 * run["median"] for run in runs], color="C0", alpha=0.6, label="a step")
+    axis.plot([1e3 * run["bare_median"] for run in runs], places, "k|", markersize=14, label="its passes alone")
+    axis.axvline(1e3 * runs[0]["median"], color="C1", linestyle="--", label=runs[0]["trainer"])
+    axis.set_yticks(places, labels, fontsize=8)
+    axis.invert_yaxis()
+    axis.set_xlabel("ms")
+    axis.legend(fontsize=8)
 
 
 @command
@@ -159,54 +266,32 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("-steps", type=int, default=20, help="timed steps of each trainer [20]")
     parser.add_argument("-live", type=int, default=0, help="also time so many steps with live loaders, whose number of "
                         "workers nnUNet_n_proc_DA says, and report the wait for them [0]")  # fmt: skip
+    parser.add_argument("-epoch", choices=("first", "last"), default="first", help="of the schedule: the last one is "
+                        "without warm-up [first]")  # fmt: skip
     parser.add_argument("-threads", type=int, default=os.cpu_count() or 1, help="CPU threads [all]")
     parser.add_argument("-device", default="cpu", help="cpu or cuda [cpu]")
     parser.add_argument("--passes", action="store_true", help="list every pass of every step")
     parser.add_argument("-o", type=Path, help="write the figures as JSON")
+    parser.add_argument("-plot", type=Path, help="write a picture of the step times (PNG)")
     args = parser.parse_args(argv)
-    workers = os.environ.get("nnUNet_n_proc_DA")
     torch.set_num_threads(args.threads)
     device = torch.device(args.device)
     dataset = dataset_name(args.d)
     folder = environment_folder("nnUNet_preprocessed") / dataset
-
-    figures = {}
-    with tempfile.TemporaryDirectory() as results, redirect_stdout(StringIO()):
-        os.environ["nnUNet_results"] = results
-        os.environ["nnUNet_n_proc_DA"] = "0"
-        measured = {}
-        for name in args.tr:
-            for plans in args.p:
-                trainer = make_trainer(name, dataset, read_json(folder / f"{plans}.json"), args.c, device)
-                measured[name, plans] = Measured(name, trainer, device, args.steps)
-        conv_peak = convolution_peak(device)
-        for step in range(args.steps):
-            for one in measured.values():
-                one.round(step)
-        for one in measured.values():
-            one.peak = peak_bytes(one.trainer, one.batches[0], device)
-        figures = {key: one.figures(conv_peak) for key, one in measured.items()}
-        del measured
-        if args.live:
-            if workers is None:
-                del os.environ["nnUNet_n_proc_DA"]
-            else:
-                os.environ["nnUNet_n_proc_DA"] = workers
-            for name, plans in figures:
-                trainer = make_trainer(name, dataset, read_json(folder / f"{plans}.json"), args.c, device)
-                figures[name, plans]["loader_wait"] = loader_wait(trainer, args.live, device)
-                trainer.on_train_end()
+    contents = {plans: read_json(folder / f"{plans}.json") for plans in args.p}
+    runs = [(name, plans, content) for name in args.tr for plans, content in contents.items()]
+    conv_peak, figures = measure_steps(runs, dataset, args.c, device, args.steps, args.live, args.epoch == "last")
 
     print(f"{dataset}, {args.c}, {device}, {args.threads} threads, {args.steps} steps each; 3 x 3 convolutions reach "
-          f"{conv_peak / 1e9:.0f} GFLOP/s here")  # fmt: skip
-    rows = []
-    for (name, plans), found in figures.items():
-        first = figures[args.tr[0], plans]["median"]
+          f"{conv_peak / 1e9:.0f} GFLOP/s here\n")  # fmt: skip
+    rows, firsts = [], {found["plans"]: found["median"] for found in reversed(figures)}
+    for found in figures:
         low, high = min(found["seconds"]), max(found["seconds"])
         wait = f"{100 * found['loader_wait']:.1f} %" if "loader_wait" in found else ""
         rows.append([
-            name, plans, f"{1e3 * found['median']:.0f} ({1e3 * low:.0f}, {1e3 * high:.0f})",
-            f"{found['median'] / first:.2f}", f"{1e3 * found['bare_median']:.0f}", f"{100 * found['overhead']:.0f} %",
+            found["trainer"], found["plans"], f"{1e3 * found['median']:.0f} ({1e3 * low:.0f}, {1e3 * high:.0f})",
+            f"{found['median'] / firsts[found['plans']]:.2f}", f"{1e3 * found['bare_median']:.0f}",
+            f"{100 * found['overhead']:.0f} %",
             f"{found['flops'] / 1e9:.1f}", f"{100 * found['share_of_peak']:.0f} %", wait,
             f"{found['peak_bytes'] / 2**20:.0f}",
         ])  # fmt: skip
@@ -215,17 +300,26 @@ def main(argv: list[str] | None = None) -> None:
          "overhead", "GFLOP", "share of peak", "loader wait", "peak MiB"],
         rows,
     )  # fmt: skip
+    if "resident_bytes" in figures[0]:
+        resident = figures[0]["resident_bytes"] / 2**20
+        print(f"\nThe process held at most {resident:.0f} MiB in memory up to its second step, PyTorch included")
     if args.passes:
-        for (name, plans), found in figures.items():
-            print(f"\n{name}, {plans}:\n")
+        for found in figures:
+            print(f"\n{found['trainer']}, {found['plans']}:\n")
             print_table(
                 ["pass", "input", "gradients", "forward ms", "backward ms", "GFLOP"],
                 [[p["name"], p["shape"], p["kind"], f"{1e3 * p['forward']:.1f}", f"{1e3 * p['backward']:.1f}",
                   f"{p['flops'] / 1e9:.2f}"] for p in found["passes"]],
             )  # fmt: skip
     if args.o:
-        listed = [{"trainer": name, "plans": plans, **found} for (name, plans), found in figures.items()]
-        args.o.write_text(json.dumps({"convolution_peak": conv_peak, "runs": listed}, indent=1))
+        args.o.write_text(json.dumps({"convolution_peak": conv_peak, "runs": figures}, indent=1))
+    if args.plot:
+        from nnunet_uda.training.pictures import plt, save_figure
+
+        figure, axis = plt.subplots(figsize=(7, 1 + 0.4 * len(figures)))
+        draw_steps(axis, figures)
+        figure.tight_layout()
+        save_figure(figure, args.plot)
 
 
 if __name__ == "__main__":

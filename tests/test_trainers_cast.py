@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import shutil
 from pathlib import Path
 
@@ -71,6 +72,15 @@ def test_updates_touch_their_own_networks_alone(in_workspace):
         step()
         for name, network in networks.items():
             assert bool(changed(before[name], network)) == (name in touched), (name, touched)
+
+
+def test_styles_are_drawn_outside_of_mixed_precision(in_workspace):
+    """Under autocast their products would be of mixed types; torch's own for the CPU shows it."""
+    trainer = trusting(started(cast__pseudo_correlation_probability=1.0))
+    trainer.autocast = functools.partial(torch.autocast, "cpu", torch.float16)
+    trainer.grad_scaler = torch.amp.GradScaler("cpu")
+    losses = trainer.train_step(next(trainer.dataloader_train))
+    assert set(losses) == TERMS and losses["self_training"] > 0
 
 
 def test_pseudo_labels_carry_no_gradient_and_come_from_the_teacher(in_workspace, monkeypatch):

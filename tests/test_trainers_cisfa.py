@@ -157,6 +157,15 @@ def test_sequential_updates_the_encoder_before_the_other_losses(in_workspace, mo
     ]  # fmt: skip
 
 
+def test_sequential_updates_pass_the_gradient_scaler(in_workspace):
+    """CUDA's mixed precision scales gradients; torch's scaler for the CPU keeps the same books."""
+    trainer = started("CISFASequentialGCLTrainer")
+    trainer.grad_scaler = torch.amp.GradScaler("cpu")
+    before = parameters(trainer.plain_network.encoder)
+    trainer.train_step(next(trainer.dataloader_train))
+    assert changed(before, trainer.plain_network.encoder) == set(before)
+
+
 def test_validation_sees_translated_source_images(trainer, monkeypatch):
     seen = []
     monkeypatch.setattr(trainer.networks["generator"], "forward", lambda x: seen.append(x) or x)

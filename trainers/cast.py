@@ -254,14 +254,17 @@ class CASTTrainer(UDATrainer):
             self.networks["self_training"].observe_source(self.finest(label))
         images = self.labelled_images(source, translated, self.finest(label))
         weight = self.self_training_weight
-        pseudo_label = self.pseudo_label(target) if weight > 0 else None
+        seen, pseudo_label = target, None
+        if weight > 0:
+            pseudo_label = self.pseudo_label(target)
+            if self.own_settings.random_styles:  # before autocast, under which a style's products are of mixed types
+                seen = restyle_batch(self.unlabelled_styles, target)
         terms = {}
         with self.autocast():
             terms["segmentation"] = self.loss(self.study(images), label)
             if self.own_settings.self_training:
                 loss = images.new_zeros(())
                 if weight > 0:
-                    seen = restyle_batch(self.unlabelled_styles, target) if self.own_settings.random_styles else target
                     loss = pseudo_label_loss(self.finest(self.study(seen)), pseudo_label)
                 terms["self_training"] = weight * loss
         self.update("segmenter", terms, max_norm=12)
