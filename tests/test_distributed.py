@@ -283,7 +283,7 @@ def test_two_processes_take_the_steps_of_one(workspace, tmp_path, family):
         assert torch.equal(first["before"][key], start)
         moved = one["after"][key].double() - start.double()
         off = first["after"][key].double() - one["after"][key].double()
-        # UUDS's first convolutions have gradients near zero, whose rounding Adam's first steps make as large as themselves
+        # UUDS's first convolutions have gradients near zero, whose rounding Adam's first steps enlarge
         share = 0.6 if family == "uuds" else 0.01
         assert off.norm() <= share * moved.norm() + 1e-5 * (1 + start.double().norm()), key
     moved = sum(not torch.equal(one["after"][key], start) for key, start in one["before"].items())
