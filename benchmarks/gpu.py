@@ -45,12 +45,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from batchgeneratorsv2.transforms.noise.gaussian_blur import GaussianBlurTransform
-from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
-from batchgeneratorsv2.transforms.utils.random import RandomTransform
 from nnunetv2.training.nnUNetTrainer import nnUNetTrainer as nnunet
 from passes import synchronise
-from step_time import BATCHES, make_trainer, peak_bytes, print_table, set_aside
+from step_time import BATCHES, make_trainer, modules, optimizers, peak_bytes, print_table, set_aside
 from tasks import TASKS, make_task
 
 from nnunet_uda.commands.configure import parse_assignment
@@ -60,6 +57,7 @@ from nnunet_uda.errors import UDAError, command
 from nnunet_uda.files import write_json
 from nnunet_uda.plans import derive_plans, merge_uda
 from nnunet_uda.training.checkpoint import seed_everything
+from nnunet_uda.training.uda_trainer import without_stopwatch
 
 SIZES: dict[str, dict[str, Any]] = {
     "nnunet": {"patch_size": [256, 256], "batch_size": 12, "base_features": 32, "max_features": 512},
@@ -101,15 +99,6 @@ def choose_numerics(variant: str, device: torch.device) -> None:
             torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
 
 
-def without_stopwatch(pipeline: ComposeTransforms) -> ComposeTransforms:
-    """A blur that does not choose between two algorithms by their speed: their results differ a little."""
-    for transform in pipeline.transforms:
-        inner = transform.transform if isinstance(transform, RandomTransform) else transform
-        if isinstance(inner, GaussianBlurTransform):
-            inner.benchmark = False
-    return pipeline
-
-
 def adopt_variant(trainer: Any, variant: str, device: torch.device) -> None:
     """What a variant changes in a trainer: gradient scaling and the memory format of its networks."""
     precision, *additions = variant.split("+")
@@ -121,14 +110,6 @@ def adopt_variant(trainer: Any, variant: str, device: torch.device) -> None:
     if "channels_last" in additions:
         for module in modules(trainer).values():
             module.to(memory_format=torch.channels_last)
-
-
-def modules(trainer: Any) -> dict[str, torch.nn.Module]:
-    return {"network": trainer.network, **dict(getattr(trainer, "networks", {}))}
-
-
-def optimizers(trainer: Any) -> dict[str, torch.optim.Optimizer]:
-    return getattr(trainer, "optimizers", {"network": trainer.optimizer})
 
 
 def saved_state(trainer: Any) -> dict[str, Any]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import time
 from collections.abc import Sequence
@@ -21,9 +20,9 @@ import torch
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from passes import synchronise
-from step_time import make_trainer, most_held, print_table, set_aside
+from step_time import add_run_arguments, chosen_runs, make_trainer, most_held, print_table, set_aside
 
-from nnunet_uda.data.convention import dataset_name, environment_folder, read_json
+from nnunet_uda.data.convention import environment_folder
 from nnunet_uda.data.target import TargetDataset, target_folder, target_identifiers
 from nnunet_uda.errors import UDAError, command
 
@@ -101,23 +100,11 @@ def measure_predictions(
 @command
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("-d", required=True, help="dataset id or name")
-    parser.add_argument("-p", nargs="+", default=["nnUNetPlans"], help="plans, one or several [nnUNetPlans]")
-    parser.add_argument("-c", default="2d", help="configuration [2d]")
-    parser.add_argument("-tr", nargs="+", default=["nnUNetTrainer", "CISFATrainer", "SimilarityPrototypesTrainer"],
-                        help="trainers to compare; the first is what the others are compared with")  # fmt: skip
+    add_run_arguments(parser, ["nnUNetTrainer", "CISFATrainer", "SimilarityPrototypesTrainer"])
     parser.add_argument("-rounds", type=int, default=11, help="timed predictions of each trainer [11]")
     parser.add_argument("-slices", type=int, help="of the volume (default: all)")
-    parser.add_argument("-threads", type=int, default=os.cpu_count() or 1, help="CPU threads [all]")
-    parser.add_argument("-device", default="cpu", help="cpu or cuda [cpu]")
-    parser.add_argument("-o", type=Path, help="write the figures as JSON")
     args = parser.parse_args(argv)
-    torch.set_num_threads(args.threads)
-    device = torch.device(args.device)
-    dataset = dataset_name(args.d)
-    folder = environment_folder("nnUNet_preprocessed") / dataset
-    contents = {plans: read_json(folder / f"{plans}.json") for plans in args.p}
-    runs = [(name, plans, content) for name in args.tr for plans, content in contents.items()]
+    dataset, device, runs = chosen_runs(args)
     found = measure_predictions(runs, dataset, args.c, device, args.rounds, args.slices)
     print(f"{dataset}, {args.c}, {device}, {args.threads} threads, {args.rounds} predictions each of a volume of "
           f"{' and '.join(dict.fromkeys('x'.join(map(str, one['shape'][1:])) for one in found))} voxels\n")  # fmt: skip

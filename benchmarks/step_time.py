@@ -75,17 +75,24 @@ def most_held(run: Callable[[], object], device: torch.device) -> int:
     return peak
 
 
+def modules(trainer) -> dict[str, torch.nn.Module]:
+    """All networks of a trainer, nnU-Net's own or ours."""
+    return {"network": trainer.network, **dict(getattr(trainer, "networks", {}))}
+
+
+def optimizers(trainer) -> dict[str, torch.optim.Optimizer]:
+    """All optimisers of a trainer, nnU-Net's own or ours."""
+    return getattr(trainer, "optimizers", {"network": trainer.optimizer})
+
+
 def peak_bytes(trainer, batch: dict, device: torch.device) -> int:
     """Most memory that tensors held during one step, the trainer's own weights and optimisers included."""
     peak = most_held(lambda: trainer.train_step(batch), device)
     if device.type == "cuda":
         return peak
-    modules = [trainer.network, *getattr(trainer, "networks", {}).values()]
-    optimizers = getattr(trainer, "optimizers", {"network": trainer.optimizer}).values()
-    fixed = {t.data_ptr(): t.nbytes for m in modules for t in [*m.parameters(), *m.buffers()]}
-    moments = [
-        t for o in optimizers for state in o.state.values() for t in state.values() if isinstance(t, torch.Tensor)
-    ]
+    fixed = {t.data_ptr(): t.nbytes for m in modules(trainer).values() for t in [*m.parameters(), *m.buffers()]}
+    states = [state for optimizer in optimizers(trainer).values() for state in optimizer.state.values()]
+    moments = [t for state in states for t in state.values() if isinstance(t, torch.Tensor)]
     return peak + sum(fixed.values()) + sum(t.nbytes for t in moments)
 
 
@@ -255,31 +262,41 @@ def draw_steps(axis, runs: list[dict]) -> None:
     axis.legend(fontsize=8)
 
 
-@command
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_run_arguments(parser: argparse.ArgumentParser, trainers: Sequence[str]) -> None:
+    """Options of what is timed: trainers, dataset, plans, device; ``chosen_runs`` reads them."""
     parser.add_argument("-d", required=True, help="dataset id or name")
     parser.add_argument("-p", nargs="+", default=["nnUNetPlans"], help="plans, one or several [nnUNetPlans]")
     parser.add_argument("-c", default="2d", help="configuration [2d]")
-    parser.add_argument("-tr", nargs="+", default=["nnUNetTrainer", "SourceOnlyTrainer", "CISFATrainer"],
+    parser.add_argument("-tr", nargs="+", default=list(trainers),
                         help="trainers to compare; the first is what the others are compared with")  # fmt: skip
+    parser.add_argument("-threads", type=int, default=os.cpu_count() or 1, help="CPU threads [all]")
+    parser.add_argument("-device", default="cpu", help="cpu or cuda [cpu]")
+    parser.add_argument("-o", type=Path, help="write the figures as JSON")
+
+
+def chosen_runs(args: argparse.Namespace) -> tuple[str, torch.device, list[tuple[str, str, dict]]]:
+    """Dataset, device and (trainer, plans, their content) for each run; PyTorch gets its threads."""
+    torch.set_num_threads(args.threads)
+    dataset = dataset_name(args.d)
+    folder = environment_folder("nnUNet_preprocessed") / dataset
+    contents = {plans: read_json(folder / f"{plans}.json") for plans in args.p}
+    runs = [(name, plans, content) for name in args.tr for plans, content in contents.items()]
+    return dataset, torch.device(args.device), runs
+
+
+@command
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_run_arguments(parser, ["nnUNetTrainer", "SourceOnlyTrainer", "CISFATrainer"])
     parser.add_argument("-steps", type=int, default=20, help="timed steps of each trainer [20]")
     parser.add_argument("-live", type=int, default=0, help="also time so many steps with live loaders, whose number of "
                         "workers nnUNet_n_proc_DA says, and report the wait for them [0]")  # fmt: skip
     parser.add_argument("-epoch", choices=("first", "last"), default="first", help="of the schedule: the last one is "
                         "without warm-up [first]")  # fmt: skip
-    parser.add_argument("-threads", type=int, default=os.cpu_count() or 1, help="CPU threads [all]")
-    parser.add_argument("-device", default="cpu", help="cpu or cuda [cpu]")
     parser.add_argument("--passes", action="store_true", help="list every pass of every step")
-    parser.add_argument("-o", type=Path, help="write the figures as JSON")
     parser.add_argument("-plot", type=Path, help="write a picture of the step times (PNG)")
     args = parser.parse_args(argv)
-    torch.set_num_threads(args.threads)
-    device = torch.device(args.device)
-    dataset = dataset_name(args.d)
-    folder = environment_folder("nnUNet_preprocessed") / dataset
-    contents = {plans: read_json(folder / f"{plans}.json") for plans in args.p}
-    runs = [(name, plans, content) for name in args.tr for plans, content in contents.items()]
+    dataset, device, runs = chosen_runs(args)
     conv_peak, figures = measure_steps(runs, dataset, args.c, device, args.steps, args.live, args.epoch == "last")
 
     print(f"{dataset}, {args.c}, {device}, {args.threads} threads, {args.steps} steps each; 3 x 3 convolutions reach "

@@ -12,14 +12,13 @@ scans are fixed, one. Then table.md, table.csv and table.png in FOLDER. The same
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from tasks import TASKS, Task, make_task
+from tasks import TASKS, Task, add_data_argument, make_task
 
 from nnunet_uda.commands.compare import (
     LOWER,
@@ -29,16 +28,15 @@ from nnunet_uda.commands.compare import (
     Method,
     Row,
     bars,
-    gaps,
-    method_table,
-    run_record,
     summarise_methods,
+    test_tables,
+    write_runs,
 )
 from nnunet_uda.commands.demo import Demo
 from nnunet_uda.errors import UDAError, command
 from nnunet_uda.evaluation.compare_plot import draw_comparison
 from nnunet_uda.evaluation.report import DIGITS, markdown_table
-from nnunet_uda.experiments.job import TRANSDUCTIVE, Job, Score
+from nnunet_uda.experiments.job import Job, Score
 from nnunet_uda.files import whole_file
 
 PLANS = "nnUNetPlansTable"
@@ -156,21 +154,12 @@ def write_table(folder: Path, every: Sequence[Comparison], trainers: Sequence[st
     tests = list(dict.fromkeys(row.method.test for row in rows))
     seeds = {name: sum(name in GROUPS[one.group] for one in every) for name in tests}
     cells = [replace(entry, planned=seeds[entry.method.test]) for entry in summarise_methods(rows, named)]
-    transductive = [test for test in tests if any(r.job.test.transductive for r in rows if r.method.test == test)]
     blocks = [markdown_table(overview(cells, [label for label in labels if any(
         entry.method.label == label for entry in cells)], tests))]  # fmt: skip
-    for test in tests:
-        table = method_table(test, [entry for entry in cells if entry.method.test == test])
-        blocks.append(markdown_table(table | {"notes": [TRANSDUCTIVE] if test in transductive else []}))
-    text = "\n\n".join([*blocks, *RULES]) + "\n"
+    text = "\n\n".join([*blocks, *test_tables(rows, cells), *RULES]) + "\n"
     with whole_file(folder / "table.md") as temporary:
         temporary.write_text(text, encoding="utf-8")
-    closed = gaps(rows, named)
-    records = [run_record(row, named, {}, closed) for row in rows]
-    with whole_file(folder / "table.csv") as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(dict.fromkeys(name for record in records for name in record)))
-        writer.writeheader()
-        writer.writerows({name: "" if value is None else value for name, value in record.items()} for record in records)
+    write_runs(folder / "table.csv", rows, named, {})
     draw_comparison(folder / "table.png", bars(rows, cells, named), f"plans {PLANS}")
     return text
 
@@ -182,7 +171,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("-groups", nargs="+", choices=GROUPS, default=list(GROUPS), help="of tasks [all]")
     parser.add_argument("-seeds", nargs="+", type=int, default=[0, 1, 2], help="of the phantoms [0 1 2]")
     parser.add_argument("-tr", nargs="+", default=list(TRAINERS), metavar="TRAINER", help="between the bounds [all]")
-    parser.add_argument("-data", type=Path, help="folder of third-party scans [NNUNET_UDA_TEST_DATA]")
+    add_data_argument(parser)
     parser.add_argument("-device", default="cuda", help="cpu, cuda or mps [cuda]")
     parser.add_argument("-jobs", type=int, default=1, help="runs at a time [1]")
     parser.add_argument("-np", type=int, default=2, help="processes of conversion and scoring [2]")
@@ -190,11 +179,11 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     folder = args.o.resolve()
     every = comparisons(folder, args.groups, args.seeds)
-    data = args.data or (Path(text) if (text := os.environ.get("NNUNET_UDA_TEST_DATA")) else None)
+    data = args.data and args.data.resolve()
     more = ["-device", args.device, "-jobs", str(args.jobs), "-np", str(args.np)]
     for one in every if not args.only_table else []:
         for name in GROUPS[one.group]:
-            make_task(name, one.folder, one.seed if one.group == "phantom" else 0, data and data.resolve(), args.np)
+            make_task(name, one.folder, one.seed if one.group == "phantom" else 0, data, args.np)
         demo = Demo(one.folder)
         for words in one.commands(args.tr, more):
             demo.run(*words)

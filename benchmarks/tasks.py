@@ -187,19 +187,23 @@ def make_task(name: str, folder: Path, seed: int, data: Path | None, processes: 
     return True
 
 
+def add_data_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-data", type=Path, default=os.environ.get("NNUNET_UDA_TEST_DATA") or None,
+                        help="folder of third-party scans [NNUNET_UDA_TEST_DATA]")  # fmt: skip
+
+
 @command
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-o", type=Path, required=True, metavar="FOLDER", help="where FOLDER/seed_N are made")
     parser.add_argument("-tasks", nargs="+", choices=TASKS, default=list(TASKS), metavar="TASK", help=", ".join(TASKS))
     parser.add_argument("-seeds", nargs="+", type=int, default=[0, 1, 2], help="of the phantoms [0 1 2]")
-    parser.add_argument("-data", type=Path, help="folder of third-party scans [NNUNET_UDA_TEST_DATA]")
+    add_data_argument(parser)
     parser.add_argument("-np", type=int, default=2, help="processes of a conversion [2]")
     args = parser.parse_args(argv)
-    data = args.data or (Path(text) if (text := os.environ.get("NNUNET_UDA_TEST_DATA")) else None)
     for name in args.tasks:
         for seed in args.seeds if TASKS[name].scans == "phantom" else [0]:
-            made = make_task(name, args.o.resolve() / f"seed_{seed}", seed, data and data.resolve(), args.np)
+            made = make_task(name, args.o.resolve() / f"seed_{seed}", seed, args.data and args.data.resolve(), args.np)
             print(f"{name}, seed {seed}: {'made' if made else 'whole already'}", flush=True)
 
 

@@ -14,6 +14,13 @@ from typing import Any
 from nnunet_uda.errors import UDAError
 
 
+def usable_cores() -> int:
+    """Cores that this process may use: SLURM, for one, gives a task some of a machine's. All where none can say."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def end_with(parent: int) -> None:
     """End this process within a second of the end of its parent, whose id is ``parent``.
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from dynamic_network_architectures.architectures.unet import PlainConvUNet, ResidualEncoderUNet
+from dynamic_network_architectures.building_blocks.unet_decoder import UNetDecoder
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from nnunet_uda.errors import UDAError
 from nnunet_uda.networks.aspp import ASPP, clamped_rates
+from nnunet_uda.networks.image_decoder import ImageDecoder
 from nnunet_uda.networks.prototype_network import PrototypeNetwork, SegmentingGenerator, decoder_maps, mean_of_softmax
 
 
@@ -95,7 +100,34 @@ def test_a_residual_translation_starts_as_the_identity():
     assert (plain(images).image - images).abs().mean() > 0.1
     network = generator()
     network(images).image.square().mean().backward()
-    assert network.image_decoder.seg_layers[-1].weight.grad.abs().sum() > 0
+    assert network.image_decoder.head.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("dimension", [2, 3])
+@pytest.mark.parametrize("residual", [False, True])
+def test_a_full_image_decoder_is_nnunets(dimension, residual):
+    encoder = unet(dimension, residual, channels=2).encoder
+    ours, theirs = ImageDecoder(encoder, 2, 2, width=1), UNetDecoder(encoder, 2, 2, False)
+    theirs.transpconvs.load_state_dict(ours.upsamples.state_dict())
+    theirs.stages.load_state_dict(ours.stages.state_dict())
+    theirs.seg_layers[-1].load_state_dict(ours.head.state_dict())
+    skips = encoder(torch.randn(2, 2, *(16,) * dimension))
+    torch.testing.assert_close(ours(skips), theirs(skips))
+    assert ImageDecoder(encoder, 2)(skips).shape == (2, 2, *(16,) * dimension)
+
+
+def test_averaged_inference_costs_little_more_than_two_segmentations():
+    plain = PlainConvUNet(
+        1, 5, [16, 32, 64, 128, 128], nn.Conv2d, 3, [1, 2, 2, 2, 2], 2, 3, 2, True, nn.InstanceNorm2d,
+        {"affine": True}, None, None, nn.LeakyReLU, {"inplace": True}, False,
+    )  # fmt: skip
+    two = PrototypeNetwork(*(SegmentingGenerator(copy.deepcopy(plain), 1, (64, 64)) for _ in range(2)))
+    counts = []
+    for network in (plain, two):
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            network(torch.randn(1, 1, 64, 64))
+        counts.append(counter.get_total_flops())
+    assert 2 < counts[1] / counts[0] < 2.25
 
 
 def test_a_network_of_three_stages_embeds_its_bottleneck():

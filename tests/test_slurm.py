@@ -191,6 +191,23 @@ def test_a_new_start_waits_for_the_jobs_under_way(tmp_path, slurm, recwarn):
     assert calls(slurm, "sbatch") == 2 and not [w for w in recwarn if "submission" in str(w.message)]
 
 
+def test_a_job_that_ends_while_a_new_start_looks_is_not_submitted_again(tmp_path, slurm, monkeypatch):
+    job, ask, scores = a_job(tmp_path, "a"), engines.slurm_states, {}
+    with pytest.raises(SystemExit):
+        end = partial(soon, partial(os.kill, os.getpid(), signal.SIGTERM))
+        engine_of(tmp_path).run([job], lambda _: end(), lambda *_: pytest.fail("nothing ends yet"))
+
+    def after_its_end() -> dict[str, str]:
+        let_go(tmp_path)
+        while "COMPLETED" not in ask().values():
+            time.sleep(0.02)
+        return ask()
+
+    monkeypatch.setattr(engines, "slurm_states", after_its_end)
+    run_jobs(engine_of(tmp_path), [job], scores, {}, lambda: None)
+    assert set(scores) == {"a"} and calls(slurm, "sbatch") == 1
+
+
 def test_a_start_killed_while_it_submits_leaves_no_second_job(tmp_path, slurm, monkeypatch):
     job = a_job(tmp_path, "a")
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
@@ -233,13 +250,16 @@ def test_what_slurm_refuses_or_does_not_answer(tmp_path, slurm, monkeypatch, cap
     ask, down = engines.slurm_states, iter([False, True, True, False, True])
 
     def with_outages() -> dict[str, str]:
-        if next(down, False):
+        is_down = next(down, None)
+        if is_down is None:
+            let_go(tmp_path)
+        if is_down:
             raise UDAError("SLURM's squeue does not answer here")
         return ask()
 
     monkeypatch.setattr(engines, "slurm_states", with_outages)
     ended = []
-    engine_of(tmp_path).run(jobs, lambda _: soon(partial(let_go, tmp_path)), lambda *what: ended.append(what))
+    engine_of(tmp_path).run(jobs, lambda _: None, lambda *what: ended.append(what))
     assert ended == [(jobs[0], None)], "an outage ends nothing"
     assert capsys.readouterr().out.count("squeue does not answer here; asking again") == 2
 

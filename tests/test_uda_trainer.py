@@ -83,6 +83,20 @@ def test_continuing_ends_where_an_uninterrupted_run_ends(in_workspace, monkeypat
     assert [len(values) for values in resumed.loss_history.values()] == [3] * len(resumed.loss_history)
 
 
+def test_a_checkpoint_with_a_plain_adam_goes_on_fused(in_workspace):
+    trainer = train()
+    path = Path(trainer.output_folder, "checkpoint_final.pth")
+    checkpoint = torch.load(path, weights_only=False)
+    for state in (checkpoint["optimizer_state"], *checkpoint["uda"]["optimizers"].values()):
+        for group in state["param_groups"]:
+            assert group["fused"]
+            group["fused"] = None
+    torch.save(checkpoint, path)
+    loaded = make_trainer("CISFATrainer")
+    loaded.load_checkpoint(str(path))
+    assert all(group["fused"] for one in loaded.optimizers.values() for group in one.param_groups)
+
+
 def test_a_checkpoint_holds_everything(in_workspace):
     trainer = train()
     loaded = make_trainer("CISFATrainer")

@@ -166,8 +166,6 @@ class CISFATrainer(UDATrainer):
             with self.autocast():
                 loss = self.global_contrastive_loss(source, self.encoder(translated)[-1])
             self.update("segmenter", {"global_contrastive": settings.global_contrastive_weight * loss}, max_norm=12)
-            if self.grad_scaler is not None:
-                self.grad_scaler.update()  # it refuses a second step of the same optimiser before
         terms = {}
         with self.autocast(), frozen(self.networks["segmentation_discriminator"]):
             skips = self.encoder(translated)

@@ -39,7 +39,7 @@ from nnunet_uda.training.embedding_picture import (
     save_embeddings,
     write_embedding_picture,
 )
-from nnunet_uda.training.uda_trainer import frozen
+from nnunet_uda.training.uda_trainer import adam, frozen
 
 RATES = (1, 6, 12, 18)
 
@@ -58,6 +58,7 @@ class SimilarityPrototypesSettings:
 
     embedding_dim: int = 256
     image_decoder_convs: int = 1
+    image_decoder_width: float = 0.5
     residual_translation: bool = True
     discriminator_width: int = 64
     discriminator_layers: int = 3
@@ -87,6 +88,7 @@ class SimilarityPrototypesSettings:
         for name in ("cycle_weight", "image_adversarial_weight", "segmentation_adversarial_weight",
                      "similarity_weight", "contrastive_weight", "boundary_weight", "warmup_epochs"):  # fmt: skip
             require(getattr(self, name) >= 0, name, "at least 0", getattr(self, name))
+        require(0 < self.image_decoder_width <= 1, "image_decoder_width", "over 0, up to 1", self.image_decoder_width)
         require(0 <= self.confidence <= 1, "confidence", "between 0 and 1", self.confidence)
         require(
             self.top_k <= self.dictionary_size, "top_k",
@@ -164,7 +166,7 @@ class SimilarityPrototypesTrainer(CompositeTrainer):
             )
             return SegmentingGenerator(
                 unet, num_input_channels, configuration_manager.patch_size, RATES, settings.embedding_dim,
-                settings.image_decoder_convs, settings.residual_translation,
+                settings.image_decoder_convs, settings.residual_translation, settings.image_decoder_width,
             )  # fmt: skip
 
         return PrototypeNetwork(generator(), generator(), enable_deep_supervision)
@@ -197,19 +199,17 @@ class SimilarityPrototypesTrainer(CompositeTrainer):
         return networks
 
     def network_optimizer(self) -> torch.optim.Optimizer:
-        return self.adam(self.network.parameters(), self.initial_lr)
+        return adam(self.network.parameters(), self.initial_lr, self.own_settings.adam_beta1)
 
     def build_optimizers(self) -> dict[str, torch.optim.Optimizer]:
         return {
-            f"{kind}_discriminators": self.adam(
+            f"{kind}_discriminators": adam(
                 [p for network in self.discriminators(kind) for p in network.parameters()],
                 self.own_settings.discriminator_learning_rate,
+                self.own_settings.adam_beta1,
             )
             for kind in (("image", "segmentation") if self.needs_target else ())
         }
-
-    def adam(self, parameters, learning_rate: float) -> torch.optim.Optimizer:
-        return torch.optim.Adam(parameters, learning_rate, (self.own_settings.adam_beta1, 0.999), fused=True)
 
     def discriminators(self, kind: str) -> list[nn.Module]:
         """D_S and D_T of ``kind`` "image" or "segmentation"; none where training sees no target image."""

@@ -281,12 +281,8 @@ def write_tables(
 ) -> list[Cells]:
     """Write ``compare.md``, ``compare.csv`` (a row a run) and ``compare.json`` (both, unrounded)."""
     cells = summarise_methods(rows, scores)
-    tests = list(dict.fromkeys(row.method.test for row in rows))
     blocks = [f"# Comparison: plans {setup['plans']}, configuration {setup['configuration']}"]
-    for test in tests:
-        transductive = any(row.job.test.transductive for row in rows if row.method.test == test)
-        table = method_table(test, [entry for entry in cells if entry.method.test == test])
-        blocks.append(markdown_table(table | {"notes": [TRANSDUCTIVE] if transductive else []}))
+    blocks += test_tables(rows, cells)
     missing = [f"- {row.job.name}: {failed.get(row.job.name, 'not finished yet')}" for row in rows
                if row.job.name not in scores]  # fmt: skip
     if missing:
@@ -294,18 +290,36 @@ def write_tables(
     with whole_file(out / "compare.md") as temporary:
         temporary.write_text("\n\n".join([*blocks, *RULES]) + "\n", encoding="utf-8")
 
-    records = [run_record(row, scores, failed, gaps(rows, scores)) for row in rows]
-    with whole_file(out / "compare.csv") as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-        names = list(dict.fromkeys(name for record in records for name in record))
-        writer = csv.DictWriter(file, names)
-        writer.writeheader()
-        writer.writerows({name: "" if value is None else value for name, value in record.items()} for record in records)
+    records = write_runs(out / "compare.csv", rows, scores, failed)
     means = [{"test": entry.method.test, "label": entry.method.label, "trainer": entry.method.trainer,
               "dataset": entry.method.dataset, "runs": entry.done, "planned": entry.planned,
               "distances_undefined": entry.undefined, **{name: vars(cell) for name, cell in entry.figures.items()}}
              for entry in cells]  # fmt: skip
     write_json(jsonable({**setup, "rules": RULES, "runs": records, "means": means}), out / "compare.json")
     return cells
+
+
+def test_tables(rows: Sequence[Row], cells: Sequence[Cells]) -> list[str]:
+    """A Markdown table for each test, in the order of the rows."""
+    blocks = []
+    for test in dict.fromkeys(row.method.test for row in rows):
+        transductive = any(row.job.test.transductive for row in rows if row.method.test == test)
+        table = method_table(test, [entry for entry in cells if entry.method.test == test])
+        blocks.append(markdown_table(table | {"notes": [TRANSDUCTIVE] if transductive else []}))
+    return blocks
+
+
+def write_runs(
+    path: Path, rows: Sequence[Row], scores: dict[str, Score], failed: dict[str, str]
+) -> list[dict[str, Any]]:
+    """Write a CSV with a row a run; returns the rows, ``run_record``'s."""
+    closed = gaps(rows, scores)
+    records = [run_record(row, scores, failed, closed) for row in rows]
+    with whole_file(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(dict.fromkeys(name for record in records for name in record)))
+        writer.writeheader()
+        writer.writerows({name: "" if value is None else value for name, value in record.items()} for record in records)
+    return records
 
 
 def run_record(row: Row, scores: dict[str, Score], failed: dict[str, str], closed: dict[str, float]) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from nnunet_uda.experiments.job import COST
 from nnunet_uda.files import write_json
 from nnunet_uda.training.checkpoint import BEST, read_checkpoint
 from nnunet_uda.training.distributed import StoppedWithOthersError, rank, world_size
+from nnunet_uda.workers import usable_cores
 
 TIMEOUT = timedelta(hours=2)
 """After which a collective call that another process does not answer is an error."""
@@ -174,8 +175,7 @@ def set_threads(device: str) -> None:
     elif threads.isdigit():
         torch.set_num_threads(int(threads))
     else:
-        macos = not hasattr(os, "sched_getaffinity")
-        cores = (os.cpu_count() or 1) if macos else len(os.sched_getaffinity(0))
+        cores = usable_cores()
         cores = min(cores, int(os.environ.get("SLURM_CPUS_PER_TASK", cores)))
         torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 

@@ -19,6 +19,7 @@ from nnunet_uda.data.convention import read_json
 from nnunet_uda.errors import UDAError
 from nnunet_uda.experiments.job import Job, Score, last_error
 from nnunet_uda.files import write_json
+from nnunet_uda.workers import usable_cores
 
 POLL_SECONDS = 0.5
 SLURM_POLL_SECONDS = 15.0
@@ -116,7 +117,7 @@ class LocalEngine:
         """One of ``number`` shares of this machine's cores and CUDA devices; what the user has set stays."""
         if self.number == 1:
             return dict(os.environ)
-        cores = max(1, len(os.sched_getaffinity(0)) // self.number)
+        cores = max(1, usable_cores() // self.number)
         shares = {"OMP_NUM_THREADS": str(cores), "nnUNet_n_proc_DA": str(cores)}
         environment = shares | dict(os.environ)
         if self.device == "cuda":
@@ -220,7 +221,9 @@ class SubmititEngine:
             _ask_slurm("scancel", f"--user={os.getuid()}", f"--name={former['submitting']}")
         states = slurm_states()
         known = {name: Submitted(**item) for name, item in former["jobs"].items()}
-        under_way = {name: item for name, item in known.items() if states.get(item.id, GONE) not in ENDED}
+        finished = {job.name for job in jobs if job.score() is not None}  # since the caller looked
+        under_way = {name: item for name, item in known.items()
+                     if states.get(item.id, GONE) not in ENDED or name in finished}  # fmt: skip
         fresh = [job for job in jobs if job.name not in under_way]
         if fresh:
             name = f"nnUNetUDA-{uuid.uuid4().hex[:8]}"

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nnunet_uda.networks.aspp import ASPP
+from nnunet_uda.networks.image_decoder import ImageDecoder
 
 
 class GeneratorOutput(NamedTuple):
@@ -33,11 +34,10 @@ class SegmentingGenerator(nn.Module):
     """Encoder with skip connections, ASPP, image decoder, segmentation decoder and projection head.
 
     Encoder and segmentation decoder are ``unet``'s, as the plans configure them (plain or residual, 2D or 3D). ASPP
-    stands at the bottleneck, before both decoders. The image decoder is a U-Net decoder of the same widths with a
-    linear 1x1 head; with ``residual`` its output is added to the image and starts at 0, so that translation starts as
-    the identity and not at a random, perhaps inverted contrast. The projection head (1x1 convolution, ReLU, 1x1
-    convolution, L2 norm) reads the segmentation decoder's map at stride 4, or the bottleneck where the network never
-    gets to stride 4.
+    stands at the bottleneck, before both decoders. With ``residual`` the image decoder's output is added to the image
+    and starts at 0, so that translation starts as the identity and not at a random, perhaps inverted contrast. The
+    projection head (1x1 convolution, ReLU, 1x1 convolution, L2 norm) reads the segmentation decoder's map at stride 4,
+    or the bottleneck where the network never gets to stride 4.
 
     Args:
         unet: network from the plans, with ``encoder`` and ``decoder``.
@@ -45,7 +45,7 @@ class SegmentingGenerator(nn.Module):
         patch_size: usual input size, for the ASPP's rates.
         aspp_rates: dilations, clamped to the bottleneck's size.
         embedding_dim: length D of the embeddings.
-        image_decoder_convs: convolutions in each stage of the image decoder.
+        image_decoder_convs, image_decoder_width: see :class:`ImageDecoder`.
         residual: translation = image + image decoder's output.
     """
 
@@ -58,6 +58,7 @@ class SegmentingGenerator(nn.Module):
         embedding_dim: int = 256,
         image_decoder_convs: int = 1,
         residual: bool = True,
+        image_decoder_width: float = 0.5,
     ) -> None:
         super().__init__()
         self.residual = residual
@@ -71,18 +72,17 @@ class SegmentingGenerator(nn.Module):
 
         features = encoder.output_channels[self.embedding_stage]
         self.aspp = ASPP(encoder.output_channels[-1], bottleneck, aspp_rates)
-        self.image_decoder = UNetDecoder(encoder, num_channels, image_decoder_convs, deep_supervision=False)
+        self.image_decoder = ImageDecoder(encoder, num_channels, image_decoder_convs, image_decoder_width)
         self.projection = nn.Sequential(
             encoder.conv_op(features, embedding_dim, 1),
             nn.ReLU(inplace=True),
             encoder.conv_op(embedding_dim, embedding_dim, 1),
         )
-        for decoder in (self.decoder, self.image_decoder):
-            del decoder.encoder  # the decoder only read its shapes; kept, its weights would be listed twice
+        del self.decoder.encoder  # the decoder only read its shapes; kept, its weights would be listed twice
         for added in (self.aspp, self.image_decoder, self.projection):
             added.apply(InitWeights_He(1e-2))
         if residual:
-            nn.init.zeros_(self.image_decoder.seg_layers[-1].weight)
+            nn.init.zeros_(self.image_decoder.head.weight)
 
     def forward(
         self,

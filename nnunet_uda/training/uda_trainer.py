@@ -6,7 +6,7 @@ import dataclasses
 import math
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from batchgenerators.utilities.file_and_folder_operations import join, load_json
 from batchgeneratorsv2.transforms.noise.gaussian_blur import GaussianBlurTransform
 from batchgeneratorsv2.transforms.spatial.mirroring import MirrorTransform
 from batchgeneratorsv2.transforms.spatial.spatial import SpatialTransform
+from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
 from batchgeneratorsv2.transforms.utils.random import RandomTransform
 from nnunetv2.configuration import default_num_processes
 from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
@@ -124,6 +125,7 @@ class UDATrainer(StoppableTrainer):
         self.loss_history: dict[str, list[float]] = {}
         self.model_choice = ModelChoice(self.settings)
         self._terms: dict[str, Tensor] = {}
+        self._updated: set[str] = set()
         self._restored_random_state: dict[str, Any] | None = None
         self._begins_anew = True
 
@@ -223,14 +225,11 @@ class UDATrainer(StoppableTrainer):
         """The optimiser of ``self.network``, under nnU-Net's schedule; None is nnU-Net's own SGD."""
         if self.settings.segmenter_optimizer == "sgd":
             return None
-        return torch.optim.Adam(
-            self.network.parameters(), self.initial_lr, (0.5, 0.999), weight_decay=self.weight_decay, fused=True
-        )
+        return adam(self.network.parameters(), self.initial_lr, 0.5, weight_decay=self.weight_decay)
 
     def adam_for(self, *names: str, learning_rate: float, beta1: float, beta2: float = 0.999) -> torch.optim.Optimizer:
-        """Adam for the networks of these names; fused, since the loop over weights took a fifth of a step on a CPU."""
-        parameters = [p for name in names for p in self.networks[name].parameters()]
-        return torch.optim.Adam(parameters, learning_rate, (beta1, beta2), fused=True)
+        """Adam for the networks of these names."""
+        return adam([p for name in names for p in self.networks[name].parameters()], learning_rate, beta1, beta2)
 
     def _build_loss(self):
         if self.settings.segmentation_loss == "dice_ce":
@@ -261,13 +260,11 @@ class UDATrainer(StoppableTrainer):
         if self.settings.augmentation != "nnunet":
             # RandomTransform wraps exactly nnU-Net's intensity transforms (cascades, which it also serves, are refused)
             pipeline.transforms = [t for t in pipeline.transforms if not isinstance(t, RandomTransform)]
-        for transform in pipeline.transforms:
-            inner = transform.transform if isinstance(transform, RandomTransform) else transform
-            if isinstance(inner, SpatialTransform) and self.settings.augmentation == "none":
-                inner.p_rotation = inner.p_scaling = 0
-            if isinstance(inner, GaussianBlurTransform) and self.settings.seed is not None:
-                inner.benchmark = False  # the faster of two algorithms, chosen by a stopwatch: not reproducible
-        return pipeline
+        if self.settings.augmentation == "none":
+            for transform in pipeline.transforms:
+                if isinstance(transform, SpatialTransform):
+                    transform.p_rotation = transform.p_scaling = 0
+        return pipeline if self.settings.seed is None else without_stopwatch(pipeline)
 
     def do_split(self):
         """nnU-Net's split, but a fold outside the splits, cases that do not exist and too few cases are refused."""
@@ -407,7 +404,7 @@ class UDATrainer(StoppableTrainer):
         source, label = self._to_device(batch["data"]), self._to_device(batch["target"])
         target = self._to_device(next(self.dataloader_target)["data"]) if self.reads_target() else None
         self.in_step = True
-        self._terms = {}
+        self._terms, self._updated = {}, set()
         self.train_on(source, label, target)
         if self.grad_scaler is not None:
             self.grad_scaler.update()
@@ -431,6 +428,10 @@ class UDATrainer(StoppableTrainer):
         optimizer.zero_grad(set_to_none=True)
         loss = torch.stack([value.float() for value in terms.values()]).sum()
         if self.grad_scaler is not None:
+            if name in self._updated:  # it refuses a second step of an optimiser before this
+                self.grad_scaler.update()
+                self._updated.clear()
+            self._updated.add(name)
             self.grad_scaler.scale(loss).backward()
             self.share_gradients(optimizer)
             self.grad_scaler.unscale_(optimizer)
@@ -606,13 +607,13 @@ class UDATrainer(StoppableTrainer):
         self._best_ema = checkpoint["_best_ema"]
         self.inference_allowed_mirroring_axes = checkpoint["inference_allowed_mirroring_axes"]
         self.plain_network.load_state_dict(checkpoint["network_weights"])
-        self.optimizer.load_state_dict(checkpoint["optimizer_state"])
+        load_optimizer(self.optimizer, checkpoint["optimizer_state"])
         if self.grad_scaler is not None and checkpoint["grad_scaler_state"] is not None:
             self.grad_scaler.load_state_dict(checkpoint["grad_scaler_state"])
         extra = checkpoint["uda"]
         self.networks.load_state_dict(extra["networks"])
         for name, state in extra["optimizers"].items():
-            self.optimizers[name].load_state_dict(state)
+            load_optimizer(self.optimizers[name], state)
         self.loss_history = extra["loss_history"]
         self.model_choice.history = extra["criteria"]
         self._restored_random_state = self.state_of_rank(extra["random_state"])
@@ -671,6 +672,32 @@ class UDATrainer(StoppableTrainer):
     def finest(self, outputs: list[Tensor] | Tensor) -> Tensor:
         """The full-resolution map of what ``segment`` or the loader's labels hold."""
         return outputs[0] if isinstance(outputs, (list, tuple)) else outputs
+
+
+def without_stopwatch(pipeline: ComposeTransforms) -> ComposeTransforms:
+    """nnU-Net's blur takes the faster of two algorithms, whose results differ a little: here it always takes one."""
+    for transform in pipeline.transforms:
+        inner = transform.transform if isinstance(transform, RandomTransform) else transform
+        if isinstance(inner, GaussianBlurTransform):
+            inner.benchmark = False
+    return pipeline
+
+
+def adam(
+    parameters: Iterable[nn.Parameter],
+    learning_rate: float,
+    beta1: float,
+    beta2: float = 0.999,
+    weight_decay: float = 0.0,
+) -> torch.optim.Optimizer:
+    """Adam, fused: its loop over the weights took a fifth of a step on a CPU."""
+    return torch.optim.Adam(parameters, learning_rate, (beta1, beta2), weight_decay=weight_decay, fused=True)
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Restore an optimiser, fused or not as it is now: earlier versions wrote checkpoints with a plain Adam."""
+    groups = [group | {"fused": optimizer.defaults.get("fused")} for group in state["param_groups"]]
+    optimizer.load_state_dict(state | {"param_groups": groups})
 
 
 def middle_slice(images: Tensor) -> np.ndarray:
