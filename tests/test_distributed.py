@@ -249,7 +249,7 @@ def steps(rank: int, name: str, options: dict[str, Any], number: int = 1) -> dic
     trainer.networks.train()
     share = slice(rank * 4 // number, (rank + 1) * 4 // number)
     assert trainer.batch_size == 4 // number
-    losses = []
+    losses, after = [], []
     for step in range(3):
         generator = torch.Generator().manual_seed(step)
         source, target = torch.randn(2, 4, 1, 32, 32, generator=generator)
@@ -263,7 +263,8 @@ def steps(rank: int, name: str, options: dict[str, Any], number: int = 1) -> dic
         trainer.dataloader_target = iter([{"data": target[share]}])
         torch.manual_seed(step)  # the same patch positions everywhere
         losses.append(trainer.train_step({"data": source[share], "target": labels}))
-    return {"losses": losses, "before": before, "after": weights(trainer)}
+        after.append({key: value.clone() for key, value in weights(trainer).items()})
+    return {"losses": losses, "before": before, "after": after}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -271,22 +272,24 @@ def test_two_processes_take_the_steps_of_one(workspace, tmp_path, family):
     name, options = FAMILIES[family]
     first, second = in_processes(tmp_path / "two", steps, name, options, 2)
     [one] = in_processes(tmp_path / "one", steps, name, options, number=1)
-    assert same_weights(first["after"], second["after"])
+    assert same_weights(first["after"][-1], second["after"][-1])
     assert first["losses"] == second["losses"]
-    for found, expected in zip(first["losses"], one["losses"], strict=True):
+    # the tiny CLIP at random weights enlarges rounding a thousandfold a step: 1e-5 of what the first step moved, then
+    # a hundredth, then a third
+    compared = 1 if family == "uuds" else 3
+    for found, expected in zip(first["losses"][:compared], one["losses"][:compared], strict=True):
         counted = {"structure"} & set(found)  # by bins: a pixel at an edge that falls to its other side is seen
         assert {name: found.pop(name) for name in counted} == pytest.approx(
             {name: expected.pop(name) for name in counted}, abs=0.02
         )
         assert found == pytest.approx(expected, rel=2e-3, abs=2e-4)
+    whole, halves = one["after"][compared - 1], first["after"][compared - 1]
     for key, start in one["before"].items():
         assert torch.equal(first["before"][key], start)
-        moved = one["after"][key].double() - start.double()
-        off = first["after"][key].double() - one["after"][key].double()
-        # UUDS's first convolutions have gradients near zero, whose rounding Adam's first steps enlarge
-        share = 0.6 if family == "uuds" else 0.01
-        assert off.norm() <= share * moved.norm() + 1e-5 * (1 + start.double().norm()), key
-    moved = sum(not torch.equal(one["after"][key], start) for key, start in one["before"].items())
+        moved = whole[key].double() - start.double()
+        off = halves[key].double() - whole[key].double()
+        assert off.norm() <= 0.01 * moved.norm() + 1e-5 * (1 + start.double().norm()), key
+    moved = sum(not torch.equal(whole[key], start) for key, start in one["before"].items())
     assert moved > len(one["before"]) / 6, "CUT moves its generator alone at first"
 
 

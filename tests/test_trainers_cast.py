@@ -130,7 +130,7 @@ def test_random_weights_do_not_start_self_training(in_workspace):
                 module.reset_parameters()
         state.observe_source(batch(trainer)[1][0])
         for _ in range(3):
-            trainer.judge_teacher(1.0)
+            trainer.judge_teacher(1.0, 1.0)
     assert state.weight == 0 and trainer.self_training_weight == 0
     assert trainer.train_step(next(trainer.dataloader_train))["self_training"] == 0
 
@@ -144,10 +144,13 @@ def test_a_good_teacher_starts_it(in_workspace, monkeypatch):
     monkeypatch.setattr(trainer, "_predict", lambda images: good.expand(len(images), 3, 32, 32))
     weights_of_epochs = []
     for _ in range(4):
-        trainer.judge_teacher(0.95)
+        trainer.judge_teacher(0.95, 1.0)
         weights_of_epochs.append(trainer.self_training_weight)
     assert weights_of_epochs == [0, 1, 1, 1]  # the mean is 0.475, then 0.71; a ramp of one epoch
     assert "weight of pseudo labels 1.00" in Path(trainer.log_file).read_text()
+    for _ in range(4):
+        trainer.judge_teacher(1.0, 0.5)
+    assert trainer.self_training_weight == 0, "it agrees with itself, but has not learned its labels"
 
 
 def test_the_student_sees_translations_and_a_share_of_images_in_random_styles(in_workspace, monkeypatch):

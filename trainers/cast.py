@@ -184,10 +184,14 @@ class CASTTrainer(UDATrainer):
     def on_validation_epoch_end(self, val_outputs: list[dict]):
         super().on_validation_epoch_end(val_outputs)
         if self.own_settings.self_training:
-            self.judge_teacher(self.model_choice.history["agreement"][-1])
+            self.judge_teacher(*(self.model_choice.history[name][-1] for name in ("agreement", "pseudo_dice")))
 
-    def judge_teacher(self, agreement: float) -> None:
-        """Start, raise or lower self-training by the teacher's agreement and by the structures that it is sure of."""
+    def judge_teacher(self, agreement: float, pseudo_dice: float) -> None:
+        """Start, raise or lower self-training by what the teacher does without a target label.
+
+        Its Dice on translated validation images times its agreement on target images: a teacher may agree with itself
+        on what it has not learned yet. And the structures that it is sure of there.
+        """
         state = self.networks["self_training"]
         seen = []
         with torch.no_grad():
@@ -198,7 +202,7 @@ class CASTTrainer(UDATrainer):
         thresholds, classes = state.thresholds(), self.label_manager.num_segmentation_heads
         sure = [found.masked_fill(confidence <= thresholds[found], -1) for confidence, found in seen]
         shares = class_shares(torch.cat(sure), classes)
-        score = state.judge(agreement, shares, self.own_settings.plausible_factor)
+        score = state.judge(agreement * pseudo_dice, shares, self.own_settings.plausible_factor)
         state.load_state_dict(self.on_first_rank(state.state_dict))  # of several processes each has seen other batches
         self.print_to_log_file(
             f"teacher: score {score:.4f}, mean {state.score.item():.4f} (self-training from "

@@ -45,9 +45,8 @@ class Average(nn.Module):
 class SelfTraining(nn.Module):
     """All that self-training remembers; buffers only, so that a checkpoint holds it.
 
-    Self-training starts when the teacher deserves it: its score, agreement of its segmentations of a target image under
-    changed looks times the share of the structures that it finds in plausible amounts, reaches ``start`` in the mean
-    over epochs. From then on the weight rises by ``1 / ramp_epochs`` each epoch, and falls by as much when the score
+    Self-training starts when the teacher deserves it: its score, a quality times the share of the structures that it
+    finds in plausible amounts, reaches ``start`` in the mean over epochs. From then on the weight rises by ``1 / ramp_epochs`` each epoch, and falls by as much when the score
     falls below.
 
     Args:
@@ -96,18 +95,17 @@ class SelfTraining(nn.Module):
         """Pseudo labels [B, *S] of ``seen_in_views``' result, see ``agreed_labels``."""
         return agreed_labels(probabilities, agreed, self.thresholds())
 
-    def judge(self, agreement: float, target_shares: Tensor, factor: float) -> float:
+    def judge(self, quality: float, target_shares: Tensor, factor: float) -> float:
         """The score of an epoch, its mean over epochs, and the ramp; returns the score of this epoch.
 
         Args:
-            agreement: Dice of two segmentations of the same target images under different looks, mean over the
-                foreground classes, 0 for a class that neither holds.
+            quality: how well the teacher segments, as far as can be told without a target label, in [0, 1].
             target_shares: [K], how much of the target each class fills, counting only what the teacher is sure of.
             factor: shares within 1 / factor and factor times the source's are plausible.
         """
         expected, found = self.source_shares[1:], target_shares[1:].to(self.source_shares.device)
         plausible = (found * factor >= expected) & (found <= factor * expected) & (found > 0)
-        score = agreement * plausible.float().mean().item()
+        score = quality * plausible.float().mean().item()
         self.score.copy_(0.5 * self.score + 0.5 * score)
         step = 1 if self.score >= self.start else -1
         self.ramp.add_(step).clamp_(0, self.ramp_epochs)
