@@ -46,8 +46,8 @@ class SelfTraining(nn.Module):
     """All that self-training remembers; buffers only, so that a checkpoint holds it.
 
     Self-training starts when the teacher deserves it: its score, a quality times the share of the structures that it
-    finds in plausible amounts, reaches ``start`` in the mean over epochs. From then on the weight rises by ``1 / ramp_epochs`` each epoch, and falls by as much when the score
-    falls below.
+    finds in plausible amounts, reaches ``start`` in the mean over epochs. From then on the weight rises by
+    ``1 / ramp_epochs`` each epoch, and falls by as much when the score falls below.
 
     Args:
         num_classes: K, background included.
