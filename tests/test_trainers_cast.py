@@ -52,6 +52,7 @@ def test_one_step_trains_everything_but_the_teacher_who_is_averaged(in_workspace
     for name, value in trainer.network.named_parameters():
         torch.testing.assert_close(value, 0.1 * teacher[name] + 0.9 * dict(student.named_parameters())[name])
         assert not value.requires_grad and value.grad is None
+    assert all(p.grad is None for p in trainer.networks.parameters()), "none outlives its optimiser's step"
     assert trainer.networks["average"].steps == 1
     assert not trainer.network.training and student.training
 

@@ -445,6 +445,7 @@ class UDATrainer(StoppableTrainer):
             self.grad_scaler.step(optimizer)
         else:
             optimizer.step()
+        optimizer.zero_grad(set_to_none=True)  # they would lie beside the next network's activations
         self._terms.update({key: value.detach() for key, value in terms.items()})
 
     def autocast(self):
