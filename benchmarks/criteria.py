@@ -10,7 +10,8 @@ run (each combination of -tr, -p and -f) it takes
 
 From these: Spearman's rank correlation with that Dice within each run, over all checkpoints, and over the runs' last
 checkpoints; and the regret, the Dice of the best kept checkpoint less that of the one the criterion chooses. Writes
-criteria.csv, criteria.md and criteria.png; a second start goes on where the first one stopped.
+criteria.csv, criteria.md and criteria.png; a second start goes on where the first one stopped. ``-with`` puts the rows
+of other outputs into the tables: other datasets, or seeds with scans of their own.
 
     python benchmarks/criteria.py -d 501 -tr CISFATrainer -p Seed0 Seed1 Seed2 -device cpu -o criteria/
 """
@@ -114,6 +115,21 @@ def score(
     return row
 
 
+def read_rows(folder: Path) -> list[dict[str, Any]]:
+    """The rows of a former call's criteria.csv.
+
+    Raises:
+        UDAError: there is none.
+    """
+    path = folder / "criteria.csv"
+    if not path.exists():
+        raise UDAError(f"{path} does not exist: give an output folder of this command that is finished")
+    numbers = {"dice", *CRITERIA}
+    with open(path, newline="", encoding="utf-8") as file:
+        return [{name: float(value) if name in numbers else value for name, value in row.items()}
+                for row in csv.DictReader(file)]  # fmt: skip
+
+
 def correlation(values: np.ndarray, dice: np.ndarray, higher_is_better: bool) -> float:
     """Spearman's, 1 where the criterion orders as Dice does; NaN for fewer than 3 defined pairs or equal values."""
     defined = ~(np.isnan(values) | np.isnan(dice))
@@ -136,7 +152,7 @@ def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """The Markdown table's content: a row a criterion, and one for simply taking the last checkpoint."""
     runs: dict[tuple, list[dict[str, Any]]] = {}
     for row in rows:
-        runs.setdefault((row["trainer"], row["plans"], row["fold"]), []).append(row)
+        runs.setdefault((row["output"], row["trainer"], row["plans"], row["fold"]), []).append(row)
     last = [run[-1] for run in runs.values()]
 
     def column(some: list[dict[str, Any]], name: str) -> np.ndarray:
@@ -200,7 +216,10 @@ def main(argv: list[str] | None = None) -> None:
     add_model_arguments(parser)
     parser.add_argument("-n", type=int, help="measure on so many of the target's training images (default: all)")
     parser.add_argument("-o", type=Path, required=True, help="output folder")
+    parser.add_argument("-with", dest="others", nargs="+", type=Path, default=[], metavar="FOLDER",
+                        help="outputs of former calls, whose rows join these in the tables")  # fmt: skip
     arguments = parser.parse_args(argv)
+    others = [row for folder in arguments.others for row in read_rows(folder)]
     device = open_device(arguments.device)
     raw = find_raw_dataset(arguments.d)
     images = arguments.i or raw / TARGET_FOLDER
@@ -230,12 +249,14 @@ def main(argv: list[str] | None = None) -> None:
                     print(f"{folder.name} fold {fold} {model.checkpoint}: Dice {row['dice']:.3f}", flush=True)
         for model in models:
             row = read_json(done / f"{folder.name}__fold_{fold}__{model.path.stem}.json")["row"]
-            rows.append({name: math.nan if value is None else value for name, value in row.items()})
+            row = {name: math.nan if value is None else value for name, value in row.items()}
+            rows.append({"output": arguments.o.resolve().name, **row})
 
     with open(arguments.o / "criteria.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
+    rows += others
     text = markdown_table(summarise(rows)) + "\n"
     (arguments.o / "criteria.md").write_text(text, encoding="utf-8")
     draw(arguments.o / "criteria.png", rows)

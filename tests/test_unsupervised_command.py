@@ -176,7 +176,7 @@ def test_the_table_takes_runs_apart(benchmark) -> None:
     for plans, dices in (("a", [0.2, 0.4, 0.6]), ("b", [0.5, 0.3, 0.1])):
         for epoch, dice in enumerate(dices):
             row = dict.fromkeys(benchmark.CRITERIA, math.nan)
-            row |= {"trainer": "T", "plans": plans, "fold": "0", "dice": dice, "agreement": float(epoch)}
+            row |= {"output": "o", "trainer": "T", "plans": plans, "fold": "0", "dice": dice, "agreement": float(epoch)}
             rows.append(row)
     table = benchmark.summarise(rows)
     cells = {line[0]: line[1:] for line in table["rows"]}
@@ -197,6 +197,14 @@ def test_the_benchmark_runs_and_goes_on(benchmark, models, tmp_path, capsys) -> 
     assert (output / "criteria.png").read_bytes()[:4] == b"\x89PNG"
     table = (output / "criteria.md").read_text()
     assert capsys.readouterr().out.count("fold 0 checkpoint_") == 3
+
+    other = tmp_path / "other"
+    benchmark.main([*arguments(other, "-n", "2"), "-with", str(output)])
+    assert "6 checkpoints of 2 run(s)" in (other / "criteria.md").read_text()
+    assert (other / "criteria.csv").read_text() == (output / "criteria.csv").read_text().replace("bench,", "other,")
+    with pytest.raises(SystemExit):
+        benchmark.main([*arguments(other, "-n", "2"), "-with", str(tmp_path / "none")])
+    assert "criteria.csv does not exist: give an output folder of this command" in capsys.readouterr().err
 
     (output / "checkpoints" / f"{FOLDER}__fold_0__checkpoint_final.json").unlink()
     benchmark.main(arguments(output, "-n", "2"))
