@@ -111,7 +111,7 @@ def score(
     row = {"trainer": trainer, "plans": plans, "fold": model.fold, "checkpoint": model.checkpoint,
            "epochs": checkpoint["current_epoch"], "dice": true_dice(model, raw, test, device), **values}  # fmt: skip
     for name in COLUMNS:
-        row[name + IN_TRAINING] = running_means(history[name])[-1] if name in history else math.nan
+        row[name + IN_TRAINING] = running_means(name, history[name])[-1] if name in history else math.nan
     return row
 
 

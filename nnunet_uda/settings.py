@@ -37,9 +37,9 @@ class UDASettings:
 
     ``checkpoint_best`` follows ``checkpoint_criterion``: pseudo Dice on (translated) source validation patches, or what
     ``nnunet_uda.evaluation.criteria`` measures once an epoch on always the same ``criterion_patches`` unlabelled target
-    patches (rounded up to whole batches; 0 measures nothing). A trainer that trains without target images opens none
-    for this either: there it is pseudo Dice. Every ``keep_every`` epochs (0: never) a checkpoint_epoch_XXXX.pth, with
-    the number of finished epochs, is kept.
+    patches (rounded up to whole batches; 0 measures nothing). Agreement ranked checkpoints best (docs/results.md). A
+    trainer that trains without target images opens none for this either: there it is pseudo Dice. Every ``keep_every``
+    epochs (0: never) a checkpoint_epoch_XXXX.pth, with the number of finished epochs, is kept.
     """
 
     num_epochs: int = 200
@@ -58,7 +58,7 @@ class UDASettings:
     keep_every: int = 0
     checkpoint_criterion: Literal[
         "pseudo_dice", "entropy", "foreground_entropy", "mutual_information", "agreement", "snd"
-    ] = "pseudo_dice"
+    ] = "agreement"
     criterion_patches: int = 32
     picture_every: int = 10
     seed: int | None = None
@@ -68,7 +68,7 @@ class UDASettings:
             require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
         for name in ("keep_every", "criterion_patches"):
             require(getattr(self, name) >= 0, name, "at least 0", getattr(self, name))
-        if self.checkpoint_criterion != "pseudo_dice":
+        if self.checkpoint_criterion not in ("pseudo_dice", UDASettings.checkpoint_criterion):
             require(self.criterion_patches >= 1, "criterion_patches", "at least 1 for this checkpoint_criterion", 0)
         require(0 <= self.foreground_oversampling <= 1, "foreground_oversampling", "between 0 and 1")
         require(self.segmenter_learning_rate > 0, "segmenter_learning_rate", "positive")

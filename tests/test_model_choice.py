@@ -46,6 +46,18 @@ def test_the_best_epoch_is_the_lowest_or_the_highest_mean(criterion: str) -> Non
         assert [name for name in names if "epoch" in name] == ([f"checkpoint_epoch_{end:04d}.pth"] * (end % 3 == 0))
 
 
+def test_means_on_target_patches_are_shorter() -> None:
+    assert choice_of("agreement", [0.5, 0.7, 0.2]).means == pytest.approx([0.5, 0.6, 0.4])
+
+
+def test_agreement_is_followed_where_there_are_target_patches() -> None:
+    choice = ModelChoice(UDASettings())
+    assert choice.criterion == "pseudo_dice"
+    choice.patches = torch.zeros(1)
+    assert choice.criterion == "agreement"
+    assert UDASettings(criterion_patches=0).checkpoint_criterion == "agreement", "pseudo Dice, as above: no error"
+
+
 def test_an_undefined_epoch_changes_nothing() -> None:
     nan = math.nan
     assert choice_of("pseudo_dice", [nan, 0.5, nan, 0.7]).means[1:] == pytest.approx([0.5, 0.5, 0.52])

@@ -37,7 +37,8 @@ NOTE = (
     "the checkpoint's last epoch in training, on source validation patches. All others are measured on these images, "
     "without test-time mirroring. agreement: Dice between the segmentations of an image and of the same image darkened "
     "and mirrored. entropy and snd also praise a network that finds nothing; foreground_entropy, mutual_information "
-    "and agreement do not. None of them is a Dice on the target: label a few scans before you trust a choice."
+    "and agreement do not. Choose by agreement: it ranked checkpoints best where that could be tested. None of them is "
+    "a Dice on the target: label a few scans before you trust a choice."
 )
 
 

@@ -16,12 +16,17 @@ from nnunet_uda.evaluation.criteria import HIGHER_IS_BETTER, TargetCriteria, loo
 from nnunet_uda.settings import UDASettings
 from nnunet_uda.training.checkpoint import BEST
 
+NNUNET_MOMENTUM = 0.9
+MOMENTUM = 0.5
+"""Of the running means on target patches: 0.9 ranks the first epochs by their order alone (docs/results.md)."""
+
 
 class ModelChoice:
     """The criteria of each epoch so far, and which epoch is the best by the chosen one.
 
-    Epochs are compared by the mean that nnU-Net takes of its pseudo Dice, 0.9 of the last mean and 0.1 of the epoch:
-    a single lucky epoch does not win. Everything follows from ``history``, which is all that a checkpoint needs.
+    Epochs are compared by running means, so that a single lucky epoch does not win: of pseudo Dice nnU-Net's own, of
+    the criteria on target patches, which are always the same and noise less, a shorter one. Everything follows from
+    ``history``, which is all that a checkpoint needs.
 
     Args:
         settings: the shared settings ``checkpoint_criterion``, ``criterion_patches`` and ``keep_every``.
@@ -55,7 +60,7 @@ class ModelChoice:
     @property
     def means(self) -> list[float]:
         """Of the chosen criterion, one an epoch."""
-        return running_means(self.history.get(self.criterion, []))
+        return running_means(self.criterion, self.history.get(self.criterion, []))
 
     @property
     def last_is_best(self) -> bool:
@@ -71,11 +76,12 @@ class ModelChoice:
         return names + ([f"checkpoint_epoch_{finished:04d}.pth"] if every and finished % every == 0 else [])
 
 
-def running_means(values: Sequence[float]) -> list[float]:
-    """nnU-Net's mean of its pseudo Dice, after each epoch. A value that is not defined (NaN) leaves the mean alone."""
+def running_means(criterion: str, values: Sequence[float]) -> list[float]:
+    """The mean of a criterion after each epoch. A value that is not defined (NaN) leaves the mean alone."""
+    kept = NNUNET_MOMENTUM if criterion == "pseudo_dice" else MOMENTUM
     mean, means = math.nan, []
     for value in values:
-        mean = value if math.isnan(mean) else mean if math.isnan(value) else 0.9 * mean + 0.1 * value
+        mean = value if math.isnan(mean) else mean if math.isnan(value) else kept * mean + (1 - kept) * value
         means.append(mean)
     return means
 
