@@ -137,7 +137,7 @@ def test_random_weights_do_not_start_self_training(in_workspace):
 
 
 def test_a_good_teacher_starts_it(in_workspace, monkeypatch):
-    trainer = started()
+    trainer = started(cast__start_score=0.7, cast__self_training_weight=1.0)
     state = trainer.networks["self_training"]
     state.observe_source(torch.tensor([0] * 8 + [1, 2]))
     good = torch.zeros(1, 3, 32, 32)
