@@ -40,8 +40,9 @@ class CASTSettings(StyleAugmentationSettings):
     share of labelled images that the student learns in a random style, half of them source images and half
     translations; the rest are translations as they are, as target images come at prediction. With half of the images
     in random styles, short schedules ended before the student had learned its labels. ``start_score`` and
-    ``plausible_factor``: see ``SelfTraining``; a teacher that starts with 0.7 teaches its errors (docs/results.md). ``ramp_share`` is the share of the schedule over which the weight of
-    pseudo labels rises to ``self_training_weight``. A teacher looks at an image ``views`` times.
+    ``plausible_factor``: see ``SelfTraining``; a teacher that starts with 0.7 teaches its errors (docs/results.md).
+    ``ramp_share`` is the share of the schedule over which the weight of pseudo labels rises to
+    ``self_training_weight``. A teacher looks at an image ``views`` times.
     """
 
     translation: bool = True
