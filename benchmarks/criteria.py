@@ -4,7 +4,8 @@ THIS READS LABELS of the target's test images: it measures the criteria, it does
 checkpoint (``checkpoint_epoch_*.pth``, written by the setting ``keep_every``, and ``checkpoint_final.pth``) of every
 run (each combination of -tr, -p and -f) it takes
 
-* each criterion on the fold's unlabelled target training images, as ``nnUNetUDA_evaluate --unsupervised`` does;
+* each criterion on the fold's unlabelled target training images, as ``nnUNetUDA_evaluate --unsupervised`` does, without
+  those that are the test; with these where there are no others;
 * the same as training measured it, and pseudo Dice: the running means that ``checkpoint_best`` follows;
 * the mean Dice on the target's test images, predicted without test-time mirroring.
 
@@ -230,9 +231,8 @@ def main(argv: list[str] | None = None) -> None:
     for folder, fold in model_folders(arguments):
         models = kept_checkpoints(folder, fold)
         test = find_target_test(raw, fold)
-        cases = {
-            c: paths for c, paths in unlabelled_images(images, dataset_of(models[0])).items() if c not in test.cases
-        }
+        unlabelled = unlabelled_images(images, dataset_of(models[0]))
+        cases = {case: paths for case, paths in unlabelled.items() if case not in test.cases} or unlabelled
         number = min(arguments.n or len(cases), len(cases))
         cases = {case: cases[case] for case in list(cases)[:: max(1, len(cases) // max(1, number))][:number]}
         todo = []
