@@ -221,9 +221,9 @@ class SubmititEngine:
             _ask_slurm("scancel", f"--user={os.getuid()}", f"--name={former['submitting']}")
         states = slurm_states()
         known = {name: Submitted(**item) for name, item in former["jobs"].items()}
-        finished = {job.name for job in jobs if job.score() is not None}  # since the caller looked
-        under_way = {name: item for name, item in known.items()
-                     if states.get(item.id, GONE) not in ENDED or name in finished}  # fmt: skip
+        ended = {name for name, item in known.items() if states.get(item.id, GONE) in ENDED}
+        finished = {job.name for job in jobs if job.name in ended and job.score() is not None}  # meanwhile
+        under_way = {name: item for name, item in known.items() if name not in ended - finished}
         fresh = [job for job in jobs if job.name not in under_way]
         if fresh:
             name = f"nnUNetUDA-{uuid.uuid4().hex[:8]}"
