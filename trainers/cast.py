@@ -29,11 +29,12 @@ from nnunet_uda.networks.style_generator import StyleResnetGenerator
 from nnunet_uda.settings import require
 from nnunet_uda.training.pictures import write_panels
 from nnunet_uda.training.self_training import Average, SelfTraining, class_shares, seen_in_views
+from nnunet_uda.training.translation_settings import TranslationSettings
 from nnunet_uda.training.uda_trainer import UDATrainer, frozen, middle_slice
 
 
 @dataclass(frozen=True)
-class CASTSettings(StyleAugmentationSettings):
+class CASTSettings(StyleAugmentationSettings, TranslationSettings):
     """Settings under ``uda.cast``; those of the random styles are RandomStyleTrainer's, those of the GAN are CISFA's.
 
     ``translation``, ``style_codes``, ``random_styles`` and ``self_training`` switch the parts. ``styled_share`` is the
@@ -49,17 +50,9 @@ class CASTSettings(StyleAugmentationSettings):
     style_codes: bool = True
     random_styles: bool = True
     self_training: bool = True
-    generator_width: int = 64
-    generator_blocks: int = 9
-    discriminator_width: int = 64
-    discriminator_layers: int = 3
-    gan_learning_rate: float = 2e-4
-    gan_beta1: float = 0.5
     image_adversarial_weight: float = 1.0
     patch_contrastive_weight: float = 1.0
     patch_contrastive_temperature: float = 0.2
-    patches: int = 256
-    patch_features: int = 128
     foreground_weight: float = 2.0
     style_dim: int = 8
     style_diversity_weight: float = 1.0
@@ -74,11 +67,11 @@ class CASTSettings(StyleAugmentationSettings):
     self_training_weight: float = 0.25
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("generator_width", "generator_blocks", "discriminator_width", "discriminator_layers", "patches",
-                     "patch_features", "style_dim", "views", "plausible_factor", "foreground_weight"):  # fmt: skip
+        for inherited in (StyleAugmentationSettings, TranslationSettings):
+            inherited.__post_init__(self)
+        for name in ("style_dim", "views", "plausible_factor", "foreground_weight"):
             require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
-        for name in ("gan_learning_rate", "patch_contrastive_temperature", "style_diversity_margin"):
+        for name in ("patch_contrastive_temperature", "style_diversity_margin"):
             require(getattr(self, name) > 0, name, "positive", getattr(self, name))
         for name in ("image_adversarial_weight", "patch_contrastive_weight", "style_diversity_weight",
                      "self_training_weight"):  # fmt: skip
@@ -155,9 +148,6 @@ class CASTTrainer(UDATrainer):
             self.student_encoder, self.student_decoder = map(
                 torch.compile, (self.student_encoder, self.student_decoder)
             )
-            if self.own_settings.translation:
-                generator = self.networks["generator"]
-                generator.encode, generator.decode = map(torch.compile, (generator.encode, generator.decode))
 
     # -- schedule ------------------------------------------------------------------------------------------------
 

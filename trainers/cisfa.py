@@ -22,11 +22,12 @@ from nnunet_uda.networks.patch_projector import PatchProjector
 from nnunet_uda.networks.projection_head import ProjectionHead
 from nnunet_uda.networks.resnet_generator import ResnetGenerator
 from nnunet_uda.settings import require
+from nnunet_uda.training.translation_settings import TranslationSettings
 from nnunet_uda.training.uda_trainer import UDATrainer, frozen
 
 
 @dataclass(frozen=True)
-class CISFASettings:
+class CISFASettings(TranslationSettings):
     """Settings under ``uda.cisfa``. Defaults are the paper's (sections 3.2, 3.3 and 4.2), with one exception.
 
     ``segmenter_adversarial_weight`` is 1 in eq. 6; ``-protocol cisfa`` writes that. It is lower here because a
@@ -34,19 +35,11 @@ class CISFASettings:
     (docs/results.md).
     """
 
-    generator_width: int = 64
-    generator_blocks: int = 9
-    discriminator_width: int = 64
-    discriminator_layers: int = 3
-    gan_learning_rate: float = 2e-4
-    gan_beta1: float = 0.5
     gan_schedule: Literal["constant", "linear"] = "constant"
     image_adversarial_weight: float = 1.0
     patch_contrastive_weight: float = 1.0
     patch_contrastive_temperature: float = 0.2
     patch_contrastive_negatives: Literal["both", "input"] = "both"
-    patches: int = 256
-    patch_features: int = 128
     foreground_weight: float = 2.0
     identity_weight: float = 0.0
     global_contrastive_weight: float = 1.0
@@ -56,11 +49,9 @@ class CISFASettings:
     segmenter_adversarial_weight: float = 0.01
 
     def __post_init__(self) -> None:
-        for name in ("generator_width", "discriminator_width", "discriminator_layers", "patches", "patch_features"):
-            require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
-        for name in ("gan_learning_rate", "patch_contrastive_temperature", "global_contrastive_temperature"):
+        super().__post_init__()
+        for name in ("patch_contrastive_temperature", "global_contrastive_temperature"):
             require(getattr(self, name) > 0, name, "positive", getattr(self, name))
-        require(self.generator_blocks >= 1, "generator_blocks", "at least 1", self.generator_blocks)
         require(self.foreground_weight >= 1, "foreground_weight", "at least 1 (eq. 3)", self.foreground_weight)
 
 
@@ -110,13 +101,6 @@ class CISFATrainer(UDATrainer):
             "image_discriminator": self.adam_for("image_discriminator", **options),
             "segmentation_discriminator": self.adam_for("segmentation_discriminator", **options),
         }
-
-    def initialize(self):
-        super().initialize()
-        if self._do_i_compile():
-            generator = self.networks["generator"]
-            generator.forward_with_features = torch.compile(generator.forward_with_features)
-            generator.encode = torch.compile(generator.encode)
 
     def on_train_epoch_start(self):
         super().on_train_epoch_start()

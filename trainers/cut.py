@@ -22,11 +22,12 @@ from nnunet_uda.networks.patch_discriminator import PatchDiscriminator
 from nnunet_uda.networks.patch_projector import PatchProjector
 from nnunet_uda.networks.resnet_generator import ResnetGenerator
 from nnunet_uda.settings import require
+from nnunet_uda.training.translation_settings import TranslationSettings
 from nnunet_uda.training.uda_trainer import UDATrainer, frozen
 
 
 @dataclass(frozen=True)
-class CUTSettings:
+class CUTSettings(TranslationSettings):
     """Settings under ``uda.cut``. Defaults are CUT's, its code's where the paper leaves it open, but for the split.
 
     ``translation_share`` is the share of the epochs that train the generator; the rest trains the segmenter. The
@@ -35,27 +36,17 @@ class CUTSettings:
     """
 
     translation_share: float = 0.5
-    generator_width: int = 64
-    generator_blocks: int = 9
-    discriminator_width: int = 64
-    discriminator_layers: int = 3
-    gan_learning_rate: float = 2e-4
-    gan_beta1: float = 0.5
     gan_schedule: Literal["linear", "constant"] = "linear"
     adversarial_weight: float = 1.0
     patch_contrastive_weight: float = 1.0
     identity_weight: float = 1.0
     temperature: float = 0.07
-    patches: int = 256
     patch_features: int = 256
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(0 < self.translation_share < 1, "translation_share", "above 0 and below 1", self.translation_share)
-        for name in ("generator_width", "generator_blocks", "discriminator_width", "discriminator_layers", "patches",
-                     "patch_features"):  # fmt: skip
-            require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
-        for name in ("gan_learning_rate", "temperature"):
-            require(getattr(self, name) > 0, name, "positive", getattr(self, name))
+        require(self.temperature > 0, "temperature", "positive", self.temperature)
         for name in ("adversarial_weight", "patch_contrastive_weight", "identity_weight"):
             require(getattr(self, name) >= 0, name, "at least 0", getattr(self, name))
 
@@ -96,10 +87,6 @@ class CUTTrainer(UDATrainer):
                 "the segmenter. Set num_epochs (nnUNetUDA_configure -set num_epochs=...)"
             )
         super().initialize()
-        if self._do_i_compile():
-            generator = self.networks["generator"]
-            generator.forward_with_features = torch.compile(generator.forward_with_features)
-            generator.encode = torch.compile(generator.encode)
 
     def build_networks(self) -> dict[str, nn.Module]:
         settings, channels = self.own_settings, self.num_input_channels

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
+import torch
 from dynamic_network_architectures.building_blocks.helper import convert_dim_to_conv_op
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -159,6 +161,10 @@ class ResnetGenerator(nn.Module):
         for stage, size in self.late_stages(features):
             hidden = stage(hidden if size is None else F.interpolate(hidden, size=size, mode="nearest"))
         return self.head(hidden)
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compile the two halves, which trainers call apart; the arguments are torch.compile's."""
+        self.encode, self.decode = (torch.compile(half, *args, **kwargs) for half in (self.encode, self.decode))
 
     def forward_with_features(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
         """One pass that gives both ``forward(x)`` and ``encode(x)``."""
