@@ -207,33 +207,3 @@ def test_the_trainer_warns_of_a_channel_called_ct(in_workspace):
     trainer.dataset_json["channel_names"] = {"0": "CT"}
     trainer.prepare_target()
     assert "WARNING: channel 0 is called CT" in Path(trainer.log_file).read_text()
-
-
-@pytest.mark.parametrize("name", ["CISFATrainer", "CUTTrainer", "CASTTrainer"])
-def test_compiled_networks_train_to_the_same_losses(name, in_workspace, monkeypatch):
-    """torch.compile is nnU-Net's default on CUDA; its eager backend runs the same code path anywhere."""
-    eager = started(name)
-    expected = eager.train_step(next(eager.dataloader_train))
-    trainer_class = type(eager)
-    monkeypatch.setattr(trainer_class, "_do_i_compile", lambda self: True)
-    original, graphs = torch.compile, []
-
-    def through_eager(function, **_):
-        graphs.append(getattr(function, "__qualname__", type(function).__name__))
-        return original(function, backend="eager")
-
-    monkeypatch.setattr(torch, "compile", through_eager)
-    compiled = make_trainer_of(trainer_class)
-    losses = compiled.train_step(next(compiled.dataloader_train))
-    assert losses == pytest.approx(expected, rel=1e-3, abs=1e-4)
-    assert all(not key.startswith("_orig_mod") for key in compiled.networks.state_dict())
-    assert {half.split(".")[-1] for half in graphs} >= {"encode", "decode"}
-
-
-def make_trainer_of(trainer_class):
-    model = make_trainer(trainer_class.__name__)
-    plans = {**model.plans_manager.plans, "continue_training": False}
-    trainer = trainer_class(plans, "2d", 0, model.dataset_json, torch.device("cpu"))
-    trainer.on_train_start()
-    trainer.on_train_epoch_start()
-    return trainer

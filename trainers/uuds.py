@@ -210,11 +210,7 @@ class UUDSTrainer(CompositeTrainer):
 
     def prepare_network(self) -> None:
         if self._do_i_compile():
-            network = self.plain_network
-            visual = network.encoder.visual
-            for module in (visual.layer1, visual.layer2, visual.layer3, visual.layer4, network.image_decoder,
-                           network.segmentation_decoder):  # fmt: skip
-                module.compile()
+            self.plain_network.compile()
 
     def build_networks(self) -> dict[str, nn.Module]:
         settings, network = self.own_settings, self.plain_network

@@ -316,15 +316,20 @@ class ClipImageEncoder(nn.Module):
 
     def forward(self, images: Tensor, pool: bool = True) -> Encoded:
         """Encode ``[B, C, H, W]`` z-scored images; without ``pool`` X_d and x_g are not computed."""
-        levels = [self.visual.stem(self.to_rgb(pad(images)))]
-        for layer in (self.visual.layer1, self.visual.layer2, self.visual.layer3, self.visual.layer4):
-            levels.append(layer(levels[-1]))
+        levels = self.find_levels(images)
         size = (images.shape[2], images.shape[3])
         if not pool:
             return Encoded(levels, None, None, size)
         tokens = self.attention_pool(levels[-1])
         height, width = levels[-1].shape[2:]
         return Encoded(levels, tokens[:, 1:].transpose(1, 2).unflatten(2, (height, width)), tokens[:, 0], size)
+
+    def find_levels(self, images: Tensor) -> list[Tensor]:
+        """The maps of the stem and of the four layers, fine to coarse."""
+        levels = [self.visual.stem(self.to_rgb(pad(images)))]
+        for layer in (self.visual.layer1, self.visual.layer2, self.visual.layer3, self.visual.layer4):
+            levels.append(layer(levels[-1]))
+        return levels
 
     def attention_pool(self, features: Tensor) -> Tensor:
         """All output tokens of CLIP's attention pool, the pooled one first: ``[B, C, h, w]`` to ``[B, 1 + hw, E]``."""

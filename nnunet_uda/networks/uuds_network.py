@@ -119,6 +119,16 @@ class UUDSNetwork(nn.Module):
         if clip_state is not None:
             load_clip(self.encoder, self.prompts, clip_state)
 
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compile what trainers call apart; the arguments are torch.compile's.
+
+        Each is a function of its own: modules of one class share their compiled forms, and past Dynamo's limit of
+        those (8) nothing more is compiled.
+        """
+        self.encoder.find_levels = torch.compile(self.encoder.find_levels, *args, **kwargs)
+        self.generate = torch.compile(self.generate, *args, **kwargs)
+        self.segment = torch.compile(self.segment, *args, **kwargs)
+
     @torch.no_grad()
     def refresh_prompts(self) -> None:
         """Bring the buffers that ``forward`` reads up to date with the text encoder."""
