@@ -2,11 +2,11 @@
 
     python benchmarks/table.py -o FOLDER -data $NNUNET_UDA_TEST_DATA -jobs 2 -device cpu
 
-Makes the tasks (``tasks.py``), writes the plans ``nnUNetPlansTable`` with one schedule for all trainers, and starts
-``nnUNetUDA_compare`` for each group of tasks and each seed; the phantom has the seeds of ``-seeds``, the others, whose
-scans are fixed, one. Then table.md, table.csv and table.png in FOLDER. The same command goes on where it was stopped;
-``--only_table`` puts together what is finished, at any time. Each run keeps a checkpoint of every epoch, which is what
-``criteria.py`` needs.
+Makes the tasks (``tasks.py``), writes plans with one schedule for all trainers, and starts ``nnUNetUDA_compare`` for
+each group of tasks and each seed; the phantom in 2D has the seeds of ``-seeds``, everything else one. In 3D
+(``phantom_3d``) a step takes about seven times as long, so the networks are half as wide and the schedule half as long.
+Then table.md, table.csv and table.png in FOLDER. The same command goes on where it was stopped; ``--only_table`` puts
+together what is finished, at any time. Each run keeps a checkpoint of every epoch, which is what ``criteria.py`` needs.
 """
 
 from __future__ import annotations
@@ -37,27 +37,60 @@ from nnunet_uda.errors import UDAError, command
 from nnunet_uda.evaluation.compare_plot import draw_comparison
 from nnunet_uda.evaluation.report import DIGITS, markdown_table
 from nnunet_uda.experiments.job import Job, Score
-from nnunet_uda.files import whole_file
+from nnunet_uda.files import whole_file, write_json
 
-PLANS = "nnUNetPlansTable"
 LOWER_TRAINER, UPPER_TRAINER = "SourceOnlyTrainer", "SupervisedTrainer"
 TRAINERS = ("RandomStyleTrainer", "CUTTrainer", "EntMinTrainer", "ADVENTTrainer", "CISFATrainer",
             "SimilarityPrototypesTrainer", "UUDSAdversarialTrainer", "CASTTrainer")  # fmt: skip
-GROUPS = {"phantom": ("phantom_mr2ct", "phantom_ct2mr"), "brain": ("brain_t12t2", "brain_t22t1"), "vs": ("vs",),
-          "totalseg": ("totalseg",)}  # fmt: skip
-ITERATIONS = {"phantom": 100, "brain": 50, "vs": 50, "totalseg": 50}
-"""Of each of the 6 epochs."""
-NETWORK = ("-patch_size", "64", "64", "-batch_size", "2", "-base_features", "16", "-max_features", "128")
+FLAT = ("UUDSTrainer", "UUDSAdversarialTrainer")
+"""2D only."""
 CLIP = {
     "embed_dim": 128,
     "quick_gelu": True,
     "vision_cfg": {"image_size": 64, "layers": [1, 1, 1, 1], "width": 16},
     "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 2},
 }
-GAN = ("generator_width=16", "generator_blocks=4", "discriminator_width=32")
+
+
+@dataclass(frozen=True)
+class Group:
+    """Tasks that are compared at once, with one schedule.
+
+    Attributes:
+        tasks: names in ``TASKS``.
+        iterations: of each of the 6 epochs.
+        configuration: nnU-Net's.
+        patch: its patch, in voxels.
+        width: the segmenter's and the generators' first channels.
+        plans: name of the plans to be written.
+    """
+
+    tasks: tuple[str, ...]
+    iterations: int = 50
+    configuration: str = "2d"
+    patch: tuple[int, ...] = (64, 64)
+    width: int = 16
+    plans: str = "nnUNetPlansTable"
+
+    @property
+    def suffix(self) -> str:
+        """Of a task's name in the table."""
+        return "" if self.configuration == "2d" else "_3d"
+
+
+PHANTOMS = ("phantom_mr2ct", "phantom_ct2mr")
+GROUPS = {
+    "phantom": Group(PHANTOMS, 100),
+    "phantom_3d": Group(PHANTOMS, 50, "3d_fullres", (16, 48, 48), 8, "nnUNetPlansTable3D"),
+    "brain": Group(("brain_t12t2", "brain_t22t1")),
+    "vs": Group(("vs",)),
+    "totalseg": Group(("totalseg",)),
+}
+TESTS = [f"{name}{group.suffix}" for group in GROUPS.values() for name in group.tasks]
 SETTINGS = (
     "num_epochs=6", "keep_every=1", "val_iterations_per_epoch=5", "picture_every=1000", "mirror=false",
-    *(f"{method}.{setting}" for method in ("cisfa", "cut", "cast") for setting in GAN), "advent.discriminator_width=32",
+    *(f"{method}.generator_blocks=4" for method in ("cisfa", "cut", "cast")),
+    *(f"{method}.discriminator_width=32" for method in ("cisfa", "cut", "cast")), "advent.discriminator_width=32",
     "similarity_prototypes.discriminator_width=32", "similarity_prototypes.warmup_epochs=1",
     "similarity_prototypes.generator_learning_rate=1e-3", "uuds.clip_weights=random", "uuds.warmup_epochs=2",
     "uuds.learning_rate=5e-4", "uuds.optimizer=adamw", f"uuds.clip_config={json.dumps(CLIP)}",
@@ -69,46 +102,70 @@ SETTINGS = (
 class Comparison:
     """One start of ``nnUNetUDA_compare``: a group of tasks with one seed."""
 
-    group: str
+    name: str
     seed: int
     folder: Path
 
     @property
+    def group(self) -> Group:
+        return GROUPS[self.name]
+
+    @property
     def tasks(self) -> list[Task]:
-        return [TASKS[name] for name in GROUPS[self.group]]
+        return [TASKS[name] for name in self.group.tasks]
 
     @property
     def out(self) -> Path:
-        return self.folder / f"compare_{self.group}"
+        return self.folder / f"compare_{self.name}"
 
     @property
     def settings(self) -> list[str]:
-        own = ["foreground_oversampling=0"] if self.group == "phantom" else []  # a patch holds the whole slice
-        return [f"seed={self.seed}", f"iterations_per_epoch={ITERATIONS[self.group]}", *SETTINGS, *own]
+        widths = [f"{method}.generator_width={self.group.width}" for method in ("cisfa", "cut", "cast")]
+        own = ["foreground_oversampling=0"] if self.name == "phantom" else []  # a patch holds the whole slice
+        return [f"seed={self.seed}", f"iterations_per_epoch={self.group.iterations}", *SETTINGS, *widths, *own]
+
+    def prepare(self, demo: Demo) -> None:
+        """Preprocess the tasks' datasets for another configuration than their own, 2D, unless that was done."""
+        group = self.group
+        done = self.folder / f"preprocessed_{group.configuration}.json"
+        if group.configuration == "2d" or done.exists():
+            return
+        datasets = [str(task.dataset) for task in self.tasks]
+        uppers = [str(task.upper_bound) for task in self.tasks if task.upper_bound is not None]
+        demo.run("nnUNetv2_preprocess", "-d", *datasets, *uppers, "-c", group.configuration, "-np", "1")
+        for dataset in datasets:
+            demo.run("nnUNetUDA_preprocess", "-d", dataset, "-c", group.configuration, "-np", "1")
+        write_json({"datasets": [*datasets, *uppers]}, done)
 
     def commands(self, trainers: Sequence[str], more: Sequence[str]) -> list[list[str]]:
         """Plans for every dataset, then the comparison."""
+        group = self.group
+        if group.configuration != "2d":
+            trainers = [name for name in trainers if name not in FLAT]
+        network = ["-c", group.configuration, "-patch_size", *map(str, group.patch), "-batch_size", "2",
+                   "-base_features", str(group.width), "-max_features", str(8 * group.width)]  # fmt: skip
         datasets, uppers = [str(task.dataset) for task in self.tasks], [task.upper_bound for task in self.tasks]
         wanted = [*datasets, *(str(upper) for upper in uppers if upper is not None)]
         upper = ["-upper", *(f"{UPPER_TRAINER}:{upper}" for upper in uppers)] if None not in uppers else []
-        plans = [["nnUNetUDA_configure", "-d", dataset, "-p", PLANS, "--overwrite", *NETWORK, "-set", *self.settings]
-                 for dataset in wanted]  # fmt: skip
-        compare = ["nnUNetUDA_compare", "-d", *datasets, "-tr", *trainers, "-f", self.tasks[0].fold, "-p", PLANS,
-                   "-lower", LOWER_TRAINER, *upper, "-o", str(self.out), *more]  # fmt: skip
+        plans = [["nnUNetUDA_configure", "-d", dataset, "-p", group.plans, "--overwrite", *network, "-set",
+                  *self.settings] for dataset in wanted]  # fmt: skip
+        compare = ["nnUNetUDA_compare", "-d", *datasets, "-tr", *trainers, "-f", self.tasks[0].fold, "-p", group.plans,
+                   "-c", group.configuration, "-lower", LOWER_TRAINER, *upper, "-o", str(self.out), *more]  # fmt: skip
         return [*plans, compare]
 
 
 def comparisons(folder: Path, groups: Sequence[str], seeds: Sequence[int]) -> list[Comparison]:
     """All of them, the first seed of every group before the others."""
     pairs = [(seed, group) for seed in seeds for group in groups if group == "phantom" or seed == seeds[0]]
-    return [Comparison(group, seed, folder / f"seed_{seed if group == 'phantom' else 0}") for seed, group in pairs]
+    return [Comparison(group, seed, folder / f"seed_{seed if group.startswith('phantom') else 0}")
+            for seed, group in pairs]  # fmt: skip
 
 
 def finished(one: Comparison) -> list[tuple[Row, Score]]:
     """The finished runs of a comparison, bounds labelled as ``nnUNetUDA_compare`` does."""
     found = []
     os.environ.update(Demo(one.folder).variables)  # where a job looks for its training
-    names = {task.dataset: name for name, task in zip(GROUPS[one.group], one.tasks, strict=True)}
+    names = {TASKS[name].dataset: f"{name}{one.group.suffix}" for name in one.group.tasks}
     for path in sorted(one.out.glob("runs/*/job.json")):
         job = Job.read(path)
         score = job.score()
@@ -150,9 +207,10 @@ def write_table(folder: Path, every: Sequence[Comparison], trainers: Sequence[st
         raise UDAError(f"{folder} holds no finished run yet")
     named = {row.job.name: score for row, score in found}
     rows = sorted((row for row, _ in found), key=lambda row: (
-        list(TASKS).index(row.method.test), labels.index(row.method.label), row.seed))  # fmt: skip
+        TESTS.index(row.method.test), labels.index(row.method.label), row.seed))  # fmt: skip
     tests = list(dict.fromkeys(row.method.test for row in rows))
-    seeds = {name: sum(name in GROUPS[one.group] for one in every) for name in tests}
+    planned = [f"{name}{one.group.suffix}" for one in every for name in one.group.tasks]
+    seeds = {name: planned.count(name) for name in tests}
     cells = [replace(entry, planned=seeds[entry.method.test]) for entry in summarise_methods(rows, named)]
     blocks = [markdown_table(overview(cells, [label for label in labels if any(
         entry.method.label == label for entry in cells)], tests))]  # fmt: skip
@@ -160,7 +218,7 @@ def write_table(folder: Path, every: Sequence[Comparison], trainers: Sequence[st
     with whole_file(folder / "table.md") as temporary:
         temporary.write_text(text, encoding="utf-8")
     write_runs(folder / "table.csv", rows, named, {})
-    draw_comparison(folder / "table.png", bars(rows, cells, named), f"plans {PLANS}")
+    draw_comparison(folder / "table.png", bars(rows, cells, named), "all trainers")
     return text
 
 
@@ -182,9 +240,10 @@ def main(argv: list[str] | None = None) -> None:
     data = args.data and args.data.resolve()
     more = ["-device", args.device, "-jobs", str(args.jobs), "-np", str(args.np)]
     for one in every if not args.only_table else []:
-        for name in GROUPS[one.group]:
-            make_task(name, one.folder, one.seed if one.group == "phantom" else 0, data, args.np)
+        for name in one.group.tasks:
+            make_task(name, one.folder, int(one.folder.name.removeprefix("seed_")), data, args.np)
         demo = Demo(one.folder)
+        one.prepare(demo)
         for words in one.commands(args.tr, more):
             demo.run(*words)
         write_table(folder, every, args.tr)

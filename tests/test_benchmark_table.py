@@ -102,22 +102,40 @@ def test_every_comparison_with_one_schedule_for_all_trainers(table, tmp_path, mo
 
     monkeypatch.setattr(table.Demo, "run", run)
     table.main(["-o", str(tmp_path), "-seeds", "4", "5", "-tr", "CASTTrainer", "-data", str(tmp_path), "-jobs", "2"])
-    assert made[:2] == [("phantom_mr2ct", "seed_4", 4), ("phantom_ct2mr", "seed_4", 4)]
+    phantoms = [("phantom_mr2ct", "seed_4", 4), ("phantom_ct2mr", "seed_4", 4)]
+    assert made[:4] == phantoms + phantoms  # in 2D and in 3D
     assert made[-2:] == [("phantom_mr2ct", "seed_5", 5), ("phantom_ct2mr", "seed_5", 5)]
-    assert [(name, folder) for name, folder, _ in made[2:-2]] == [
+    assert [(name, folder) for name, folder, _ in made[4:-2]] == [
         (name, "seed_0") for name in ("brain_t12t2", "brain_t22t1", "vs", "totalseg")
     ]
     compared = [words for _, words in ran if words[0] == "nnUNetUDA_compare"]
-    assert len(compared) == 5
+    assert len(compared) == 6
     bounds = [words[words.index("-upper") + 1] if "-upper" in words else None for words in compared]
-    assert bounds == ["SupervisedTrainer:511", "SupervisedTrainer:533", "SupervisedTrainer:523", None,
-                      "SupervisedTrainer:511"]  # fmt: skip
+    assert bounds == [f"SupervisedTrainer:{i}" if i else None for i in (511, 511, 533, 523, None, 511)]
     assert all("-jobs" in words and words[words.index("-tr") + 1] == "CASTTrainer" for words in compared)
     configured = [words[words.index("-set") + 1 :] for _, words in ran if words[0] == "nnUNetUDA_configure"]
-    schedules = {
-        tuple(w for w in words if not w.startswith(("seed", "iterations", "foreground"))) for words in configured
-    }
-    assert len(configured) == 4 + 4 + 2 + 1 + 4 and len(schedules) == 1
+    of_task = ("seed", "iterations", "foreground")
+    schedules = {tuple(w for w in words if not w.startswith(of_task) and "_width" not in w) for words in configured}
+    assert len(configured) == 4 + 4 + 4 + 2 + 1 + 4 and len(schedules) == 1
+
+
+def test_in_3d_the_same_scans_are_preprocessed_once_and_what_is_2d_only_is_left_out(table, tmp_path, monkeypatch):
+    ran = []
+    monkeypatch.setattr(table, "make_task", lambda *_: (tmp_path / "seed_3").mkdir(exist_ok=True))
+    monkeypatch.setattr(table.Demo, "run", lambda demo, *words: ran.append(words))
+    finish(tmp_path, 3, PHANTOM, PHANTOM, "CASTTrainer", 0.5, "phantom_3d")
+    for _ in range(2):
+        table.main(["-o", str(tmp_path), "-groups", "phantom_3d", "-seeds", "3", "4"])
+    preprocessed = [words[:-2] for words in ran if "preprocess" in words[0]]
+    assert preprocessed == [
+        ("nnUNetv2_preprocess", "-d", "501", "502", "511", "512", "-c", "3d_fullres"),
+        ("nnUNetUDA_preprocess", "-d", "501", "-c", "3d_fullres"),
+        ("nnUNetUDA_preprocess", "-d", "502", "-c", "3d_fullres"),
+    ]
+    (compared,) = {tuple(words) for words in ran if words[0] == "nnUNetUDA_compare"}
+    assert compared[compared.index("-c") + 1] == "3d_fullres" and "CASTTrainer" in compared
+    assert not any(word.startswith("UUDS") for word in compared)
+    assert "phantom_mr2ct_3d" in (tmp_path / "table.md").read_text()
 
 
 def test_no_finished_run_is_said(table, tmp_path, capsys):
