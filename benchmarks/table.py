@@ -82,7 +82,7 @@ PHANTOMS = ("phantom_mr2ct", "phantom_ct2mr")
 GROUPS = {
     "phantom": Group(PHANTOMS, 100),
     "phantom_3d": Group(PHANTOMS, 50, "3d_fullres", (16, 48, 48), 8, "nnUNetPlansTable3D"),
-    "brain": Group(("brain_t12t2", "brain_t22t1")),
+    "brain": Group(("brain_t12t2", "brain_t22t1"), 200),  # after 50 the upper bound had not found three structures
     "vs": Group(("vs",)),
     "totalseg": Group(("totalseg",)),
 }
