@@ -4,7 +4,7 @@
 
 Makes the tasks (``tasks.py``), writes plans with one schedule for all trainers, and starts ``nnUNetUDA_compare`` for
 each group of tasks and each seed; the phantom in 2D has the seeds of ``-seeds``, everything else one. In 3D
-(``phantom_3d``) a step takes about seven times as long, so the networks are half as wide and the schedule half as long.
+(``phantom_3d``) a step takes several times as long, so the networks are half as wide and the schedule half as long.
 Then table.md, table.csv and table.png in FOLDER. The same command goes on where it was stopped; ``--only_table`` puts
 together what is finished, at any time. Each run keeps a checkpoint of every epoch, which is what ``criteria.py`` needs.
 """
@@ -73,9 +73,9 @@ class Group:
     plans: str = "nnUNetPlansTable"
 
     @property
-    def suffix(self) -> str:
-        """Of a task's name in the table."""
-        return "" if self.configuration == "2d" else "_3d"
+    def tests(self) -> list[str]:
+        """The tasks' names in the table."""
+        return [name if self.configuration == "2d" else f"{name}_3d" for name in self.tasks]
 
 
 PHANTOMS = ("phantom_mr2ct", "phantom_ct2mr")
@@ -86,7 +86,7 @@ GROUPS = {
     "vs": Group(("vs",)),
     "totalseg": Group(("totalseg",)),
 }
-TESTS = [f"{name}{group.suffix}" for group in GROUPS.values() for name in group.tasks]
+TESTS = [name for group in GROUPS.values() for name in group.tests]
 SETTINGS = (
     "num_epochs=6", "keep_every=1", "val_iterations_per_epoch=5", "picture_every=1000", "mirror=false",
     *(f"{method}.generator_blocks=4" for method in ("cisfa", "cut", "cast")),
@@ -115,6 +115,12 @@ class Comparison:
         return [TASKS[name] for name in self.group.tasks]
 
     @property
+    def datasets(self) -> list[str]:
+        """The tasks' ids, then those of their upper bounds."""
+        uppers = (task.upper_bound for task in self.tasks)
+        return [*(str(task.dataset) for task in self.tasks), *(str(upper) for upper in uppers if upper is not None)]
+
+    @property
     def out(self) -> Path:
         return self.folder / f"compare_{self.name}"
 
@@ -130,12 +136,10 @@ class Comparison:
         done = self.folder / f"preprocessed_{group.configuration}.json"
         if group.configuration == "2d" or done.exists():
             return
-        datasets = [str(task.dataset) for task in self.tasks]
-        uppers = [str(task.upper_bound) for task in self.tasks if task.upper_bound is not None]
-        demo.run("nnUNetv2_preprocess", "-d", *datasets, *uppers, "-c", group.configuration, "-np", "1")
-        for dataset in datasets:
-            demo.run("nnUNetUDA_preprocess", "-d", dataset, "-c", group.configuration, "-np", "1")
-        write_json({"datasets": [*datasets, *uppers]}, done)
+        demo.run("nnUNetv2_preprocess", "-d", *self.datasets, "-c", group.configuration, "-np", "1")
+        for task in self.tasks:
+            demo.run("nnUNetUDA_preprocess", "-d", str(task.dataset), "-c", group.configuration, "-np", "1")
+        write_json({"datasets": self.datasets}, done)
 
     def commands(self, trainers: Sequence[str], more: Sequence[str]) -> list[list[str]]:
         """Plans for every dataset, then the comparison."""
@@ -145,10 +149,9 @@ class Comparison:
         network = ["-c", group.configuration, "-patch_size", *map(str, group.patch), "-batch_size", "2",
                    "-base_features", str(group.width), "-max_features", str(8 * group.width)]  # fmt: skip
         datasets, uppers = [str(task.dataset) for task in self.tasks], [task.upper_bound for task in self.tasks]
-        wanted = [*datasets, *(str(upper) for upper in uppers if upper is not None)]
         upper = ["-upper", *(f"{UPPER_TRAINER}:{upper}" for upper in uppers)] if None not in uppers else []
         plans = [["nnUNetUDA_configure", "-d", dataset, "-p", group.plans, "--overwrite", *network, "-set",
-                  *self.settings] for dataset in wanted]  # fmt: skip
+                  *self.settings] for dataset in self.datasets]  # fmt: skip
         compare = ["nnUNetUDA_compare", "-d", *datasets, "-tr", *trainers, "-f", self.tasks[0].fold, "-p", group.plans,
                    "-c", group.configuration, "-lower", LOWER_TRAINER, *upper, "-o", str(self.out), *more]  # fmt: skip
         return [*plans, compare]
@@ -165,7 +168,7 @@ def finished(one: Comparison) -> list[tuple[Row, Score]]:
     """The finished runs of a comparison, bounds labelled as ``nnUNetUDA_compare`` does."""
     found = []
     os.environ.update(Demo(one.folder).variables)  # where a job looks for its training
-    names = {TASKS[name].dataset: f"{name}{one.group.suffix}" for name in one.group.tasks}
+    names = {task.dataset: name for name, task in zip(one.group.tests, one.tasks, strict=True)}
     for path in sorted(one.out.glob("runs/*/job.json")):
         job = Job.read(path)
         score = job.score()
@@ -209,7 +212,7 @@ def write_table(folder: Path, every: Sequence[Comparison], trainers: Sequence[st
     rows = sorted((row for row, _ in found), key=lambda row: (
         TESTS.index(row.method.test), labels.index(row.method.label), row.seed))  # fmt: skip
     tests = list(dict.fromkeys(row.method.test for row in rows))
-    planned = [f"{name}{one.group.suffix}" for one in every for name in one.group.tasks]
+    planned = [name for one in every for name in one.group.tests]
     seeds = {name: planned.count(name) for name in tests}
     cells = [replace(entry, planned=seeds[entry.method.test]) for entry in summarise_methods(rows, named)]
     blocks = [markdown_table(overview(cells, [label for label in labels if any(

@@ -30,6 +30,7 @@ def test_compiled_networks_train_to_the_same_losses_within_dynamos_limit(name, i
     expected = eager.train_step(next(eager.dataloader_train))
 
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()  # those of former tests
     original, functions, losses = torch.compile, set(), []
 
     def through_eager(function, **_):
