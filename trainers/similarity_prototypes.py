@@ -29,6 +29,7 @@ from nnunet_uda.losses.prototypes import (
     intra_class_loss,
     labels_at,
 )
+from nnunet_uda.networks.instance_norm import use_fast_instance_norm
 from nnunet_uda.networks.patch_discriminator import PatchDiscriminator
 from nnunet_uda.networks.prototype_network import GeneratorOutput, PrototypeNetwork, SegmentingGenerator
 from nnunet_uda.settings import parse_settings, require, split_settings
@@ -169,7 +170,7 @@ class SimilarityPrototypesTrainer(CompositeTrainer):
                 settings.image_decoder_convs, settings.residual_translation, settings.image_decoder_width,
             )  # fmt: skip
 
-        return PrototypeNetwork(generator(), generator(), enable_deep_supervision)
+        return use_fast_instance_norm(PrototypeNetwork(generator(), generator(), enable_deep_supervision))
 
     def prepare_network(self) -> None:
         network = self.plain_network

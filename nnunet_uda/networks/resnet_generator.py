@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nnunet_uda.errors import UDAError
+from nnunet_uda.networks.instance_norm import instance_norm
 
 
 def reflect_pad(x: Tensor, padding: Sequence[int]) -> Tensor:
@@ -54,7 +55,7 @@ class InstanceNorm(nn.Module):
     """Instance norm without affine that lets a map of one single position pass (torch refuses it)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.instance_norm(x) if x.shape[2:].numel() > 1 else x
+        return instance_norm(x) if x.shape[2:].numel() > 1 else x
 
 
 class ResidualBlock(nn.Module):

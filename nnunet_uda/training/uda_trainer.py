@@ -45,6 +45,7 @@ from nnunet_uda.data.damage import refuse_damaged
 from nnunet_uda.data.target import TargetDataset, preprocess_target, target_identifiers
 from nnunet_uda.errors import UDAError, print_without_traceback
 from nnunet_uda.losses.dice import soft_dice_loss
+from nnunet_uda.networks.instance_norm import use_fast_instance_norm
 from nnunet_uda.settings import UDASettings, parse_settings, split_settings
 from nnunet_uda.training.checkpoint import (
     PREVIOUS,
@@ -175,6 +176,17 @@ class UDATrainer(StoppableTrainer):
 
     # -- set-up --------------------------------------------------------------------------------------------------
 
+    @staticmethod
+    def build_network_architecture(
+        plans_manager, configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision=True
+    ) -> nn.Module:
+        """nnU-Net's network from the plans, for training and prediction; its instance norms faster on the CPU."""
+        return use_fast_instance_norm(
+            nnUNetTrainer.build_network_architecture(
+                plans_manager, configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision
+            )
+        )
+
     def initialize(self):
         self._refuse_unsupported()
         if self.device.type == "cpu":
@@ -182,7 +194,7 @@ class UDATrainer(StoppableTrainer):
         if self.settings.seed is not None:
             seed_everything(self.settings.seed)
         super().initialize()
-        self.networks = nn.ModuleDict(self.build_networks()).to(self.device)
+        self.networks = use_fast_instance_norm(nn.ModuleDict(self.build_networks()).to(self.device))
         self.optimizers = {self.network_update: self.optimizer, **self.build_optimizers()}
         self.prepare_network()
         if self._do_i_compile():
