@@ -5,7 +5,8 @@
 Makes the tasks (``tasks.py``), writes plans with one schedule for all trainers, and starts ``nnUNetUDA_compare`` for
 each group of tasks and each seed; the phantom in 2D has the seeds of ``-seeds``, everything else one. In 3D
 (``phantom_3d``) a step takes several times as long, so the networks are half as wide and the schedule half as long.
-Then table.md, table.csv and table.png in FOLDER. The same command goes on where it was stopped; ``--only_table`` puts
+``phantom_long`` gives CAST, whose step is cheaper, about the time that the prototypes have in ``phantom``. Then
+table.md, table.csv and table.png in FOLDER. The same command goes on where it was stopped; ``--only_table`` puts
 together what is finished, at any time. Each run keeps a checkpoint of every epoch, which is what ``criteria.py`` needs.
 """
 
@@ -63,6 +64,9 @@ class Group:
         patch: its patch, in voxels.
         width: the segmenter's and the generators' first channels.
         plans: name of the plans to be written.
+        trainers: of those between the bounds; others that the command names always are.
+        every_seed: whether it has all seeds, or the first one.
+        suffix: of the tasks' names in the table.
     """
 
     tasks: tuple[str, ...]
@@ -71,21 +75,34 @@ class Group:
     patch: tuple[int, ...] = (64, 64)
     width: int = 16
     plans: str = "nnUNetPlansTable"
+    trainers: tuple[str, ...] = TRAINERS
+    every_seed: bool = False
+    suffix: str = ""
 
     @property
     def tests(self) -> list[str]:
         """The tasks' names in the table."""
-        return [name if self.configuration == "2d" else f"{name}_3d" for name in self.tasks]
+        return [name + self.suffix for name in self.tasks]
+
+    def among(self, trainers: Sequence[str]) -> list[str]:
+        """Those of ``trainers`` that this group has."""
+        return [name for name in trainers if name in self.trainers or name not in TRAINERS]
 
 
 PHANTOMS = ("phantom_mr2ct", "phantom_ct2mr")
 GROUPS = {
-    "phantom": Group(PHANTOMS, 100),
-    "phantom_3d": Group(PHANTOMS, 50, "3d_fullres", (16, 48, 48), 8, "nnUNetPlansTable3D"),
-    "brain": Group(("brain_t12t2", "brain_t22t1"), 200),  # after 50 the upper bound had not found three structures
+    "phantom": Group(PHANTOMS, 100, every_seed=True),
+    "phantom_long": Group(
+        PHANTOMS, 180, plans="nnUNetPlansTableLong", trainers=("CASTTrainer",), every_seed=True, suffix="_long"
+    ),
+    "phantom_3d": Group(
+        PHANTOMS, 50, "3d_fullres", (16, 48, 48), 8, "nnUNetPlansTable3D",
+        tuple(name for name in TRAINERS if name not in FLAT), suffix="_3d",
+    ),
+    "brain": Group(("brain_t12t2", "brain_t22t1"), 100),  # after 50 the upper bound had not found three structures
     "vs": Group(("vs",)),
     "totalseg": Group(("totalseg",)),
-}
+}  # fmt: skip
 TESTS = [name for group in GROUPS.values() for name in group.tests]
 SETTINGS = (
     "num_epochs=6", "keep_every=1", "val_iterations_per_epoch=5", "picture_every=1000", "mirror=false",
@@ -127,7 +144,8 @@ class Comparison:
     @property
     def settings(self) -> list[str]:
         widths = [f"{method}.generator_width={self.group.width}" for method in ("cisfa", "cut", "cast")]
-        own = ["foreground_oversampling=0"] if self.name == "phantom" else []  # a patch holds the whole slice
+        whole = self.group.tasks == PHANTOMS and self.group.configuration == "2d"  # a patch holds the whole slice
+        own = ["foreground_oversampling=0"] if whole else []
         return [f"seed={self.seed}", f"iterations_per_epoch={self.group.iterations}", *SETTINGS, *widths, *own]
 
     def prepare(self, demo: Demo) -> None:
@@ -144,22 +162,21 @@ class Comparison:
     def commands(self, trainers: Sequence[str], more: Sequence[str]) -> list[list[str]]:
         """Plans for every dataset, then the comparison."""
         group = self.group
-        if group.configuration != "2d":
-            trainers = [name for name in trainers if name not in FLAT]
         network = ["-c", group.configuration, "-patch_size", *map(str, group.patch), "-batch_size", "2",
                    "-base_features", str(group.width), "-max_features", str(8 * group.width)]  # fmt: skip
         datasets, uppers = [str(task.dataset) for task in self.tasks], [task.upper_bound for task in self.tasks]
         upper = ["-upper", *(f"{UPPER_TRAINER}:{upper}" for upper in uppers)] if None not in uppers else []
         plans = [["nnUNetUDA_configure", "-d", dataset, "-p", group.plans, "--overwrite", *network, "-set",
                   *self.settings] for dataset in self.datasets]  # fmt: skip
-        compare = ["nnUNetUDA_compare", "-d", *datasets, "-tr", *trainers, "-f", self.tasks[0].fold, "-p", group.plans,
-                   "-c", group.configuration, "-lower", LOWER_TRAINER, *upper, "-o", str(self.out), *more]  # fmt: skip
+        compare = ["nnUNetUDA_compare", "-d", *datasets, "-tr", *group.among(trainers), "-f", self.tasks[0].fold,
+                   "-p", group.plans, "-c", group.configuration, "-lower", LOWER_TRAINER, *upper, "-o", str(self.out),
+                   *more]  # fmt: skip
         return [*plans, compare]
 
 
 def comparisons(folder: Path, groups: Sequence[str], seeds: Sequence[int]) -> list[Comparison]:
     """All of them, the first seed of every group before the others."""
-    pairs = [(seed, group) for seed in seeds for group in groups if group == "phantom" or seed == seeds[0]]
+    pairs = [(seed, group) for seed in seeds for group in groups if GROUPS[group].every_seed or seed == seeds[0]]
     return [Comparison(group, seed, folder / f"seed_{seed if group.startswith('phantom') else 0}")
             for seed, group in pairs]  # fmt: skip
 
@@ -239,7 +256,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--only_table", action="store_true", help="train nothing")
     args = parser.parse_args(argv)
     folder = args.o.resolve()
-    every = comparisons(folder, args.groups, args.seeds)
+    every = [one for one in comparisons(folder, args.groups, args.seeds) if one.group.among(args.tr)]
     data = args.data and args.data.resolve()
     more = ["-device", args.device, "-jobs", str(args.jobs), "-np", str(args.np)]
     for one in every if not args.only_table else []:

@@ -103,20 +103,41 @@ def test_every_comparison_with_one_schedule_for_all_trainers(table, tmp_path, mo
     monkeypatch.setattr(table.Demo, "run", run)
     table.main(["-o", str(tmp_path), "-seeds", "4", "5", "-tr", "CASTTrainer", "-data", str(tmp_path), "-jobs", "2"])
     phantoms = [("phantom_mr2ct", "seed_4", 4), ("phantom_ct2mr", "seed_4", 4)]
-    assert made[:4] == phantoms + phantoms  # in 2D and in 3D
-    assert made[-2:] == [("phantom_mr2ct", "seed_5", 5), ("phantom_ct2mr", "seed_5", 5)]
-    assert [(name, folder) for name, folder, _ in made[4:-2]] == [
+    assert made[:6] == phantoms * 3  # with both schedules, and in 3D
+    assert made[-4:] == [("phantom_mr2ct", "seed_5", 5), ("phantom_ct2mr", "seed_5", 5)] * 2
+    assert [(name, folder) for name, folder, _ in made[6:-4]] == [
         (name, "seed_0") for name in ("brain_t12t2", "brain_t22t1", "vs", "totalseg")
     ]
     compared = [words for _, words in ran if words[0] == "nnUNetUDA_compare"]
-    assert len(compared) == 6
+    assert len(compared) == 8
     bounds = [words[words.index("-upper") + 1] if "-upper" in words else None for words in compared]
-    assert bounds == [f"SupervisedTrainer:{i}" if i else None for i in (511, 511, 533, 523, None, 511)]
+    assert bounds == [f"SupervisedTrainer:{i}" if i else None for i in (511, 511, 511, 533, 523, None, 511, 511)]
     assert all("-jobs" in words and words[words.index("-tr") + 1] == "CASTTrainer" for words in compared)
     configured = [words[words.index("-set") + 1 :] for _, words in ran if words[0] == "nnUNetUDA_configure"]
     of_task = ("seed", "iterations", "foreground")
     schedules = {tuple(w for w in words if not w.startswith(of_task) and "_width" not in w) for words in configured}
-    assert len(configured) == 4 + 4 + 4 + 2 + 1 + 4 and len(schedules) == 1
+    assert len(configured) == 6 * 4 + 2 + 1 and len(schedules) == 1
+
+
+def test_the_longer_schedule_is_cast_s_alone(table, tmp_path, monkeypatch):
+    ran = []
+    monkeypatch.setattr(table, "make_task", lambda *_: None)
+    monkeypatch.setattr(table.Demo, "run", lambda demo, *words: ran.append(words))
+    finish(tmp_path, 3, PHANTOM, PHANTOM, "CASTTrainer", 0.5, "phantom_long")
+    table.main(["-o", str(tmp_path), "-groups", "phantom", "phantom_long", "-seeds", "3"])
+    short, long = (words for words in ran if words[0] == "nnUNetUDA_compare")
+    assert list(long[long.index("-tr") + 1 : long.index("-f")]) == ["CASTTrainer"]
+    assert list(short[short.index("-tr") + 1 : short.index("-f")]) == list(table.TRAINERS)
+    iterations = [next(w for w in words if "iterations_per_epoch" in w) for words in ran if "-set" in words]
+    assert iterations == ["iterations_per_epoch=100"] * 4 + ["iterations_per_epoch=180"] * 4
+    assert all("foreground_oversampling=0" in words for words in ran if "-set" in words)
+    ran.clear()
+    table.main(["-o", str(tmp_path), "-groups", "phantom_long", "-seeds", "3", "-tr", "CASTTrainer", "MyTrainer"])
+    assert ran[-1][ran[-1].index("-tr") + 1 : ran[-1].index("-f")] == ("CASTTrainer", "MyTrainer")
+    ran.clear()
+    with pytest.raises(SystemExit):
+        table.main(["-o", str(tmp_path), "-groups", "phantom_long", "-seeds", "3", "-tr", "CUTTrainer"])
+    assert not ran
 
 
 def test_in_3d_the_same_scans_are_preprocessed_once_and_what_is_2d_only_is_left_out(table, tmp_path, monkeypatch):
