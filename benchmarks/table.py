@@ -99,7 +99,7 @@ GROUPS = {
         PHANTOMS, 50, "3d_fullres", (16, 48, 48), 8, "nnUNetPlansTable3D",
         tuple(name for name in TRAINERS if name not in FLAT), suffix="_3d",
     ),
-    "brain": Group(("brain_t12t2", "brain_t22t1"), 100),  # after 50 the upper bound had not found three structures
+    "brain": Group(("brain_t12t2", "brain_t22t1"), 200),  # after 100 the lower bound lacked structures on its source
     "vs": Group(("vs",)),
     "totalseg": Group(("totalseg",)),
 }  # fmt: skip
