@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import math
 import os
@@ -111,6 +112,10 @@ def test_the_plot_shows_every_run(tmp_path):
     assert [(bar.label, len(bar.runs)) for bar in bars] == [(LOWER, 1), ("A", 2), ("B", 0)]
     compare.draw_comparison(tmp_path / "plot.png", bars, "title")
     assert imread(tmp_path / "plot.png").std() > 0
+    many = [dataclasses.replace(bar, test=f"test {number}") for number in range(5) for bar in bars]
+    compare.draw_comparison(tmp_path / "many.png", many, "title")
+    one, two = imread(tmp_path / "plot.png"), imread(tmp_path / "many.png")
+    assert two.shape[0] == 2 * one.shape[0] and two[one.shape[0] :].std() > 0
 
 
 # --- what is planned -------------------------------------------------------------------------------------------------
