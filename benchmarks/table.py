@@ -8,6 +8,12 @@ each group of tasks and each seed; the phantom in 2D has the seeds of ``-seeds``
 ``phantom_long`` gives CAST, whose step is cheaper, about the time that the prototypes have in ``phantom``. Then
 table.md, table.csv and table.png in FOLDER. The same command goes on where it was stopped; ``--only_table`` puts
 together what is finished, at any time. Each run keeps a checkpoint of every epoch, which is what ``criteria.py`` needs.
+
+table.json in FOLDER records every finished run with the scores of each test case. ``-with RECORDED.json`` adds the
+runs of such a file, which another machine may have written, to the tables; a run that FOLDER holds itself counts
+instead of its record. Runs that are only recorded are trained again, unless their group or trainer is left out:
+
+    python benchmarks/table.py -o FOLDER -with docs/all_trainers.json -groups vs totalseg -device cpu
 """
 
 from __future__ import annotations
@@ -34,10 +40,12 @@ from nnunet_uda.commands.compare import (
     write_runs,
 )
 from nnunet_uda.commands.demo import Demo
+from nnunet_uda.data.convention import read_json
 from nnunet_uda.errors import UDAError, command
 from nnunet_uda.evaluation.compare_plot import draw_comparison
-from nnunet_uda.evaluation.report import DIGITS, markdown_table
-from nnunet_uda.experiments.job import Job, Score
+from nnunet_uda.evaluation.report import DIGITS, jsonable, markdown_table
+from nnunet_uda.evaluation.runs import Labels
+from nnunet_uda.experiments.job import Job, Score, TargetTest
 from nnunet_uda.files import whole_file, write_json
 
 LOWER_TRAINER, UPPER_TRAINER = "SourceOnlyTrainer", "SupervisedTrainer"
@@ -204,7 +212,7 @@ def overview(cells: Sequence[Cells], labels: Sequence[str], tests: Sequence[str]
 
     def cell(label: str, test: str) -> str:
         for entry in cells:
-            if (entry.method.label, entry.method.test) == (label, test) and entry.done:
+            if (entry.method.label, entry.method.test) == (label, test) and entry.figures["Dice"].n:
                 dice, gap = entry.figures["Dice"], entry.figures["gap"]
                 text = f"{dice.mean:.{DIGITS['Dice']}f}"
                 text += f" ± {dice.std:.{DIGITS['Dice']}f}" if dice.n > 1 else ""
@@ -215,29 +223,77 @@ def overview(cells: Sequence[Cells], labels: Sequence[str], tests: Sequence[str]
     return {"caption": "Dice (gap closed)", "header": ["trainer", *tests], "rows": rows}
 
 
-def write_table(folder: Path, every: Sequence[Comparison], trainers: Sequence[str]) -> str:
-    """table.md, table.csv and table.png from what is finished; returns the Markdown.
+def as_record(row: Row, score: Score) -> dict:
+    """A finished run as ``from_record`` reads it: no folder of this machine is in it."""
+    job, labels = row.job, row.job.test.labels
+    metrics = {volume.case: {name: {metric: round(value, 4) for metric, value in of.items()}
+                             for name, of in volume.metrics.items()} for volume in score.volumes}  # fmt: skip
+    return jsonable({
+        "test": row.method.test, "label": row.method.label, "seed": row.seed, "trainer": job.trainer,
+        "dataset": row.method.dataset, "plans": job.plans, "configuration": job.configuration, "fold": job.fold,
+        "device": job.device, "labels": labels.structures, "transductive": job.test.transductive,
+        "validation_pseudo_dice": score.pseudo_dice, "training_seconds": score.seconds,
+        "peak_memory_gib": score.memory, "peak_device_memory_gib": score.device_memory, "metrics": metrics,
+    })  # fmt: skip
+
+
+def from_record(record: dict) -> tuple[Row, Score]:
+    """A run of another machine, from its record."""
+    method = Method(record["label"], record["trainer"], record["dataset"], record["test"])
+    test = TargetTest(list(record["metrics"]), Path(), Labels(record["labels"], None, ""), None, record["transductive"])
+    name = f"recorded/seed_{record['seed']}/{record['test']}/{record['trainer']}"
+    job = Job(name, Path(name), record["dataset"], record["configuration"], record["fold"], record["trainer"],
+              record["plans"], test, Path(), record["device"], 1)  # fmt: skip
+    return Row(method, record["fold"], record["seed"], job), Score.parse(record)
+
+
+def read_records(path: Path) -> list[tuple[Row, Score]]:
+    """The runs of a table.json.
+
+    Raises:
+        UDAError: no such file, or another one.
+    """
+    content = read_json(path)
+    try:
+        return [from_record(record) for record in content["runs"]]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UDAError(
+            f"{path} is no table.json of this command ({type(error).__name__}: {error}): check -with"
+        ) from error
+
+
+def write_table(
+    folder: Path, every: Sequence[Comparison], trainers: Sequence[str], recorded: Sequence[tuple[Row, Score]] = ()
+) -> str:
+    """table.md, table.csv, table.json and table.png from what is finished; returns the Markdown.
 
     Raises:
         UDAError: nothing is finished.
     """
     labels = [LOWER, *trainers, UPPER]
-    found = [pair for one in every for pair in finished(one) if pair[0].method.label in labels]
+    own = [pair for one in every for pair in finished(one)]
+    known = {(row.method.test, row.method.label, row.seed): (row, score) for row, score in [*recorded, *own]}
+    found = [pair for (_, label, _), pair in known.items() if label in labels]
     if not found:
         raise UDAError(f"{folder} holds no finished run yet")
     named = {row.job.name: score for row, score in found}
     rows = sorted((row for row, _ in found), key=lambda row: (
         TESTS.index(row.method.test), labels.index(row.method.label), row.seed))  # fmt: skip
     tests = list(dict.fromkeys(row.method.test for row in rows))
-    planned = [name for one in every for name in one.group.tests]
-    seeds = {name: planned.count(name) for name in tests}
+    planned = {(name, one.seed) for one in every for name in one.group.tests}
+    planned |= {(row.method.test, row.seed) for row in rows}
+    seeds = {name: sum(test == name for test, _ in planned) for name in tests}
     cells = [replace(entry, planned=seeds[entry.method.test]) for entry in summarise_methods(rows, named)]
     blocks = [markdown_table(overview(cells, [label for label in labels if any(
         entry.method.label == label for entry in cells)], tests))]  # fmt: skip
     text = "\n\n".join([*blocks, *test_tables(rows, cells), *RULES]) + "\n"
+    folder.mkdir(parents=True, exist_ok=True)
     with whole_file(folder / "table.md") as temporary:
         temporary.write_text(text, encoding="utf-8")
     write_runs(folder / "table.csv", rows, named, {})
+    records = ",\n".join(json.dumps(as_record(row, named[row.job.name])) for row in rows)
+    with whole_file(folder / "table.json") as temporary:
+        temporary.write_text(f'{{"runs": [\n{records}\n]}}\n', encoding="utf-8")
     draw_comparison(folder / "table.png", bars(rows, cells, named), "all trainers")
     return text
 
@@ -254,10 +310,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("-jobs", type=int, default=1, help="runs at a time [1]")
     parser.add_argument("-np", type=int, default=2, help="processes of conversion and scoring [2]")
     parser.add_argument("--only_table", action="store_true", help="train nothing")
+    parser.add_argument("-with", dest="recorded", nargs="+", type=Path, default=[], metavar="RECORDED.json",
+                        help="table.json of other machines, whose runs are added to the tables")  # fmt: skip
     args = parser.parse_args(argv)
     folder = args.o.resolve()
     every = [one for one in comparisons(folder, args.groups, args.seeds) if one.group.among(args.tr)]
     data = args.data and args.data.resolve()
+    recorded = [pair for path in args.recorded for pair in read_records(path)]
     more = ["-device", args.device, "-jobs", str(args.jobs), "-np", str(args.np)]
     for one in every if not args.only_table else []:
         for name in one.group.tasks:
@@ -266,8 +325,8 @@ def main(argv: list[str] | None = None) -> None:
         one.prepare(demo)
         for words in one.commands(args.tr, more):
             demo.run(*words)
-        write_table(folder, every, args.tr)
-    print(write_table(folder, every, args.tr))
+        write_table(folder, every, args.tr, recorded)
+    print(write_table(folder, every, args.tr, recorded))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 import sys
 
 import pytest
@@ -89,6 +90,42 @@ def test_seeds_and_tasks_come_together(table, tmp_path, capsys):
     ]  # fmt: skip
     assert float(rows[3]["gap_closed_percent"]) == pytest.approx(250 / 3)
     assert (tmp_path / "table.png").stat().st_size > 1000
+
+
+def test_recorded_runs_of_another_machine_join_the_table(table, tmp_path, capsys):
+    there, here = tmp_path / "there", tmp_path / "here"
+    for seed, dice in ((0, 0.2), (1, 0.4)):
+        finish(there, seed, PHANTOM, PHANTOM, "SourceOnlyTrainer", dice)
+    finish(there, 0, PHANTOM, PHANTOM, "CISFATrainer", 0.6)
+    finish(there, 0, UPPER, PHANTOM, "SupervisedTrainer", 0.9)
+    finish(there, 0, PAIR, PAIR, "CASTTrainer", math.nan, "totalseg")
+    table.main(["-o", str(there), "--only_table", "-seeds", "0", "1"])
+    recorded = there / "table.json"
+    assert str(tmp_path) not in recorded.read_text()
+    finish(here, 0, PHANTOM, PHANTOM, "CISFATrainer", 0.7)  # counts instead of its record
+    capsys.readouterr()
+    table.main(["-o", str(here), "--only_table", "-groups", "phantom", "-seeds", "0", "-with", str(recorded)])
+
+    text = capsys.readouterr().out
+    overview = {line.split("|")[1].strip(): [c.strip() for c in line.split("|")[2:-1]]
+                for line in text.split("\n\n")[1].splitlines()[1:]}  # fmt: skip
+    assert overview["lower bound"] == ["0.300 ± 0.141", "–"] and overview["upper bound"] == ["0.900", "–"]
+    assert overview["CISFATrainer"] == ["0.700 (67 %)", "–"] and overview["CASTTrainer"] == ["–", "–"]
+    assert "upper bound: SupervisedTrainer on Dataset511_PhantomSupervised" in text and text.count("Transductive") == 1
+    with open(here / "table.csv", newline="") as file:
+        rows = {(row["test"], row["label"], row["seed"]): row for row in csv.DictReader(file)}
+    assert len(rows) == 5 and rows["phantom_mr2ct", "lower bound", "1"]["assd_mm_left"] == "2.0"
+    # what was put together can be handed on, nothing lost
+    table.main(["-o", str(tmp_path / "third"), "--only_table", "-with", str(here / "table.json")])
+    assert (tmp_path / "third" / "table.json").read_text() == (here / "table.json").read_text()
+
+
+@pytest.mark.parametrize("content", ["[]", '{"runs": [{"test": "phantom_mr2ct"}]}', '{"means": []}'])
+def test_a_file_of_another_kind_is_no_record(table, tmp_path, capsys, content):
+    (tmp_path / "other.json").write_text(content)
+    with pytest.raises(SystemExit):
+        table.main(["-o", str(tmp_path / "out"), "--only_table", "-with", str(tmp_path / "other.json")])
+    assert "other.json is no table.json of this command" in capsys.readouterr().err
 
 
 def test_every_comparison_with_one_schedule_for_all_trainers(table, tmp_path, monkeypatch):

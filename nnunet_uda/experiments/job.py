@@ -81,6 +81,14 @@ class Score:
     memory: float = math.nan
     device_memory: float = math.nan
 
+    @staticmethod
+    def parse(content: dict[str, Any]) -> Score:
+        """Of what ``Job.measure`` writes."""
+        volumes = [Volume(case, {s: {m: _nan(value) for m, value in scores.items()} for s, scores in by.items()})
+                   for case, by in content["metrics"].items()]  # fmt: skip
+        numbers = ("validation_pseudo_dice", "training_seconds", "peak_memory_gib", "peak_device_memory_gib")
+        return Score(volumes, *(_nan(content.get(name)) for name in numbers))
+
 
 @dataclass(frozen=True)
 class Job:
@@ -204,12 +212,7 @@ class Job:
         if not self.predicted() or not path.exists():
             return None
         content = read_json(path)
-        if content.get("made_from") != self._origin():
-            return None
-        volumes = [Volume(case, {s: {m: _nan(value) for m, value in scores.items()} for s, scores in by.items()})
-                   for case, by in content["metrics"].items()]  # fmt: skip
-        numbers = ("validation_pseudo_dice", "training_seconds", "peak_memory_gib", "peak_device_memory_gib")
-        return Score(volumes, *(_nan(content.get(name)) for name in numbers))
+        return Score.parse(content) if content.get("made_from") == self._origin() else None
 
     def measure(self, checkpoint: Path) -> None:
         """Write ``score.json``."""
