@@ -126,6 +126,27 @@ def test_translated_negatives_carry_gradient() -> None:
 
 
 @pytest.mark.parametrize("negatives", ["both", "input"])
+@pytest.mark.parametrize("tau", [0.2, 0.005])  # exp(1 / 0.005) is no float32
+def test_the_gradient_is_that_of_the_equations(negatives: str, tau: float) -> None:
+    weights = torch.tensor([[1.0, 2, 1, 3, 0], [2, 2, 1, 1, 1]])
+    keys = unit(2, 5, 4, seed=1)
+    queries, slow = unit(2, 5, 4).requires_grad_(), unit(2, 5, 4).double().requires_grad_()
+    terms = []
+    for b in range(2):
+        for i in range(5):
+            others = [keys[b, j].double() for j in range(5) if j != i]
+            others += [slow[b, j] for j in range(5) if j != i] if negatives == "both" else []
+            similarities = torch.stack([slow[b, i] @ v for v in (keys[b, i].double(), *others)]) / tau
+            terms.append(weights[b, i] * (similarities.logsumexp(0) - similarities[0]))
+    expected = 3 * torch.stack(terms).mean()
+    loss = 3 * PatchNCELoss(tau, negatives)(queries, keys, weights)
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-5)
+    expected.backward()
+    loss.backward()
+    torch.testing.assert_close(queries.grad.double(), slow.grad, rtol=1e-4, atol=1e-4 / tau)
+
+
+@pytest.mark.parametrize("negatives", ["both", "input"])
 @pytest.mark.parametrize("shape", [(2, 1, 4), (0, 5, 4), (2, 0, 4)])
 def test_without_negatives_or_without_vectors_it_is_zero(negatives: str, shape: tuple[int, ...]) -> None:
     queries = unit(*shape).requires_grad_()

@@ -35,7 +35,6 @@ class CISFASettings(TranslationSettings):
     (docs/results.md).
     """
 
-    gan_schedule: Literal["constant", "linear"] = "constant"
     image_adversarial_weight: float = 1.0
     patch_contrastive_weight: float = 1.0
     patch_contrastive_temperature: float = 0.2
@@ -104,11 +103,8 @@ class CISFATrainer(UDATrainer):
 
     def on_train_epoch_start(self):
         super().on_train_epoch_start()
-        if self.own_settings.gan_schedule == "linear":  # constant for one half, then down to zero
-            factor = min(1.0, 2 * (1 - self.current_epoch / self.num_epochs))
-            for name in ("generator", "image_discriminator", "segmentation_discriminator"):
-                for group in self.optimizers[name].param_groups:
-                    group["lr"] = factor * self.own_settings.gan_learning_rate
+        rate = self.own_settings.gan_rate(self.current_epoch / self.num_epochs)
+        self.set_rate(rate, "generator", "image_discriminator", "segmentation_discriminator")
 
     def translate(self, source: Tensor) -> Tensor:
         return self.networks["generator"](source)

@@ -117,11 +117,8 @@ class CUTTrainer(UDATrainer):
 
     def on_train_epoch_start(self):
         super().on_train_epoch_start()
-        if self.own_settings.gan_schedule == "linear":
-            factor = min(1.0, max(0.0, 2 * (1 - self.current_epoch / self.translation_epochs)))
-            for name in ("generator", "discriminator"):
-                for group in self.optimizers[name].param_groups:
-                    group["lr"] = factor * self.own_settings.gan_learning_rate
+        rate = self.own_settings.gan_rate(self.current_epoch / self.translation_epochs)
+        self.set_rate(rate, "generator", "discriminator")
 
     def reads_target(self) -> bool:
         return self.generator_learns

@@ -243,6 +243,12 @@ class UDATrainer(StoppableTrainer):
         """Adam for the networks of these names."""
         return adam([p for name in names for p in self.networks[name].parameters()], learning_rate, beta1, beta2)
 
+    def set_rate(self, rate: float, *names: str) -> None:
+        """Let the optimisers of these names go on with the learning rate ``rate``."""
+        for name in names:
+            for group in self.optimizers[name].param_groups:
+                group["lr"] = rate
+
     def _build_loss(self):
         if self.settings.segmentation_loss == "dice_ce":
             return super()._build_loss()
@@ -433,6 +439,11 @@ class UDATrainer(StoppableTrainer):
         outputs = {"loss": first, **losses}
         self.step_done(outputs)
         return outputs
+
+    def next_source(self) -> tuple[Tensor, Tensor | list[Tensor]]:
+        """One more batch of source images and labels, for a step that takes several; as ``train_on`` gets them."""
+        batch = next(self.dataloader_train)
+        return self._to_device(batch["data"]), self._to_device(batch["target"])
 
     def update(self, name: str, terms: dict[str, Tensor], max_norm: float | None = None) -> None:
         """One step of the optimiser ``name`` on the sum of ``terms``, each of which is logged under its own name."""
