@@ -8,10 +8,11 @@ The object holds the settings shared by all trainers and, under a method's name,
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import sys
 import types
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 from nnunet_uda.errors import UDAError, nested_deeper, shown
 
@@ -137,8 +138,13 @@ def describe_settings(settings_class: type) -> list[tuple[str, str, Any]]:
 
 
 def _hints(settings_class: type) -> dict[str, Any]:
-    # nnU-Net's finder drops a trainer's module from sys.modules, where get_type_hints would look
-    return get_type_hints(settings_class, settings_class.__init__.__globals__)
+    # Each class by the names of its own module. nnU-Net's finder drops a trainer's module from sys.modules, where
+    # get_type_hints would look; the class's own __init__ knows it.
+    hints: dict[str, Any] = {}
+    for one in reversed(settings_class.__mro__):
+        if dataclasses.is_dataclass(one):
+            hints |= inspect.get_annotations(one, globals=one.__init__.__globals__, eval_str=True)
+    return hints
 
 
 def _options(hint: Any) -> tuple[Any, ...]:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import importlib
 import json
+import sys
 from dataclasses import dataclass
 from typing import Literal
 
@@ -26,6 +28,25 @@ def test_values_override_defaults_and_integers_pass_as_numbers():
     assert settings == Example(3, 2.0, "b", True, 4)
     assert isinstance(settings.rate, float)
     assert parse_settings(Example, {"seed": None}, "x").seed is None
+
+
+def test_inherited_settings_are_read_by_the_names_of_their_own_module(tmp_path, monkeypatch):
+    """And of a module that is gone, as nnU-Net's finder leaves a trainer's."""
+    text = "from __future__ import annotations\nfrom dataclasses import dataclass\n"
+    (tmp_path / "base_settings.py").write_text(
+        f"{text}from typing import Literal as Choice\n\n@dataclass(frozen=True)\nclass Base:\n"
+        "    kind: Choice['a', 'b'] = 'a'\n"
+    )
+    (tmp_path / "own_settings.py").write_text(
+        f"{text}from base_settings import Base\n\n@dataclass(frozen=True)\nclass Own(Base):\n    count: int = 1\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    own = importlib.import_module("own_settings").Own
+    for name in ("own_settings", "base_settings"):
+        monkeypatch.delitem(sys.modules, name)
+    assert parse_settings(own, {"kind": "b", "count": 2}, "x") == own("b", 2)
+    with pytest.raises(UDAError, match="'kind' must be one of 'a', 'b'"):
+        parse_settings(own, {"kind": "c"}, "x")
 
 
 @pytest.mark.parametrize(
