@@ -160,6 +160,7 @@ class Steps:
         trainer, losses, seconds = self.trainer, [], []
         for number in batches:
             trainer.dataloader_target = iter(self.targets[number % BATCHES :][:1])
+            trainer.dataloader_train = itertools.cycle(self.sources[number % BATCHES :] + self.sources)  # for more
             seed_everything(self.seed + number)
             synchronise(trainer.device)
             start = time.perf_counter()

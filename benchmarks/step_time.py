@@ -11,6 +11,7 @@ it takes beyond the sum of those: losses, optimisers, logging. Nothing is writte
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -105,6 +106,7 @@ class Measured:
         if getattr(trainer, "needs_target", False):
             targets = [next(trainer.dataloader_target) for _ in range(BATCHES)]
             trainer.dataloader_target = iter(targets * (steps + BATCHES))
+        trainer.dataloader_train = itertools.cycle(self.batches)  # of which a step may take more
         for batch in self.batches[:2]:
             trainer.train_step(batch)
         self.times: list[float] = []
@@ -154,7 +156,7 @@ class _Timed:
 
 def loader_wait(trainer, steps: int, device: torch.device) -> float:
     """Share of the time of ``steps`` steps that a training with live loaders waits for batches."""
-    source = _Timed(trainer.dataloader_train)
+    source = trainer.dataloader_train = _Timed(trainer.dataloader_train)  # of which a step may take more
     loaders = [source]
     if getattr(trainer, "needs_target", False):
         trainer.dataloader_target = _Timed(trainer.dataloader_target)

@@ -30,6 +30,7 @@ from nnunet_uda.losses.structure import shared_information
 from nnunet_uda.losses.supervised_contrastive import supervised_contrastive_loss
 from nnunet_uda.losses.uncertainty import normalised_entropy, uncertain_segmentation_loss
 from nnunet_uda.networks.clip import Encoded, clip_shape, read_clip_weights
+from nnunet_uda.networks.instance_norm import use_fast_instance_norm
 from nnunet_uda.networks.patch_projector import PatchProjector
 from nnunet_uda.networks.projection_head import ProjectionHead
 from nnunet_uda.networks.uuds_network import Generated, UUDSNetwork
@@ -168,7 +169,7 @@ class UUDSTrainer(CompositeTrainer):
         where = f"plans {plans_manager.plans_name!r}, key 'uda'"
         _, own = split_settings(plans_manager.plans.get("uda", {}), cls.method, where)
         settings = parse_settings(cls.method_settings, own | cls.fixed_settings, f"{where}.{cls.method}")
-        return UUDSNetwork(
+        network = UUDSNetwork(
             settings.shape,
             num_input_channels,
             num_output_channels,
@@ -181,6 +182,7 @@ class UUDSTrainer(CompositeTrainer):
             settings.generator_skips == "normalised",
             enable_deep_supervision,
         )
+        return use_fast_instance_norm(network)
 
     def initialize(self):
         self._refuse_unsupported()

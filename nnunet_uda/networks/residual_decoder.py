@@ -10,8 +10,6 @@ from dynamic_network_architectures.initialization.weight_init import InitWeights
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nnunet_uda.networks.instance_norm import InstanceNorm2d
-
 
 class ResidualDecoder(nn.Module):
     """One residual block a level; between levels nearest upsampling by 2. Instance norm, LeakyReLU.
@@ -27,7 +25,7 @@ class ResidualDecoder(nn.Module):
         before = [in_channels, *widths[:-1]]
         self.blocks = nn.ModuleList(
             BasicBlockD(
-                nn.Conv2d, below + side, width, 3, 1, conv_bias=True, norm_op=InstanceNorm2d,
+                nn.Conv2d, below + side, width, 3, 1, conv_bias=True, norm_op=nn.InstanceNorm2d,
                 norm_op_kwargs={"affine": True}, nonlin=nn.LeakyReLU, nonlin_kwargs={"inplace": True},
             )
             for below, side, width in zip(before, side_channels, widths, strict=True)
