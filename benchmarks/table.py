@@ -20,11 +20,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
+from criteria import correlation
 from tasks import TASKS, Task, add_data_argument, make_task
 
 from nnunet_uda.commands.compare import (
@@ -35,11 +38,13 @@ from nnunet_uda.commands.compare import (
     Method,
     Row,
     bars,
+    dice_of,
     summarise_methods,
     test_tables,
     write_runs,
 )
 from nnunet_uda.commands.demo import Demo
+from nnunet_uda.commands.evaluate_unsupervised import COLUMNS
 from nnunet_uda.data.convention import read_json
 from nnunet_uda.errors import UDAError, command
 from nnunet_uda.evaluation.compare_plot import draw_comparison
@@ -233,7 +238,8 @@ def as_record(row: Row, score: Score) -> dict:
         "dataset": row.method.dataset, "plans": job.plans, "configuration": job.configuration, "fold": job.fold,
         "device": job.device, "labels": labels.structures, "transductive": job.test.transductive,
         "validation_pseudo_dice": score.pseudo_dice, "training_seconds": score.seconds,
-        "peak_memory_gib": score.memory, "peak_device_memory_gib": score.device_memory, "metrics": metrics,
+        "peak_memory_gib": score.memory, "peak_device_memory_gib": score.device_memory, "criteria": score.criteria,
+        "metrics": metrics,
     })  # fmt: skip
 
 
@@ -262,6 +268,28 @@ def read_records(path: Path) -> list[tuple[Row, Score]]:
         ) from error
 
 
+def criteria_table(rows: Sequence[Row], scores: dict[str, Score], tests: Sequence[str]) -> dict:
+    """How the criteria without labels order a test's runs, by Spearman's correlation with the Dice on the target.
+
+    The upper bound's runs are left out: they are trained on target labels.
+    """
+
+    def cell(name: str, test: str) -> str:
+        found = [scores[row.job.name] for row in rows if row.method.test == test and row.method.label != UPPER]
+        values = np.array([score.criteria.get(name, math.nan) for score in found])
+        rho = correlation(values, np.array([dice_of(score) for score in found]), COLUMNS[name])
+        return "–" if math.isnan(rho) else f"{rho:.2f} ({np.isfinite(values).sum()} runs)"
+
+    lines = [[name, *(cell(name, test) for test in tests)] for name in COLUMNS]
+    return {
+        "caption": "Rank correlation of the criteria with the Dice, over last checkpoints",
+        "header": ["criterion", *tests],
+        "rows": lines,
+        "notes": ["Running means that training measured on fixed target patches; pseudo_dice on (translated) source "
+                  "validation patches. 1 is a perfect criterion; upper bounds are left out."],
+    }  # fmt: skip
+
+
 def write_table(
     folder: Path, every: Sequence[Comparison], trainers: Sequence[str], recorded: Sequence[tuple[Row, Score]] = ()
 ) -> str:
@@ -286,7 +314,8 @@ def write_table(
     cells = [replace(entry, planned=seeds[entry.method.test]) for entry in summarise_methods(rows, named)]
     blocks = [markdown_table(overview(cells, [label for label in labels if any(
         entry.method.label == label for entry in cells)], tests))]  # fmt: skip
-    text = "\n\n".join([*blocks, *test_tables(rows, cells), *RULES]) + "\n"
+    blocks += [*test_tables(rows, cells), markdown_table(criteria_table(rows, named, tests))]
+    text = "\n\n".join([*blocks, *RULES]) + "\n"
     folder.mkdir(parents=True, exist_ok=True)
     with whole_file(folder / "table.md") as temporary:
         temporary.write_text(text, encoding="utf-8")

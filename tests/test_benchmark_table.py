@@ -18,16 +18,18 @@ from nnunet_uda.files import write_json
 @pytest.fixture
 def table(monkeypatch):
     monkeypatch.syspath_prepend(str(REPOSITORY / "benchmarks"))
-    for name in ("table", "tasks"):
+    for name in ("table", "tasks", "criteria"):
         monkeypatch.delitem(sys.modules, name, raising=False)
-    for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results", "nnUNet_extTrainer", "nnUNet_def_n_proc"):
+    for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results", "nnUNet_extTrainer"):
         monkeypatch.setenv(name, "")  # put back what the script sets
+    monkeypatch.setenv("nnUNet_def_n_proc", "1")
     import table
 
     return table
 
 
-def finish(folder, seed: int, dataset: str, test: str, trainer: str, dice: float, group: str = "phantom") -> Job:
+def finish(folder, seed: int, dataset: str, test: str, trainer: str, dice: float, group: str = "phantom",
+           **criteria: float) -> Job:  # fmt: skip
     """A finished run with nnU-Net's folders below ``folder/seed_N``."""
     root = folder / f"seed_{seed}"
     cases = TargetTest(["x"], root / "labelsTs", Labels({"left": 1}, None, ".nii.gz"), None, group == "totalseg")
@@ -47,7 +49,7 @@ def finish(folder, seed: int, dataset: str, test: str, trainer: str, dice: float
     write_json(checkpoint, predictions / "made_from.json")
     content = {
         "made_from": {**checkpoint, "references": {"x": stamp(cases.reference / "x.nii.gz")}},
-        "validation_pseudo_dice": 0.5, "training_seconds": 60.0,
+        "validation_pseudo_dice": 0.5, "training_seconds": 60.0, "criteria": criteria,
         "metrics": {"x": {"left": dict(zip(METRICS, (dice, 2.0, 4.0), strict=True))}},
     }  # fmt: skip
     job.write()
@@ -90,6 +92,29 @@ def test_seeds_and_tasks_come_together(table, tmp_path, capsys):
     ]  # fmt: skip
     assert float(rows[3]["gap_closed_percent"]) == pytest.approx(250 / 3)
     assert (tmp_path / "table.png").stat().st_size > 1000
+
+
+def test_criteria_are_ranked_against_the_target_without_the_upper_bounds(table, tmp_path):
+    runs = {"SourceOnlyTrainer": (0.2, {"pseudo_dice": 0.9}),
+            "EntMinTrainer": (0.3, {"agreement": 0.5, "entropy": 0.1}),
+            "CUTTrainer": (0.5, {"agreement": 0.7, "entropy": 0.2, "pseudo_dice": 0.8}),
+            "CISFATrainer": (0.7, {"agreement": 0.8, "entropy": 0.4, "pseudo_dice": 0.7})}  # fmt: skip
+    for trainer, (dice, criteria) in runs.items():
+        finish(tmp_path, 0, PHANTOM, PHANTOM, trainer, dice, **criteria)
+    finish(tmp_path, 0, UPPER, PHANTOM, "SupervisedTrainer", 0.9, agreement=0.0, entropy=0.9, pseudo_dice=1.0)
+    table.main(["-o", str(tmp_path), "--only_table", "-seeds", "0"])
+    for text in ((tmp_path / "table.md").read_text(), again(table, tmp_path)):
+        ranked = text[text.index("Rank correlation of the criteria") :]
+        cells = {line.split("|")[1].strip(): line.split("|")[2].strip()
+                 for line in ranked.splitlines() if line.startswith("|")}  # fmt: skip
+        assert cells["agreement"] == "1.00 (3 runs)" and cells["entropy"] == "-1.00 (3 runs)"
+        assert cells["pseudo_dice"] == "-1.00 (3 runs)" and cells["snd"] == "–"
+
+
+def again(table, folder) -> str:
+    """The tables of a folder's records alone."""
+    table.main(["-o", str(folder / "again"), "--only_table", "-with", str(folder / "table.json")])
+    return (folder / "again" / "table.md").read_text()
 
 
 def test_recorded_runs_of_another_machine_join_the_table(table, tmp_path, capsys):

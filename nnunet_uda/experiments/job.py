@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 from contextlib import redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +73,8 @@ class Score:
         seconds: sum over epochs of their duration.
         memory: peak resident memory of the training process in GiB, NaN where ``nnUNetUDA_train`` did not train it.
         device_memory: peak memory allocated on a CUDA device in GiB, NaN without one.
+        criteria: the running means of the criteria without labels after the last epoch, which ``checkpoint_best``
+            follows; those that training measured.
     """
 
     volumes: list[Volume]
@@ -80,6 +82,7 @@ class Score:
     seconds: float = math.nan
     memory: float = math.nan
     device_memory: float = math.nan
+    criteria: dict[str, float] = field(default_factory=dict)
 
     @staticmethod
     def parse(content: dict[str, Any]) -> Score:
@@ -87,7 +90,8 @@ class Score:
         volumes = [Volume(case, {s: {m: _nan(value) for m, value in scores.items()} for s, scores in by.items()})
                    for case, by in content["metrics"].items()]  # fmt: skip
         numbers = ("validation_pseudo_dice", "training_seconds", "peak_memory_gib", "peak_device_memory_gib")
-        return Score(volumes, *(_nan(content.get(name)) for name in numbers))
+        criteria = {name: _nan(value) for name, value in content.get("criteria", {}).items()}
+        return Score(volumes, *(_nan(content.get(name)) for name in numbers), criteria)
 
 
 @dataclass(frozen=True)
@@ -217,13 +221,15 @@ class Job:
     def measure(self, checkpoint: Path) -> None:
         """Write ``score.json``."""
         from nnunet_uda.training.checkpoint import read_checkpoint
+        from nnunet_uda.training.model_choice import running_means
 
         labels = self.test.labels
         metrics = evaluate_folder(
             self.test.reference, self.folder / "predictions", labels.structures, labels.file_ending, self.test.cases,
             labels.ignore, self.num_processes,
         )  # fmt: skip
-        logging = read_checkpoint(checkpoint)["logging"]
+        content = read_checkpoint(checkpoint)
+        logging, history = content["logging"], content.get("uda", {}).get("criteria", {})
         times = zip(logging["epoch_start_timestamps"], logging["epoch_end_timestamps"], strict=True)
         cost = read_json(self.trained / COST) if (self.trained / COST).exists() else {}
         content = {
@@ -231,6 +237,7 @@ class Job:
             "validation_pseudo_dice": float(logging["mean_fg_dice"][-1]),
             "training_seconds": float(sum(end - start for start, end in times)),
             **cost,
+            "criteria": {name: running_means(name, values)[-1] for name, values in history.items() if values},
             "metrics": metrics,
         }
         write_json(jsonable(content), self.folder / "score.json")
