@@ -5,9 +5,10 @@
 Makes the tasks (``tasks.py``), writes plans with one schedule for all trainers, and starts ``nnUNetUDA_compare`` for
 each group of tasks and each seed; the phantom in 2D has the seeds of ``-seeds``, everything else one. In 3D
 (``phantom_3d``) a step takes several times as long, so the networks are half as wide and the schedule half as long.
-``phantom_long`` gives CAST, whose step is cheaper, about the time that the prototypes have in ``phantom``. Then
-table.md, table.csv and table.png in FOLDER. The same command goes on where it was stopped; ``--only_table`` puts
-together what is finished, at any time. Each run keeps a checkpoint of every epoch, which is what ``criteria.py`` needs.
+``phantom_long`` gives CAST, whose step is cheaper, about the time that the prototypes have in ``phantom``;
+``phantom_styles`` and ``brain_styles`` give RandomStyle, whose step is the cheapest, about CISFA's. Then table.md,
+table.csv and table.png in FOLDER. The same command goes on where it was stopped; ``--only_table`` puts together what is
+finished, at any time. Each run keeps a checkpoint of every epoch, which is what ``criteria.py`` needs.
 
 table.json in FOLDER records every finished run with the scores of each test case. ``-with RECORDED.json`` adds the
 runs of such a file, which another machine may have written, to the tables; a run that FOLDER holds itself counts
@@ -102,17 +103,24 @@ class Group:
         return [name for name in trainers if name in self.trainers or name not in TRAINERS]
 
 
-PHANTOMS = ("phantom_mr2ct", "phantom_ct2mr")
+PHANTOMS, BRAINS = ("phantom_mr2ct", "phantom_ct2mr"), ("brain_t12t2", "brain_t22t1")
 GROUPS = {
     "phantom": Group(PHANTOMS, 100, every_seed=True),
     "phantom_long": Group(
         PHANTOMS, 180, plans="nnUNetPlansTableLong", trainers=("CASTTrainer",), every_seed=True, suffix="_long"
     ),
+    "phantom_styles": Group(
+        PHANTOMS, 500, plans="nnUNetPlansTableStyles", trainers=("RandomStyleTrainer",), every_seed=True,
+        suffix="_styles",
+    ),
     "phantom_3d": Group(
         PHANTOMS, 50, "3d_fullres", (16, 48, 48), 8, "nnUNetPlansTable3D",
         tuple(name for name in TRAINERS if name not in FLAT), suffix="_3d",
     ),
-    "brain": Group(("brain_t12t2", "brain_t22t1"), 200),  # after 100 the lower bound lacked structures on its source
+    "brain": Group(BRAINS, 200),  # after 100 the lower bound lacked structures on its source
+    "brain_styles": Group(
+        BRAINS, 1000, plans="nnUNetPlansTableStyles", trainers=("RandomStyleTrainer",), suffix="_styles"
+    ),
     "vs": Group(("vs",)),
     "totalseg": Group(("totalseg",)),
 }  # fmt: skip

@@ -202,6 +202,22 @@ def test_the_longer_schedule_is_cast_s_alone(table, tmp_path, monkeypatch):
     assert not ran
 
 
+@pytest.mark.parametrize(("group", "datasets"), [("phantom_styles", ("501", "502")), ("brain_styles", ("531", "532"))])
+def test_random_styles_alone_get_the_time_of_cisfa_s_steps(table, tmp_path, monkeypatch, group, datasets):
+    ran = []
+    monkeypatch.setattr(table, "make_task", lambda *_: None)
+    monkeypatch.setattr(table.Demo, "run", lambda demo, *words: ran.append(words))
+    finish(tmp_path, 3, PHANTOM, PHANTOM, "RandomStyleTrainer", 0.5)
+    table.main(["-o", str(tmp_path), "-groups", group, "phantom", "-seeds", "3", "-data", str(tmp_path)])
+    (compared,) = (words for words in ran if words[0] == "nnUNetUDA_compare" and "nnUNetPlansTableStyles" in words)
+    assert compared[1:4] == ("-d", *datasets)
+    assert compared[compared.index("-tr") + 1 : compared.index("-f")] == ("RandomStyleTrainer",)
+    iterations = {next(w for w in words if "iterations_per_epoch" in w) for words in ran
+                  if "nnUNetPlansTableStyles" in words and "-set" in words}  # fmt: skip
+    usual = table.GROUPS[group.removesuffix("_styles")].iterations
+    assert iterations == {f"iterations_per_epoch={5 * usual}"}
+
+
 def test_in_3d_the_same_scans_are_preprocessed_once_and_what_is_2d_only_is_left_out(table, tmp_path, monkeypatch):
     ran = []
     monkeypatch.setattr(table, "make_task", lambda *_: (tmp_path / "seed_3").mkdir(exist_ok=True))
