@@ -18,8 +18,9 @@ NAMES = [
     "PrototypesBaselineTrainer", "PrototypesNoSimilarityTrainer", "PrototypesNoContrastTrainer",
     "UUDSTrainer", "UUDSAdversarialTrainer", "UUDSNoDomainPromptTrainer", "UUDSNoSegmentationPromptTrainer",
     "UUDSNoUncertaintyTrainer",
-    "CASTTrainer", "CASTNoTranslationTrainer", "CASTNoStyleTrainer", "CASTNoRandomStyleTrainer",
-    "CASTNoSelfTrainingTrainer", "RandomStyleTrainer", "CUTTrainer", "EntMinTrainer", "ADVENTTrainer",
+    "CASTTrainer", "CASTNoTranslationTrainer", "CASTNoSemanticTrainer", "CASTNoStyleTrainer",
+    "CASTNoRandomStyleTrainer", "CASTNoSelfTrainingTrainer", "RandomStyleTrainer", "CUTTrainer", "EntMinTrainer",
+    "ADVENTTrainer",
 ]  # fmt: skip
 FIND = f"""
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name

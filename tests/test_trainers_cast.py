@@ -16,8 +16,8 @@ from nnunet_uda.losses.prototypes import IGNORED
 
 TINY = {"cast__generator_width": 4, "cast__generator_blocks": 2, "cast__discriminator_width": 4, "cast__patches": 16,
         "criterion_patches": 2}  # fmt: skip
-TERMS = {"loss", "patch_contrastive", "style_diversity", "generator_adversarial", "segmentation", "self_training",
-         "image_discriminator"}  # fmt: skip
+TERMS = {"loss", "patch_contrastive", "style_diversity", "semantic", "generator_adversarial", "segmentation",
+         "self_training", "image_discriminator"}  # fmt: skip
 
 
 def made(name: str = "CASTTrainer", **options):
@@ -39,7 +39,7 @@ def trusting(trainer):
 
 
 def test_one_step_trains_everything_but_the_teacher_who_is_averaged(in_workspace):
-    trainer = trusting(started())
+    trainer = trusting(started(cast__student_updates=1))
     before = {name: parameters(network) for name, network in trainer.networks.items()}
     teacher = parameters(trainer.network)
     losses = trainer.train_step(next(trainer.dataloader_train))
@@ -62,7 +62,7 @@ def test_updates_touch_their_own_networks_alone(in_workspace):
     source, label, target = batch(trainer)
     translated = trainer.translate(source).detach()
     steps = {
-        ("generator", "patch_projector"): lambda: trainer.update_generator(source, label[0], target),
+        ("generator", "patch_projector"): lambda: trainer.update_generator(source, label),
         ("student",): lambda: trainer.update_student(source, translated, label, target),
         ("image_discriminator",): lambda: trainer.update_discriminator(translated, target),
         ("teacher",): trainer.update_teacher,
@@ -73,6 +73,37 @@ def test_updates_touch_their_own_networks_alone(in_workspace):
         step()
         for name, network in networks.items():
             assert bool(changed(before[name], network)) == (name in touched), (name, touched)
+
+
+def test_the_generator_learns_to_keep_what_the_student_segments(in_workspace):
+    """With nothing else to learn, the student's loss on translations falls, and the student stays as it is."""
+    only = {"cast__patch_contrastive_weight": 0, "cast__style_diversity_weight": 0, "cast__image_adversarial_weight": 0}
+    trainer = started(cast__gan_learning_rate=1e-2, **only)
+    source, label, _ = batch(trainer)
+    student = parameters(trainer.networks["student"])
+    losses = []
+    for _ in range(12):
+        trainer.update_generator(source, label)
+        losses.append(trainer._terms["semantic"].item())
+    assert losses[-1] < losses[0] - 0.02
+    assert not changed(student, trainer.networks["student"])
+    assert all(p.requires_grad and p.grad is None for p in trainer.networks["student"].parameters())
+
+
+def test_a_step_may_update_the_student_several_times_on_as_many_source_batches(in_workspace, monkeypatch):
+    trainer = trusting(started(cast__student_updates=3))
+    source, label, target = batch(trainer)
+    seen, labelled = [], []
+    update, pseudo_label = trainer.update_student, trainer.pseudo_label
+    monkeypatch.setattr(trainer, "update_student", lambda *given: seen.append(given) or update(*given))
+    monkeypatch.setattr(trainer, "pseudo_label", lambda images: labelled.append(images) or pseudo_label(images))
+    trainer.train_on(source, label, target)
+    assert trainer.networks["average"].steps == 3 and len(seen) == 3
+    sources, translations, _, targets = zip(*seen, strict=True)
+    assert sources[0] is source and not any(torch.equal(source, other) for other in sources[1:])
+    assert all(torch.isfinite(t).all() and not torch.equal(s, t) for s, t in zip(sources, translations, strict=True))
+    assert targets == (target, None, None) and len(labelled) == 1, "a target image is learned once a step"
+    assert trainer._terms["self_training"] > 0
 
 
 def test_styles_are_drawn_outside_of_mixed_precision(in_workspace):
@@ -182,7 +213,7 @@ def test_the_discriminator_sees_translations_without_random_styles(in_workspace,
     source, label, target = batch(trainer)
     seen = {}
     student, discriminator = trainer.update_student, trainer.update_discriminator
-    monkeypatch.setattr(
+    monkeypatch.setattr(  # the last update's, where a step has several
         trainer, "update_student", lambda s, t, *rest: seen.update(before=t.clone()) or student(s, t, *rest)
     )
     monkeypatch.setattr(
@@ -195,8 +226,9 @@ def test_the_discriminator_sees_translations_without_random_styles(in_workspace,
 @pytest.mark.parametrize(
     ("name", "missing"),
     [
-        ("CASTNoTranslationTrainer", {"patch_contrastive", "style_diversity", "generator_adversarial",
+        ("CASTNoTranslationTrainer", {"patch_contrastive", "style_diversity", "semantic", "generator_adversarial",
                                       "image_discriminator"}),
+        ("CASTNoSemanticTrainer", {"semantic"}),
         ("CASTNoStyleTrainer", {"style_diversity"}),
         ("CASTNoRandomStyleTrainer", set()),
         ("CASTNoSelfTrainingTrainer", {"self_training"}),

@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -43,23 +44,30 @@ class CASTSettings(StyleAugmentationSettings, TranslationSettings):
     in random styles, short schedules ended before the student had learned its labels. ``start_score`` and
     ``plausible_factor``: see ``SelfTraining``; a teacher that starts with 0.7 teaches its errors (docs/results.md).
     ``ramp_share`` is the share of the schedule over which the weight of pseudo labels rises to
-    ``self_training_weight``. A teacher looks at an image ``views`` times.
+    ``self_training_weight``. A teacher looks at an image ``views`` times. A step updates the student
+    ``student_updates`` times, each time on another batch of source images (on the target's once): translations change
+    under it, and its own pass is the cheapest part of a step.
     """
 
     translation: bool = True
     style_codes: bool = True
     random_styles: bool = True
     self_training: bool = True
+    generator_skips: bool = True
+    gan_learning_rate: float = 5e-4
+    gan_schedule: Literal["constant", "linear"] = "linear"
     image_adversarial_weight: float = 1.0
     patch_contrastive_weight: float = 1.0
     patch_contrastive_temperature: float = 0.2
     foreground_weight: float = 2.0
+    semantic_weight: float = 1.0
     style_dim: int = 8
     style_diversity_weight: float = 1.0
     style_diversity_margin: float = 0.1
     styled_share: float = 0.25
     teacher_decay: float = 0.99
     views: int = 2
+    student_updates: int = 2
     confidence: float = 0.9
     start_score: float = 0.9
     plausible_factor: float = 10.0
@@ -69,12 +77,12 @@ class CASTSettings(StyleAugmentationSettings, TranslationSettings):
     def __post_init__(self) -> None:
         for inherited in (StyleAugmentationSettings, TranslationSettings):
             inherited.__post_init__(self)
-        for name in ("style_dim", "views", "plausible_factor", "foreground_weight"):
+        for name in ("style_dim", "views", "student_updates", "plausible_factor", "foreground_weight"):
             require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
         for name in ("patch_contrastive_temperature", "style_diversity_margin"):
             require(getattr(self, name) > 0, name, "positive", getattr(self, name))
-        for name in ("image_adversarial_weight", "patch_contrastive_weight", "style_diversity_weight",
-                     "self_training_weight"):  # fmt: skip
+        for name in ("image_adversarial_weight", "patch_contrastive_weight", "semantic_weight",
+                     "style_diversity_weight", "self_training_weight"):  # fmt: skip
             require(getattr(self, name) >= 0, name, "at least 0", getattr(self, name))
         for name in ("styled_share", "confidence", "start_score", "ramp_share"):
             require(0 <= getattr(self, name) <= 1, name, "between 0 and 1", getattr(self, name))
@@ -121,7 +129,7 @@ class CASTTrainer(UDATrainer):
         generator = StyleResnetGenerator(
             channels, len(patch_size), settings.generator_width, settings.generator_blocks,
             self.configuration_manager.pool_op_kernel_sizes[1:3],  # the segmenter's own strides: thin axes stay whole
-            style_dim=settings.style_dim,
+            style_dim=settings.style_dim, skips=settings.generator_skips,
         )  # fmt: skip
         self.patch_contrastive = PatchNCELoss(settings.patch_contrastive_temperature)
         return {
@@ -171,6 +179,9 @@ class CASTTrainer(UDATrainer):
     def on_train_epoch_start(self):
         super().on_train_epoch_start()
         self.network.eval()  # the teacher is never trained
+        if self.own_settings.translation:
+            rate = self.own_settings.gan_rate(self.current_epoch / self.num_epochs)
+            self.set_rate(rate, "generator", "image_discriminator")
 
     def on_validation_epoch_end(self, val_outputs: list[dict]):
         super().on_validation_epoch_end(val_outputs)
@@ -205,21 +216,25 @@ class CASTTrainer(UDATrainer):
     def train_on(self, source: Tensor, label: Tensor | list[Tensor], target: Tensor | None) -> None:
         translated = None
         if self.own_settings.translation:
-            self.update_generator(source, self.finest(label), target)
-            with torch.no_grad(), self.autocast():
-                translated = self.networks["generator"](source, self.draw_codes(len(source)))  # with the new weights
-        self.update_student(source, translated, label, target)
+            self.update_generator(source, label)
+        for update in range(self.own_settings.student_updates):
+            if update > 0:
+                source, label = self.next_source()
+            if self.own_settings.translation:
+                with torch.no_grad(), self.autocast():  # with the new weights
+                    translated = self.networks["generator"](source, self.draw_codes(len(source)))
+            self.update_student(source, translated, label, target if update == 0 else None)
+            self.update_teacher()
         if self.own_settings.translation:
             self.update_discriminator(translated, target)
-        self.update_teacher()
 
     def draw_codes(self, number: int) -> Tensor:
         """Random style codes; without style codes the middle one."""
         codes = self.networks["generator"].draw_codes(number)
         return codes if self.own_settings.style_codes else torch.zeros_like(codes)
 
-    def update_generator(self, source: Tensor, label: Tensor, target: Tensor) -> None:
-        """Fool the discriminator, keep the shapes, listen to the style code."""
+    def update_generator(self, source: Tensor, label: Tensor | list[Tensor]) -> None:
+        """Fool the discriminator, keep shapes and what the student needs to find them, listen to the style code."""
         settings, generator = self.own_settings, self.networks["generator"]
         terms = {}
         with self.autocast(), frozen(self.networks["image_discriminator"]):
@@ -229,7 +244,7 @@ class CASTTrainer(UDATrainer):
             if settings.patch_contrastive_weight > 0:
                 loss = layers_patch_nce(
                     self.patch_contrastive, self.networks["patch_projector"], features, generator.encode(translated),
-                    label, settings.foreground_weight,
+                    self.finest(label), settings.foreground_weight,
                 )  # fmt: skip
                 terms["patch_contrastive"] = settings.patch_contrastive_weight * loss
             if settings.style_codes and settings.style_diversity_weight > 0:
@@ -237,18 +252,21 @@ class CASTTrainer(UDATrainer):
                 other = generator.decode(features, other_code)
                 loss = style_diversity_loss(translated, other, code, other_code, settings.style_diversity_margin)
                 terms["style_diversity"] = settings.style_diversity_weight * loss
+            if settings.semantic_weight > 0:
+                with frozen(self.student):
+                    terms["semantic"] = settings.semantic_weight * self.loss(self.study(translated), label)
             logits = self.networks["image_discriminator"](translated)
             terms["generator_adversarial"] = settings.image_adversarial_weight * lsgan_loss(logits, is_real=True)
         self.update("generator", terms)
 
     def update_student(
-        self, source: Tensor, translated: Tensor | None, label: Tensor | list[Tensor], target: Tensor
+        self, source: Tensor, translated: Tensor | None, label: Tensor | list[Tensor], target: Tensor | None
     ) -> None:
-        """Learn source labels on source images and translations, pseudo labels on target images."""
+        """Learn source labels on source images and translations, and pseudo labels on target images if there are."""
         if self.own_settings.self_training:
             self.networks["self_training"].observe_source(self.finest(label))
         images = self.labelled_images(source, translated, self.finest(label))
-        weight = self.self_training_weight
+        weight = 0.0 if target is None else self.self_training_weight
         seen, pseudo_label = target, None
         if weight > 0:
             pseudo_label = self.pseudo_label(target)
@@ -257,7 +275,7 @@ class CASTTrainer(UDATrainer):
         terms = {}
         with self.autocast():
             terms["segmentation"] = self.loss(self.study(images), label)
-            if self.own_settings.self_training:
+            if self.own_settings.self_training and target is not None:
                 loss = images.new_zeros(())
                 if weight > 0:
                     loss = pseudo_label_loss(self.finest(self.study(seen)), pseudo_label)
@@ -341,6 +359,12 @@ class CASTNoTranslationTrainer(CASTTrainer):
     """Restyled source images and self-training alone."""
 
     fixed_settings = {"translation": False}
+
+
+class CASTNoSemanticTrainer(CASTTrainer):
+    """The generator does not learn from the student's loss."""
+
+    fixed_settings = {"semantic_weight": 0.0}
 
 
 class CASTNoStyleTrainer(CASTTrainer):

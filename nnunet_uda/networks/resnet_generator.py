@@ -92,6 +92,7 @@ class ResnetGenerator(nn.Module):
         num_blocks: residual blocks, at least 1.
         strides: one stride per axis for each strided convolution; None is two of stride 2 on every axis. Anisotropic
             3D, for instance: ((1, 2, 2), (2, 2, 2)).
+        skips: join every upsampled map with the encoder's map of its size, as in a U-Net; the paper's has none.
     """
 
     def __init__(
@@ -101,6 +102,7 @@ class ResnetGenerator(nn.Module):
         width: int = 64,
         num_blocks: int = 9,
         strides: Sequence[Sequence[int]] | None = None,
+        skips: bool = False,
     ) -> None:
         super().__init__()
         if dimension not in (2, 3):
@@ -121,7 +123,8 @@ class ResnetGenerator(nn.Module):
         self.stem = self._stage(num_channels, width, outer_kernel)
         self.down = nn.ModuleList(self._stage(low, high, kernel, stride) for low, high, stride in levels)
         self.blocks = nn.ModuleList(ResidualBlock(channels[-1], kernel) for _ in range(num_blocks))
-        self.up = nn.ModuleList(self._stage(high, low, kernel) for low, high, _ in reversed(levels))
+        self.skips = skips
+        self.up = nn.ModuleList(self._stage(high + skips * low, low, kernel) for low, high, _ in reversed(levels))
         self.head = ReflectConv(width, num_channels, outer_kernel, bias=True)
         self.feature_channels: list[int] = [num_channels, *channels, channels[-1]]
 
@@ -151,16 +154,23 @@ class ResnetGenerator(nn.Module):
             hidden = block(hidden)
         return [*features, hidden]
 
-    def late_stages(self, features: list[Tensor]) -> list[tuple[nn.Module, Sequence[int] | None]]:
-        """What lies between ``encode``'s last feature and the head, each with the size to interpolate to before it."""
+    def late_stages(self, features: list[Tensor]) -> list[tuple[nn.Module, Tensor | None]]:
+        """What lies between ``encode``'s last feature and the head, each upsampling with the map of its size."""
         blocks = [(block, None) for block in self.blocks[len(self.blocks) // 2 + 1 :]]
-        return blocks + [(up, low.shape[2:]) for up, low in zip(self.up, reversed(features[1:-2]), strict=True)]
+        return blocks + list(zip(self.up, reversed(features[1:-2]), strict=True))
+
+    def into(self, hidden: Tensor, low: Tensor | None) -> Tensor:
+        """What a late stage gets: ``hidden``, at the size of ``low`` and joined with it if there are skips."""
+        if low is None:
+            return hidden
+        hidden = F.interpolate(hidden, size=low.shape[2:], mode="nearest")
+        return torch.cat((hidden, low), 1) if self.skips else hidden
 
     def decode(self, features: list[Tensor]) -> Tensor:
         """The translation [B, num_channels, *S] of the image whose features ``encode`` returned."""
         hidden = features[-1]
-        for stage, size in self.late_stages(features):
-            hidden = stage(hidden if size is None else F.interpolate(hidden, size=size, mode="nearest"))
+        for stage, low in self.late_stages(features):
+            hidden = stage(self.into(hidden, low))
         return self.head(hidden)
 
     def compile(self, *args: Any, **kwargs: Any) -> None:

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from nnunet_uda.networks.resnet_generator import ResnetGenerator
 
@@ -21,7 +20,7 @@ class StyleResnetGenerator(ResnetGenerator):
     it PatchNCE, knows no style: an image is encoded once for several translations.
 
     Args:
-        num_channels, dimension, width, num_blocks, strides: see :class:`ResnetGenerator`.
+        num_channels, dimension, width, num_blocks, strides, skips: see :class:`ResnetGenerator`.
         style_dim: length of the code, at least 1; its entries are standard normal.
     """
 
@@ -34,8 +33,9 @@ class StyleResnetGenerator(ResnetGenerator):
         strides: Sequence[Sequence[int]] | None = None,
         *,
         style_dim: int = 8,
+        skips: bool = False,
     ) -> None:
-        super().__init__(num_channels, dimension, width, num_blocks, strides)
+        super().__init__(num_channels, dimension, width, num_blocks, strides, skips)
         self.style_dim = style_dim
         lowest = width * 2 ** len(self.up)
         widths = [lowest] * (num_blocks - num_blocks // 2 - 1) + [lowest // 2 ** (i + 1) for i in range(len(self.up))]
@@ -59,8 +59,8 @@ class StyleResnetGenerator(ResnetGenerator):
         if code is None:
             code = hidden.new_zeros(len(hidden), self.style_dim)
         style = self.mapping(code)
-        for (stage, size), modulation in zip(self.late_stages(features), self.modulations, strict=True):
-            hidden = stage(hidden if size is None else F.interpolate(hidden, size=size, mode="nearest"))
+        for (stage, low), modulation in zip(self.late_stages(features), self.modulations, strict=True):
+            hidden = stage(self.into(hidden, low))
             scale, shift = modulation(style)[(..., *[None] * (hidden.ndim - 2))].chunk(2, dim=1)
             hidden = hidden * (1 + scale) + shift
         return self.head(hidden)
