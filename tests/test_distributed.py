@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -260,9 +261,11 @@ def steps(rank: int, name: str, options: dict[str, Any], number: int = 1) -> dic
         if trainer.enable_deep_supervision:
             sizes = [[round(32 * scale) for scale in scales] for scales in trainer._get_deep_supervision_scales()]
             labels = [F.interpolate(label[share], size, mode="nearest") for size in sizes]
+        batch = {"data": source[share], "target": labels}
+        trainer.dataloader_train = itertools.repeat(batch)  # CAST's step takes two
         trainer.dataloader_target = iter([{"data": target[share]}])
         torch.manual_seed(step)  # the same patch positions everywhere
-        losses.append(trainer.train_step({"data": source[share], "target": labels}))
+        losses.append(trainer.train_step(batch))
         after.append({key: value.clone() for key, value in weights(trainer).items()})
     return {"losses": losses, "before": before, "after": after}
 
