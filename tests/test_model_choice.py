@@ -50,6 +50,13 @@ def test_means_on_target_patches_are_shorter() -> None:
     assert choice_of("agreement", [0.5, 0.7, 0.2]).means == pytest.approx([0.5, 0.6, 0.4])
 
 
+def test_a_segmenter_that_disagrees_with_itself_is_warned_of() -> None:
+    assert "agreement with itself is only 0.40" in choice_of("agreement", [0.9, 0.1, 0.3]).warning  # 0.9, 0.5, 0.4
+    assert choice_of("agreement", [0.1, 0.9, 0.95]).warning is None  # 0.1, 0.5, 0.725
+    assert choice_of("agreement", [math.nan]).warning is None
+    assert choice_of("pseudo_dice", [0.1, 0.2]).warning is None
+
+
 def test_agreement_is_followed_where_there_are_target_patches() -> None:
     choice = ModelChoice(UDASettings())
     assert choice.criterion == "pseudo_dice"
@@ -185,6 +192,7 @@ def test_measuring_leaves_training_alone_and_chooses_its_checkpoint(in_workspace
     log = next(Path(folder).glob("training_log*.txt")).read_text()
     assert "checkpoint_best follows entropy" in log and log.count("criteria: {'pseudo_dice'") == 3
     assert Path(folder, "criteria.png").read_bytes()[:4] == b"\x89PNG"
+    assert trainer.model_choice.warning and trainer.model_choice.warning in log, "three tiny epochs adapt nothing"
 
     resumed = make_trainer("CISFATrainer", **options)
     resumed.load_checkpoint(str(Path(folder, "checkpoint_epoch_0002.pth")))

@@ -20,6 +20,9 @@ NNUNET_MOMENTUM = 0.9
 MOMENTUM = 0.5
 """Of the running means on target patches: 0.9 ranks the first epochs by their order alone (docs/results.md)."""
 
+LOW_AGREEMENT = 0.7
+"""Trainings that had not adapted ended between 0.3 and 0.6, those that had with over 0.9 (docs/results.md)."""
+
 
 class ModelChoice:
     """The criteria of each epoch so far, and which epoch is the best by the chosen one.
@@ -68,6 +71,19 @@ class ModelChoice:
         sign = 1 if HIGHER_IS_BETTER.get(self.criterion, True) else -1
         *before, last = [sign * mean for mean in self.means]
         return not math.isnan(last) and all(math.isnan(mean) or last > mean for mean in before)
+
+    @property
+    def warning(self) -> str | None:
+        """What to say at the end of a training whose segmenter disagrees with itself on target images."""
+        means = running_means("agreement", self.history.get("agreement", []))
+        if not means or not means[-1] < LOW_AGREEMENT:
+            return None
+        return (
+            f"WARNING: on target images the segmenter's agreement with itself is only {means[-1]:.2f} (trainings that "
+            f"adapted had over 0.9, those below {LOW_AGREEMENT} had not). Look at pictures/: if translations keep the "
+            "source's contrast, a trainer that needs none may do better (RandomStyleTrainer, with a longer schedule), "
+            "and so may a longer schedule of this one"
+        )
 
     def checkpoints(self) -> list[str]:
         """Names of the checkpoints that are to be written after the last epoch."""

@@ -532,6 +532,8 @@ class UDATrainer(StoppableTrainer):
 
     def on_train_end(self):
         super().on_train_end()
+        if warning := self.model_choice.warning:
+            self.print_to_log_file(warning)
         if self.local_rank == 0:
             Path(self.output_folder, PREVIOUS).unlink(missing_ok=True)
 
