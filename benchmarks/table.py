@@ -5,10 +5,10 @@
 Makes the tasks (``tasks.py``), writes plans with one schedule for all trainers, and starts ``nnUNetUDA_compare`` for
 each group of tasks and each seed; the phantom in 2D has the seeds of ``-seeds``, everything else one. In 3D
 (``phantom_3d``) a step takes several times as long, so the networks are half as wide and the schedule half as long.
-``phantom_long`` gives CAST, whose step is cheaper, about the time that the prototypes have in ``phantom``;
-``phantom_styles`` and ``brain_styles`` give RandomStyle, whose step is the cheapest, about CISFA's. Then table.md,
-table.csv and table.png in FOLDER. The same command goes on where it was stopped; ``--only_table`` puts together what is
-finished, at any time. Each run keeps a checkpoint of every epoch, which is what ``criteria.py`` needs.
+``phantom_long`` gives CAST more steps; ``phantom_styles``, ``brain_styles`` and ``totalseg_styles`` give RandomStyle,
+whose step is the cheapest, about CISFA's time. Then table.md, table.csv and table.png in FOLDER. The same command goes
+on where it was stopped; ``--only_table`` puts together what is finished, at any time. Each run keeps a checkpoint of
+every epoch, which is what ``criteria.py`` needs.
 
 table.json in FOLDER records every finished run with the scores of each test case. ``-with RECORDED.json`` adds the
 runs of such a file, which another machine may have written, to the tables; a run that FOLDER holds itself counts
@@ -123,6 +123,9 @@ GROUPS = {
     ),
     "vs": Group(("vs",)),
     "totalseg": Group(("totalseg",)),
+    "totalseg_styles": Group(
+        ("totalseg",), 250, plans="nnUNetPlansTableStyles", trainers=("RandomStyleTrainer",), suffix="_styles"
+    ),
 }  # fmt: skip
 TESTS = [name for group in GROUPS.values() for name in group.tests]
 SETTINGS = (

@@ -202,7 +202,9 @@ def test_the_longer_schedule_is_cast_s_alone(table, tmp_path, monkeypatch):
     assert not ran
 
 
-@pytest.mark.parametrize(("group", "datasets"), [("phantom_styles", ("501", "502")), ("brain_styles", ("531", "532"))])
+@pytest.mark.parametrize(("group", "datasets"), [
+    ("phantom_styles", ("501", "502")), ("brain_styles", ("531", "532")), ("totalseg_styles", ("521",)),
+])  # fmt: skip
 def test_random_styles_alone_get_the_time_of_cisfa_s_steps(table, tmp_path, monkeypatch, group, datasets):
     ran = []
     monkeypatch.setattr(table, "make_task", lambda *_: None)
@@ -210,7 +212,7 @@ def test_random_styles_alone_get_the_time_of_cisfa_s_steps(table, tmp_path, monk
     finish(tmp_path, 3, PHANTOM, PHANTOM, "RandomStyleTrainer", 0.5)
     table.main(["-o", str(tmp_path), "-groups", group, "phantom", "-seeds", "3", "-data", str(tmp_path)])
     (compared,) = (words for words in ran if words[0] == "nnUNetUDA_compare" and "nnUNetPlansTableStyles" in words)
-    assert compared[1:4] == ("-d", *datasets)
+    assert compared[1 : compared.index("-tr")] == ("-d", *datasets)
     assert compared[compared.index("-tr") + 1 : compared.index("-f")] == ("RandomStyleTrainer",)
     iterations = {next(w for w in words if "iterations_per_epoch" in w) for words in ran
                   if "nnUNetPlansTableStyles" in words and "-set" in words}  # fmt: skip
