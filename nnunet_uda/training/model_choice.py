@@ -20,8 +20,8 @@ NNUNET_MOMENTUM = 0.9
 MOMENTUM = 0.5
 """Of the running means on target patches: 0.9 ranks the first epochs by their order alone (docs/results.md)."""
 
-LOW_AGREEMENT = 0.7
-"""Trainings that had not adapted ended between 0.3 and 0.6, those that had with over 0.9 (docs/results.md)."""
+LOW_AGREEMENT = 0.85
+"""Trainings that had not adapted ended between 0.3 and 0.8, those that had with over 0.9 (docs/results.md)."""
 
 
 class ModelChoice:
@@ -80,9 +80,8 @@ class ModelChoice:
             return None
         return (
             f"WARNING: on target images the segmenter's agreement with itself is only {means[-1]:.2f} (trainings that "
-            f"adapted had over 0.9, those below {LOW_AGREEMENT} had not). Look at pictures/: if translations keep the "
-            "source's contrast, a trainer that needs none may do better (RandomStyleTrainer, with a longer schedule), "
-            "and so may a longer schedule of this one"
+            "adapted had over 0.9). Look at pictures/: if translations keep the source's contrast, a trainer that needs "
+            "none may do better (RandomStyleTrainer, with a longer schedule), and so may a longer schedule of this one"
         )
 
     def checkpoints(self) -> list[str]:
