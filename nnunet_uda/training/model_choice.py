@@ -80,8 +80,8 @@ class ModelChoice:
             return None
         return (
             f"WARNING: on target images the segmenter's agreement with itself is only {means[-1]:.2f} (trainings that "
-            "adapted had over 0.9). Look at pictures/: if translations keep the source's contrast, a trainer that needs "
-            "none may do better (RandomStyleTrainer, with a longer schedule), and so may a longer schedule of this one"
+            "adapted had over 0.9). Look at pictures/: if translations keep the source's contrast, a trainer without "
+            "any may do better (RandomStyleTrainer, with a longer schedule), and so may a longer schedule of this one"
         )
 
     def checkpoints(self) -> list[str]:
