@@ -1,11 +1,12 @@
 """CAST: contrastive translation, augmentation, self-training, in one plain nnU-Net network.
 
 A generator translates source images to the target as in CISFA (Hu, Wang and Shi): least-squares GAN and label-weighted
-PatchNCE; a random style code makes one image many translations. A student learns from source images and translations in
-random styles (``RandomStyleTrainer``'s). The teacher is the student's exponential average (Tarvainen and Valpola 2017)
-and what predicts: ``network``. It labels real target images where it is confident and its views agree; the student
-learns these under strong augmentation, once the teacher deserves it. Every step updates the generator, then the
-student, then the discriminator, then the teacher.
+PatchNCE; a random style code makes one image many translations. It has skips, and the student's segmentation loss on its
+translations reaches it (semantic consistency, Hoffman et al. 2018, CyCADA), so that structures stay what their labels
+say. The student learns from source images and translations in random styles (``RandomStyleTrainer``'s). The teacher is
+the student's exponential average (Tarvainen and Valpola 2017) and what predicts: ``network``. It labels real target
+images where it is confident and its views agree; the student learns these under strong augmentation, once the teacher
+deserves it. Every step updates the generator, then, several times, the student and the teacher, then the discriminator.
 """
 
 from __future__ import annotations
@@ -36,7 +37,9 @@ from nnunet_uda.training.uda_trainer import UDATrainer, frozen, middle_slice
 
 @dataclass(frozen=True)
 class CASTSettings(StyleAugmentationSettings, TranslationSettings):
-    """Settings under ``uda.cast``; those of the random styles are RandomStyleTrainer's, those of the GAN are CISFA's.
+    """Settings under ``uda.cast``; those of the random styles are RandomStyleTrainer's, those of the GAN are CISFA's but
+    for ``generator_skips``, ``semantic_weight`` (of the student's loss on translations, for the generator) and a rate
+    that falls to zero; what each of these changes is in docs/results.md.
 
     ``translation``, ``style_codes``, ``random_styles`` and ``self_training`` switch the parts. ``styled_share`` is the
     share of labelled images that the student learns in a random style, half of them source images and half
