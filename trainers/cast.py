@@ -1,7 +1,7 @@
 """CAST: contrastive translation, augmentation, self-training, in one plain nnU-Net network.
 
 A generator translates source images to the target as in CISFA (Hu, Wang and Shi): least-squares GAN and label-weighted
-PatchNCE; a random style code makes one image many translations. It has skips, and the student's segmentation loss on its
+PatchNCE; a random style code makes one image many translations. It has skips, and the student's segmentation loss on
 translations reaches it (semantic consistency, Hoffman et al. 2018, CyCADA), so that structures stay what their labels
 say. The student learns from source images and translations in random styles (``RandomStyleTrainer``'s). The teacher is
 the student's exponential average (Tarvainen and Valpola 2017) and what predicts: ``network``. It labels real target
@@ -37,7 +37,7 @@ from nnunet_uda.training.uda_trainer import UDATrainer, frozen, middle_slice
 
 @dataclass(frozen=True)
 class CASTSettings(StyleAugmentationSettings, TranslationSettings):
-    """Settings under ``uda.cast``; those of the random styles are RandomStyleTrainer's, those of the GAN are CISFA's but
+    """Settings under ``uda.cast``; those of random styles are RandomStyleTrainer's, those of the GAN are CISFA's but
     for ``generator_skips``, ``semantic_weight`` (of the student's loss on translations, for the generator) and a rate
     that falls to zero; what each of these changes is in docs/results.md.
 
