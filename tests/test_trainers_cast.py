@@ -185,6 +185,62 @@ def test_a_good_teacher_starts_it(in_workspace, monkeypatch):
     assert trainer.self_training_weight == 0, "it agrees with itself, but has not learned its labels"
 
 
+TRANSLATION = {"patch_contrastive", "style_diversity", "semantic", "generator_adversarial", "image_discriminator"}
+
+
+def judged(trainer, epoch: int, agreements: list[float]):
+    """The trainer after ``epoch`` epochs with this agreement on target patches."""
+    trainer.current_epoch = epoch - 1
+    trainer.model_choice.history = {"agreement": agreements}
+    trainer.judge_translation()
+    return trainer
+
+
+def test_translation_is_given_up_where_the_teacher_disagrees_with_itself_on_the_target(in_workspace):
+    trainer = judged(trusting(started(num_epochs=10, cast__updates_without_translation=4)), 3, [0.5, 0.6, 0.8])
+    assert not trainer.translates
+    assert "given up: on target images agreement is only 0.80 after 3 epochs" in Path(trainer.log_file).read_text()
+    networks = ("generator", "patch_projector", "image_discriminator")
+    before = {name: parameters(trainer.networks[name]) for name in networks}
+    trainer.on_train_epoch_start()
+    losses = trainer.train_step(next(trainer.dataloader_train))
+    assert TERMS - set(losses) == TRANSLATION and losses["self_training"] > 0
+    assert not any(changed(before[name], trainer.networks[name]) for name in networks)
+    assert trainer.networks["average"].steps == 4
+    source, _, _ = batch(trainer)
+    assert trainer.translate(source) is source, "validation is on the source as it is"
+
+
+@pytest.mark.parametrize(
+    ("epoch", "agreements"),
+    [(2, [0.5, 0.5]), (10, [0.5] * 10), (3, [0.1, 0.1, 0.9]), (3, [0.9, 0.9, 0.8]),
+     (3, [float("nan")] * 3)],
+    ids=["before the end of the trial", "after the last epoch", "agreement is high now", "a single low epoch",
+         "agreement is undefined"],
+)  # fmt: skip
+def test_translation_is_not_given_up(in_workspace, epoch, agreements):
+    trainer = judged(started(num_epochs=10), epoch, agreements)
+    assert trainer.translates and "given up" not in Path(trainer.log_file).read_text()
+    assert set(trainer.train_step(next(trainer.dataloader_train))) == TERMS
+    judged(trainer, 9, [0.5] * 9)
+    assert not trainer.translates, "it may be at a later epoch"
+
+
+@pytest.mark.parametrize("self_training", [True, False])
+def test_a_training_without_translation_goes_on_to_its_end(in_workspace, self_training):
+    """From the first epoch on: no agreement reaches 1. Target images are opened for self-training alone."""
+    options = {"num_epochs": 2, "cast__trial_share": 0.0, "cast__trial_agreement": 1.0,
+               "cast__self_training": self_training}  # fmt: skip
+    trainer = made(**options)
+    trainer.run_training()
+    assert [len(trainer.loss_history[name]) for name in ("segmentation", "semantic")] == [2, 1]
+    assert not trainer.translates and trainer.reads_target() == self_training
+    assert not Path(trainer.output_folder, "validation", "about.json").exists()
+    again = made(**options)
+    again.load_checkpoint(str(Path(trainer.output_folder, "checkpoint_final.pth")))
+    assert not again.translates and same_weights(weights(trainer), weights(again))
+
+
 def test_the_student_sees_translations_and_a_share_of_images_in_random_styles(in_workspace, monkeypatch):
     trainer = started(cast__styled_share=1.0)
     source, label, _ = batch(trainer)
@@ -226,8 +282,7 @@ def test_the_discriminator_sees_translations_without_random_styles(in_workspace,
 @pytest.mark.parametrize(
     ("name", "missing"),
     [
-        ("CASTNoTranslationTrainer", {"patch_contrastive", "style_diversity", "semantic", "generator_adversarial",
-                                      "image_discriminator"}),
+        ("CASTNoTranslationTrainer", TRANSLATION),
         ("CASTNoSemanticTrainer", {"semantic"}),
         ("CASTNoStyleTrainer", {"style_diversity"}),
         ("CASTNoRandomStyleTrainer", set()),
@@ -315,5 +370,7 @@ def test_self_training_without_patches_to_judge_on_is_refused(in_workspace):
 def test_wrong_settings_are_named(in_workspace):
     with pytest.raises(UDAError, match="'teacher_decay' must be at least 0 and below 1, found 1"):
         made(cast__teacher_decay=1.0)
+    with pytest.raises(UDAError, match="'trial_share' must be between 0 and 1, found 1.5"):
+        made(cast__trial_share=1.5)
     with pytest.raises(UDAError, match="CASTNoStyleTrainer fixes.*style_codes"):
         made("CASTNoStyleTrainer", cast__style_codes=True)

@@ -7,11 +7,14 @@ say. The student learns from source images and translations in random styles (``
 the student's exponential average (Tarvainen and Valpola 2017) and what predicts: ``network``. It labels real target
 images where it is confident and its views agree; the student learns these under strong augmentation, once the teacher
 deserves it. Every step updates the generator, then, several times, the student and the teacher, then the discriminator.
+Where the teacher still disagrees with itself on target images after a part of the schedule, translations are not what
+these look like: translation is given up, and its time goes to random styles.
 """
 
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -29,6 +32,7 @@ from nnunet_uda.networks.patch_discriminator import PatchDiscriminator
 from nnunet_uda.networks.patch_projector import PatchProjector
 from nnunet_uda.networks.style_generator import StyleResnetGenerator
 from nnunet_uda.settings import require
+from nnunet_uda.training.model_choice import LOW_AGREEMENT
 from nnunet_uda.training.pictures import write_panels
 from nnunet_uda.training.self_training import Average, SelfTraining, class_shares, seen_in_views
 from nnunet_uda.training.translation_settings import TranslationSettings
@@ -50,6 +54,11 @@ class CASTSettings(StyleAugmentationSettings, TranslationSettings):
     ``self_training_weight``. A teacher looks at an image ``views`` times. A step updates the student
     ``student_updates`` times, each time on another batch of source images (on the target's once): translations change
     under it, and its own pass is the cheapest part of a step.
+
+    Translation is on trial: after ``trial_share`` of the epochs, and after each one from then on, it is given up for
+    the rest of the training where neither the last epoch's agreement on target patches nor its running mean reaches
+    ``trial_agreement``. A step without translation updates the student ``updates_without_translation`` times, which
+    takes about as long.
     """
 
     translation: bool = True
@@ -71,6 +80,9 @@ class CASTSettings(StyleAugmentationSettings, TranslationSettings):
     teacher_decay: float = 0.99
     views: int = 2
     student_updates: int = 2
+    updates_without_translation: int = 6
+    trial_share: float = 0.3
+    trial_agreement: float = LOW_AGREEMENT
     confidence: float = 0.9
     start_score: float = 0.9
     plausible_factor: float = 10.0
@@ -80,16 +92,25 @@ class CASTSettings(StyleAugmentationSettings, TranslationSettings):
     def __post_init__(self) -> None:
         for inherited in (StyleAugmentationSettings, TranslationSettings):
             inherited.__post_init__(self)
-        for name in ("style_dim", "views", "student_updates", "plausible_factor", "foreground_weight"):
+        for name in ("style_dim", "views", "student_updates", "updates_without_translation", "plausible_factor",
+                     "foreground_weight"):  # fmt: skip
             require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
         for name in ("patch_contrastive_temperature", "style_diversity_margin"):
             require(getattr(self, name) > 0, name, "positive", getattr(self, name))
         for name in ("image_adversarial_weight", "patch_contrastive_weight", "semantic_weight",
                      "style_diversity_weight", "self_training_weight"):  # fmt: skip
             require(getattr(self, name) >= 0, name, "at least 0", getattr(self, name))
-        for name in ("styled_share", "confidence", "start_score", "ramp_share"):
+        for name in ("styled_share", "confidence", "start_score", "ramp_share", "trial_share", "trial_agreement"):
             require(0 <= getattr(self, name) <= 1, name, "between 0 and 1", getattr(self, name))
         require(0 <= self.teacher_decay < 1, "teacher_decay", "at least 0 and below 1", self.teacher_decay)
+
+
+class Trial(nn.Module):
+    """Whether translation has failed; a buffer, so that a checkpoint holds it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("failed", torch.zeros((), dtype=torch.bool))
 
 
 class CASTTrainer(UDATrainer):
@@ -136,6 +157,7 @@ class CASTTrainer(UDATrainer):
         )  # fmt: skip
         self.patch_contrastive = PatchNCELoss(settings.patch_contrastive_temperature)
         return {
+            "trial": Trial(),
             "generator": generator,
             "patch_projector": PatchProjector(generator.feature_channels, settings.patch_features, settings.patches),
             "image_discriminator": PatchDiscriminator(
@@ -182,14 +204,34 @@ class CASTTrainer(UDATrainer):
     def on_train_epoch_start(self):
         super().on_train_epoch_start()
         self.network.eval()  # the teacher is never trained
-        if self.own_settings.translation:
+        if self.translates:
             rate = self.own_settings.gan_rate(self.current_epoch / self.num_epochs)
             self.set_rate(rate, "generator", "image_discriminator")
 
     def on_validation_epoch_end(self, val_outputs: list[dict]):
         super().on_validation_epoch_end(val_outputs)
+        if self.translates:
+            self.judge_translation()
         if self.own_settings.self_training:
             self.judge_teacher(*(self.model_choice.history[name][-1] for name in ("agreement", "pseudo_dice")))
+
+    def judge_translation(self) -> None:
+        """Give translation up where its trial is over and the teacher disagrees with itself on target images.
+
+        The student knows translations as well as the schedule allows; had they the target's looks, it would know what
+        to see there.
+        """
+        settings, finished = self.own_settings, self.current_epoch + 1
+        agreement = max(self.model_choice.agreement, self.model_choice.history.get("agreement", [math.nan])[-1])
+        if round(settings.trial_share * self.num_epochs) <= finished < self.num_epochs and (
+            agreement < settings.trial_agreement
+        ):
+            self.networks["trial"].failed.fill_(True)
+            self.print_to_log_file(
+                f"WARNING: translation is given up: on target images agreement is only {agreement:.2f} after "
+                f"{finished} epochs (cast.trial_agreement {settings.trial_agreement}). The rest of the training learns "
+                "source images in random styles; validation is on source images as they are"
+            )
 
     def judge_teacher(self, agreement: float, pseudo_dice: float) -> None:
         """Start, raise or lower self-training by what the teacher does without a target label.
@@ -216,19 +258,22 @@ class CASTTrainer(UDATrainer):
 
     # -- a step --------------------------------------------------------------------------------------------------
 
+    def reads_target(self) -> bool:
+        return self.translates or self.own_settings.self_training
+
     def train_on(self, source: Tensor, label: Tensor | list[Tensor], target: Tensor | None) -> None:
-        translated = None
-        if self.own_settings.translation:
+        settings, translates, translated = self.own_settings, self.translates, None
+        if translates:
             self.update_generator(source, label)
-        for update in range(self.own_settings.student_updates):
+        for update in range(settings.student_updates if translates else settings.updates_without_translation):
             if update > 0:
                 source, label = self.next_source()
-            if self.own_settings.translation:
+            if translates:
                 with torch.no_grad(), self.autocast():  # with the new weights
                     translated = self.networks["generator"](source, self.draw_codes(len(source)))
             self.update_student(source, translated, label, target if update == 0 else None)
             self.update_teacher()
-        if self.own_settings.translation:
+        if translates:
             self.update_discriminator(translated, target)
 
     def draw_codes(self, number: int) -> Tensor:
@@ -330,7 +375,8 @@ class CASTTrainer(UDATrainer):
 
     @property
     def translates(self) -> bool:
-        return self.own_settings.translation
+        """Whether translation is a part of the method, and has not been given up."""
+        return self.own_settings.translation and not self.networks["trial"].failed.item()
 
     def translate(self, source: Tensor) -> Tensor:
         """In the middle style, so that validation does not depend on chance."""
@@ -359,7 +405,7 @@ class CASTTrainer(UDATrainer):
 
 
 class CASTNoTranslationTrainer(CASTTrainer):
-    """Restyled source images and self-training alone."""
+    """Restyled source images and self-training alone, as after a failed trial."""
 
     fixed_settings = {"translation": False}
 

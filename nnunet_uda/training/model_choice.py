@@ -73,15 +73,20 @@ class ModelChoice:
         return not math.isnan(last) and all(math.isnan(mean) or last > mean for mean in before)
 
     @property
+    def agreement(self) -> float:
+        """Running mean of the agreement on target patches after the last epoch; NaN where it was never measured."""
+        return (running_means("agreement", self.history.get("agreement", [])) or [math.nan])[-1]
+
+    @property
     def warning(self) -> str | None:
         """What to say at the end of a training whose segmenter disagrees with itself on target images."""
-        means = running_means("agreement", self.history.get("agreement", []))
-        if not means or not means[-1] < LOW_AGREEMENT:
+        if not self.agreement < LOW_AGREEMENT:
             return None
         return (
-            f"WARNING: on target images the segmenter's agreement with itself is only {means[-1]:.2f} (trainings that "
-            "adapted had over 0.9). Look at pictures/: if translations keep the source's contrast, a trainer without "
-            "any may do better (RandomStyleTrainer, with a longer schedule), and so may a longer schedule of this one"
+            f"WARNING: on target images the segmenter's agreement with itself is only {self.agreement:.2f} (trainings "
+            "that adapted had over 0.9). Look at pictures/: if translations keep the source's contrast, a trainer "
+            "without any may do better (RandomStyleTrainer, with a longer schedule), and so may a longer schedule of "
+            "this one"
         )
 
     def checkpoints(self) -> list[str]:
