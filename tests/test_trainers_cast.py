@@ -304,8 +304,10 @@ def test_ablations_leave_out_what_they_say(in_workspace, name, missing):
         assert not trainer.draw_codes(3).any()
 
 
-def test_continuing_ends_where_an_uninterrupted_run_ends(in_workspace, monkeypatch):
-    options = {"num_epochs": 3, "cast__start_score": 0.0, "cast__confidence": 0.0}  # self-training from the first epoch
+@pytest.mark.parametrize("translates", [True, False], ids=["translation goes on", "translation is given up"])
+def test_continuing_ends_where_an_uninterrupted_run_ends(in_workspace, monkeypatch, translates):
+    options = {"num_epochs": 3, "cast__start_score": 0.0, "cast__confidence": 0.0,  # self-training from the first epoch
+               "cast__trial_agreement": 0.0 if translates else 1.0}  # fmt: skip
     whole = made(**options)
     whole.run_training()
     assert whole.loss_history["self_training"][-1] > 0
@@ -331,7 +333,8 @@ def test_continuing_ends_where_an_uninterrupted_run_ends(in_workspace, monkeypat
     assert resumed.self_training_weight > 0
     resumed.run_training()
     assert same_weights(weights(whole), weights(resumed))
-    for name in ("styles_epoch_0000.png", "epoch_0000.png"):
+    assert whole.translates == resumed.translates == translates
+    for name in ("styles_epoch_0000.png", "epoch_0000.png") if translates else ("epoch_0000.png",):
         assert Path(resumed.output_folder, "pictures", name).read_bytes()[:4] == b"\x89PNG"
 
 
