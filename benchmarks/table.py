@@ -104,6 +104,7 @@ class Group:
 
 
 PHANTOMS, BRAINS = ("phantom_mr2ct", "phantom_ct2mr"), ("brain_t12t2", "brain_t22t1")
+PAIR = ("totalseg", "totalseg_back")
 GROUPS = {
     "phantom": Group(PHANTOMS, 100, every_seed=True),
     "phantom_long": Group(
@@ -122,9 +123,10 @@ GROUPS = {
         BRAINS, 1000, plans="nnUNetPlansTableStyles", trainers=("RandomStyleTrainer",), suffix="_styles"
     ),
     "vs": Group(("vs",)),
-    "totalseg": Group(("totalseg",)),
+    "vs_back": Group(("vs_back",)),
+    "totalseg": Group(PAIR),
     "totalseg_styles": Group(
-        ("totalseg",), 250, plans="nnUNetPlansTableStyles", trainers=("RandomStyleTrainer",), suffix="_styles"
+        PAIR, 250, plans="nnUNetPlansTableStyles", trainers=("RandomStyleTrainer",), suffix="_styles"
     ),
 }  # fmt: skip
 TESTS = [name for group in GROUPS.values() for name in group.tests]

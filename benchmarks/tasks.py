@@ -1,7 +1,7 @@
 """Make, convert, plan and preprocess the tasks that trainers are compared on, each with its upper bound's dataset.
 
-    python benchmarks/tasks.py -o FOLDER -tasks phantom_mr2ct phantom_ct2mr totalseg vs brain_t12t2 brain_t22t1 \
-        -seeds 0 1 2 -data $NNUNET_UDA_TEST_DATA
+    python benchmarks/tasks.py -o FOLDER -seeds 0 1 2 -data $NNUNET_UDA_TEST_DATA \
+        -tasks phantom_mr2ct phantom_ct2mr totalseg totalseg_back vs vs_back brain_t12t2 brain_t22t1
 
 FOLDER/seed_N holds nnU-Net's three folders. The phantom is made for every seed: other patients, and the seed of the
 networks. The other tasks have fixed scans and lie in FOLDER/seed_0 alone. Every dataset gets the plans
@@ -58,12 +58,16 @@ class Task:
     target: str
 
 
+SCHWANNOMAS = {"vs": ("98", "95"), "vs_back": ("98", "95", "9")}
+"""Patients whose labelled hrT2 scans are trained on: by the upper bound, and as the source."""
 PHANTOM = ("mirror=false", "foreground_oversampling=0")
 TASKS = {
     "phantom_mr2ct": Task(501, 511, "0", "imagesTs", 64, PHANTOM, "phantom", "mr", "ct"),
     "phantom_ct2mr": Task(502, 512, "0", "imagesTs", 64, PHANTOM, "phantom", "ct", "mr"),
     "totalseg": Task(521, None, "all", "imagesTu", 96, ("mirror=false",), None, "CT", "MR"),
+    "totalseg_back": Task(524, None, "all", "imagesTu", 96, ("mirror=false",), None, "MR", "CT"),
     "vs": Task(522, 523, "all", "imagesTs", 96, ("mirror=false",), None, "ceT1", "hrT2"),
+    "vs_back": Task(525, None, "all", "imagesTu", 96, ("mirror=false",), None, "hrT2", "ceT1"),
     "brain_t12t2": Task(531, 533, "0", "imagesTs", 96, ("mirror=false",), "brains", "T1", "T2"),
     "brain_t22t1": Task(532, 534, "0", "imagesTs", 96, ("mirror=false",), "brains", "T2", "T1"),
 }
@@ -82,11 +86,11 @@ def make_scans(demo: Demo, scans: str, seed: int, data: Path | None) -> None:
         demo.run(sys.executable, "-m", *words)
 
 
-def labels_by_image(folder: Path, data: Path) -> Path:
-    """Links to the schwannoma labels of the target's training scans, under their images' names."""
-    links = folder / "vs_labels"
+def labels_by_image(name: str, folder: Path, data: Path) -> Path:
+    """Links to the labels of the hrT2 scans that a task trains on, under their images' names."""
+    links = folder / f"{name}_labels"
     links.mkdir(exist_ok=True)
-    for patient in ("98", "95"):
+    for patient in SCHWANNOMAS[name]:
         link = links / f"vs_gk_{patient}_t2.nii.gz"
         link.unlink(missing_ok=True)
         link.symlink_to((data / "vs" / f"vs_gk_{patient}_t2_seg.nii.gz").absolute())
@@ -106,28 +110,31 @@ def conversions(name: str, folder: Path, data: Path | None) -> list[list[str]]:
             [*words, "-d", task.dataset, "-name", title],
             [*words, "-d", task.upper_bound, "-name", f"{title}Supervised", "--upper_bound"],
         ]
-    elif name == "totalseg":
-        scans = data / "totalseg"
+    elif name in ("totalseg", "totalseg_back"):
+        scans = {"CT": ("example_ct_sm", "example_seg"), "MR": ("example_mr_sm", "example_seg_mr")}
+        source, target = ([data / "totalseg" / f"{stem}.nii.gz" for stem in scans[modality]]
+                          for modality in (task.source, task.target))  # fmt: skip
         commands = [[
-            "nnUNetUDA_convert", "folders", "-d", task.dataset, "-name", "TotalSegCT2MR", "-source", task.source,
-            "-target", task.target, "-source_images", scans / "example_ct_sm.nii.gz", "-source_labels",
-            scans / "example_seg.nii.gz", "-target_images", scans / "example_mr_sm.nii.gz", "-target_labels",
-            scans / "example_seg_mr.nii.gz", "-labels", "spleen=1", "right_kidney=2", "left_kidney=3", "liver=5",
-            "--ignore_other_labels",
+            "nnUNetUDA_convert", "folders", "-d", task.dataset, "-name", f"TotalSeg{task.source}2{task.target}",
+            "-source", task.source, "-target", task.target, "-source_images", source[0], "-source_labels", source[1],
+            "-target_images", target[0], "-target_labels", target[1], "-labels", "spleen=1", "right_kidney=2",
+            "left_kidney=3", "liver=5", "--ignore_other_labels",
         ]]  # fmt: skip
     else:
         scans = data / "vs"
-        words = [
-            "nnUNetUDA_convert", "folders", "-source", task.source, "-target", task.target, "-source_images",
-            scans / "vs_gk_99_t1.nii.gz", "-source_labels", scans / "vs_gk_99_t1_seg.nii.gz", "-target_images",
-            scans / "vs_gk_98_t2.nii.gz", scans / "vs_gk_95_t2.nii.gz", "-target_test_images",
-            scans / "vs_gk_9_t2.nii.gz", "-target_test_labels", scans / "vs_gk_9_t2_seg.nii.gz", "-labels", "tumour=1",
-        ]  # fmt: skip
-        supervised = ["--upper_bound", "-target_labels", folder / "vs_labels"]
-        commands = [
-            [*words, "-d", task.dataset, "-name", "VSceT12hrT2"],
-            [*words, "-d", task.upper_bound, "-name", "VShrT2Supervised", *supervised],
-        ]
+        t1, t1_label, *t2 = (scans / f"vs_gk_{scan}.nii.gz" for scan in (
+            "99_t1", "99_t1_seg", *(f"{patient}_t2" for patient in SCHWANNOMAS[name])))  # fmt: skip
+        labels = folder / f"{name}_labels"
+        words = ["nnUNetUDA_convert", "folders", "-source", task.source, "-target", task.target, "-labels", "tumour=1"]
+        named = ["-d", task.dataset, "-name", f"VS{task.source}2{task.target}"]
+        if name == "vs":
+            words += ["-source_images", t1, "-source_labels", t1_label, "-target_images", *t2, "-target_test_images",
+                      scans / "vs_gk_9_t2.nii.gz", "-target_test_labels", scans / "vs_gk_9_t2_seg.nii.gz"]  # fmt: skip
+            supervised = ["-d", task.upper_bound, "-name", "VShrT2Supervised", "--upper_bound"]
+            commands = [[*words, *named], [*words, *supervised, "-target_labels", labels]]
+        else:
+            words += ["-source_images", *t2, "-source_labels", labels, "-target_images", t1, "-target_labels", t1_label]
+            commands = [[*words, *named]]
     return [[str(word) for word in words] for words in commands]
 
 
@@ -176,8 +183,8 @@ def make_task(name: str, folder: Path, seed: int, data: Path | None, processes: 
     demo.say(f"{name}, seed {seed}")
     if task.scans is not None:
         make_scans(demo, task.scans, seed, data)
-    if name == "vs":
-        labels_by_image(folder, data)
+    if name in SCHWANNOMAS:
+        labels_by_image(name, folder, data)
     for words in converting:
         demo.run(*words, "--overwrite", "-np", processes)
     demo.run(*preparing[0], nnUNet_n_proc_DA="1")  # nnU-Net cannot plan with 0

@@ -168,17 +168,17 @@ def test_every_comparison_with_one_schedule_for_all_trainers(table, tmp_path, mo
     assert made[:6] == phantoms * 3  # with both schedules, and in 3D
     assert made[-4:] == [("phantom_mr2ct", "seed_5", 5), ("phantom_ct2mr", "seed_5", 5)] * 2
     assert [(name, folder) for name, folder, _ in made[6:-4]] == [
-        (name, "seed_0") for name in ("brain_t12t2", "brain_t22t1", "vs", "totalseg")
+        (name, "seed_0") for name in ("brain_t12t2", "brain_t22t1", "vs", "vs_back", "totalseg", "totalseg_back")
     ]
     compared = [words for _, words in ran if words[0] == "nnUNetUDA_compare"]
-    assert len(compared) == 8
+    assert len(compared) == 9
     bounds = [words[words.index("-upper") + 1] if "-upper" in words else None for words in compared]
-    assert bounds == [f"SupervisedTrainer:{i}" if i else None for i in (511, 511, 511, 533, 523, None, 511, 511)]
+    assert bounds == [f"SupervisedTrainer:{i}" if i else None for i in (511, 511, 511, 533, 523, None, None, 511, 511)]
     assert all("-jobs" in words and words[words.index("-tr") + 1] == "CASTTrainer" for words in compared)
     configured = [words[words.index("-set") + 1 :] for _, words in ran if words[0] == "nnUNetUDA_configure"]
     of_task = ("seed", "iterations", "foreground")
     schedules = {tuple(w for w in words if not w.startswith(of_task) and "_width" not in w) for words in configured}
-    assert len(configured) == 6 * 4 + 2 + 1 and len(schedules) == 1
+    assert len(configured) == 6 * 4 + 2 + 1 + 2 and len(schedules) == 1
 
 
 def test_the_longer_schedule_is_cast_s_alone(table, tmp_path, monkeypatch):
@@ -203,7 +203,7 @@ def test_the_longer_schedule_is_cast_s_alone(table, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("group", "datasets"), [
-    ("phantom_styles", ("501", "502")), ("brain_styles", ("531", "532")), ("totalseg_styles", ("521",)),
+    ("phantom_styles", ("501", "502")), ("brain_styles", ("531", "532")), ("totalseg_styles", ("521", "524")),
 ])  # fmt: skip
 def test_random_styles_alone_get_the_time_of_cisfa_s_steps(table, tmp_path, monkeypatch, group, datasets):
     ran = []

@@ -55,14 +55,15 @@ def test_every_task_is_made_in_its_folder_with_its_upper_bound(tasks, log, tmp_p
     for folder, words in log:
         if words[0] == "nnUNetUDA_convert":
             places.setdefault(folder, []).append(words[words.index("-d") + 1])
-    phantom, others = ["501", "511", "502", "512"], ["521", "522", "523", "531", "533", "532", "534"]
+    phantom, others = ["501", "511", "502", "512"], ["521", "524", "522", "523", "525"]
+    others += ["531", "533", "532", "534"]
     assert places == {"seed_3": phantom, "seed_4": phantom, "seed_0": others}
     scans = [words for _, words in log if "-m" in words]
     assert [(w[2], w[w.index("-seed") + 1]) for w in scans] == [
         ("nnunet_uda.demo.phantom", "3"), ("nnunet_uda.demo.phantom", "4"), ("nnunet_uda.demo.brain", "0")
     ]  # fmt: skip
     configured = [words for _, words in log if words[0] == "nnUNetUDA_configure"]
-    assert len(configured) == 15 and all(tasks.PLANS in words for words in configured)
+    assert len(configured) == 17 and all(tasks.PLANS in words for words in configured)
     patches = {w[w.index("-d") + 1]: w[w.index("-patch_size") + 1] for w in configured}
     assert {patch for dataset, patch in patches.items() if dataset < "520"} == {"64"}
     assert {patch for dataset, patch in patches.items() if dataset > "520"} == {"96"}
@@ -130,7 +131,7 @@ def test_the_real_scans_upper_bound_has_its_labels(tasks, tmp_path, monkeypatch)
     for variable in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
         monkeypatch.setenv(variable, str(tmp_path / variable))
     for _ in range(2):  # again, as after a stop
-        tasks.labels_by_image(tmp_path, data)
+        tasks.labels_by_image("vs", tmp_path, data)
     _, words = tasks.conversions("vs", tmp_path, data)
     convert_main([*words[1:], "-np", "1"])
     raw = tmp_path / "nnUNet_raw" / "Dataset523_VShrT2Supervised"
@@ -138,6 +139,28 @@ def test_the_real_scans_upper_bound_has_its_labels(tasks, tmp_path, monkeypatch)
     assert names == {
         "labelsTr": ["hrT2_vs_gk_95_t2.nii.gz", "hrT2_vs_gk_98_t2.nii.gz"], "labelsTs": ["hrT2_vs_gk_9_t2.nii.gz"]
     }  # fmt: skip
+
+
+@pytest.mark.skipif(DATA is None, reason="NNUNET_UDA_TEST_DATA is not set: no real scans to convert")
+@pytest.mark.parametrize(("name", "dataset", "labelled", "unlabelled"), [
+    ("vs_back", "Dataset525_VShrT22ceT1", [f"hrT2_vs_gk_{i}_t2" for i in (95, 98, 9)], "ceT1_vs_gk_99_t1"),
+    ("totalseg", "Dataset521_TotalSegCT2MR", ["CT_example_ct_sm"], "MR_example_mr_sm"),
+    ("totalseg_back", "Dataset524_TotalSegMR2CT", ["MR_example_mr_sm"], "CT_example_ct_sm"),
+])  # fmt: skip
+def test_the_way_back_has_the_other_scans_labels(tasks, tmp_path, monkeypatch, name, dataset, labelled, unlabelled):
+    data = Path(DATA)
+    if not (data / name.removesuffix("_back")).is_dir():
+        pytest.skip(f"{data / name.removesuffix('_back')} does not exist")
+    for variable in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
+        monkeypatch.setenv(variable, str(tmp_path / variable))
+    if name in tasks.SCHWANNOMAS:
+        tasks.labels_by_image(name, tmp_path, data)
+    (words,) = tasks.conversions(name, tmp_path, data)
+    convert_main([*words[1:], "-np", "1"])
+    raw = tmp_path / "nnUNet_raw" / dataset
+    assert sorted(p.name.removesuffix(".nii.gz") for p in (raw / "labelsTr").iterdir()) == labelled
+    assert [p.name.removesuffix("_0000.nii.gz") for p in (raw / "imagesTu").iterdir()] == [unlabelled]
+    assert [p.name.removesuffix(".nii.gz") for p in (raw / "labelsTs").iterdir()] == [unlabelled]
 
 
 @pytest.mark.slow
