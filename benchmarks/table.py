@@ -11,8 +11,8 @@ on where it was stopped; ``--only_table`` puts together what is finished, at any
 every epoch, which is what ``criteria.py`` needs.
 
 table.json in FOLDER records every finished run with the scores of each test case. ``-with RECORDED.json`` adds the
-runs of such a file, which another machine may have written, to the tables; a run that FOLDER holds itself counts
-instead of its record. Runs that are only recorded are trained again, unless their group or trainer is left out:
+runs of such a file, which another machine may have written, to the tables, and trains what is not in it. A run that
+FOLDER holds itself counts instead of its record. So the next machine goes on where this one was left:
 
     python benchmarks/table.py -o FOLDER -with docs/all_trainers.json -groups vs totalseg -device cpu
 """
@@ -23,7 +23,7 @@ import argparse
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -80,6 +80,7 @@ class Group:
         plans: name of the plans to be written.
         trainers: of those between the bounds; others that the command names always are.
         every_seed: whether it has all seeds, or the first one.
+        bounds: whether it has its own; not where it gives a trainer another schedule than the group without suffix.
         suffix: of the tasks' names in the table.
     """
 
@@ -91,6 +92,7 @@ class Group:
     plans: str = "nnUNetPlansTable"
     trainers: tuple[str, ...] = TRAINERS
     every_seed: bool = False
+    bounds: bool = True
     suffix: str = ""
 
     @property
@@ -108,11 +110,12 @@ PAIR = ("totalseg", "totalseg_back")
 GROUPS = {
     "phantom": Group(PHANTOMS, 100, every_seed=True),
     "phantom_long": Group(
-        PHANTOMS, 180, plans="nnUNetPlansTableLong", trainers=("CASTTrainer",), every_seed=True, suffix="_long"
+        PHANTOMS, 180, plans="nnUNetPlansTableLong", trainers=("CASTTrainer",), every_seed=True, bounds=False,
+        suffix="_long",
     ),
     "phantom_styles": Group(
         PHANTOMS, 500, plans="nnUNetPlansTableStyles", trainers=("RandomStyleTrainer",), every_seed=True,
-        suffix="_styles",
+        bounds=False, suffix="_styles",
     ),
     "phantom_3d": Group(
         PHANTOMS, 50, "3d_fullres", (16, 48, 48), 8, "nnUNetPlansTable3D",
@@ -120,13 +123,15 @@ GROUPS = {
     ),
     "brain": Group(BRAINS, 200),  # after 100 the lower bound lacked structures on its source
     "brain_styles": Group(
-        BRAINS, 1000, plans="nnUNetPlansTableStyles", trainers=("RandomStyleTrainer",), suffix="_styles"
+        BRAINS, 1000, plans="nnUNetPlansTableStyles", trainers=("RandomStyleTrainer",), bounds=False,
+        suffix="_styles",
     ),
     "vs": Group(("vs",)),
     "vs_back": Group(("vs_back",)),
     "totalseg": Group(PAIR),
     "totalseg_styles": Group(
-        PAIR, 250, plans="nnUNetPlansTableStyles", trainers=("RandomStyleTrainer",), suffix="_styles"
+        PAIR, 250, plans="nnUNetPlansTableStyles", trainers=("RandomStyleTrainer",), bounds=False,
+        suffix="_styles",
     ),
 }  # fmt: skip
 TESTS = [name for group in GROUPS.values() for name in group.tests]
@@ -157,11 +162,23 @@ class Comparison:
     def tasks(self) -> list[Task]:
         return [TASKS[name] for name in self.group.tasks]
 
-    @property
-    def datasets(self) -> list[str]:
-        """The tasks' ids, then those of their upper bounds."""
-        uppers = (task.upper_bound for task in self.tasks)
-        return [*(str(task.dataset) for task in self.tasks), *(str(upper) for upper in uppers if upper is not None)]
+    def lacking(
+        self, trainers: Sequence[str], known: Collection[tuple[str, str, int]] = ()
+    ) -> dict[tuple[str, ...], list[str]]:
+        """The tasks by what they lack, labels of bounds and trainers, in the order of the group.
+
+        Args:
+            trainers: between the bounds.
+            known: test, label and seed of the runs that there are.
+        """
+        bounded = self.group.bounds and all(task.upper_bound is not None for task in self.tasks)
+        lower, upper = [LOWER] if self.group.bounds else [], [UPPER] if bounded else []
+        labels = [*lower, *self.group.among(trainers), *upper]
+        found: dict[tuple[str, ...], list[str]] = {}
+        for name, test in zip(self.group.tasks, self.group.tests, strict=True):
+            found.setdefault(tuple(x for x in labels if (test, x, self.seed) not in known), []).append(name)
+        found.pop((), None)
+        return found
 
     @property
     def out(self) -> Path:
@@ -174,30 +191,37 @@ class Comparison:
         own = ["foreground_oversampling=0"] if whole else []
         return [f"seed={self.seed}", f"iterations_per_epoch={self.group.iterations}", *SETTINGS, *widths, *own]
 
-    def prepare(self, demo: Demo) -> None:
+    def prepare(self, demo: Demo, names: Sequence[str]) -> None:
         """Preprocess the tasks' datasets for another configuration than their own, 2D, unless that was done."""
-        group = self.group
-        done = self.folder / f"preprocessed_{group.configuration}.json"
-        if group.configuration == "2d" or done.exists():
-            return
-        demo.run("nnUNetv2_preprocess", "-d", *self.datasets, "-c", group.configuration, "-np", "1")
-        for task in self.tasks:
-            demo.run("nnUNetUDA_preprocess", "-d", str(task.dataset), "-c", group.configuration, "-np", "1")
-        write_json({"datasets": self.datasets}, done)
+        configuration = self.group.configuration
+        for name in names if configuration != "2d" else []:
+            done = self.folder / f"{name}_{configuration}.json"
+            if not done.exists():
+                datasets = dataset_ids([TASKS[name]])
+                demo.run("nnUNetv2_preprocess", "-d", *datasets, "-c", configuration, "-np", "1", nnUNet_n_proc_DA="1")
+                demo.run("nnUNetUDA_preprocess", "-d", datasets[0], "-c", configuration, "-np", "1")
+                write_json({"datasets": datasets}, done)
 
-    def commands(self, trainers: Sequence[str], more: Sequence[str]) -> list[list[str]]:
-        """Plans for every dataset, then the comparison."""
-        group = self.group
+    def commands(self, labels: Sequence[str], names: Sequence[str], more: Sequence[str]) -> list[list[str]]:
+        """Plans for every dataset of the tasks, then the comparison of what they lack."""
+        group, tasks = self.group, [TASKS[name] for name in names]
         network = ["-c", group.configuration, "-patch_size", *map(str, group.patch), "-batch_size", "2",
                    "-base_features", str(group.width), "-max_features", str(8 * group.width)]  # fmt: skip
-        datasets, uppers = [str(task.dataset) for task in self.tasks], [task.upper_bound for task in self.tasks]
-        upper = ["-upper", *(f"{UPPER_TRAINER}:{upper}" for upper in uppers)] if None not in uppers else []
         plans = [["nnUNetUDA_configure", "-d", dataset, "-p", group.plans, "--overwrite", *network, "-set",
-                  *self.settings] for dataset in self.datasets]  # fmt: skip
-        compare = ["nnUNetUDA_compare", "-d", *datasets, "-tr", *group.among(trainers), "-f", self.tasks[0].fold,
-                   "-p", group.plans, "-c", group.configuration, "-lower", LOWER_TRAINER, *upper, "-o", str(self.out),
-                   *more]  # fmt: skip
+                  *self.settings] for dataset in dataset_ids(tasks, UPPER in labels)]  # fmt: skip
+        trainers = [label for label in labels if label not in (LOWER, UPPER)]
+        lower = ["-lower", LOWER_TRAINER] if LOWER in labels and trainers else []
+        upper = ["-upper", *(f"{UPPER_TRAINER}:{task.upper_bound}" for task in tasks)] if UPPER in labels else []
+        compare = ["nnUNetUDA_compare", "-d", *(str(task.dataset) for task in tasks), "-tr",
+                   *(trainers or [LOWER_TRAINER]), "-f", tasks[0].fold, "-p", group.plans, "-c", group.configuration,
+                   *lower, *upper, "-o", str(self.out), *more]  # fmt: skip
         return [*plans, compare]
+
+
+def dataset_ids(tasks: Sequence[Task], with_bounds: bool = True) -> list[str]:
+    """The tasks' ids, then those of their upper bounds."""
+    ids = [*(task.dataset for task in tasks), *(task.upper_bound for task in tasks if with_bounds)]
+    return [str(dataset) for dataset in ids if dataset is not None]
 
 
 def comparisons(folder: Path, groups: Sequence[str], seeds: Sequence[int]) -> list[Comparison]:
@@ -353,21 +377,23 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("-np", type=int, default=2, help="processes of conversion and scoring [2]")
     parser.add_argument("--only_table", action="store_true", help="train nothing")
     parser.add_argument("-with", dest="recorded", nargs="+", type=Path, default=[], metavar="RECORDED.json",
-                        help="table.json of other machines, whose runs are added to the tables")  # fmt: skip
+                        help="table.json of other machines, whose runs are not trained again")  # fmt: skip
     args = parser.parse_args(argv)
     folder = args.o.resolve()
     every = [one for one in comparisons(folder, args.groups, args.seeds) if one.group.among(args.tr)]
     data = args.data and args.data.resolve()
     recorded = [pair for path in args.recorded for pair in read_records(path)]
     more = ["-device", args.device, "-jobs", str(args.jobs), "-np", str(args.np)]
+    known = {(row.method.test, row.method.label, row.seed) for row, _ in recorded}
     for one in every if not args.only_table else []:
-        for name in one.group.tasks:
-            make_task(name, one.folder, int(one.folder.name.removeprefix("seed_")), data, args.np)
-        demo = Demo(one.folder)
-        one.prepare(demo)
-        for words in one.commands(args.tr, more):
-            demo.run(*words)
-        write_table(folder, every, args.tr, recorded)
+        for labels, names in one.lacking(args.tr, known).items():
+            for name in names:
+                make_task(name, one.folder, int(one.folder.name.removeprefix("seed_")), data, args.np)
+            demo = Demo(one.folder)
+            one.prepare(demo, names)
+            for words in one.commands(labels, names, more):
+                demo.run(*words)
+            write_table(folder, every, args.tr, recorded)
     print(write_table(folder, every, args.tr, recorded))
 
 

@@ -57,6 +57,7 @@ def finish(folder, seed: int, dataset: str, test: str, trainer: str, dice: float
     return job
 
 
+BACK = "Dataset502_PhantomBack"
 PHANTOM, UPPER, PAIR = "Dataset501_Phantom", "Dataset511_PhantomSupervised", "Dataset521_TotalSegCT2MR"
 
 
@@ -145,6 +146,40 @@ def test_recorded_runs_of_another_machine_join_the_table(table, tmp_path, capsys
     assert (tmp_path / "third" / "table.json").read_text() == (here / "table.json").read_text()
 
 
+def test_what_is_recorded_is_not_trained_again(table, tmp_path, monkeypatch):
+    there, here, made, ran = tmp_path / "there", tmp_path / "here", [], []
+    finish(there, 0, PHANTOM, PHANTOM, "SourceOnlyTrainer", 0.2)
+    finish(there, 0, PHANTOM, PHANTOM, "CISFATrainer", 0.6)
+    for test in (PHANTOM, BACK):  # of the other direction all of the second seed
+        finish(there, 0, UPPER, PHANTOM, "SupervisedTrainer", 0.9)
+        finish(there, 1, test, test, "CISFATrainer", 0.6)
+        finish(there, 1, test, test, "CASTTrainer", 0.6)
+    finish(there, 1, BACK, BACK, "SourceOnlyTrainer", 0.6)
+    finish(there, 1, "Dataset512_PhantomBackSupervised", BACK, "SupervisedTrainer", 0.6)
+    table.main(["-o", str(there), "--only_table", "-seeds", "0", "1"])
+    monkeypatch.setattr(table, "make_task", lambda name, folder, *_: made.append((name, folder.name)))
+    monkeypatch.setattr(table.Demo, "run", lambda demo, *words, **_: ran.append((demo.folder.name, words)))
+    table.main(["-o", str(here), "-groups", "phantom", "-seeds", "0", "1", "-tr", "CISFATrainer", "CASTTrainer",
+                "-with", str(there / "table.json")])  # fmt: skip
+    assert made == [("phantom_mr2ct", "seed_0"), ("phantom_ct2mr", "seed_0"), ("phantom_mr2ct", "seed_1")]
+    compared = [(folder, words) for folder, words in ran if words[0] == "nnUNetUDA_compare"]
+    assert [folder for folder, _ in compared] == ["seed_0", "seed_0", "seed_1"]
+
+    def of(words, option):
+        rest = words[words.index(option) + 1 :] if option in words else ()
+        return list(rest[: next((i for i, word in enumerate(rest) if word.startswith("-")), None)])
+
+    asked = [[of(words, option) for option in ("-d", "-tr", "-lower", "-upper")] for _, words in compared]
+    both = ["CISFATrainer", "CASTTrainer"]
+    assert asked == [
+        [["501"], ["CASTTrainer"], [], []],
+        [["502"], both, ["SourceOnlyTrainer"], ["SupervisedTrainer:512"]],
+        [["501"], ["SourceOnlyTrainer"], [], ["SupervisedTrainer:511"]],  # the bounds alone
+    ]
+    configured = [of(words, "-d") for _, words in ran if words[0] == "nnUNetUDA_configure"]
+    assert configured == [["501"], ["502"], ["512"], ["501"], ["511"]]
+
+
 @pytest.mark.parametrize("content", ["[]", '{"runs": [{"test": "phantom_mr2ct"}]}', '{"means": []}'])
 def test_a_file_of_another_kind_is_no_record(table, tmp_path, capsys, content):
     (tmp_path / "other.json").write_text(content)
@@ -157,7 +192,7 @@ def test_every_comparison_with_one_schedule_for_all_trainers(table, tmp_path, mo
     made, ran = [], []
     monkeypatch.setattr(table, "make_task", lambda name, folder, seed, *more: made.append((name, folder.name, seed)))
 
-    def run(demo, *words):
+    def run(demo, *words, **_):
         ran.append((demo.folder.name, words))
         if words[0] == "nnUNetUDA_compare":
             finish(tmp_path, int(demo.folder.name[-1]), PHANTOM, PHANTOM, "CASTTrainer", 0.5)
@@ -173,25 +208,27 @@ def test_every_comparison_with_one_schedule_for_all_trainers(table, tmp_path, mo
     compared = [words for _, words in ran if words[0] == "nnUNetUDA_compare"]
     assert len(compared) == 9
     bounds = [words[words.index("-upper") + 1] if "-upper" in words else None for words in compared]
-    assert bounds == [f"SupervisedTrainer:{i}" if i else None for i in (511, 511, 511, 533, 523, None, None, 511, 511)]
+    assert bounds == [
+        f"SupervisedTrainer:{i}" if i else None for i in (511, None, 511, 533, 523, None, None, 511, None)
+    ]
     assert all("-jobs" in words and words[words.index("-tr") + 1] == "CASTTrainer" for words in compared)
     configured = [words[words.index("-set") + 1 :] for _, words in ran if words[0] == "nnUNetUDA_configure"]
     of_task = ("seed", "iterations", "foreground")
     schedules = {tuple(w for w in words if not w.startswith(of_task) and "_width" not in w) for words in configured}
-    assert len(configured) == 6 * 4 + 2 + 1 + 2 and len(schedules) == 1
+    assert len(configured) == 4 * 4 + 2 * 2 + 2 + 1 + 2 and len(schedules) == 1
 
 
 def test_the_longer_schedule_is_cast_s_alone(table, tmp_path, monkeypatch):
     ran = []
     monkeypatch.setattr(table, "make_task", lambda *_: None)
-    monkeypatch.setattr(table.Demo, "run", lambda demo, *words: ran.append(words))
+    monkeypatch.setattr(table.Demo, "run", lambda demo, *words, **_: ran.append(words))
     finish(tmp_path, 3, PHANTOM, PHANTOM, "CASTTrainer", 0.5, "phantom_long")
     table.main(["-o", str(tmp_path), "-groups", "phantom", "phantom_long", "-seeds", "3"])
     short, long = (words for words in ran if words[0] == "nnUNetUDA_compare")
     assert list(long[long.index("-tr") + 1 : long.index("-f")]) == ["CASTTrainer"]
     assert list(short[short.index("-tr") + 1 : short.index("-f")]) == list(table.TRAINERS)
     iterations = [next(w for w in words if "iterations_per_epoch" in w) for words in ran if "-set" in words]
-    assert iterations == ["iterations_per_epoch=100"] * 4 + ["iterations_per_epoch=180"] * 4
+    assert iterations == ["iterations_per_epoch=100"] * 4 + ["iterations_per_epoch=180"] * 2
     assert all("foreground_oversampling=0" in words for words in ran if "-set" in words)
     ran.clear()
     table.main(["-o", str(tmp_path), "-groups", "phantom_long", "-seeds", "3", "-tr", "CASTTrainer", "MyTrainer"])
@@ -208,7 +245,7 @@ def test_the_longer_schedule_is_cast_s_alone(table, tmp_path, monkeypatch):
 def test_random_styles_alone_get_the_time_of_cisfa_s_steps(table, tmp_path, monkeypatch, group, datasets):
     ran = []
     monkeypatch.setattr(table, "make_task", lambda *_: None)
-    monkeypatch.setattr(table.Demo, "run", lambda demo, *words: ran.append(words))
+    monkeypatch.setattr(table.Demo, "run", lambda demo, *words, **_: ran.append(words))
     finish(tmp_path, 3, PHANTOM, PHANTOM, "RandomStyleTrainer", 0.5)
     table.main(["-o", str(tmp_path), "-groups", group, "phantom", "-seeds", "3", "-data", str(tmp_path)])
     (compared,) = (words for words in ran if words[0] == "nnUNetUDA_compare" and "nnUNetPlansTableStyles" in words)
@@ -223,14 +260,15 @@ def test_random_styles_alone_get_the_time_of_cisfa_s_steps(table, tmp_path, monk
 def test_in_3d_the_same_scans_are_preprocessed_once_and_what_is_2d_only_is_left_out(table, tmp_path, monkeypatch):
     ran = []
     monkeypatch.setattr(table, "make_task", lambda *_: (tmp_path / "seed_3").mkdir(exist_ok=True))
-    monkeypatch.setattr(table.Demo, "run", lambda demo, *words: ran.append(words))
+    monkeypatch.setattr(table.Demo, "run", lambda demo, *words, **_: ran.append(words))
     finish(tmp_path, 3, PHANTOM, PHANTOM, "CASTTrainer", 0.5, "phantom_3d")
     for _ in range(2):
         table.main(["-o", str(tmp_path), "-groups", "phantom_3d", "-seeds", "3", "4"])
     preprocessed = [words[:-2] for words in ran if "preprocess" in words[0]]
     assert preprocessed == [
-        ("nnUNetv2_preprocess", "-d", "501", "502", "511", "512", "-c", "3d_fullres"),
+        ("nnUNetv2_preprocess", "-d", "501", "511", "-c", "3d_fullres"),
         ("nnUNetUDA_preprocess", "-d", "501", "-c", "3d_fullres"),
+        ("nnUNetv2_preprocess", "-d", "502", "512", "-c", "3d_fullres"),
         ("nnUNetUDA_preprocess", "-d", "502", "-c", "3d_fullres"),
     ]
     (compared,) = {tuple(words) for words in ran if words[0] == "nnUNetUDA_compare"}
