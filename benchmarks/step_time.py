@@ -15,6 +15,8 @@ import itertools
 import json
 import os
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -23,12 +25,14 @@ from io import StringIO
 from pathlib import Path
 
 import torch
+from cisfa_code import CISFACodeTrainer
 from memory import PROC, peak_resident
 from passes import convolution_peak, record_passes, synchronise
+from torch.utils.flop_counter import FlopCounterMode
 
 from nnunet_uda.commands.trainers import trainers_folder
 from nnunet_uda.data.convention import dataset_name, environment_folder, read_json
-from nnunet_uda.errors import command
+from nnunet_uda.errors import UDAError, command
 
 BATCHES = 4
 
@@ -45,7 +49,8 @@ def make_trainer(
 
     os.environ.setdefault("nnUNet_extTrainer", str(trainers_folder()))
     dataset_json = read_json(environment_folder("nnUNet_preprocessed") / dataset / "dataset.json")
-    trainer_class = nnUNetTrainer if name == "nnUNetTrainer" else recursive_find_trainer_class_by_name(name)
+    here = {one.__name__: one for one in (nnUNetTrainer, CISFACodeTrainer)}
+    trainer_class = here.get(name) or recursive_find_trainer_class_by_name(name)
     trainer = trainer_class(plans | {"continue_training": False}, configuration, 0, dataset_json, device)
     trainer.on_train_start()
     if last_epoch:
@@ -113,7 +118,9 @@ class Measured:
         self.peak = 0
 
     def record(self) -> None:
-        self.passes = record_passes(self.trainer, self.batches[0])
+        with FlopCounterMode(display=False) as counter:  # a pass's gradient may be asked for nowhere in the step
+            self.passes = record_passes(self.trainer, self.batches[0])
+        self.step_flops = counter.get_total_flops()
         self.flops = [one.flops() for one in self.passes]
         self.pass_times: list[list[tuple[float, float]]] = [[] for _ in self.passes]
 
@@ -132,7 +139,7 @@ class Measured:
         overhead = statistics.median(step / passes for step, passes in zip(self.times, bare, strict=True)) - 1
         return {
             "seconds": self.times, "median": median, "bare_median": statistics.median(bare), "overhead": overhead,
-            "flops": sum(self.flops), "share_of_peak": sum(self.flops) / median / conv_peak, "peak_bytes": self.peak,
+            "flops": self.step_flops, "share_of_peak": self.step_flops / median / conv_peak, "peak_bytes": self.peak,
             "passes": [
                 {"name": one.name, "shape": one.shape, "kind": one.kind, "flops": flops,
                  "forward": statistics.median(f for f, _ in times), "backward": statistics.median(b for _, b in times)}
@@ -243,6 +250,18 @@ def measure_steps(
     return conv_peak, figures
 
 
+def resident_alone(args: argparse.Namespace, trainer: str, plans: str) -> int:
+    """Most bytes in memory of a process of its own that makes a trainer and two steps."""
+    with tempfile.TemporaryDirectory() as place:
+        figures = Path(place, "figures.json")
+        words = ["-d", args.d, "-p", plans, "-c", args.c, "-tr", trainer, "-threads", str(args.threads), "-device",
+                 args.device, "-epoch", args.epoch, "-steps", "1", "-o", str(figures)]  # fmt: skip
+        done = subprocess.run([sys.executable, __file__, *words], stdout=subprocess.DEVNULL, check=False)
+        if done.returncode != 0:
+            raise UDAError(f"{trainer} by itself ended with status {done.returncode}; its message is above")
+        return read_json(figures)["runs"][0]["resident_bytes"]
+
+
 def print_table(header: list[str], rows: list[list[str]]) -> None:
     print("| " + " | ".join(header) + " |")
     print("|" + "---|" * len(header))
@@ -295,14 +314,20 @@ def main(argv: list[str] | None = None) -> None:
                         "workers nnUNet_n_proc_DA says, and report the wait for them [0]")  # fmt: skip
     parser.add_argument("-epoch", choices=("first", "last"), default="first", help="of the schedule: the last one is "
                         "without warm-up [first]")  # fmt: skip
+    parser.add_argument("--resident", action="store_true", help="also report what a process of its own holds in memory "
+                        "with each trainer, PyTorch included (Linux)")  # fmt: skip
     parser.add_argument("--passes", action="store_true", help="list every pass of every step")
     parser.add_argument("-plot", type=Path, help="write a picture of the step times (PNG)")
     args = parser.parse_args(argv)
+    if args.resident and not PROC.is_dir():
+        raise UDAError(f"--resident reads {PROC}, which only Linux has: leave it out")
     dataset, device, runs = chosen_runs(args)
     conv_peak, figures = measure_steps(runs, dataset, args.c, device, args.steps, args.live, args.epoch == "last")
 
     print(f"{dataset}, {args.c}, {device}, {args.threads} threads, {args.steps} steps each; 3 x 3 convolutions reach "
           f"{conv_peak / 1e9:.0f} GFLOP/s here\n")  # fmt: skip
+    for found in figures if args.resident else ():
+        found["resident_bytes"] = resident_alone(args, found["trainer"], found["plans"])
     rows, firsts = [], {found["plans"]: found["median"] for found in reversed(figures)}
     for found in figures:
         low, high = min(found["seconds"]), max(found["seconds"])
@@ -313,15 +338,15 @@ def main(argv: list[str] | None = None) -> None:
             f"{100 * found['overhead']:.0f} %",
             f"{found['flops'] / 1e9:.1f}", f"{100 * found['share_of_peak']:.0f} %", wait,
             f"{found['peak_bytes'] / 2**20:.0f}",
+            f"{found['resident_bytes'] / 2**20:.0f}" if "resident_bytes" in found else "",
         ])  # fmt: skip
     print_table(
         ["trainer", "plans", "ms a step: median (fastest, slowest)", f"times {args.tr[0]}", "its passes alone, ms",
-         "overhead", "GFLOP", "share of peak", "loader wait", "peak MiB"],
+         "overhead", "GFLOP", "share of peak", "loader wait", "peak MiB", "process MiB"],
         rows,
     )  # fmt: skip
     if "resident_bytes" in figures[0]:
-        resident = figures[0]["resident_bytes"] / 2**20
-        print(f"\nThe process held at most {resident:.0f} MiB in memory up to its second step, PyTorch included")
+        print("\nProcess: most that a process held in memory up to its second step, PyTorch included")
     if args.passes:
         for found in figures:
             print(f"\n{found['trainer']}, {found['plans']}:\n")

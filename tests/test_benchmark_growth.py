@@ -122,6 +122,26 @@ def test_the_last_epoch_is_the_whole_method(benchmarks, plans):
     assert os.environ["nnUNet_n_proc_DA"] == "0" and "nnUNet_results" in os.environ
 
 
+def test_the_passes_of_cisfas_code_give_the_same_terms(benchmarks, plans):
+    import step_time
+    from cisfa_code import PlainInstanceNorm
+
+    plans["uda"]["seed"] = 3
+    terms, passes, plain = {}, {}, {}
+    for name in ("CISFACodeTrainer", "CISFATrainer"):
+        with step_time.set_aside("0"):
+            trainer = step_time.make_trainer(name, benchmarks.name, plans, "2d", CPU)
+            terms[name] = trainer.train_step(next(trainer.dataloader_train))
+            passes[name] = [one.name for one in step_time.record_passes(trainer, next(trainer.dataloader_train))]
+        plain[name] = any(type(module).__name__ == PlainInstanceNorm.__name__ for module in trainer.networks.modules())
+    assert terms["CISFATrainer"] == pytest.approx(terms["CISFACodeTrainer"], rel=1e-4, abs=1e-6)
+    assert len(terms["CISFATrainer"]) == 8
+    assert plain == {"CISFACodeTrainer": True, "CISFATrainer": False}
+    code, ours = passes.values()
+    assert code.count("generator") == 3 and ours.count("generator") == 1  # forward_with_features is the other
+    assert len(code) == len(ours) + 7  # an encoding, a translation, two segmentations (encoder, decoder), an encoding
+
+
 def test_the_memory_of_a_command_is_its_familys(monkeypatch):
     monkeypatch.syspath_prepend(REPOSITORY / "benchmarks")
     from memory import watched
@@ -141,8 +161,10 @@ def test_a_second_start_skips_what_is_done(benchmarks, tmp_path, monkeypatch, ca
 
     def run(program, **options):
         ran.append(program[1])
-        runs = [{"trainer": "CISFATrainer", "plans": "a", "median": 1.75, "bare_median": 1.5, "overhead": 0.2,
-                 "loader_wait": 0.01, "flops": 5e9, "share_of_peak": 0.5, "resident_bytes": 2e9}]  # fmt: skip
+        run = {"plans": "a", "bare_median": 1.5, "overhead": 0.2, "loader_wait": 0.01, "share_of_peak": 0.5}
+        runs = [run | {"trainer": trainer, "median": 1.75 * n, "seconds": [2.0 * n, 1.75 * n, n], "flops": 5e9 * n,
+                       "peak_bytes": 1e9 * n, "resident_bytes": 2e9 * n}
+                for trainer, n in (("CISFACodeTrainer", 4), ("CISFATrainer", 3))]  # fmt: skip
         with open(program[-1], "w") as file:
             json.dump({"runs": runs}, file)
         return subprocess.CompletedProcess(program, 0, "| a table |\n")
@@ -154,7 +176,7 @@ def test_a_second_start_skips_what_is_done(benchmarks, tmp_path, monkeypatch, ca
     run_all.main([*words, "cisfa64", "cisfa160"])
     assert len(ran) == 3 and "cisfa64: done already" in capsys.readouterr().out
     text = (tmp_path / "out" / "benchmarks.md").read_text()
-    assert "| 64 x 64 | 1.75 | 3.5 | 0.50 |" in text and "| 2.00 | 4.0 | 0.50 |" in text
+    assert "| 64 x 64 | 7.00, 5.25 (0.75) | 20, 15 (0.75) | 4.00, 3.00 (0.75) | 8.00, 6.00 (0.75) |" in text
     assert text.count("| a table |") == 3 and "## Step times, last epoch" in text
     assert (tmp_path / "out" / "benchmarks.png").exists()
     plans = json.loads((benchmarks / "nnUNetPlansCISFA160.json").read_text())

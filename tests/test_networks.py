@@ -86,7 +86,7 @@ def test_generator_encode_stops_at_the_middle_block() -> None:
     calls: list[int] = []
     for index, block in enumerate(generator.blocks):
         block.register_forward_hook(lambda *_, index=index: calls.append(index))
-    for module in (*generator.up, generator.head):
+    for module in (*(stage[0] for stage in generator.up), generator.head):
         module.register_forward_hook(lambda *_: calls.append(-1))
     features = generator.encode(torch.randn(1, 1, 16, 16))
     assert calls == [0, 1, 2, 3, 4]

@@ -32,6 +32,7 @@ from nnunet_uda.losses.prototypes import (
 from nnunet_uda.networks.instance_norm import use_fast_instance_norm
 from nnunet_uda.networks.patch_discriminator import PatchDiscriminator
 from nnunet_uda.networks.prototype_network import GeneratorOutput, PrototypeNetwork, SegmentingGenerator
+from nnunet_uda.networks.recomputed import use_slim_blocks
 from nnunet_uda.settings import parse_settings, require, split_settings
 from nnunet_uda.training.composite_trainer import CompositeTrainer
 from nnunet_uda.training.embedding_picture import (
@@ -170,7 +171,8 @@ class SimilarityPrototypesTrainer(CompositeTrainer):
                 settings.image_decoder_convs, settings.residual_translation, settings.image_decoder_width,
             )  # fmt: skip
 
-        return use_fast_instance_norm(PrototypeNetwork(generator(), generator(), enable_deep_supervision))
+        network = PrototypeNetwork(generator(), generator(), enable_deep_supervision)
+        return use_slim_blocks(use_fast_instance_norm(network))
 
     def prepare_network(self) -> None:
         network = self.plain_network

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from nnunet_uda.errors import UDAError
 from nnunet_uda.networks.instance_norm import instance_norm
+from nnunet_uda.networks.recomputed import conv_of
 
 
 def reflect_pad(x: Tensor, padding: Sequence[int]) -> Tensor:
@@ -47,8 +48,13 @@ class ReflectConv(nn.Module):
         if bias:
             nn.init.zeros_(self.conv.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(reflect_pad(x, self.padding))
+    def forward(self, *tensors: Tensor, before: Callable[..., Tensor] | None = None) -> Tensor:
+        """The convolution of one map, or of what ``before`` makes of ``tensors``, which is not kept (``conv_of``)."""
+
+        def prepare(*tensors: Tensor) -> Tensor:
+            return reflect_pad(tensors[0] if before is None else before(*tensors), self.padding)
+
+        return conv_of(self.conv, prepare, *tensors)
 
 
 class InstanceNorm(nn.Module):
@@ -72,7 +78,8 @@ class ResidualBlock(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.layers(x)
+        first, norm, activation, second, last_norm = self.layers
+        return x + last_norm(second(first(x), before=lambda hidden: activation(norm(hidden))))
 
 
 class ResnetGenerator(nn.Module):
@@ -159,18 +166,24 @@ class ResnetGenerator(nn.Module):
         blocks = [(block, None) for block in self.blocks[len(self.blocks) // 2 + 1 :]]
         return blocks + list(zip(self.up, reversed(features[1:-2]), strict=True))
 
-    def into(self, hidden: Tensor, low: Tensor | None) -> Tensor:
-        """What a late stage gets: ``hidden``, at the size of ``low`` and joined with it if there are skips."""
+    def late_stage(self, stage: nn.Module, hidden: Tensor, low: Tensor | None) -> Tensor:
+        """A late stage of ``hidden``, brought to the size of ``low`` and joined with it if there are skips."""
         if low is None:
-            return hidden
-        hidden = F.interpolate(hidden, size=low.shape[2:], mode="nearest")
-        return torch.cat((hidden, low), 1) if self.skips else hidden
+            return stage(hidden)
+        conv, norm, activation = stage
+        size = low.shape[2:]
+
+        def larger(hidden: Tensor, *skips: Tensor) -> Tensor:
+            hidden = F.interpolate(hidden, size=size, mode="nearest")
+            return torch.cat((hidden, *skips), 1) if skips else hidden
+
+        return activation(norm(conv(hidden, *([low] if self.skips else []), before=larger)))
 
     def decode(self, features: list[Tensor]) -> Tensor:
         """The translation [B, num_channels, *S] of the image whose features ``encode`` returned."""
         hidden = features[-1]
         for stage, low in self.late_stages(features):
-            hidden = stage(self.into(hidden, low))
+            hidden = self.late_stage(stage, hidden, low)
         return self.head(hidden)
 
     def compile(self, *args: Any, **kwargs: Any) -> None:

@@ -60,7 +60,7 @@ class StyleResnetGenerator(ResnetGenerator):
             code = hidden.new_zeros(len(hidden), self.style_dim)
         style = self.mapping(code)
         for (stage, low), modulation in zip(self.late_stages(features), self.modulations, strict=True):
-            hidden = stage(self.into(hidden, low))
+            hidden = self.late_stage(stage, hidden, low)
             scale, shift = modulation(style)[(..., *[None] * (hidden.ndim - 2))].chunk(2, dim=1)
             hidden = hidden * (1 + scale) + shift
         return self.head(hidden)

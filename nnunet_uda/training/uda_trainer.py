@@ -46,6 +46,7 @@ from nnunet_uda.data.target import TargetDataset, preprocess_target, target_iden
 from nnunet_uda.errors import UDAError, print_without_traceback
 from nnunet_uda.losses.dice import soft_dice_loss
 from nnunet_uda.networks.instance_norm import use_fast_instance_norm
+from nnunet_uda.networks.recomputed import use_slim_blocks
 from nnunet_uda.settings import UDASettings, parse_settings, split_settings
 from nnunet_uda.training.checkpoint import (
     PREVIOUS,
@@ -180,12 +181,12 @@ class UDATrainer(StoppableTrainer):
     def build_network_architecture(
         plans_manager, configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision=True
     ) -> nn.Module:
-        """nnU-Net's network from the plans, for training and prediction; its instance norms faster on the CPU."""
-        return use_fast_instance_norm(
-            nnUNetTrainer.build_network_architecture(
-                plans_manager, configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision
-            )
+        """nnU-Net's network from the plans, for training and prediction; its instance norms faster on the CPU, and with
+        fewer maps kept for the gradient."""
+        network = nnUNetTrainer.build_network_architecture(
+            plans_manager, configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision
         )
+        return use_slim_blocks(use_fast_instance_norm(network))
 
     def initialize(self):
         self._refuse_unsupported()
