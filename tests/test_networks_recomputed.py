@@ -12,9 +12,15 @@ from dynamic_network_architectures.building_blocks.simple_conv_blocks import Sta
 from torch import nn
 from torch.nn import functional as F
 
+from nnunet_uda.networks import recomputed
 from nnunet_uda.networks.recomputed import SlimConvBlocks, conv_of, use_slim_blocks
 from nnunet_uda.networks.resnet_generator import ResnetGenerator, reflect_pad
 from nnunet_uda.networks.style_generator import StyleResnetGenerator
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_small(monkeypatch):
+    monkeypatch.setattr(recomputed, "SMALL", 0)
 
 
 class Kept:
@@ -96,6 +102,21 @@ def test_nothing_is_computed_for_what_needs_no_gradient():
     with torch.no_grad():
         conv_of(conv, prepare, x)
     assert calls == [False]
+
+
+def test_small_maps_are_kept(monkeypatch):
+    conv, calls = nn.Conv2d(1, 2, 3), []
+
+    def prepare(x):
+        calls.append(x.shape)
+        return x.exp()
+
+    x = torch.randn(1, 1, 8, 8, requires_grad=True)
+    for limit, expected in ((4 * 64, 2), (4 * 64 + 1, 1)):
+        calls.clear()
+        monkeypatch.setattr(recomputed, "SMALL", limit)
+        conv_of(conv, prepare, x).sum().backward()
+        assert len(calls) == expected
 
 
 def test_under_autocast_gradients_have_the_tensors_own_precision():

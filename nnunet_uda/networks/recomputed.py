@@ -22,10 +22,15 @@ Network = TypeVar("Network", bound=nn.Module)
 Convolution = nn.Conv2d | nn.Conv3d
 
 
+SMALL = 4 * 2**20
+"""Bytes of tensors below which what they make is kept: at patches of 64 x 64 making it again took a tenth of a step."""
+
+
 def conv_of(conv: Convolution, prepare: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
     """``conv(prepare(*tensors))``, of which only ``tensors`` are kept for the gradient.
 
-    Where no gradient is recorded it is just that; under ``torch.compile`` as well, which decides itself what to repeat.
+    Where no gradient is recorded or ``tensors`` are ``SMALL`` it is just that. Under ``torch.compile``, too, which
+    decides by itself what to repeat.
 
     Args:
         conv: ``Conv2d`` or ``Conv3d`` with padding by zeros.
@@ -33,7 +38,8 @@ def conv_of(conv: Convolution, prepare: Callable[..., Tensor], *tensors: Tensor)
             them; it is called a second time in the backward pass.
         tensors: of floating point.
     """
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+    small = sum(tensor.nbytes for tensor in tensors) < SMALL
+    if small or torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return conv(prepare(*tensors))
     return _ConvOf.apply(conv, prepare, conv.weight, conv.bias, *tensors)
 
