@@ -38,8 +38,9 @@ def conv_of(conv: Convolution, prepare: Callable[..., Tensor], *tensors: Tensor)
             them; it is called a second time in the backward pass.
         tensors: of floating point.
     """
-    small = sum(tensor.nbytes for tensor in tensors) < SMALL
-    if small or torch.compiler.is_compiling() or not torch.is_grad_enabled():
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return conv(prepare(*tensors))
+    if sum(tensor.nbytes for tensor in tensors) < SMALL:
         return conv(prepare(*tensors))
     return _ConvOf.apply(conv, prepare, conv.weight, conv.bias, *tensors)
 
