@@ -6,7 +6,7 @@ beside them: ``nnUNetPlansBenchmark``, with small translation networks and a sma
 does not set them, and ``nnUNetPlansCISFA64`` and ``nnUNetPlansCISFA160``, which have the sizes of CISFA's own code.
 
 A part that is done, with the same command, is not run again (FOLDER/parts): a second start goes on where the first one
-stopped. About a quarter of an hour on 2 CPU cores with nothing else running.
+stopped. About an hour on 2 CPU cores with nothing else running.
 
     OMP_WAIT_POLICY=passive python benchmarks/run_all.py -o benchmark
 """
