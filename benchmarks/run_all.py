@@ -148,14 +148,11 @@ def against_cisfa_code(records: dict[str, dict[str, Any]]) -> str:
         if f"cisfa{edge}" in records:
             code, ours = records[f"cisfa{edge}"]["figures"]["runs"]
             time = statistics.median(one / other for one, other in zip(ours["seconds"], code["seconds"], strict=True))
-            shares = [ours[key] / code[key] for key in ("flops", "peak_bytes", "resident_bytes")]
-            shown = [
-                f"{code['median']:.2f}, {ours['median']:.2f} ({time:.2f})",
-                *(f"{code[key] / unit:.{digits}f}, {ours[key] / unit:.{digits}f} ({share:.2f})"
-                  for (key, unit, digits), share in zip(
-                      (("flops", 1e9, 0), ("peak_bytes", 1e9, 2), ("resident_bytes", 1e9, 2)), shares, strict=True)),
-            ]  # fmt: skip
-            lines.append(f"| {edge} x {edge} | " + " | ".join(shown) + " |")
+            cells = [f"{code['median']:.2f}, {ours['median']:.2f} ({time:.2f})"]
+            for key, digits in (("flops", 0), ("peak_bytes", 2), ("resident_bytes", 2)):
+                of_code, of_ours = code[key] / 1e9, ours[key] / 1e9
+                cells.append(f"{of_code:.{digits}f}, {of_ours:.{digits}f} ({of_ours / of_code:.2f})")
+            lines.append(f"| {edge} x {edge} | " + " | ".join(cells) + " |")
     if not lines:
         return ""
     header = ["patch", "s a step", "GFLOP", "GB of tensors", "GB of the process"]

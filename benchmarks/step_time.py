@@ -15,8 +15,6 @@ import itertools
 import json
 import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -33,6 +31,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from nnunet_uda.commands.trainers import trainers_folder
 from nnunet_uda.data.convention import dataset_name, environment_folder, read_json
 from nnunet_uda.errors import UDAError, command
+from nnunet_uda.workers import as_done
 
 BATCHES = 4
 
@@ -250,16 +249,18 @@ def measure_steps(
     return conv_peak, figures
 
 
-def resident_alone(args: argparse.Namespace, trainer: str, plans: str) -> int:
-    """Most bytes in memory of a process of its own that makes a trainer and two steps."""
-    with tempfile.TemporaryDirectory() as place:
-        figures = Path(place, "figures.json")
-        words = ["-d", args.d, "-p", plans, "-c", args.c, "-tr", trainer, "-threads", str(args.threads), "-device",
-                 args.device, "-epoch", args.epoch, "-steps", "1", "-o", str(figures)]  # fmt: skip
-        done = subprocess.run([sys.executable, __file__, *words], stdout=subprocess.DEVNULL, check=False)
-        if done.returncode != 0:
-            raise UDAError(f"{trainer} by itself ended with status {done.returncode}; its message is above")
-        return read_json(figures)["runs"][0]["resident_bytes"]
+def resident_after_two_steps(run: tuple[str, str, dict, str, str, int, bool]) -> int:
+    """Most bytes in memory of this process, to be a fresh one, that makes a trainer and two steps.
+
+    Args:
+        run: trainer, dataset, content of the plans, configuration, device, threads, and whether in the last epoch.
+    """
+    name, dataset, plans, configuration, device, threads, last_epoch = run
+    torch.set_num_threads(threads)
+    with set_aside("0"):
+        where = torch.device(device)
+        Measured(name, make_trainer(name, dataset, plans, configuration, where, last_epoch), where, 1)
+    return peak_resident()
 
 
 def print_table(header: list[str], rows: list[list[str]]) -> None:
@@ -326,8 +327,9 @@ def main(argv: list[str] | None = None) -> None:
 
     print(f"{dataset}, {args.c}, {device}, {args.threads} threads, {args.steps} steps each; 3 x 3 convolutions reach "
           f"{conv_peak / 1e9:.0f} GFLOP/s here\n")  # fmt: skip
-    for found in figures if args.resident else ():
-        found["resident_bytes"] = resident_alone(args, found["trainer"], found["plans"])
+    for found, (name, _, plans) in zip(figures, runs, strict=True) if args.resident else ():
+        alone = (name, dataset, plans, args.c, args.device, args.threads, args.epoch == "last")
+        (found["resident_bytes"],) = as_done(resident_after_two_steps, [alone], 1)
     rows, firsts = [], {found["plans"]: found["median"] for found in reversed(figures)}
     for found in figures:
         low, high = min(found["seconds"]), max(found["seconds"])

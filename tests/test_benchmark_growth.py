@@ -142,6 +142,18 @@ def test_the_passes_of_cisfas_code_give_the_same_terms(benchmarks, plans):
     assert len(code) == len(ours) + 7  # an encoding, a translation, two segmentations (encoder, decoder), an encoding
 
 
+def test_a_process_of_its_own_is_weighed_for_every_trainer(benchmarks, tmp_path, capsys):
+    import step_time
+
+    out = tmp_path / "figures.json"
+    step_time.main(["-d", "501", "-p", "tiny", "-tr", "CISFACodeTrainer", "CISFATrainer", "-steps", "1", "-threads",
+                    "1", "--resident", "-o", str(out)])  # fmt: skip
+    runs, shown = json.loads(out.read_text())["runs"], capsys.readouterr().out
+    assert [run["trainer"] for run in runs] == ["CISFACodeTrainer", "CISFATrainer"]
+    for run in runs:
+        assert 50e6 < run["resident_bytes"] < 4e9 and f"| {run['resident_bytes'] / 2**20:.0f} |" in shown
+
+
 def test_the_memory_of_a_command_is_its_familys(monkeypatch):
     monkeypatch.syspath_prepend(REPOSITORY / "benchmarks")
     from memory import watched

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
@@ -122,43 +123,31 @@ def test_small_maps_are_kept(monkeypatch):
 def test_under_autocast_gradients_have_the_tensors_own_precision():
     torch.manual_seed(0)
     conv = nn.Conv2d(3, 4, 3)
-    x = torch.randn(2, 3, 8, 8, requires_grad=True)
+    x, modes = torch.randn(2, 3, 8, 8, requires_grad=True), []
+
+    def prepare(x):
+        modes.append((torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")))
+        return torch.relu(x - 1)
+
     with torch.autocast("cpu", torch.bfloat16):
-        found = conv_of(conv, lambda x: torch.relu(x - 1), x)
+        found = conv_of(conv, prepare, x)
         expected = conv(torch.relu(x - 1))
     assert found.dtype == expected.dtype == torch.bfloat16 and torch.equal(found, expected)
     wanted = [x, conv.weight, conv.bias]
     for one, other in zip(gradients(found, wanted), gradients(expected, wanted), strict=True):
         assert one.dtype == torch.float32
         torch.testing.assert_close(one, other, rtol=1e-2, atol=1e-2)
-
-
-def padded_first(network: nn.Module) -> nn.Module:
-    """A copy whose convolutions get their inputs ready-made, as in a chain of plain modules."""
-
-    class Plain(nn.Module):
-        def __init__(self, conv: nn.Module, padding: tuple[int, ...]) -> None:
-            super().__init__()
-            self.conv, self.padding = conv, padding
-
-        def forward(self, *tensors, before=None):
-            return self.conv(reflect_pad(tensors[0] if before is None else before(*tensors), self.padding))
-
-    network = copy.deepcopy(network)
-    for module in network.modules():
-        if type(module).__name__ == "ReflectConv":
-            module.forward = Plain(module.conv, module.padding).forward
-    return network
+    assert modes == 2 * [(True, torch.bfloat16)]  # in the backward pass, outside of autocast, as well
 
 
 @pytest.mark.parametrize("dimension, skips", [(2, False), (2, True), (3, True)])
 @pytest.mark.parametrize("kind", [ResnetGenerator, StyleResnetGenerator], ids=lambda kind: kind.__name__)
-def test_generators_keep_less_for_the_same_gradients(kind, dimension, skips):
+def test_generators_keep_less_for_the_same_gradients(kind, dimension, skips, monkeypatch):
     torch.manual_seed(0)
-    slim = kind(1, dimension, 4, 3, skips=skips)
-    plain = padded_first(slim)
+    network = kind(1, dimension, 4, 3, skips=skips)
     x, kept, found = torch.randn(2, 1, *(16,) * dimension), [], []
-    for network in (slim, plain):
+    for small in (0, math.inf):
+        monkeypatch.setattr(recomputed, "SMALL", small)
         image = x.clone().requires_grad_()
         with Kept(network) as keeping:
             features = network.encode(image)

@@ -38,9 +38,8 @@ def conv_of(conv: Convolution, prepare: Callable[..., Tensor], *tensors: Tensor)
             them; it is called a second time in the backward pass.
         tensors: of floating point.
     """
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-        return conv(prepare(*tensors))
-    if sum(tensor.nbytes for tensor in tensors) < SMALL:
+    at_once = torch.compiler.is_compiling() or not torch.is_grad_enabled()
+    if at_once or sum(tensor.nbytes for tensor in tensors) < SMALL:  # Dynamo is not to trace this sum
         return conv(prepare(*tensors))
     return _ConvOf.apply(conv, prepare, conv.weight, conv.bias, *tensors)
 
