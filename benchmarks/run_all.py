@@ -1,12 +1,14 @@
 """Every benchmark of speed, memory and scale by one command: FOLDER/benchmarks.md with tables, and a picture of them.
 
 Without ``-d`` a phantom is made, converted, planned and preprocessed first (``tasks.py``). Otherwise the dataset must
-be planned and preprocessed, target too, and nnU-Net's folders set. From the plans ``-p`` three others are written
+be planned and preprocessed, target too, and nnU-Net's folders set. From the plans ``-p`` four others are written
 beside them: ``nnUNetPlansBenchmark``, with small translation networks and a small CLIP at random weights where ``-p``
 does not set them, and ``nnUNetPlansCISFA64`` and ``nnUNetPlansCISFA160``, which have the sizes of CISFA's own code.
+``nnUNetPlansBenchmarkWide`` is ``nnUNetPlansBenchmark`` with the patch, batch and features that nnU-Net's own planner
+gives the phantom.
 
 A part that is done, with the same command, is not run again (FOLDER/parts): a second start goes on where the first one
-stopped. About an hour on 2 CPU cores with nothing else running.
+stopped. About 80 minutes on 2 CPU cores with nothing else running.
 
     OMP_WAIT_POLICY=passive python benchmarks/run_all.py -o benchmark
 """
@@ -36,7 +38,7 @@ from nnunet_uda.data.convention import dataset_name, environment_folder, read_js
 from nnunet_uda.errors import UDAError, command
 from nnunet_uda.files import whole_file, write_json
 
-BENCHMARK, CISFA = "nnUNetPlansBenchmark", "nnUNetPlansCISFA"
+BENCHMARK, WIDE, CISFA = "nnUNetPlansBenchmark", "nnUNetPlansBenchmarkWide", "nnUNetPlansCISFA"
 TRAINERS = ("nnUNetTrainer", "SourceOnlyTrainer", "RandomStyleTrainer", "EntMinTrainer", "ADVENTTrainer", "CUTTrainer",
             "CISFATrainer", "SimilarityPrototypesTrainer", "UUDSTrainer", "UUDSAdversarialTrainer",
             "CASTTrainer")  # fmt: skip
@@ -47,6 +49,8 @@ SMALL = {
     "uuds.clip_config": CLIP,
 }  # fmt: skip
 """Settings of ``nnUNetPlansBenchmark``, where its base has none of its own."""
+WIDE_SIZES = ("-patch_size", "80", "80", "-batch_size", "20", "-base_features", "32", "-max_features", "512")
+"""Of ``nnUNetPlansBenchmarkWide``: nnU-Net's planner for the phantom."""
 CISFA_SIZES = ("-batch_size", "4", "-base_features", "64", "-max_features", "1024", "-stages", "5", "-set",
                "deep_supervision=false", "segmentation_loss=dice", "cisfa.generator_width=64",
                "cisfa.generator_blocks=9", "cisfa.discriminator_width=64", "cisfa.discriminator_layers=3",
@@ -82,6 +86,10 @@ def parts(dataset: str) -> dict[str, Part]:
             "Step times, last epoch of the schedule",
             ("step_time.py", *plans, "-tr", *TRAINERS, "-epoch", "last", "-steps", "15", "-live", "25"),
         ),
+        "steps_wide": Part(
+            "Step times at the size of nnU-Net's own plans, last epoch of the schedule",
+            ("step_time.py", "-d", dataset, "-p", WIDE, "-tr", *TRAINERS, "-epoch", "last", "-steps", "5"),
+        ),
         "steps_first": Part(
             "Step times, first epoch, where a schedule has parts",
             ("step_time.py", *plans, "-tr", "nnUNetTrainer", "CUTTrainer", "CASTTrainer", "-steps", "15"),
@@ -103,7 +111,7 @@ def parts(dataset: str) -> dict[str, Part]:
 
 
 def configurations(dataset: str, base: str, content: dict[str, Any]) -> list[list[str]]:
-    """``nnUNetUDA_configure``'s words for the three plans, from the plans ``base`` with this content."""
+    """``nnUNetUDA_configure``'s words for the four plans, from the plans ``base`` with this content."""
     given = content.get("uda", {})
     method_of = {name: name.split(".") for name in SMALL}
     settings = {
@@ -111,8 +119,10 @@ def configurations(dataset: str, base: str, content: dict[str, Any]) -> list[lis
     }
     words = ["-d", dataset, "-from", base, "--overwrite", "-p"]
     small = [f"{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in settings.items()]
+    small = ["-set", *small] if small else []
     return [
-        [*words, BENCHMARK, *(["-set", *small] if small else [])],
+        [*words, BENCHMARK, *small],
+        [*words, WIDE, *WIDE_SIZES, *small],
         *([*words, f"{CISFA}{edge}", "-patch_size", str(edge), str(edge), *CISFA_SIZES] for edge in CISFA_EDGES),
     ]
 

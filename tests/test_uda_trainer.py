@@ -13,6 +13,7 @@ import torch
 from conftest import draw_case, make_trainer, same_weights, weights, write_volume
 
 from nnunet_uda.errors import UDAError
+from nnunet_uda.training.uda_trainer import clip_gradients
 
 
 def train(name: str = "CISFATrainer", **options):
@@ -262,3 +263,19 @@ def test_worker_processes_serve_both_streams(in_workspace, monkeypatch):
     trainer = train(num_epochs=1)
     assert trainer.dataloader_target.num_processes == 1
     assert np.isfinite(trainer.loss_history["segmentation"]).all()
+
+
+@pytest.mark.parametrize("size", [0.1, 1.0, 50.0, float("nan")])
+def test_gradients_are_clipped_as_by_torch(size):
+    ours, theirs = ([torch.nn.Parameter(torch.zeros(n)) for n in (3, 5, 1)] for _ in range(2))
+    for seed, pair in enumerate(zip(ours[:2], theirs[:2], strict=True)):  # the last one has no gradient
+        gradient = size * torch.randn(len(pair[0]), generator=torch.Generator().manual_seed(seed))
+        for parameter in pair:
+            parameter.grad = gradient.clone()
+    clip_gradients(ours, 12)
+    norm = torch.nn.utils.clip_grad_norm_(theirs, 12)
+    assert size < 50 or not norm <= 12, "the largest must be clipped"
+    for one, other in zip(ours[:2], theirs[:2], strict=True):
+        torch.testing.assert_close(one.grad, other.grad, rtol=0, atol=0, equal_nan=True)
+    assert ours[2].grad is None
+    clip_gradients(ours[2:], 12)

@@ -52,7 +52,7 @@ def foreground_entropy(probabilities: Tensor) -> Tensor:
     Returns:
         Scalar in [0, 1].
     """
-    found = probabilities.argmax(1, keepdim=True) > 0
+    found = probabilities.max(1, keepdim=True).indices > 0
     if not found.any():
         return probabilities.new_ones(())
     return normalised_entropy(probabilities)[found].mean()
@@ -173,7 +173,7 @@ def look_twice(
         mirror_axes: spatial axes, from 0, along which the network was trained to be mirrored; None for no mirroring.
     """
     axes = [axis + 2 for axis in mirror_axes or ()]
-    again = predict(change_looks(images).flip(axes)).argmax(1).flip([axis - 1 for axis in axes])
+    again = predict(change_looks(images).flip(axes)).max(1).indices.flip([axis - 1 for axis in axes])
     return predict(images).float().softmax(1), again
 
 
@@ -204,7 +204,7 @@ class TargetCriteria:
                 place: its agreement with ``probabilities``' own segmentation is one of the criteria.
         """
         probabilities = probabilities.float()
-        segmentation = probabilities.argmax(1)
+        segmentation = probabilities.max(1).indices
         uncertainty = normalised_entropy(probabilities)[:, 0]
         found = segmentation > 0
         self.images += len(probabilities)

@@ -143,7 +143,7 @@ def seen_in_views(
         seen = images if view == 0 else _changed(images)
         probabilities = predict(seen.flip(axes)).float().softmax(1).flip(axes)
         total = total + probabilities / views
-        found = probabilities.argmax(1)
+        found = probabilities.max(1).indices
         agreed = torch.ones_like(found, dtype=torch.bool) if classes is None else agreed & (found == classes)
         classes = found if classes is None else classes
     return total, agreed
