@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import resource
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -279,3 +281,26 @@ def test_gradients_are_clipped_as_by_torch(size):
         torch.testing.assert_close(one.grad, other.grad, rtol=0, atol=0, equal_nan=True)
     assert ours[2].grad is None
     clip_gradients(ours[2:], 12)
+
+
+def test_memory_freed_by_a_step_on_the_cpu_is_used_again():
+    if sys.platform != "linux":
+        pytest.skip("page faults are glibc's")
+    script = """
+import resource, torch
+from nnunet_uda.training.cpu import prepare_process
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for size in 4 * [2**24, 2**22, 2**20]:
+        torch.ones(size)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+first = faults()
+prepare_process()
+for _ in range(8):
+    faults()
+print(first, faults(), float(torch.tensor(1e-39) * 1))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    first, later, denormal = done.stdout.split()
+    assert int(first) > 4 * 2**26 / 2**21, "pages of 2 MiB at most"
+    assert int(later) < int(first) / 10 and float(denormal) == 0

@@ -57,6 +57,7 @@ from nnunet_uda.training.checkpoint import (
     set_random_state,
     write_checkpoint,
 )
+from nnunet_uda.training.cpu import prepare_process
 from nnunet_uda.training.model_choice import ModelChoice
 from nnunet_uda.training.pictures import plot_losses, write_panels
 from nnunet_uda.training.stoppable_trainer import StoppableTrainer
@@ -191,7 +192,7 @@ class UDATrainer(StoppableTrainer):
     def initialize(self):
         self._refuse_unsupported()
         if self.device.type == "cpu":
-            torch.set_flush_denormal(True)  # denormals in a discriminator made a step ten times slower
+            prepare_process()
         if self.settings.seed is not None:
             seed_everything(self.settings.seed)
         super().initialize()

@@ -1,0 +1,26 @@
+"""What training on a CPU asks of its process."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+
+import torch
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+LARGEST_KEPT = 2**30
+
+
+def prepare_process() -> None:
+    """Make steps on a CPU faster, for the rest of the process: no denormal numbers, and freed memory is kept.
+
+    Denormals made a step with a discriminator ten times slower. glibc gives large blocks back to the system as soon as
+    they are freed, so that every step of a U-Net finds new pages in front of it, which the system must clear first: up
+    to a third of the step, while the most memory that the process ever holds stays within a few percent. Blocks of more
+    than 1 GiB, whole volumes and not a step's, go back as ever. Without glibc memory stays as it is.
+    """
+    torch.set_flush_denormal(True)
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(M_MMAP_THRESHOLD, LARGEST_KEPT)
+        libc.mallopt(M_TRIM_THRESHOLD, -1)
