@@ -84,7 +84,7 @@ def parts(dataset: str) -> dict[str, Part]:
     return {
         "steps": Part(
             "Step times, last epoch of the schedule",
-            ("step_time.py", *plans, "-tr", *TRAINERS, "-epoch", "last", "-steps", "15", "-live", "25"),
+            ("step_time.py", *plans, "-tr", *TRAINERS, "-epoch", "last", "-steps", "30", "-live", "25"),
         ),
         "steps_wide": Part(
             "Step times at the size of nnU-Net's own plans, last epoch of the schedule",
