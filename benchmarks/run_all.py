@@ -8,7 +8,7 @@ does not set them, and ``nnUNetPlansCISFA64`` and ``nnUNetPlansCISFA160``, which
 gives the phantom.
 
 A part that is done, with the same command, is not run again (FOLDER/parts): a second start goes on where the first one
-stopped. About 80 minutes on 2 CPU cores with nothing else running.
+stopped. 40 to 80 minutes on 2 CPU cores with nothing else running.
 
     OMP_WAIT_POLICY=passive python benchmarks/run_all.py -o benchmark
 """
@@ -195,7 +195,7 @@ def draw(path: Path, records: dict[str, dict[str, Any]]) -> None:
         overheads.set_yticks(places, [run["trainer"] for run in runs], fontsize=8)
         overheads.invert_yaxis()
         overheads.set_xlabel("%")
-        overheads.legend(fontsize=8)
+        overheads.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
     if "cases" in records:
         for index, (trainer, runs) in enumerate(_by_trainer(records["cases"]).items()):
             factors = [run["times"] for run in runs]
