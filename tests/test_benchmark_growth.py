@@ -197,5 +197,9 @@ def test_a_second_start_skips_what_is_done(benchmarks, tmp_path, monkeypatch, ca
     assert plans["uda"]["cisfa"]["generator_width"] == 64 and plans["uda"]["cisfa"]["patches"] == 256
     small = json.loads((benchmarks / "nnUNetPlansBenchmark.json").read_text())["uda"]
     assert small["cisfa"]["generator_width"] == 4 and small["cut"]["generator_width"] == 16  # tiny sets CISFA's
+    wide = json.loads((benchmarks / "nnUNetPlansBenchmarkWide.json").read_text())
+    chosen = wide["configurations"]["2d"]
+    assert (chosen["patch_size"], chosen["batch_size"]) == ([80, 80], 20) and wide["uda"] == small
+    assert max(chosen["architecture"]["arch_kwargs"]["features_per_stage"]) == 512
     run_all.main(["-d", "501", "-p", "nnUNetPlans", *words[4:], "cisfa64"])
     assert len(ran) == 4  # other plans
