@@ -342,5 +342,5 @@ def test_a_comparison_goes_on_where_it_stopped(in_workspace, tmp_path, monkeypat
     again = {path: path.read_text() for path in logs}
     assert all(text == logs[path] for path, text in again.items() if entmin not in path.parents)
     assert again[entmin / "log.txt"].count("$ nnUNetUDA_train") == 1, "neither trained nor predicted again"
-    assert again[entmin / "log.txt"].count("predicting") == 1 and (entmin / "score.json").exists()
+    assert again[entmin / "log.txt"].count("] predicting ") == 1 and (entmin / "score.json").exists()
     assert job.Job.read(entmin / "job.json").score() is not None
