@@ -119,7 +119,7 @@ GROUPS = {
     ),
     "phantom_3d": Group(
         PHANTOMS, 50, "3d_fullres", (16, 48, 48), 8, "nnUNetPlansTable3D",
-        tuple(name for name in TRAINERS if name not in FLAT), suffix="_3d",
+        tuple(name for name in TRAINERS if name not in FLAT), every_seed=True, suffix="_3d",
     ),
     "brain": Group(BRAINS, 200),  # after 100 the lower bound lacked structures on its source
     "brain_styles": Group(

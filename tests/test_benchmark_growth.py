@@ -139,7 +139,7 @@ def test_the_passes_of_cisfas_code_give_the_same_terms(benchmarks, plans):
     assert plain == {"CISFACodeTrainer": True, "CISFATrainer": False}
     code, ours = passes.values()
     assert code.count("generator") == 3 and ours.count("generator") == 1  # forward_with_features is the other
-    assert len(code) == len(ours) + 7  # an encoding, a translation, two segmentations (encoder, decoder), an encoding
+    assert len(code) == len(ours) + 5  # an encoding, a translation, a segmentation (encoder, decoder), an encoding
 
 
 def test_a_process_of_its_own_is_weighed_for_every_trainer(benchmarks, tmp_path, capsys):

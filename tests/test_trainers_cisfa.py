@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,64 @@ def test_updates_touch_their_own_networks_alone(trainer):
         step()
         for name, network in networks.items():
             assert bool(changed(before[name], network)) == (name in touched), (name, touched)
+
+
+def gradients_of(trainer, monkeypatch, update):
+    """The gradients that an update has before they are clipped, by the parameter's place in its optimiser."""
+    seen = []
+
+    def keep(optimizer):
+        seen.append([p.grad.clone() for group in optimizer.param_groups for p in group["params"] if p.grad is not None])
+
+    monkeypatch.setattr(trainer, "share_gradients", keep)
+    update()
+    return seen[0]
+
+
+@pytest.mark.parametrize("weight", [0.5, 0.0])
+def test_the_segmenters_gradient_is_that_of_all_its_terms_at_once(in_workspace, monkeypatch, weight):
+    trainer = started("CISFATrainer", cisfa__segmenter_adversarial_weight=weight, cisfa__global_contrastive_weight=3.0)
+    source, label, target = batch(trainer)
+    with torch.no_grad():
+        translated = trainer.translate(source)
+    head, parameters = trainer.networks["projection_head"], trainer.optimizers["segmenter"].param_groups
+    outputs = trainer.segment(translated)
+    encoded = [head(trainer.encoder(images)[-1]) for images in (source, translated)]
+    judged = trainer.segmenter_adversarial_loss(outputs, target)
+    loss = trainer.loss(outputs, label) + 3 * trainer.global_contrastive(*encoded) + weight * judged
+    wanted = torch.autograd.grad(loss, [p for group in parameters for p in group["params"]], allow_unused=True)
+
+    found = gradients_of(
+        trainer, monkeypatch, lambda: trainer.update_segmenter(source, translated, label, target)
+    )  # fmt: skip
+    for ours, theirs in zip(found, [one for one in wanted if one is not None], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("identity", [0.0, 1.0])
+def test_large_images_go_through_the_generators_update_in_parts_of_the_same_gradient(
+    in_workspace, monkeypatch, identity
+):
+    trainer = started("CISFATrainer", cisfa__patches=10**6, cisfa__identity_weight=identity)  # every position is drawn
+    source, label, target = (torch.cat([each, each.flip(2)])[:3] for each in map(trainer.finest, batch(trainer)))
+    module = type(trainer).parts.__globals__  # nnU-Net imports a trainer under a name of its own
+    image = 4 * trainer.own_settings.generator_width * source[0, 0].numel()
+    found, terms = {}, {}
+    for images in (3, 2, 1, 0.5):
+        monkeypatch.setitem(module, "LARGEST_MAP", int(images * image))
+        parts = [len(source[part]) for part in trainer.parts(source)]
+        assert parts == {3: [3], 2: [2, 1], 1: [1, 1, 1], 0.5: [1, 1, 1]}[images]
+        again = copy.deepcopy(trainer.networks), copy.deepcopy(trainer.optimizers["generator"].state_dict())
+        found[images] = gradients_of(
+            trainer, monkeypatch, lambda: trainer.update_generator(source, label, target)
+        )  # fmt: skip
+        terms[images] = {name: value.item() for name, value in trainer._terms.items()}
+        trainer.networks.load_state_dict(again[0].state_dict())
+        trainer.optimizers["generator"].load_state_dict(again[1])
+    for images in (2, 1):
+        assert terms[images] == pytest.approx(terms[3], rel=1e-4)
+        for ours, theirs in zip(found[images], found[3], strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["translated", "target", "both"])
@@ -140,17 +199,19 @@ def test_variants_leave_out_what_they_say(in_workspace, name, missing):
 def test_sequential_updates_the_encoder_before_the_other_losses(in_workspace, monkeypatch):
     trainer = started("CISFASequentialGCLTrainer")
     order = []
-    original = trainer.update
+    original = trainer.updating
 
-    def spy(name, terms, max_norm=None):
-        order.append((name, sorted(terms)))
-        original(name, terms, max_norm)
+    @contextmanager
+    def spy(name, max_norm=None):
+        order.append((name, terms := set()))
+        with original(name, max_norm) as add:
+            yield lambda part: (terms.update(part), add(part))
 
-    monkeypatch.setattr(trainer, "update", spy)
+    monkeypatch.setattr(trainer, "updating", spy)
     trainer.train_step(next(trainer.dataloader_train))
     assert [step for step in order if step[0] == "segmenter"] == [
-        ("segmenter", ["global_contrastive"]),
-        ("segmenter", ["segmentation", "segmenter_adversarial"]),
+        ("segmenter", {"global_contrastive"}),
+        ("segmenter", {"segmentation", "segmenter_adversarial"}),
     ]
     assert [name for name, _ in order] == [
         "generator", "segmenter", "segmenter", "image_discriminator", "segmentation_discriminator",

@@ -283,6 +283,22 @@ def test_gradients_are_clipped_as_by_torch(size):
     clip_gradients(ours[2:], 12)
 
 
+def test_terms_in_parts_make_the_step_of_their_sum(in_workspace):
+    found = []
+    for parts in ([{"a": 1.0, "b": 2.0}], [{"a": 0.25}, {"b": 2.0}, {"a": 0.75}]):
+        trainer = make_trainer("SourceOnlyTrainer")
+        trainer.initialize()
+        with trainer.updating("segmenter", max_norm=1e3) as add:
+            for part in parts:
+                size = sum(p.square().sum() for p in trainer.network.parameters())
+                add({name: factor * size for name, factor in part.items()})
+        found.append((weights(trainer), {name: value.item() for name, value in trainer._terms.items()}))
+    (whole, logged), (of_parts, sums) = found
+    assert sums == pytest.approx(logged) and logged["b"] == pytest.approx(2 * logged["a"])
+    for name, value in whole.items():
+        torch.testing.assert_close(value, of_parts[name])
+
+
 def test_memory_freed_by_a_step_on_the_cpu_is_used_again():
     if sys.platform != "linux":
         pytest.skip("page faults are glibc's")

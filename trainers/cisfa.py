@@ -25,6 +25,10 @@ from nnunet_uda.settings import require
 from nnunet_uda.training.translation_settings import TranslationSettings
 from nnunet_uda.training.uda_trainer import UDATrainer, frozen
 
+LARGEST_MAP = 16 * 2**20
+"""Bytes of the generator's largest map for as many images as go through its update at once on a CPU: a batch of 4 at
+160 x 160 goes in two halves, in the same time and half the memory."""
+
 
 @dataclass(frozen=True)
 class CISFASettings(TranslationSettings):
@@ -117,6 +121,22 @@ class CISFATrainer(UDATrainer):
         self.update_discriminators(translated, target)
 
     def update_generator(self, source: Tensor, label: Tensor, target: Tensor) -> None:
+        """Eq. 4, of which every image has its own part: on a CPU large ones are taken a few at a time."""
+        with self.updating("generator") as add:
+            for part in self.parts(source):
+                terms = self.generator_terms(source[part], label[part], target[part])
+                share = len(source[part]) / len(source)
+                add({name: share * value for name, value in terms.items()})
+
+    def parts(self, images: Tensor) -> list[slice]:
+        """The batch as it goes through the generator's update: whole, or on a CPU so many that maps stay small."""
+        number = len(images)
+        if images.device.type == "cpu":
+            largest = self.own_settings.generator_width * images[0, 0].numel() * images.element_size()
+            number = max(1, min(number, LARGEST_MAP // largest))
+        return [slice(start, start + number) for start in range(0, len(images), number)]
+
+    def generator_terms(self, source: Tensor, label: Tensor, target: Tensor) -> dict[str, Tensor]:
         """Eq. 4: fool D_g, keep the shapes."""
         settings, generator = self.own_settings, self.networks["generator"]
         terms = {}
@@ -134,7 +154,7 @@ class CISFATrainer(UDATrainer):
                 )
             logits = self.networks["image_discriminator"](translated)
             terms["generator_adversarial"] = settings.image_adversarial_weight * lsgan_loss(logits, is_real=True)
-        self.update("generator", terms)
+        return terms
 
     def update_segmenter(
         self, source: Tensor, translated: Tensor, label: Tensor | list[Tensor], target: Tensor
@@ -146,18 +166,21 @@ class CISFATrainer(UDATrainer):
             with self.autocast():
                 loss = self.global_contrastive_loss(source, self.encoder(translated)[-1])
             self.update("segmenter", {"global_contrastive": settings.global_contrastive_weight * loss}, max_norm=12)
-        terms = {}
-        with self.autocast(), frozen(self.networks["segmentation_discriminator"]):
-            skips = self.encoder(translated)
-            outputs = self.decoder(skips)
-            terms["segmentation"] = self.loss(outputs, label)
+        with self.updating("segmenter", max_norm=12) as add:
+            with self.autocast(), frozen(self.networks["segmentation_discriminator"]):
+                skips = self.encoder(translated)
+                leaves = [skip.detach().requires_grad_() for skip in skips]
+                outputs = self.decoder(leaves)
+                terms = {"segmentation": self.loss(outputs, label)}
+                if settings.segmenter_adversarial_weight > 0:
+                    loss = self.segmenter_adversarial_loss(outputs, target)
+                    terms["segmenter_adversarial"] = settings.segmenter_adversarial_weight * loss
+            add(terms)  # what the decoder keeps is free before the source is encoded
             if contrast and settings.global_contrastive_update == "sum":
-                loss = self.global_contrastive_loss(source, skips[-1])
-                terms["global_contrastive"] = settings.global_contrastive_weight * loss
-            if settings.segmenter_adversarial_weight > 0:
-                loss = self.segmenter_adversarial_loss(outputs, target)
-                terms["segmenter_adversarial"] = settings.segmenter_adversarial_weight * loss
-        self.update("segmenter", terms, max_norm=12)
+                with self.autocast():
+                    loss = self.global_contrastive_loss(source, leaves[-1])
+                add({"global_contrastive": settings.global_contrastive_weight * loss})
+            torch.autograd.backward(skips, [leaf.grad for leaf in leaves])
 
     def update_discriminators(self, translated: Tensor, target: Tensor) -> None:
         """Eqs 1 and 7, on outputs of the new weights. D_s takes segmentations of real target images for real."""
@@ -167,9 +190,7 @@ class CISFATrainer(UDATrainer):
         self.update("image_discriminator", {"image_discriminator": 0.5 * loss})
         if self.own_settings.segmenter_adversarial_weight > 0:
             with torch.no_grad(), self.autocast():
-                of_target, of_translated = self.segmentation_maps(self.segment(torch.cat([target, translated]))).chunk(
-                    2
-                )
+                of_target, of_translated = (self.segmentation_maps(self.segment(x)) for x in (target, translated))
             with self.autocast():
                 maps = self.networks["segmentation_discriminator"]
                 loss = lsgan_loss(maps(of_target), is_real=True) + lsgan_loss(maps(of_translated), is_real=False)

@@ -6,7 +6,7 @@ import dataclasses
 import math
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -449,20 +449,33 @@ class UDATrainer(StoppableTrainer):
 
     def update(self, name: str, terms: dict[str, Tensor], max_norm: float | None = None) -> None:
         """One step of the optimiser ``name`` on the sum of ``terms``, each of which is logged under its own name."""
-        optimizer = self.optimizers[name]
+        with self.updating(name, max_norm) as add:
+            add(terms)
+
+    @contextmanager
+    def updating(self, name: str, max_norm: float | None = None) -> Iterator[Callable[[dict[str, Tensor]], None]]:
+        """As ``update``, of terms given in parts: what a part's gradient needs is free before the next one is computed.
+
+        Yields:
+            A function that takes a part's terms; a term of several parts is their sum.
+        """
+        optimizer, sums = self.optimizers[name], {}
         optimizer.zero_grad(set_to_none=True)
-        loss = torch.stack([value.float() for value in terms.values()]).sum()
+        if self.grad_scaler is not None and name in self._updated:  # it refuses a second step of one without this
+            self.grad_scaler.update()
+            self._updated.clear()
+
+        def add(terms: dict[str, Tensor]) -> None:
+            loss = torch.stack([value.float() for value in terms.values()]).sum()
+            (loss if self.grad_scaler is None else self.grad_scaler.scale(loss)).backward()
+            sums.update({key: sums.get(key, 0.0) + value.detach() for key, value in terms.items()})
+
+        yield add
+        self._terms.update(sums)
+        self.share_gradients(optimizer)
         if self.grad_scaler is not None:
-            if name in self._updated:  # it refuses a second step of an optimiser before this
-                self.grad_scaler.update()
-                self._updated.clear()
             self._updated.add(name)
-            self.grad_scaler.scale(loss).backward()
-            self.share_gradients(optimizer)
             self.grad_scaler.unscale_(optimizer)
-        else:
-            loss.backward()
-            self.share_gradients(optimizer)
         if max_norm is not None:
             clip_gradients([p for group in optimizer.param_groups for p in group["params"]], max_norm)
         if self.grad_scaler is not None:
@@ -470,7 +483,6 @@ class UDATrainer(StoppableTrainer):
         else:
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)  # they would lie beside the next network's activations
-        self._terms.update({key: value.detach() for key, value in terms.items()})
 
     def autocast(self):
         """Mixed precision where CUDA has it, nothing elsewhere."""
