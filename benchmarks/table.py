@@ -3,7 +3,7 @@
     python benchmarks/table.py -o FOLDER -data $NNUNET_UDA_TEST_DATA -jobs 2 -device cpu
 
 Makes the tasks (``tasks.py``), writes plans with one schedule for all trainers, and starts ``nnUNetUDA_compare`` for
-each group of tasks and each seed; the phantom in 2D has the seeds of ``-seeds``, everything else one. In 3D
+each group of tasks and each seed; the phantom has the seeds of ``-seeds``, everything else one. In 3D
 (``phantom_3d``) a step takes several times as long, so the networks are half as wide and the schedule half as long.
 ``phantom_long`` gives CAST more steps; ``phantom_styles``, ``brain_styles`` and ``totalseg_styles`` give RandomStyle,
 whose step is the cheapest, about CISFA's time. Then table.md, table.csv and table.png in FOLDER. The same command goes

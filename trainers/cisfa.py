@@ -169,7 +169,7 @@ class CISFATrainer(UDATrainer):
         with self.updating("segmenter", max_norm=12) as add:
             with self.autocast(), frozen(self.networks["segmentation_discriminator"]):
                 skips = self.encoder(translated)
-                leaves = [skip.detach().requires_grad_() for skip in skips]
+                leaves = [skip.detach().requires_grad_() for skip in skips]  # where the parts' gradients meet
                 outputs = self.decoder(leaves)
                 terms = {"segmentation": self.loss(outputs, label)}
                 if settings.segmenter_adversarial_weight > 0:
