@@ -461,7 +461,7 @@ class UDATrainer(StoppableTrainer):
         """
         optimizer, sums = self.optimizers[name], {}
         optimizer.zero_grad(set_to_none=True)
-        if self.grad_scaler is not None and name in self._updated:  # it refuses a second step of one without this
+        if self.grad_scaler is not None and name in self._updated:  # it refuses a second step of an optimiser else
             self.grad_scaler.update()
             self._updated.clear()
 
