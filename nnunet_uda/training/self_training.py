@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from nnunet_uda.losses.pseudo_label import agreed_labels, class_thresholds
 from nnunet_uda.training.distributed import global_sum, world_size
@@ -34,11 +35,13 @@ class Average(nn.Module):
         decay = min(self.decay, (1 + step) / (10 + step))
         # not by state_dict: nnU-Net's decoder names the encoder's weights a second time
         pairs = [*zip(teacher.parameters(), student.parameters(), strict=True)]
-        for own, new in (*pairs, *zip(teacher.buffers(), student.buffers(), strict=True)):
+        for own, new in zip(teacher.buffers(), student.buffers(), strict=True):
             if own.is_floating_point():
-                own.lerp_(new, 1 - decay)
+                pairs.append((own, new))
             else:
                 own.copy_(new)
+        average = get_ema_multi_avg_fn(decay)  # all tensors at once
+        average([own for own, _ in pairs], [new for _, new in pairs], None)
         self.steps += 1
 
 
