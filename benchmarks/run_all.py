@@ -88,7 +88,7 @@ def parts(dataset: str) -> dict[str, Part]:
         ),
         "steps_wide": Part(
             "Step times at the size of nnU-Net's own plans, last epoch of the schedule",
-            ("step_time.py", "-d", dataset, "-p", WIDE, "-tr", *TRAINERS, "-epoch", "last", "-steps", "5"),
+            ("step_time.py", "-d", dataset, "-p", WIDE, "-tr", *TRAINERS, "-epoch", "last", "-steps", "12"),
         ),
         "steps_first": Part(
             "Step times, first epoch, where a schedule has parts",
