@@ -4,8 +4,9 @@
 
 Makes the tasks (``tasks.py``), writes plans with one schedule for all trainers, and starts ``nnUNetUDA_compare`` for
 each group of tasks and each seed; the phantom has the seeds of ``-seeds``, everything else one. In 3D
-(``phantom_3d``) a step takes several times as long, so the networks are half as wide and the schedule half as long.
-``phantom_long`` gives CAST more steps; ``phantom_styles``, ``brain_styles`` and ``totalseg_styles`` give RandomStyle,
+(``phantom_3d`` and the others that end so) a step takes several times as long, so the networks are half as wide and the
+schedule half as long, a quarter on the brains. ``phantom_long`` gives CAST more steps, ``phantom_3d_long`` CAST, the
+prototypes and the bounds in 3D; ``phantom_styles``, ``brain_styles`` and ``totalseg_styles`` give RandomStyle,
 whose step is the cheapest, about CISFA's time. Then table.md, table.csv and table.png in FOLDER. The same command goes
 on where it was stopped; ``--only_table`` puts together what is finished, at any time. Each run keeps a checkpoint of
 every epoch, which is what ``criteria.py`` needs.
@@ -26,6 +27,7 @@ import os
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from criteria import correlation
@@ -107,6 +109,17 @@ class Group:
 
 PHANTOMS, BRAINS = ("phantom_mr2ct", "phantom_ct2mr"), ("brain_t12t2", "brain_t22t1")
 PAIR = ("totalseg", "totalseg_back")
+DEEP = tuple(name for name in TRAINERS if name not in FLAT)
+THIN, CUBE = (16, 48, 48), (32, 32, 32)
+"""Patches in 3D: where slices are few or thick, and where voxels are cubes."""
+
+
+def deep(tasks: tuple[str, ...], iterations: int, **changes: Any) -> Group:
+    """Tasks in 3D."""
+    usual = {"patch": THIN, "plans": "nnUNetPlansTable3D", "trainers": DEEP, "suffix": "_3d"}
+    return Group(tasks, iterations, "3d_fullres", width=8, **usual | changes)
+
+
 GROUPS = {
     "phantom": Group(PHANTOMS, 100, every_seed=True),
     "phantom_long": Group(
@@ -117,18 +130,25 @@ GROUPS = {
         PHANTOMS, 500, plans="nnUNetPlansTableStyles", trainers=("RandomStyleTrainer",), every_seed=True,
         bounds=False, suffix="_styles",
     ),
-    "phantom_3d": Group(
-        PHANTOMS, 50, "3d_fullres", (16, 48, 48), 8, "nnUNetPlansTable3D",
-        tuple(name for name in TRAINERS if name not in FLAT), every_seed=True, suffix="_3d",
+    "phantom_3d": deep(PHANTOMS, 50, every_seed=True),
+    "phantom_3d_long": deep(
+        PHANTOMS, 100, plans="nnUNetPlansTable3DLong", trainers=("CASTTrainer", "SimilarityPrototypesTrainer"),
+        suffix="_3d_long",
     ),
     "brain": Group(BRAINS, 200),  # after 100 the lower bound lacked structures on its source
     "brain_styles": Group(
         BRAINS, 1000, plans="nnUNetPlansTableStyles", trainers=("RandomStyleTrainer",), bounds=False,
         suffix="_styles",
     ),
+    "brain_3d": deep(BRAINS[:1], 50, patch=CUBE),
+    "brain_back_3d": deep(BRAINS[1:], 50, patch=CUBE),
     "vs": Group(("vs",)),
     "vs_back": Group(("vs_back",)),
+    "vs_3d": deep(("vs",), 25),
+    "vs_back_3d": deep(("vs_back",), 25),
     "totalseg": Group(PAIR),
+    "totalseg_3d": deep(PAIR[:1], 25),
+    "totalseg_back_3d": deep(PAIR[1:], 25),
     "totalseg_styles": Group(
         PAIR, 250, plans="nnUNetPlansTableStyles", trainers=("RandomStyleTrainer",), bounds=False,
         suffix="_styles",

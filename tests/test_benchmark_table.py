@@ -277,6 +277,16 @@ def test_in_3d_the_same_scans_are_preprocessed_once_and_what_is_2d_only_is_left_
     assert "phantom_mr2ct_3d" in (tmp_path / "table.md").read_text()
 
 
+def test_every_task_is_compared_in_2d_and_in_3d(table):
+    whole = {"2d": set(table.TRAINERS), "3d_fullres": set(table.TRAINERS) - set(table.FLAT)}
+    for name in table.TASKS:
+        groups = [group for group in table.GROUPS.values() if name in group.tasks and group.bounds]
+        assert [group.configuration for group in groups if set(group.trainers) == whole[group.configuration]] == [
+            "2d", "3d_fullres",
+        ]  # fmt: skip
+    assert len(set(table.TESTS)) == len(table.TESTS)  # no task's runs pass for another group's
+
+
 def test_no_finished_run_is_said(table, tmp_path, capsys):
     with pytest.raises(SystemExit):
         table.main(["-o", str(tmp_path), "--only_table"])
