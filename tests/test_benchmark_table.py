@@ -200,22 +200,24 @@ def test_every_comparison_with_one_schedule_for_all_trainers(table, tmp_path, mo
     monkeypatch.setattr(table.Demo, "run", run)
     table.main(["-o", str(tmp_path), "-seeds", "4", "5", "-tr", "CASTTrainer", "-data", str(tmp_path), "-jobs", "2"])
     phantoms = ("phantom_mr2ct", "phantom_ct2mr")
-    assert made[:6] == [(name, "seed_4", 4) for name in phantoms] * 3  # with both schedules, and in 3D
+    assert made[:8] == [(name, "seed_4", 4) for name in phantoms] * 4  # with both schedules, and in 3D
     assert made[-6:] == [(name, "seed_5", 5) for name in phantoms] * 3
-    assert [(name, folder) for name, folder, _ in made[6:-6]] == [
-        (name, "seed_0") for name in ("brain_t12t2", "brain_t22t1", "vs", "vs_back", "totalseg", "totalseg_back")
-    ]
+    assert [(name, folder) for name, folder, _ in made[8:-6]] == [
+        (name, "seed_0") for pair in (("brain_t12t2", "brain_t22t1"), ("vs", "vs_back"), ("totalseg", "totalseg_back"))
+        for name in pair * 2
+    ]  # fmt: skip
     compared = [words for _, words in ran if words[0] == "nnUNetUDA_compare"]
-    assert len(compared) == 10
+    assert len(compared) == 17
     bounds = [words[words.index("-upper") + 1] if "-upper" in words else None for words in compared]
     assert bounds == [
-        f"SupervisedTrainer:{i}" if i else None for i in (511, None, 511, 533, 523, None, None, 511, None, 511)
+        f"SupervisedTrainer:{i}" if i else None
+        for i in (511, None, 511, 511, 533, 533, 534, 523, None, 523, *4 * [None], 511, None, 511)
     ]
     assert all("-jobs" in words and words[words.index("-tr") + 1] == "CASTTrainer" for words in compared)
     configured = [words[words.index("-set") + 1 :] for _, words in ran if words[0] == "nnUNetUDA_configure"]
     of_task = ("seed", "iterations", "foreground")
     schedules = {tuple(w for w in words if not w.startswith(of_task) and "_width" not in w) for words in configured}
-    assert len(configured) == 5 * 4 + 2 * 2 + 2 + 1 + 2 and len(schedules) == 1
+    assert len(configured) == 5 * 4 + 2 * 2 + 4 + 4 + 2 * (2 + 1 + 2) and len(schedules) == 1
 
 
 def test_the_longer_schedule_is_cast_s_alone(table, tmp_path, monkeypatch):
