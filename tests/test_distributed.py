@@ -234,7 +234,13 @@ def workspace(in_workspace, monkeypatch):
 
 
 def steps(rank: int, name: str, options: dict[str, Any], number: int = 1) -> dict[str, Any]:
-    """Losses and weights of three steps of a trainer on its share of always the same batches."""
+    """Losses and weights of three steps of a trainer on its share of always the same batches, in double precision.
+
+    In single precision rounding turns a unit on or off now and then; networks this small and this raw make more of that
+    with each step, and how often it happens is another matter on each processor.
+    """
+    torch.set_default_dtype(torch.float64)
+    Tensor.float = Tensor.double  # this process is the test's own
     trainer = make_trainer(name, "four", **options)
     trainer.initialize()
     trainer.start_together(trainer.plain_network, trainer.networks)
@@ -277,21 +283,14 @@ def test_two_processes_take_the_steps_of_one(workspace, tmp_path, family):
     [one] = in_processes(tmp_path / "one", steps, name, options, number=1)
     assert same_weights(first["after"][-1], second["after"][-1])
     assert first["losses"] == second["losses"]
-    # the tiny CLIP at random weights enlarges rounding a thousandfold a step: 1e-5 of what the first step moved, then
-    # a hundredth, then a third
-    compared = 1 if family == "uuds" else 3
-    for found, expected in zip(first["losses"][:compared], one["losses"][:compared], strict=True):
-        counted = {"structure"} & set(found)  # by bins: a pixel at an edge that falls to its other side is seen
-        assert {name: found.pop(name) for name in counted} == pytest.approx(
-            {name: expected.pop(name) for name in counted}, abs=0.02
-        )
-        assert found == pytest.approx(expected, rel=2e-3, abs=2e-4)
-    whole, halves = one["after"][compared - 1], first["after"][compared - 1]
+    for found, expected in zip(first["losses"], one["losses"], strict=True):
+        assert found == pytest.approx(expected, rel=1e-6, abs=1e-9)
+    whole, halves = one["after"][-1], first["after"][-1]
     for key, start in one["before"].items():
-        assert torch.equal(first["before"][key], start)
+        assert torch.equal(first["before"][key], start) and start.dtype != torch.float32
         moved = whole[key].double() - start.double()
         off = halves[key].double() - whole[key].double()
-        assert off.norm() <= 0.01 * moved.norm() + 1e-5 * (1 + start.double().norm()), key
+        assert off.norm() <= 1e-5 * moved.norm() + 1e-9 * (1 + start.double().norm()), key
     moved = sum(not torch.equal(whole[key], start) for key, start in one["before"].items())
     assert moved > len(one["before"]) / 6, "CUT moves its generator alone at first"
 
@@ -475,8 +474,10 @@ def test_the_final_validation_is_shared(workspace, tmp_path):
 
 
 def test_who_started_a_process(monkeypatch):
-    for name in ("RANK", "WORLD_SIZE", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.delenv(name, raising=False)
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "MASTER_ADDR",
+                 "MASTER_PORT"):  # fmt: skip
+        monkeypatch.setenv(name, "")  # so that what the command sets is unset again
+        monkeypatch.delenv(name)
     assert train.started_by() is None
     monkeypatch.setenv("SLURM_PROCID", "0")
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
