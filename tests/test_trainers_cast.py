@@ -362,6 +362,16 @@ def test_three_dimensions_train_too(in_workspace):
     trainer = trusting(started(plans="tiny3d", configuration="3d_fullres"))
     losses = trainer.train_step(next(trainer.dataloader_train))
     assert set(losses) == TERMS and all(torch.isfinite(torch.tensor(list(losses.values()))))
+    assert trainer.networks["average"].steps == trainer.own_settings.student_updates
+    trainer.networks["trial"].failed.fill_(True)
+    trainer.train_step(next(trainer.dataloader_train))
+    assert trainer.networks["average"].steps == trainer.own_settings.student_updates + 10, "as long as with translation"
+
+
+def test_a_step_without_translation_has_six_updates_in_two_dimensions(in_workspace):
+    trainer = started("CASTNoTranslationTrainer")
+    trainer.train_step(next(trainer.dataloader_train))
+    assert trainer.networks["average"].steps == 6
 
 
 def test_self_training_without_patches_to_judge_on_is_refused(in_workspace):
@@ -375,5 +385,7 @@ def test_wrong_settings_are_named(in_workspace):
         made(cast__teacher_decay=1.0)
     with pytest.raises(UDAError, match="'trial_share' must be between 0 and 1, found 1.5"):
         made(cast__trial_share=1.5)
+    with pytest.raises(UDAError, match="'updates_without_translation' must be null or at least 1, found 0"):
+        made(cast__updates_without_translation=0)
     with pytest.raises(UDAError, match="CASTNoStyleTrainer fixes.*style_codes"):
         made("CASTNoStyleTrainer", cast__style_codes=True)

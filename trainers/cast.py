@@ -38,6 +38,9 @@ from nnunet_uda.training.self_training import Average, SelfTraining, class_share
 from nnunet_uda.training.translation_settings import TranslationSettings
 from nnunet_uda.training.uda_trainer import UDATrainer, frozen, middle_slice
 
+UPDATES_WITHOUT_TRANSLATION = {2: 6, 3: 10}
+"""By dimension, what takes as long as a step with translation: in 3D a generator costs more beside a segmenter."""
+
 
 @dataclass(frozen=True)
 class CASTSettings(StyleAugmentationSettings, TranslationSettings):
@@ -57,8 +60,8 @@ class CASTSettings(StyleAugmentationSettings, TranslationSettings):
 
     Translation is on trial: after ``trial_share`` of the epochs, and after each one from then on, it is given up for
     the rest of the training where neither the last epoch's agreement on target patches nor its running mean reaches
-    ``trial_agreement``. A step without translation updates the student ``updates_without_translation`` times, which
-    takes about as long.
+    ``trial_agreement``. A step without translation updates the student ``updates_without_translation`` times; None is
+    what takes about as long: 6 in 2D, 10 in 3D (docs/results.md).
     """
 
     translation: bool = True
@@ -80,7 +83,7 @@ class CASTSettings(StyleAugmentationSettings, TranslationSettings):
     teacher_decay: float = 0.99
     views: int = 2
     student_updates: int = 2
-    updates_without_translation: int = 6
+    updates_without_translation: int | None = None
     trial_share: float = 0.3
     trial_agreement: float = LOW_AGREEMENT
     confidence: float = 0.9
@@ -92,9 +95,10 @@ class CASTSettings(StyleAugmentationSettings, TranslationSettings):
     def __post_init__(self) -> None:
         for inherited in (StyleAugmentationSettings, TranslationSettings):
             inherited.__post_init__(self)
-        for name in ("style_dim", "views", "student_updates", "updates_without_translation", "plausible_factor",
-                     "foreground_weight"):  # fmt: skip
+        for name in ("style_dim", "views", "student_updates", "plausible_factor", "foreground_weight"):
             require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
+        updates = self.updates_without_translation
+        require(updates is None or updates >= 1, "updates_without_translation", "null or at least 1", updates)
         for name in ("patch_contrastive_temperature", "style_diversity_margin"):
             require(getattr(self, name) > 0, name, "positive", getattr(self, name))
         for name in ("image_adversarial_weight", "patch_contrastive_weight", "semantic_weight",
@@ -265,7 +269,7 @@ class CASTTrainer(UDATrainer):
         settings, translates, translated = self.own_settings, self.translates, None
         if translates:
             self.update_generator(source, label)
-        for update in range(settings.student_updates if translates else settings.updates_without_translation):
+        for update in range(settings.student_updates if translates else self.updates_without_translation):
             if update > 0:
                 source, label = self.next_source()
             if translates:
@@ -275,6 +279,12 @@ class CASTTrainer(UDATrainer):
             self.update_teacher()
         if translates:
             self.update_discriminator(translated, target)
+
+    @property
+    def updates_without_translation(self) -> int:
+        """Of the student in a step without translation."""
+        number = self.own_settings.updates_without_translation
+        return UPDATES_WITHOUT_TRANSLATION[len(self.configuration_manager.patch_size)] if number is None else number
 
     def draw_codes(self, number: int) -> Tensor:
         """Random style codes; without style codes the middle one."""
