@@ -6,7 +6,8 @@ import gzip
 import math
 import os
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
@@ -19,6 +20,27 @@ from nnunet_uda.errors import UDAError
 
 ENDINGS = (".nii.gz", ".gipl.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd", ".gipl", ".hdr")
 """File endings taken from a folder; a file named explicitly may have any ending that SimpleITK reads."""
+
+
+@contextmanager
+def readable(path: Path, expected: str = "a whole 3D image") -> Iterator[None]:
+    """Whatever a library raises while it reads ``path`` becomes the one ``UDAError`` that names the file.
+
+    For everything that others wrote: parsers have no error class of their own, and raise what the bytes make of them.
+    """
+    try:
+        yield
+    except UDAError:
+        raise
+    except PermissionError as error:
+        raise UDAError(f"{path}: cannot be opened ({error.strerror}); check its permissions.") from None
+    except MemoryError:
+        raise UDAError(
+            f"{path}: its header asks for more memory than there is; expected {expected}. Get the file again, or use "
+            "fewer processes (-np)."
+        ) from None
+    except Exception as error:
+        raise _unreadable(path, error, expected) from error
 
 
 def stem(path: Path) -> str:
@@ -59,10 +81,8 @@ def check_whole(path: Path) -> sitk.ImageFileReader:
     """
     reader = sitk.ImageFileReader()
     reader.SetFileName(str(path))
-    try:
+    with readable(path):
         reader.ReadImageInformation()
-    except RuntimeError as error:
-        raise _unreadable(path, error) from None
     data_file = path.with_suffix(".img") if path.name.lower().endswith(".hdr") else path
     if not data_file.is_file():
         raise UDAError(f"{path}: its data file {data_file.name} is missing; expected it beside the header.")
@@ -94,18 +114,16 @@ def check_whole(path: Path) -> sitk.ImageFileReader:
 
 def execute(reader: sitk.ImageFileReader) -> sitk.Image:
     """Read the voxels too; a failure is a ``UDAError`` that names the file."""
-    try:
+    with readable(Path(reader.GetFileName())):
         return reader.Execute()
-    except RuntimeError as error:
-        raise _unreadable(Path(reader.GetFileName()), error) from None
 
 
-def _unreadable(path: Path, error: RuntimeError) -> UDAError:
+def _unreadable(path: Path, error: Exception, expected: str) -> UDAError:
     reason = " ".join(line.strip() for line in str(error).strip().splitlines()[-2:]).split("sitk::ERROR: ")[-1]
-    hint = "The file is corrupt, truncated or no image: get it again."
+    hint = "The file is corrupt, truncated or of another kind: get it again."
     if "orthonormal" in str(error):
         hint = "Repair the header so that the axes are at right angles, or resample the image."
-    return UDAError(f"{path}: cannot be read ({reason}); expected a whole 3D image. {hint}")
+    return UDAError(f"{path}: cannot be read ({reason or type(error).__name__}); expected {expected}. {hint}")
 
 
 def check_image(image: sitk.Image, path: Path) -> None:
