@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 from copy import deepcopy
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -18,24 +17,10 @@ from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
 from nnunetv2.utilities.json_export import recursive_fix_for_json_export
 
 from nnunet_uda.errors import UDAError
-from nnunet_uda.settings import METHODS, UDASettings, parse_settings, split_settings
+from nnunet_uda.methods import check_uda
 
 PLANES = {"axial": [0, 1, 2], "coronal": [1, 0, 2], "sagittal": [2, 0, 1]}
 """``transpose_forward`` of images that nnU-Net's reader has reoriented to RAS, whose array axes are (S, A, R)."""
-
-
-def method_settings_class(method: str) -> type:
-    """The settings dataclass of a shipped method."""
-    module_name, class_name = METHODS[method].split(":")
-    return getattr(import_module(module_name), class_name)
-
-
-def check_uda(uda: dict[str, Any], where: str) -> None:
-    """Validate a ``uda`` object with every method's own settings in it; raise ``UDAError`` for the first fault."""
-    shared, _ = split_settings(uda, None, where)
-    parse_settings(UDASettings, shared, where)
-    for method in METHODS:
-        parse_settings(method_settings_class(method), uda.get(method, {}), f"{where}.{method}")
 
 
 def merge_uda(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:

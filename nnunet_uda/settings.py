@@ -16,18 +16,6 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 from nnunet_uda.errors import UDAError, nested_deeper, shown
 
-METHODS = {
-    "advent": "nnunet_uda.trainers.advent:ADVENTSettings",
-    "cast": "nnunet_uda.trainers.cast:CASTSettings",
-    "cisfa": "nnunet_uda.trainers.cisfa:CISFASettings",
-    "cut": "nnunet_uda.trainers.cut:CUTSettings",
-    "entropy_minimisation": "nnunet_uda.trainers.entropy_minimisation:EntMinSettings",
-    "random_style": "nnunet_uda.trainers.random_style:RandomStyleSettings",
-    "similarity_prototypes": "nnunet_uda.trainers.similarity_prototypes:SimilarityPrototypesSettings",
-    "uuds": "nnunet_uda.trainers.uuds:UUDSSettings",
-}
-"""The names that may hold a method's own settings inside ``uda``, and where those are defined."""
-
 
 @dataclass(frozen=True)
 class UDASettings:
@@ -100,7 +88,7 @@ def parse_settings(settings_class: type[Settings], values: dict[str, Any], where
     for name, value in values.items():
         if not _has_type(value, hints[name]):
             raise UDAError(f"{where}: '{name}' must be {_describe(hints[name])}, found {shown(value)}")
-        checked[name] = float(value) if _wants_float(hints[name]) and value is not None else value
+        checked[name] = _in_place(value, hints[name])
     try:
         return settings_class(**checked)
     except ValueError as error:
@@ -108,33 +96,37 @@ def parse_settings(settings_class: type[Settings], values: dict[str, Any], where
 
 
 def split_settings(uda: Any, method: str | None, where: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Split a ``uda`` object into the shared settings and those of ``method``.
+    """Split a ``uda`` object into the shared settings and those of ``method``; objects of other methods are left out.
 
     Raises:
-        UDAError: if an object belongs to no known method.
+        UDAError: where ``uda`` or what it holds of ``method`` is no object.
     """
     if not isinstance(uda, dict):
         raise UDAError(f"{where}: 'uda' must be a JSON object, found {type(uda).__name__}")
     if nested_deeper(uda, 20):
         raise UDAError(f"{where}: 'uda' is nested too deep: it holds settings, and objects of settings by method")
-    allowed = {*METHODS, *([method] if method else [])}
-    shared = {key: value for key, value in uda.items() if key not in allowed}
-    nested = [key for key, value in shared.items() if isinstance(value, dict)]
-    if nested:
-        raise UDAError(
-            f"{where}: 'uda' holds settings for an unknown method {nested[0]!r}. "
-            f"Known methods: {', '.join(sorted(allowed))}"
-        )
+    objects = [*method_objects(uda), method]
+    shared = {key: value for key, value in uda.items() if key not in objects}
     own = uda.get(method, {}) if method else {}
     if not isinstance(own, dict):
         raise UDAError(f"{where}.{method} must be a JSON object, found {shown(own)}")
     return shared, own
 
 
+def method_objects(uda: dict[str, Any]) -> list[str]:
+    """The keys of ``uda`` under which lie the settings of a method, by their looks."""
+    shared = {field.name for field in dataclasses.fields(UDASettings)}
+    return [key for key, value in uda.items() if isinstance(value, dict) and key not in shared]
+
+
 def describe_settings(settings_class: type) -> list[tuple[str, str, Any]]:
     """``(name, type, default)`` of every setting, for help texts."""
     hints = _hints(settings_class)
-    return [(field.name, _describe(hints[field.name]), field.default) for field in dataclasses.fields(settings_class)]
+    described = []
+    for field in dataclasses.fields(settings_class):
+        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        described.append((field.name, _describe(hints[field.name]), default))
+    return described
 
 
 def _hints(settings_class: type) -> dict[str, Any]:
@@ -151,14 +143,19 @@ def _options(hint: Any) -> tuple[Any, ...]:
     return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
 
 
-def _wants_float(hint: Any) -> bool:
-    return float in _options(hint)
+def _in_place(value: Any, hint: Any) -> Any:
+    """1 as 1.0 where a number is asked for that need not be whole."""
+    options = _options(hint)
+    return float(value) if float in options and int not in options and type(value) is int else value
 
 
 def _has_type(value: Any, hint: Any) -> bool:
     for option in _options(hint):
         if get_origin(option) is Literal:
-            if isinstance(value, str) and value in get_args(option):
+            if any(type(value) is type(one) and value == one for one in get_args(option)):
+                return True
+        elif get_origin(option) is list:
+            if isinstance(value, list) and all(_has_type(item, get_args(option)[0]) for item in value):
                 return True
         elif option is type(None):
             if value is None:
@@ -174,13 +171,24 @@ def _has_type(value: Any, hint: Any) -> bool:
     return False
 
 
+NAMES = {
+    int: "an integer", float: "a number", bool: "true or false", str: "a string", dict: "a JSON object", list: "a list",
+    type(None): "null",
+}  # fmt: skip
+
+
 def _describe(hint: Any) -> str:
-    names = {int: "an integer", float: "a number", bool: "true or false", str: "a string", dict: "a JSON object"}
-    names[type(None)] = "null"
     words = []
     for option in _options(hint):
         if get_origin(option) is Literal:
             words.append("one of " + ", ".join(repr(value) for value in get_args(option)))
+        elif get_origin(option) is list:
+            words.append(f"a list, each item {_describe(get_args(option)[0])}")
+        elif option in NAMES:
+            words.append(NAMES[option])
         else:
-            words.append(names.get(option, str(option)))
+            raise TypeError(
+                f"{option} is no type that a plans file can hold; use int, float, bool, str, None, Literal, dict, list "
+                "or list[...]"
+            )
     return " or ".join(words)

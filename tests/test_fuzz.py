@@ -21,9 +21,9 @@ from nnunet_uda.data import convention
 from nnunet_uda.data.intensities import read_intensities
 from nnunet_uda.errors import UDAError
 from nnunet_uda.evaluation.runs import cases_of_folds, read_labels
+from nnunet_uda.methods import check_uda, find_methods
 from nnunet_uda.networks.clip import clip_shape
-from nnunet_uda.plans import check_uda, method_settings_class
-from nnunet_uda.settings import METHODS, UDASettings, describe_settings, parse_settings, split_settings
+from nnunet_uda.settings import UDASettings, describe_settings, parse_settings, split_settings
 
 SECONDS, WAIT = 20, 300
 """Of computing for one input, and of any time at all, for busy machines."""
@@ -137,8 +137,8 @@ def outcomes(count: int, seed: int, value: Any, attempt: Callable[[Any, random.R
 def whole_uda() -> dict[str, Any]:
     """Every setting of every method at its default."""
     uda = {name: default for name, _, default in describe_settings(UDASettings)}
-    for method in METHODS:
-        uda[method] = {name: default for name, _, default in describe_settings(method_settings_class(method))}
+    for method in find_methods().methods:
+        uda.setdefault(method.name, {name: default for name, _, default in describe_settings(method.settings)})
     uda["uuds"]["clip_config"] = {
         "embed_dim": 16, "quick_gelu": True, "vision_cfg": {"image_size": 64, "layers": [1, 1, 1, 1], "width": 4},
         "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
@@ -153,16 +153,18 @@ def test_mutations_change_values_and_the_undamaged_passes():
 
 
 def test_settings():
+    methods = find_methods().methods
+
     def attempt(uda: Any, rng: random.Random) -> Callable[[], object]:
         def read() -> None:
             if isinstance(uda, dict) and isinstance(uda.get("uuds"), dict):
                 config = uda["uuds"].get("clip_config")
                 if isinstance(config, dict):
                     clip_shape("RN50-quickgelu", config)
-            method = rng.choice(sorted(METHODS))
-            shared, own = split_settings(uda, method, "x")
+            method = rng.choice(methods)
+            shared, own = split_settings(uda, method.name, "x")
             parse_settings(UDASettings, shared, "x")
-            parse_settings(method_settings_class(method), own, "x")
+            parse_settings(method.settings, own, "x")
             check_uda(uda, "x")
 
         return read

@@ -25,8 +25,9 @@ from conftest import REPOSITORY, TRAINERS
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
 from nnunet_uda.commands.configure import parse_assignment
+from nnunet_uda.methods import check_uda
 from nnunet_uda.networks.clip import _build, clip_shape
-from nnunet_uda.plans import PROTOCOLS, check_uda, merge_uda
+from nnunet_uda.plans import PROTOCOLS, merge_uda
 
 DOCUMENT = REPOSITORY / "docs" / "reproduce.md"
 PAPERS = ("CISFA", "Similarity-based prototypes", "UUDS")

@@ -3,14 +3,15 @@ from __future__ import annotations
 import importlib
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import pytest
 
 from nnunet_uda.commands import configure
 from nnunet_uda.errors import UDAError
-from nnunet_uda.plans import check_uda, merge_uda
+from nnunet_uda.methods import check_uda, refuse_unknown_methods
+from nnunet_uda.plans import merge_uda
 from nnunet_uda.settings import UDASettings, describe_settings, parse_settings, split_settings
 
 
@@ -21,6 +22,8 @@ class Example:
     kind: Literal["a", "b"] = "a"
     flag: bool = True
     seed: int | None = None
+    share: float | Literal["auto", 3] = "auto"
+    sizes: list[float] = field(default_factory=lambda: [1.0])
 
 
 def test_values_override_defaults_and_integers_pass_as_numbers():
@@ -28,11 +31,13 @@ def test_values_override_defaults_and_integers_pass_as_numbers():
     assert settings == Example(3, 2.0, "b", True, 4)
     assert isinstance(settings.rate, float)
     assert parse_settings(Example, {"seed": None}, "x").seed is None
+    assert parse_settings(Example, {"share": "auto", "sizes": [1, 2.5]}, "x") == Example(sizes=[1, 2.5])
+    assert describe_settings(Example)[-1] == ("sizes", "a list, each item a number", [1.0])
 
 
 def test_inherited_settings_are_read_by_the_names_of_their_own_module(tmp_path, monkeypatch):
     """And of a module that is gone, as nnU-Net's finder leaves a trainer's."""
-    text = "from __future__ import annotations\nfrom dataclasses import dataclass\n"
+    text = "from __future__ import annotations\nfrom dataclasses import dataclass, field\n"
     (tmp_path / "base_settings.py").write_text(
         f"{text}from typing import Literal as Choice\n\n@dataclass(frozen=True)\nclass Base:\n"
         "    kind: Choice['a', 'b'] = 'a'\n"
@@ -60,6 +65,8 @@ def test_inherited_settings_are_read_by_the_names_of_their_own_module(tmp_path, 
         ({"kind": "c"}, ["kind", "'a', 'b'", "c"]),
         ({"flag": 1}, ["flag", "true or false"]),
         ({"seed": "x"}, ["seed", "an integer or null"]),
+        ({"share": "other"}, ["share", "a number or one of 'auto', 3"]),
+        ({"sizes": [1, "x"]}, ["sizes", "a list, each item a number"]),
         ([1], ["JSON object"]),
     ],
 )
@@ -82,8 +89,8 @@ def test_settings_of_a_method_are_separate_and_unknown_methods_refused():
     uda = {"num_epochs": 3, "cisfa": {"patches": 4}}
     assert split_settings(uda, "cisfa", "x") == ({"num_epochs": 3}, {"patches": 4})
     assert split_settings(uda, None, "x") == ({"num_epochs": 3}, {})
-    with pytest.raises(UDAError, match="cisaf"):
-        split_settings({"cisaf": {}}, "cisfa", "x")
+    with pytest.raises(UDAError, match="unknown method 'cisaf'.*Known methods: advent.* cisfa,"):
+        refuse_unknown_methods({"cisaf": {}}, "cisfa", "x")
     with pytest.raises(UDAError, match="JSON object"):
         split_settings([], "cisfa", "x")
 
@@ -94,6 +101,10 @@ def test_check_uda_looks_into_every_method():
         check_uda({"cisfa": {"foreground_weight": 0.5}}, "x")
     with pytest.raises(UDAError, match=r"x\.cisfa.*no_such"):
         check_uda({"cisfa": {"no_such": 1}}, "x")
+    with pytest.raises(UDAError, match=r"x\.cisfa must be a JSON object"):
+        check_uda({"cisfa": 3}, "x")
+    with pytest.raises(UDAError, match="'seed' must be an integer or null"):
+        check_uda({"seed": {}}, "x")
 
 
 def test_merge_and_assignments():

@@ -24,7 +24,8 @@ from nnunet_uda.evaluation.tables import MEAN, gap_closed, summarise
 from nnunet_uda.experiments.engines import add_engine_arguments, make_engine, run_jobs
 from nnunet_uda.experiments.job import TRANSDUCTIVE, Job, Score, find_target_test, find_trainer, lay_out_images
 from nnunet_uda.files import exclusive, whole_file, write_json
-from nnunet_uda.plans import check_uda, derive_plans, merge_uda
+from nnunet_uda.methods import check_uda
+from nnunet_uda.plans import derive_plans, merge_uda
 
 SETUP = "setup.json"
 LOWER, UPPER = "lower bound", "upper bound"

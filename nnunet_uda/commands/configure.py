@@ -9,15 +9,15 @@ from typing import Any
 from nnunet_uda.data.convention import dataset_name, environment_folder, read_json
 from nnunet_uda.errors import UDAError, command
 from nnunet_uda.files import write_json
+from nnunet_uda.methods import find_methods
 from nnunet_uda.plans import (
     PLANES,
     PROTOCOLS,
     derive_plans,
     merge_uda,
-    method_settings_class,
     replan_plane,
 )
-from nnunet_uda.settings import METHODS, UDASettings, describe_settings
+from nnunet_uda.settings import UDASettings, describe_settings
 
 
 def parse_assignment(text: str) -> tuple[str, Any]:
@@ -34,13 +34,21 @@ def parse_assignment(text: str) -> tuple[str, Any]:
 
 
 def list_settings() -> str:
-    """All settings with type and default, as text."""
-    lines = ["Shared by all trainers:"]
-    lines += [f"  {name} = {json.dumps(default)}  ({kind})" for name, kind, default in describe_settings(UDASettings)]
-    for method in METHODS:
-        lines.append(f"Settings of {method}:")
-        for name, kind, default in describe_settings(method_settings_class(method)):
-            lines.append(f"  {method}.{name} = {json.dumps(default)}  ({kind})")
+    """All settings with type and default, as text: shared ones, then those of every method that is found."""
+
+    def line(name: str, kind: str, default: Any) -> str:
+        return f"  {name} = {json.dumps(default)}  ({kind})"
+
+    found = find_methods()
+    lines = ["Shared by all trainers:", *(line(*setting) for setting in describe_settings(UDASettings))]
+    first: dict[str, list[tuple[str, str, Any]]] = {}
+    for method in found.methods:
+        settings, before = describe_settings(method.settings), first.get(method.name, [])
+        heading = f" as {', '.join(method.trainers)} has them, where they differ" if before else ""
+        first.setdefault(method.name, settings)
+        own = [line(f"{method.name}.{name}", *rest) for name, *rest in settings if (name, *rest) not in before]
+        lines += [f"Settings of {method.name}{heading}:", *own] if own else []
+    lines += [f"Could not be imported: {path}: {error}" for path, error in found.unreadable.items()]
     return "\n".join(lines)
 
 
@@ -51,7 +59,7 @@ def main(argv: list[str] | None = None) -> None:
         description="Write a plans file of its own name: another plan's configuration with settings for the trainers "
         "here. Train with it by nnUNetv2_train ... -p NAME.",
         epilog="Example: nnUNetUDA_configure -d 501 -p nnUNetPlansSmall -patch_size 128 128 -set num_epochs=100 "
-        "cisfa.generator_width=32",
+        "cisfa.generator_width=32. Settings of trainers of your own are found in the folders of nnUNet_extTrainer.",
     )
     parser.add_argument("-d", help="dataset id or name")
     parser.add_argument("-p", help="name of the new plans")

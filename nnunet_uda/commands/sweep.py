@@ -33,7 +33,8 @@ from nnunet_uda.experiments.job import (
     lay_out_images,
 )
 from nnunet_uda.files import exclusive, whole_file, write_json
-from nnunet_uda.plans import check_uda, derive_plans, merge_uda
+from nnunet_uda.methods import check_uda
+from nnunet_uda.plans import derive_plans, merge_uda
 from nnunet_uda.settings import UDASettings, parse_settings, split_settings
 
 SWEEP = "sweep.json"

@@ -45,6 +45,7 @@ from nnunet_uda.data.damage import refuse_damaged
 from nnunet_uda.data.target import TargetDataset, preprocess_target, target_identifiers
 from nnunet_uda.errors import UDAError, print_without_traceback
 from nnunet_uda.losses.dice import soft_dice_loss
+from nnunet_uda.methods import check_trainer, refuse_unknown_methods
 from nnunet_uda.networks.instance_norm import use_fast_instance_norm
 from nnunet_uda.networks.recomputed import use_slim_blocks
 from nnunet_uda.settings import UDASettings, parse_settings, split_settings
@@ -109,9 +110,11 @@ class UDATrainer(StoppableTrainer):
         check_dataset_json(dataset_json, f"dataset.json of {plans['dataset_name']}")
         where = f"plans {plans['plans_name']!r}, key 'uda'"
         shared, own = split_settings(plans.get("uda", {}), self.method, where)
+        refuse_unknown_methods(plans.get("uda", {}), self.method, where)
         self.settings: UDASettings = parse_settings(UDASettings, shared, where)
         self.own_settings = None
         if self.method_settings is not None:
+            check_trainer(type(self))
             clash = sorted(key for key, value in self.fixed_settings.items() if own.get(key, value) != value)
             if clash:
                 raise UDAError(f"{where}: {type(self).__name__} fixes {clash}; train another variant, or remove them")

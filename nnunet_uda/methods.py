@@ -1,0 +1,165 @@
+"""The methods that there are. Each trainer brings its settings (``UDATrainer.method_settings``); no list names them."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import os
+import pkgutil
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from nnunetv2.utilities.find_class_by_name import temporarily_cleanup_imports_from_path, temporarily_extend_syspath
+
+from nnunet_uda.errors import UDAError
+from nnunet_uda.settings import UDASettings, describe_settings, method_objects, parse_settings, split_settings
+
+EXTERNAL = "nnUNet_extTrainer"
+
+
+@dataclass(frozen=True)
+class Method:
+    """Settings under ``uda.NAME``, and the trainers that read them as they are in ``settings``."""
+
+    name: str
+    settings: type
+    trainers: list[str]
+
+
+@dataclass(frozen=True)
+class Found:
+    """What this package and the folders of ``nnUNet_extTrainer`` hold.
+
+    Attributes:
+        methods: by name; several have the same one where trainers share it and not its defaults. This package's first.
+        unreadable: what went wrong, by the file that could not be imported.
+    """
+
+    methods: list[Method]
+    unreadable: dict[str, str]
+
+    def names(self) -> list[str]:
+        """Of the methods, each once."""
+        return list(dict.fromkeys(method.name for method in self.methods))
+
+
+def find_methods() -> Found:
+    """Every method with settings of its own, of the trainers that ``nnUNetv2_train -tr`` finds beside nnU-Net's.
+
+    Raises:
+        UDAError: for a trainer whose settings cannot be read from a plans file.
+    """
+    from nnunet_uda.training.uda_trainer import UDATrainer
+
+    found, unreadable = {}, {}
+    for module in _modules(unreadable):
+        for name, trainer in vars(module).items():
+            if isinstance(trainer, type) and issubclass(trainer, UDATrainer) and trainer.method_settings is not None:
+                check_trainer(trainer)
+                method = Method(trainer.method, trainer.method_settings, [])
+                trainers = found.setdefault((method.name, method.settings), method).trainers
+                if name not in trainers:
+                    trainers.append(name)
+    return Found(sorted(found.values(), key=lambda method: method.name), unreadable)
+
+
+def _modules(unreadable: dict[str, str]) -> Iterator[ModuleType]:
+    """This package's trainers, then what nnU-Net would search, imported as nnU-Net imports it."""
+    from nnunet_uda import trainers
+
+    own = Path(trainers.__file__).resolve().parent
+    for _, name, _ in pkgutil.iter_modules(trainers.__path__):
+        yield importlib.import_module(f"{trainers.__name__}.{name}")
+    for folder in external_folders():
+        if folder.resolve() == own:
+            continue
+        with temporarily_extend_syspath(str(folder)), temporarily_cleanup_imports_from_path(str(folder)):
+            for name in _names(folder, ""):
+                try:
+                    yield importlib.import_module(name)
+                except Exception as error:  # anybody's file, which may fail in any way
+                    place = folder.joinpath(*name.split("."))
+                    unreadable[str(place)] = f"{type(error).__name__}: {error}"
+
+
+def external_folders() -> list[Path]:
+    """The folders of ``nnUNet_extTrainer`` that exist."""
+    paths = os.environ.get(EXTERNAL, "").split(os.pathsep)
+    return [Path(path).absolute() for path in paths if path.strip() and Path(path).is_dir()]
+
+
+def _names(folder: Path, package: str) -> Iterator[str]:
+    entries = list(pkgutil.iter_modules([str(folder)]))
+    yield from (package + name for _, name, is_package in entries if not is_package)
+    for _, name, is_package in entries:
+        if is_package:
+            yield from _names(folder / name, f"{package}{name}.")
+
+
+def check_trainer(trainer: type) -> None:
+    """Refuse a trainer whose settings cannot lie under ``uda.METHOD`` in a plans file, which holds JSON.
+
+    Raises:
+        UDAError: naming the trainer, and what its author has to change.
+    """
+    method, settings, name = trainer.method, trainer.method_settings, trainer.__name__
+    if not isinstance(method, str) or not method.isidentifier():
+        raise UDAError(
+            f"{name}: its class attribute 'method' is {method!r}; expected the name under which its settings lie in "
+            "the plans, of letters, digits and _"
+        )
+    if method in {field.name for field in dataclasses.fields(UDASettings)}:
+        raise UDAError(f"{name}: its 'method' is {method!r}, which is the name of a shared setting: give another one")
+    if not (isinstance(settings, type) and dataclasses.is_dataclass(settings)):
+        raise UDAError(f"{name}: 'method_settings' must be a dataclass, found {settings!r}")
+    try:
+        described = describe_settings(settings)
+    except (NameError, TypeError) as error:
+        raise UDAError(f"{name}: the settings of {settings.__name__} cannot be read: {error}") from error
+    without = [setting for setting, _, default in described if default is dataclasses.MISSING]
+    if without:
+        raise UDAError(f"{name}: {settings.__name__} has no default for {', '.join(without)}: every setting needs one")
+
+
+def refuse_unknown_methods(uda: dict[str, Any], method: str | None, where: str) -> None:
+    """Raise ``UDAError`` where an object in ``uda`` is neither of ``method`` nor of any method that is found."""
+    nested = [key for key in method_objects(uda) if key != method]
+    if nested:  # else nothing has to be searched
+        found = find_methods()
+        _refuse(nested, found, [method] if method else [], where)
+
+
+def _refuse(nested: Iterable[str], found: Found, more: list[str], where: str) -> None:
+    known = sorted({*found.names(), *more})
+    for name in nested:
+        if name not in known:
+            failed = "".join(f". {path} could not be imported ({error})" for path, error in found.unreadable.items())
+            searched = os.pathsep.join(map(str, external_folders())) or "not set"
+            raise UDAError(
+                f"{where}: 'uda' holds settings for an unknown method {name!r}. Known methods: {', '.join(known)}. A "
+                f"trainer of your own is found in the folders of {EXTERNAL} (now {searched}){failed}"
+            )
+
+
+def check_uda(uda: dict[str, Any], where: str) -> None:
+    """Validate a ``uda`` object with every method's own settings in it; raise ``UDAError`` for the first fault.
+
+    Where several methods have a name, it is enough that one of them takes what is there.
+    """
+    shared, _ = split_settings(uda, None, where)
+    found = find_methods()
+    _refuse(method_objects(uda), found, [], where)
+    parse_settings(UDASettings, {key: value for key, value in shared.items() if key not in found.names()}, where)
+    for name in found.names():
+        errors = []
+        for method in (method for method in found.methods if method.name == name):
+            try:
+                parse_settings(method.settings, uda.get(name, {}), f"{where}.{name}")
+                break
+            except UDAError as error:
+                errors.append(error)
+        else:
+            raise errors[0]
