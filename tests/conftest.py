@@ -27,6 +27,22 @@ def write_volume(path: Path, array: np.ndarray, spacing: tuple[float, float, flo
     sitk.WriteImage(image, str(path))
 
 
+def litter(tree: Path) -> None:
+    """What macOS, Windows and network storage leave beside people's files, in every folder of ``tree``."""
+    apple = b"\x00\x05\x16\x07\x00\x02\x00\x00Mac OS X        " + bytes(60)
+    for path in [tree, *tree.rglob("*")]:
+        if path.is_dir():
+            for name in (".DS_Store", "Thumbs.db", "desktop.ini", "Icon\r"):
+                (path / name).write_bytes(b"\0\0\0\1Bud1")
+            (path / "@eaDir").mkdir()
+        else:
+            path.with_name(f"._{path.name}").write_bytes(apple)
+            (path.parent / "@eaDir" / path.name).write_bytes(apple)
+            archive = tree / "__MACOSX" / path.relative_to(tree)
+            archive.parent.mkdir(parents=True, exist_ok=True)
+            archive.with_name(f"._{path.name}").write_bytes(apple)
+
+
 def draw_case(rng: np.random.Generator, target: bool, size: tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray]:
     """A body with two blobs, 1 and 2; tissue intensities differ between the domains."""
     z, y, x = np.meshgrid(*(np.linspace(-1, 1, n) for n in size), indexing="ij")

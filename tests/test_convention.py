@@ -1,10 +1,11 @@
 from __future__ import annotations
 
 import pytest
-from conftest import make_raw_dataset
+from conftest import litter, make_raw_dataset
 
 from nnunet_uda.data import convention
 from nnunet_uda.errors import UDAError
+from nnunet_uda.evaluation.metrics import list_cases
 
 
 @pytest.fixture
@@ -18,6 +19,13 @@ def read(raw):
 
 def test_target_cases_are_found_by_id(raw):
     assert list(convention.target_cases(raw, read(raw))) == ["ct_Tu00", "ct_Tu01", "ct_Tu02"]
+
+
+def test_what_systems_leave_beside_files_is_no_case(raw):
+    litter(raw)
+    assert list(convention.target_cases(raw, read(raw))) == ["ct_Tu00", "ct_Tu01", "ct_Tu02"]
+    assert list(convention.case_files(raw / "imagesTs", ".nii.gz")) == ["ct_Ts00"]
+    assert list_cases(raw / "labelsTs", ".nii.gz") == ["ct_Ts00"]
 
 
 def test_missing_and_empty_target_folders_are_refused(raw):

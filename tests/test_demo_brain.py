@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import SimpleITK as sitk
+from conftest import litter
 from scipy.ndimage import binary_erosion
 
 from nnunet_uda.commands.convert import main as convert_main
@@ -38,6 +39,7 @@ def heads(tmp_path: Path) -> Path:
     folder.mkdir()
     for number in range(6):
         write(folder / f"head_{number}.nii.gz", draw_head(number))
+    litter(folder)
     return folder
 
 

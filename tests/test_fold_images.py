@@ -3,7 +3,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from conftest import make_raw_dataset
+from conftest import litter, make_raw_dataset
 
 from nnunet_uda.commands import fold_images
 
@@ -20,6 +20,7 @@ def raw(tmp_path, monkeypatch):
 
 
 def test_exactly_the_folds_test_images_are_laid_out(raw, tmp_path):
+    litter(raw)
     fold_images.main(["-d", "501", "-f", "0", "-o", str(tmp_path / "out")])
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["ct_Tu02_0000.nii.gz"]
     original = raw / "imagesTu" / "ct_Tu02_0000.nii.gz"

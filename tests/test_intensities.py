@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import SimpleITK as sitk
+from conftest import litter
 
 from nnunet_uda.commands.clip import main
 from nnunet_uda.commands.convert import main as convert
@@ -178,6 +179,7 @@ def test_a_new_scan_is_treated_as_the_converted_ones(scans, tmp_path, options, b
 
 def test_explicit_parameters(scans, tmp_path, capsys):
     out = tmp_path / "deep" / "out"
+    litter(scans)
     main(["-i", str(scans), "-o", str(out), "-percentiles", "5", "95", "-range", "-1", "1"])
     assert "3 scan(s) clipped" in capsys.readouterr().out
     assert sorted(p.name for p in out.iterdir()) == [f"new{i}_0000.nii.gz" for i in range(3)]

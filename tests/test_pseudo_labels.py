@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import SimpleITK as sitk
-from conftest import make_raw_dataset, write_volume
+from conftest import litter, make_raw_dataset, write_volume
 
 from nnunet_uda.commands.pseudo_labels import main
 from nnunet_uda.data.pseudo_labels import implausible_structures, keep_components, structure_volumes
@@ -90,6 +90,8 @@ def test_the_dataset_is_source_and_filtered_predictions(dataset, capsys):
     shutil.rmtree(dataset / "labelsTs")  # no target label is needed
     change(dataset, "ct_Tu01", lambda label: np.where(label == 1, 0, label))
     speckled = change(dataset, "ct_Tu02", add_speck)
+    litter(dataset)
+    litter(dataset.parent.parent / "predictions")
     out = run(dataset)
     source, pseudo = [f"mr_Tr{i:02d}" for i in range(5)], [f"pseudo_ct_Tu{i:02d}" for i in (0, 2, 3)]
     assert sorted(path.name for path in (out / "labelsTr").iterdir()) == [f"{i}.nii.gz" for i in source + pseudo]

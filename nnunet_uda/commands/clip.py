@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from nnunet_uda.data.convention import case_files, dataset_name, environment_folder, read_json
 from nnunet_uda.data.intensities import Intensities, read_clipped, read_intensities
+from nnunet_uda.data.listing import entries
 from nnunet_uda.data.reading import check_whole
 from nnunet_uda.errors import UDAError, command
 from nnunet_uda.files import whole_folder
@@ -63,8 +64,8 @@ def _cases(folder: Path) -> dict[str, Path]:
                 if other := cases.get(name):
                     raise UDAError(f"{path}: there is also {other.name}; expected each scan once. Remove one of them.")
                 cases[name] = path
-    for path in sorted(folder.iterdir()):
-        if path.name.lower().endswith(ENDINGS) and not path.name.startswith(".") and path not in cases.values():
+    for path in entries(folder):
+        if path.name.lower().endswith(ENDINGS) and path not in cases.values():
             raise UDAError(f"{path}: expected a name like CASE_0000.nii.gz, as nnUNetv2_predict needs it. Rename it.")
     if not cases:
         raise UDAError(f"{folder} (-i) holds no scan; expected files named like CASE_0000.nii.gz.")

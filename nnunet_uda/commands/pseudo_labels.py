@@ -23,6 +23,7 @@ from nnunet_uda.data.convention import (
     read_json,
     target_cases,
 )
+from nnunet_uda.data.listing import files_in
 from nnunet_uda.data.pseudo_labels import implausible_structures, keep_components, structure_volumes
 from nnunet_uda.data.reading import check_whole, read_image, read_label
 from nnunet_uda.errors import UDAError, command
@@ -130,7 +131,9 @@ def _new_dataset(root: Path, name: str) -> Path:
 def _source_volumes(request: Request) -> np.ndarray:
     """``(N, structures)`` volumes of the labelled cases, in cubic mm."""
     volumes = []
-    for path in sorted((request.raw / "labelsTr").glob(f"*{request.ending}")):
+    for path in files_in(request.raw / "labelsTr"):
+        if not path.name.endswith(request.ending):
+            continue
         label = read_image(path)
         array = sitk.GetArrayFromImage(label)
         volumes.append(structure_volumes(array, len(request.structures), label.GetSpacing()))

@@ -17,6 +17,7 @@ from batchgenerators.utilities.file_and_folder_operations import load_json
 from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw, nnUNet_results
 from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
 
+from nnunet_uda.data.listing import entries
 from nnunet_uda.errors import UDAError, nested_deeper, shown
 
 TARGET_FOLDER = "imagesTu"
@@ -164,7 +165,7 @@ def case_files(folder: Path, file_ending: str) -> dict[str, list[Path]]:
     """Image files of each case in ``folder``, by id, channels in order (``ID_0000.nii.gz``, ``ID_0001.nii.gz``)."""
     pattern = re.compile(rf"(.+)_(\d{{4}}){re.escape(file_ending)}")
     cases: dict[str, list[Path]] = {}
-    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
+    for path in entries(folder) if folder.is_dir() else []:
         match = pattern.fullmatch(path.name)
         if match:
             cases.setdefault(match.group(1), []).append(path)

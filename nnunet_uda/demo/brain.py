@@ -24,6 +24,7 @@ import SimpleITK as sitk
 from scipy.ndimage import find_objects, gaussian_filter
 from tqdm import tqdm
 
+from nnunet_uda.data.listing import files_in
 from nnunet_uda.data.reading import read_image, stem
 from nnunet_uda.errors import UDAError, command
 
@@ -129,7 +130,8 @@ def make_brains(labels: Path, folder: Path, seed: int, test_share: float = 0.3) 
     Raises:
         UDAError: no such folder, too few or unknown label maps, an output folder that is not empty or not writable.
     """
-    paths = sorted(path for path in labels.glob("*.nii*") if not path.name.startswith("."))
+    found = files_in(labels) if labels.is_dir() else []
+    paths = [path for path in found if path.name.lower().endswith((".nii.gz", ".nii"))]
     if len(paths) < 2 * len(CONTRASTS):
         raise UDAError(
             f"{labels}: found {len(paths)} label maps (*.nii.gz); expected at least {2 * len(CONTRASTS)}, one to train "

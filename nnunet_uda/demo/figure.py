@@ -12,6 +12,7 @@ import torch
 from batchgenerators.utilities.file_and_folder_operations import load_json
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
+from nnunet_uda.data.listing import files_in
 from nnunet_uda.training.pictures import Panel, write_panels
 from nnunet_uda.training.translated_dataset import translate_volume
 
@@ -41,7 +42,8 @@ def translation_rows(dataset: str, plans_name: str, number: int) -> list[list[Pa
 def prediction_rows(raw: Path, predictions: Path, runs: list[str], number: int) -> list[list[Panel]]:
     """Test slices with most label: image, ground truth and each run's prediction, all in RAS."""
     rows = []
-    for path in sorted((raw / "labelsTs").glob("*.nii.gz"))[:number]:
+    labels = [path for path in files_in(raw / "labelsTs") if path.name.endswith(".nii.gz")]
+    for path in labels[:number]:
         name = path.name.removesuffix(".nii.gz")
         label = _read(path)
         index = int((label > 0).sum((1, 2)).argmax())

@@ -27,6 +27,7 @@ import numpy as np
 import SimpleITK as sitk
 from tqdm import tqdm
 
+from nnunet_uda.data.listing import files_in
 from nnunet_uda.data.reading import check_whole, execute
 from nnunet_uda.errors import UDAError
 from nnunet_uda.workers import end_with
@@ -174,7 +175,7 @@ def list_cases(folder: Path, file_ending: str) -> list[str]:
     folder = Path(folder)
     if not folder.is_dir():
         raise UDAError(f"the folder {folder} does not exist")
-    names = [path.name for path in folder.iterdir() if path.is_file() and not path.name.startswith(".")]
+    names = [path.name for path in files_in(folder)]
     cases = sorted(name[: -len(file_ending)] for name in names if name.endswith(file_ending))
     if not cases:
         raise UDAError(f"{folder} holds no segmentation: expected files named like CASE{file_ending}")

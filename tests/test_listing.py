@@ -1,0 +1,63 @@
+"""Listing of folders: what systems leave beside files is no data, and what cannot be listed is refused by name."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from conftest import litter
+
+from nnunet_uda.data.listing import entries, files_in, folders_below, folders_in, passed_over
+from nnunet_uda.errors import UDAError
+
+
+def test_names_that_are_no_data():
+    for name in (
+        "._a.nii.gz",
+        ".DS_Store",
+        "__MACOSX",
+        "Thumbs.db",
+        "desktop.ini",
+        "DESKTOP.INI",
+        "@eaDir",
+        "lost+found",
+    ):
+        assert passed_over(name)
+    for name in ("a.nii.gz", "_a.dcm", "Thumbs.dbx", "DICOM", "1.2.3"):
+        assert not passed_over(name)
+
+
+def test_a_littered_tree_lists_as_a_clean_one(tmp_path):
+    for name in ("b/2.dcm", "b/1.dcm", "a/c/x.nii.gz", "note"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("x")
+    (tmp_path / "b" / "link.dcm").symlink_to(tmp_path / "nowhere")
+
+    def listed() -> tuple:
+        below = [folder.relative_to(tmp_path).as_posix() for folder in folders_below(tmp_path)]
+        return below, *([path.name for path in kind(tmp_path)] for kind in (entries, files_in, folders_in))
+
+    clean = listed()
+    assert clean == ([".", "a", "a/c", "b"], ["a", "b", "note"], ["note"], ["a", "b"])
+    litter(tmp_path)
+    assert listed() == clean
+    assert [path.name for path in files_in(tmp_path / "b")] == ["1.dcm", "2.dcm", "link.dcm"]  # not missed in silence
+
+
+def test_links_in_a_circle_end(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "up").symlink_to(tmp_path)
+    assert len(list(folders_below(tmp_path))) == 2
+
+
+def test_folders_that_cannot_be_listed(tmp_path, monkeypatch):
+    with pytest.raises(UDAError, match="nowhere: cannot be listed"):
+        files_in(tmp_path / "nowhere")
+
+    def refused(path: Path) -> None:
+        raise PermissionError(13, os.strerror(13), str(path))
+
+    monkeypatch.setattr(Path, "iterdir", refused)
+    with pytest.raises(UDAError, match=r"cannot be listed \(Permission denied\)"):
+        entries(tmp_path)
