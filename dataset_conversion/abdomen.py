@@ -71,12 +71,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_common_arguments(parser)
 
 
-def convert(args: argparse.Namespace) -> None:
+@common.telling
+def convert(args: argparse.Namespace, warnings: list[str]) -> None:
     """Run the conversion that ``args`` (of ``add_arguments``) describe."""
     if args.source == args.target:
         raise UDAError(f"-source and -target are both {args.source}; expected ct and mr, or mr and ct.")
     chaos_tree, btcv_tree = recognise(args.i)
-    warnings: list[str] = []
     mr = chaos.find_domain(chaos_tree, args.sequence, "MR", "mr", chaos.classes(args.structures), args.strict, warnings)
     ct = btcv.find_domain(btcv_tree, btcv.classes(args.structures))
     source, target = (ct, mr) if args.source == "ct" else (mr, ct)

@@ -65,6 +65,7 @@ import SimpleITK as sitk
 
 from nnunet_uda.data import reading
 from nnunet_uda.data.intensities import Intensities, read_clipped
+from nnunet_uda.data.listing import files_in, folders_below
 from nnunet_uda.data.reading import LabelMap
 from nnunet_uda.dataset_conversion import common
 from nnunet_uda.dataset_conversion.common import Case, Group
@@ -143,10 +144,8 @@ def find_visits(tree: Path) -> tuple[str, list[Visit]]:
     rule = "one year's training set, case folders like BraTS20_Training_001 or BraTS-GLI-00000-000 (see -h)"
     visits: dict[str, Visit] = {}
     found_year = ""
-    for root, folders, names in os.walk(tree, followlinks=True):
-        folders.sort()
-        folder = Path(root)
-        images = [folder / n for n in sorted(names) if n.lower().endswith(ENDINGS) and not n.startswith(".")]
+    for folder in folders_below(tree) if tree.is_dir() else ():
+        images = [path for path in files_in(folder) if path.name.lower().endswith(ENDINGS)]
         year, match = next(
             ((y, m) for y, naming in NAMINGS.items() if (m := re.fullmatch(naming.folder, folder.name, re.I))),
             ("", None),
@@ -214,16 +213,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_common_arguments(parser)
 
 
-def convert(args: argparse.Namespace) -> None:
+@common.telling
+def convert(args: argparse.Namespace, warnings: list[str]) -> None:
     """Run the conversion that ``args`` (of ``add_arguments``) describe."""
     if args.source == args.target:
         raise UDAError(f"-source and -target are both {args.source}; expected two of {', '.join(MODALITIES)}.")
     intensities = _intensities(args)
-    warnings: list[str] = []
     year, visits = find_visits(args.i)
     visits = _complete(visits, args, NAMINGS[year], warnings)
+    if not visits:
+        names = " and ".join(f"CASE{NAMINGS[year].suffixes[m]}.nii[.gz]" for m in (args.source, args.target))
+        raise UDAError(
+            f"{args.i}: none of its cases of BraTS {year} has both scans; expected {names} in each case's folder. "
+            "Check -source, -target and -i."
+        )
     patients = {visit.patient for visit in visits}
-    groups, few = split_patients(sorted(patients), PATIENTS, args.seed, _test_patients(visits, args))
+    groups, few = split_patients(sorted(patients), PATIENTS, args.seed, _test_patients(visits, args), args.i)
     warnings += few
     print(f"Patients: {', '.join(f'{len(members)} {group}' for group, members in groups.items())}")
 

@@ -25,6 +25,7 @@ import argparse
 import re
 from pathlib import Path
 
+from nnunet_uda.data.listing import files_in
 from nnunet_uda.data.reading import LabelMap
 from nnunet_uda.dataset_conversion import common, protocols
 from nnunet_uda.dataset_conversion.common import Case, Group
@@ -67,17 +68,18 @@ def find_domain(tree: Path, label_map: LabelMap) -> Domain:
         )
     files: dict[str, dict[int, Path]] = {"img": {}, "label": {}}
     for kind, of_kind in files.items():
-        for path in sorted((training / kind).iterdir()):
-            match = re.fullmatch(rf"{kind}(\d+)\.nii(\.gz)?", path.name)
+        for path in files_in(training / kind):
+            match = re.fullmatch(rf"{kind}(\d+)(?i:\.nii(\.gz)?)", path.name)
             if match:
                 if other := of_kind.get(int(match[1])):
                     raise UDAError(f"{path}: the same number as {other.name}; expected each once. Remove one of them.")
                 of_kind[int(match[1])] = path
-            elif path.name.lower().endswith((".nii", ".nii.gz")) and not path.name.startswith("."):
+            elif path.name.lower().endswith((".nii", ".nii.gz")):
                 raise UDAError(f"{path}: unexpected file; expected only {rule}. Rename or remove it.")
     images, labels = files["img"], files["label"]
     if not images:
-        raise UDAError(f"{training / 'img'} holds no image; expected {rule}. Check -i.")
+        folder = training / "img"
+        raise UDAError(f"{folder} holds no image (found: {common.contents(folder)}); expected {rule}. Check -i.")
     for number, path in sorted({**labels, **images}.items()):
         if 11 <= number <= 20:
             raise UDAError(
@@ -112,20 +114,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_common_arguments(parser)
 
 
-def convert(args: argparse.Namespace) -> None:
+@common.telling
+def convert(args: argparse.Namespace, warnings: list[str]) -> None:
     """Run the conversion that ``args`` (of ``add_arguments``) describe."""
-    warnings: list[str] = []
     domain = find_domain(args.i, classes(args.structures))
     test = protocols.named_cases(domain, args.test_ids) if args.test_ids else []
     training = [case for case in domain.cases.values() if case not in test]
     training = protocols.with_label(training, args.strict, warnings)
     splits, few = common.source_folds([case.identifier for case in training], 5, args.seed)
+    warnings += few
     common.write_dataset(
         args.d, args.name or "BTCV",
         [Group("CT", training, "imagesTr", "labelsTr"), Group("CT", test, "imagesTs", "labelsTs")],
         args.structures, common.channel_names(args.channel or ["CT"], 1), adaptation=False, source_splits=splits,
         information={"description": f"BTCV abdomen, supervised, seed {args.seed}", **INFORMATION},
-        warnings=[*warnings, *few], overwrite=args.overwrite, strict=args.strict, processes=args.np,
+        warnings=warnings, overwrite=args.overwrite, strict=args.strict, processes=args.np,
     )  # fmt: skip
 
 

@@ -44,8 +44,9 @@ import numpy as np
 import SimpleITK as sitk
 from PIL import Image
 
-from nnunet_uda.data.dicom import by_name, dicom_files, order_series, read_series
-from nnunet_uda.data.reading import LabelMap
+from nnunet_uda.data.dicom import MOST_PIXELS, by_name, dicom_files, order_series, read_volume
+from nnunet_uda.data.listing import entries, files_in, folders_in
+from nnunet_uda.data.reading import LabelMap, readable
 from nnunet_uda.dataset_conversion import common, protocols
 from nnunet_uda.dataset_conversion.common import Case
 from nnunet_uda.dataset_conversion.protocols import Domain
@@ -64,11 +65,6 @@ SEQUENCES = {
 """Modality folder, and folders of slices and masks of a patient."""
 SIFA_TEST = ("1", "13", "32", "38")
 INFORMATION = {"reference": "https://doi.org/10.5281/zenodo.3431873", "licence": "CHAOS: CC BY-SA 4.0"}
-
-
-def read_image(folder: Path) -> sitk.Image:
-    """The volume in a folder of slices."""
-    return read_series(folder)[0]
 
 
 def read_label(
@@ -96,7 +92,7 @@ def read_label(
     planes, unusual = [], {}
     for slice_ in order_series(files).slices:
         path = mask_of[slice_.path]
-        grey = _read_png(path)
+        grey = read_png(path)
         if grey.shape != slice_.size[::-1]:
             raise UDAError(
                 f"{path}: {grey.shape[1]} x {grey.shape[0]} pixels; expected {slice_.size[0]} x {slice_.size[1]}, as "
@@ -117,17 +113,16 @@ def read_label(
 
 
 def _png_files(folder: Path) -> list[Path]:
-    return by_name([p for p in folder.iterdir() if p.suffix.lower() == ".png" and not p.name.startswith(".")])
+    return by_name([path for path in files_in(folder) if path.suffix.lower() == ".png"])
 
 
-def _read_png(path: Path) -> np.ndarray:
+def read_png(path: Path) -> np.ndarray:
     """uint8 (rows, columns); a 1-bit mask gives 0 and 1."""
-    try:
-        with Image.open(path) as image:
-            mode = image.mode
-            grey = np.array(image.convert("L") if mode == "P" else image)
-    except (OSError, SyntaxError, ValueError) as error:
-        raise UDAError(f"{path}: cannot be read ({error}); expected a whole PNG. Get it again.") from None
+    with readable(path, "a whole PNG"), Image.open(path, formats=["PNG"]) as image:
+        mode = image.mode
+        if image.width * image.height > MOST_PIXELS:
+            raise UDAError(f"{path}: a PNG of {image.width} x {image.height} pixels; expected a mask. Get it again.")
+        grey = np.array(image.convert("L") if mode == "P" else image)
     if mode not in ("1", "L", "P"):
         raise UDAError(f"{path}: a PNG of mode {mode}; expected grey values of 1 or 8 bits. Save it as greyscale.")
     return grey.astype(np.uint8)
@@ -152,7 +147,7 @@ def find_domain(
             "Check -i."
         )
     patients: dict[int, Path] = {}
-    for patient in by_name([p for p in (train / modality).iterdir() if p.is_dir() and not p.name.startswith(".")]):
+    for patient in by_name(folders_in(train / modality)):
         if not patient.name.isdecimal():
             raise UDAError(f"{patient}: unexpected folder; expected only {expected}. Rename or remove it.")
         if other := patients.get(int(patient.name)):
@@ -161,16 +156,17 @@ def find_domain(
     greys = CT_GREYS if sequence == "ct" else MR_GREYS
     cases = {}
     for number, patient in sorted(patients.items()):
-        if not ((patient / slices).is_dir() and any((patient / slices).iterdir())):
+        if not ((patient / slices).is_dir() and entries(patient / slices)):
             common.skip_or_refuse(f"{patient}: {slices} is missing or empty", strict, warnings)
             continue
         cases[str(number)] = Case(
             f"{prefix}_{number:02d}", (patient / slices,),
             patient / ground if (patient / ground).is_dir() and _png_files(patient / ground) else None,
-            label_map, read_image, partial(read_label, greys=greys),
+            label_map, read_volume, partial(read_label, greys=greys),
         )  # fmt: skip
     if not cases:
-        raise UDAError(f"{train / modality} holds no scan; expected {expected}. Check -i.")
+        folder = train / modality
+        raise UDAError(f"{folder} holds no scan (found: {common.contents(folder)}); expected {expected}. Check -i.")
     return Domain(name, cases, SIFA_TEST if modality == "MR" else (), train / modality)
 
 
@@ -204,7 +200,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_common_arguments(parser)
 
 
-def convert(args: argparse.Namespace) -> None:
+@common.telling
+def convert(args: argparse.Namespace, warnings: list[str]) -> None:
     """Run the conversion that ``args`` (of ``add_arguments``) describe."""
     if args.source == args.target:
         raise UDAError(f"-source and -target are both {args.source}; expected two of {', '.join(SEQUENCES)}.")
@@ -215,7 +212,6 @@ def convert(args: argparse.Namespace) -> None:
             f"-structures {' '.join(structures)}: CHAOS's CT masks hold the liver alone. Use -structures liver, or "
             "BTCV's CT: nnUNetUDA_convert abdomen."
         )
-    warnings: list[str] = []
     label_map = classes(structures)
     source, target = (
         find_domain(args.i, sequence, sequence.upper(), sequence, label_map, args.strict, warnings)

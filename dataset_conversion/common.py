@@ -11,10 +11,12 @@ from __future__ import annotations
 import argparse
 import errno
 import fcntl
+import functools
 import multiprocessing
 import os
 import re
 import shutil
+import sys
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -30,6 +32,7 @@ import SimpleITK as sitk
 from tqdm import tqdm
 
 from nnunet_uda.data.convention import Domains, environment_folder, normalisation_warning
+from nnunet_uda.data.listing import entries
 from nnunet_uda.data.reading import (
     LabelMap,
     check_image,
@@ -185,7 +188,7 @@ def contents(folder: Path) -> str:
     """The first names in ``folder``, for messages that say what was found."""
     if not folder.is_dir():
         return "no such folder"
-    return ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
+    return ", ".join([path.name for path in entries(folder)][:8]) or "nothing"
 
 
 def skip_or_refuse(fact: str, strict: bool, warnings: list[str], consequence: str = "this case is left out") -> None:
@@ -211,7 +214,7 @@ def write_dataset(
     source_splits: list[dict[str, list[str]]] | None = None,
     target_splits: list[dict[str, list[str]]] | None = None,
     information: dict[str, Any] | None = None,
-    warnings: Sequence[str] = (),
+    warnings: list[str] | None = None,
     overwrite: bool = False,
     strict: bool = False,
     processes: int = DEFAULT_PROCESSES,
@@ -224,7 +227,7 @@ def write_dataset(
         adaptation: False for a plain supervised dataset: no target group, no ``uda`` key.
         information: further entries of ``dataset.json`` (reference, licence, description). ``uda`` is added to the
             domains' names; ``labels``, where nnU-Net trains regions of ``structures``, replaces those made of them.
-        warnings: of the converter, shown with the summary.
+        warnings: of the converter; this function's are added, and all are shown with the summary.
         strict: refuse a group with ``labelsTs`` in which a case has no label, instead of a warning.
 
     Raises:
@@ -242,7 +245,7 @@ def write_dataset(
         "name": name,
         **(information or {}),
     }
-    warnings = list(warnings)
+    warnings = [] if warnings is None else warnings
     if adaptation:
         source, target = by_folder["imagesTr"], by_folder["imagesTu"]
         dataset_json["uda"] = {
@@ -573,6 +576,22 @@ def channel_names(given: Sequence[str] | None, count: int) -> list[str]:
     if given and len(given) != count:
         raise UDAError(f"-channel {' '.join(given)}: {len(given)} name(s), but the source has {count} channel(s).")
     return list(given) if given else ["intensity"] if count == 1 else [f"intensity_{i}" for i in range(count)]
+
+
+def telling(convert: Callable[[argparse.Namespace, list[str]], None]) -> Callable[[argparse.Namespace], None]:
+    """``convert(args, warnings)`` as ``convert(args)``; the warnings collected are printed where an error stops it."""
+
+    @functools.wraps(convert)
+    def with_warnings(args: argparse.Namespace) -> None:
+        warnings: list[str] = []
+        try:
+            convert(args, warnings)
+        except UDAError:
+            for warning in warnings:
+                print(f"WARNING: {warning}", file=sys.stderr)
+            raise
+
+    return with_warnings
 
 
 def script(

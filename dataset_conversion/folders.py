@@ -1,4 +1,4 @@
-"""Any data: folders of images, one 3D file per case and channel, in every format that SimpleITK reads.
+"""Any data: folders of images, one 3D file (or folder of DICOM slices) per case and channel.
 
     -source_images DIR -source_labels DIR    labelled source, all used for training
     -target_images DIR                       unlabelled target, used for training
@@ -8,8 +8,10 @@
                                              -target_folds each fold trains without its part and tests on it; without,
                                              the model is tested on scans that it saw (unlabelled) in training
 
-Each option takes folders, single files or quoted patterns ('img/*_t2.nii.gz'). An image and its label have the same
-name up to the ending (a.nii.gz, a.nrrd); images may end in a channel number, as nnU-Net's do (a_0000.nii.gz,
+Each option takes folders, single files or quoted patterns ('img/*_t2.nii.gz'). A scan may also be a folder of DICOM
+slices: one such folder, or one of folders, each with the one series of a case at any depth, which is called as its
+folder (ct/P1/<study>/<series>/*.dcm is P1; 'ct/*/*/t2*' chooses among several series). An image and its label have the
+same name up to the ending (a.nii.gz, a.nrrd); images may end in a channel number, as nnU-Net's do (a_0000.nii.gz,
 a_0001.nii.gz with the label a.nii.gz). Where exactly one image and one label are given they need not match. Case ids
 are the names behind the domain's name (CT_a), so that source and target never collide.
 
@@ -25,54 +27,172 @@ from __future__ import annotations
 
 import argparse
 import glob
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import takewhile
 from pathlib import Path
 
-from nnunet_uda.data.reading import ENDINGS, LabelMap, stem
+import SimpleITK as sitk
+
+from nnunet_uda.data.dicom import (
+    NOT_SLICES,
+    dicom_files,
+    dicom_in,
+    is_dicom,
+    read_header,
+    read_volume,
+    series_folders,
+)
+from nnunet_uda.data.listing import files_in, folders_below, passed_over
+from nnunet_uda.data.reading import ENDINGS, LabelMap, check_same_geometry, read_image, read_label, stem
 from nnunet_uda.dataset_conversion import common
 from nnunet_uda.dataset_conversion.common import Case, Group
 from nnunet_uda.errors import UDAError
 
 
-def list_files(inputs: Sequence[str], option: str) -> list[Path]:
-    """Image files of folders, files and patterns, sorted by name."""
+def read_scan(path: Path) -> sitk.Image:
+    """The volume of an image file, or of a folder of DICOM slices."""
+    return read_volume(path) if path.is_dir() else read_image(path)
+
+
+def read_scan_label(path: Path, image: sitk.Image, image_path: Path) -> tuple[sitk.Image, list[str]]:
+    """``reading.read_label``; a folder of DICOM slices may hold labels too."""
+    if not path.is_dir():
+        return read_label(path, image, image_path)
+    label = read_volume(path)
+    check_same_geometry(image, image_path, label, path)
+    return label, []
+
+
+def list_scans(inputs: Sequence[str], option: str, warnings: list[str]) -> dict[str, Path]:
+    """Image files and folders of DICOM slices by their names, of folders, files and patterns.
+
+    Raises:
+        UDAError: for an input that holds neither, a DICOM file by itself, several series where one is expected, and two
+            of one name.
+    """
     files: list[Path] = []
+    series: list[tuple[Path, Path]] = []  # what was given, as far as it is the same for all cases, and a folder in it
     for text in inputs:
         path = Path(text)
-        if path.is_dir():
-            inside = [p for p in path.iterdir() if p.is_file() and not p.name.startswith(".")]
-            found = [p for p in inside if p.name.lower().endswith(ENDINGS)]
-            if not found:
-                others = ", ".join(sorted(p.name for p in inside)[:5]) or "nothing"
-                raise UDAError(
-                    f"{path} ({option}) holds no image (found: {others}); expected files ending in "
-                    f"{', '.join(ENDINGS)}. For other formats name the files, or a pattern."
-                )
-        else:
-            found = [path] if path.is_file() else [Path(p) for p in glob.glob(text) if Path(p).is_file()]
-            if not found:
-                raise UDAError(f"{text} ({option}): no such folder or file; check the path.")
-        files += found
-    return sorted(dict.fromkeys(files), key=lambda p: (p.name, str(p)))
+        base = path if path.exists() else Path(*takewhile(lambda part: not glob.has_magic(part), path.parts))
+        found = [path] if path.exists() else [Path(p) for p in sorted(glob.glob(text))]
+        found = [p for p in found if not any(map(passed_over, p.relative_to(base).parts))]
+        folders = [p for p in found if p.is_dir()]
+        named = [p for p in found if p not in folders and not passed_over(p.name)]
+        if not found:
+            raise UDAError(f"{text} ({option}): no such folder or file; check the path.")
+        for file in named:
+            if not _is_image(file) and is_dicom(file):
+                raise UDAError(_single_dicom(file, option))
+        if not named:
+            for folder in folders:
+                images, below = _in_folder(folder, option)
+                files += images
+                series += [(base, inside) for inside in below]
+        files += named
+    scans: dict[str, Path] = {}
+    for name, path in [*((stem(p), p) for p in dict.fromkeys(files)), *_series_names(series, option)]:
+        if other := scans.get(name):
+            raise UDAError(f"{path}: its case id {name} is already that of {other}; rename or remove one of them.")
+        scans[name] = path
+    _warn_of_one_study(dict.fromkeys(folder for _, folder in series), option, warnings)
+    return dict(sorted(scans.items()))
 
 
-def group_channels(files: Sequence[Path], single_channel: bool) -> dict[str, tuple[Path, ...]]:
-    """Image files by case name. ``a_0000``, ``a_0001`` are channels of ``a`` where there is an ``a_0000``."""
-    stems: dict[str, Path] = {}
-    for path in files:
-        if other := stems.get(stem(path)):
+def _is_image(path: Path) -> bool:
+    return path.name.lower().endswith(ENDINGS)
+
+
+def _in_folder(folder: Path, option: str) -> tuple[list[Path], list[Path]]:
+    """Image files in a folder, or else the folders of DICOM slices in it: itself, or any below."""
+    inside = files_in(folder)
+    images = [path for path in inside if _is_image(path)]
+    if images:
+        if slices := [path for path in inside if path not in images and is_dicom(path)]:
             raise UDAError(
-                f"{path}: its case id {stem(path)} is already that of {other}; rename or remove one of them."
+                f"{folder} ({option}) holds images, as {images[0].name}, and DICOM files, as {slices[0].name}; "
+                "expected one kind. Move one of them to a folder of its own."
             )
-        stems[stem(path)] = path
+        return images, []
+    series = series_folders(folder)
+    if len(series) > 1 and series[0] == folder:
+        raise UDAError(
+            f"{folder} ({option}) holds DICOM slices, and so does {series[1]} below it; expected a folder of slices, "
+            "or one of folders. Move the slices of each series to a folder of its own."
+        )
+    if not series:
+        others = [path for below in folders_below(folder) for path in dicom_in(below)]
+        if others:
+            raise UDAError(_single_dicom(others[0], option))
+        raise UDAError(
+            f"{folder} ({option}) holds no image (found: {common.contents(folder)}); expected files ending in "
+            f"{', '.join(ENDINGS)}, or folders of DICOM slices. For other formats name the files, or a pattern."
+        )
+    return [], series
+
+
+def _single_dicom(path: Path, option: str) -> str:
+    modality = read_header(path, "Modality", "SOPClassUID").modality
+    if modality in NOT_SLICES:
+        return (
+            f"{path} ({option}): a DICOM file of modality {modality}; expected "
+            + ("label files" if option.endswith("labels") else "the slices of a scan")
+            + ", or folders of DICOM slices. Convert it to NIfTI (dcmrtstruct2nii for RTSTRUCT, segimage2itkimage of "
+            "dcmqi for SEG)."
+        )
+    return (
+        f"{path} ({option}): a DICOM file, which is one slice of a series; expected the folder of the whole series. "
+        f"Give {path.parent}, or the folder that holds such folders, one for each case; or convert to NIfTI (dcm2niix)."
+    )
+
+
+def _series_names(series: Sequence[tuple[Path, Path]], option: str) -> list[tuple[str, Path]]:
+    """Cases are called as the folder below the given one that holds their slices at any depth, or as that itself."""
+    series = list(dict.fromkeys(series))
+
+    def name(base: Path, folder: Path) -> str:
+        parts = folder.relative_to(base).parts
+        return parts[0] if parts else folder.resolve().name
+
+    by_case: dict[tuple[Path, str], list[Path]] = {}
+    for base, folder in series:
+        by_case.setdefault((base, name(base, folder)), []).append(folder)
+    for (base, case), folders in by_case.items():
+        if len(folders) > 1:
+            shown = ", ".join(str(folder.relative_to(base / case)) for folder in folders[:4])
+            raise UDAError(
+                f"{base / case} ({option}): {len(folders)} series in the folder of one case ({shown}"
+                f"{' ...' if len(folders) > 4 else ''}); expected one. Name those wanted with a quoted pattern, as "
+                f"'{base / '*' / folders[0].relative_to(base / case)}'."
+            )
+    names = [case for _, case in by_case]
+    folders = [folder for _, folder in series]
+    if len(set(names)) < len(names):  # P1/t1 and P2/t1, each given by itself
+        common_base = Path(os.path.commonpath(folders))
+        names = [name(common_base, folder) for folder in folders]
+    return list(zip(names, folders, strict=True))
+
+
+def _warn_of_one_study(folders: Iterable[Path], option: str, warnings: list[str]) -> None:
+    studies: dict[str, Path] = {}
+    for folder in folders:
+        study = read_header(dicom_files(folder)[0], "StudyInstanceUID").text("StudyInstanceUID")
+        if study and (other := studies.setdefault(study, folder)) != folder:
+            warnings.append(f"{other} and {folder} ({option}) are series of one study: each is taken as a case")
+
+
+def group_channels(scans: Mapping[str, Path], single_channel: bool) -> dict[str, tuple[Path, ...]]:
+    """Scans by case name. ``a_0000``, ``a_0001`` are channels of ``a`` where there is an ``a_0000``."""
     cases: dict[str, dict[int, Path]] = {}
-    for name, path in stems.items():
+    for name, path in scans.items():
         match = re.fullmatch(r"(.+)_(\d{4})", name)
-        if match and f"{match[1]}_0000" in stems and not single_channel:
-            cases.setdefault(match[1], {})[int(match[2])] = path
-        else:
-            cases.setdefault(name, {})[0] = path
+        channel = match and f"{match[1]}_0000" in scans and not single_channel
+        case, number = (match[1], int(match[2])) if channel else (name, 0)
+        if other := cases.setdefault(case, {}).get(number):
+            raise UDAError(f"{path}: its case id {case} is already that of {other}; rename or remove one of them.")
+        cases[case][number] = path
     for name, channels in cases.items():
         if sorted(channels) != list(range(len(channels))):
             raise UDAError(
@@ -85,23 +205,20 @@ def group_channels(files: Sequence[Path], single_channel: bool) -> dict[str, tup
 
 
 def make_cases(
-    images: dict[str, tuple[Path, ...]], labels: Sequence[Path], prefix: str, label_map: LabelMap
+    images: Mapping[str, tuple[Path, ...]], labels: Mapping[str, Path], prefix: str, label_map: LabelMap
 ) -> list[Case]:
     """Cases with their labels, matched by name. A label without an image is refused."""
-    by_stem: dict[str, Path] = {}
-    for path in labels:
-        if other := by_stem.get(stem(path)):
-            raise UDAError(f"{path}: there is a second label of this name, {other}; expected one. Remove one of them.")
-        by_stem[stem(path)] = path
+    left = dict(labels)
     if len(images) == len(labels) == 1:
-        by_stem = {next(iter(images)): labels[0]}
+        left = dict(zip(images, labels.values(), strict=True))
     cases = []
     for name, files in images.items():
-        names = (name, f"{name}_0000") if stem(files[0]) != name else (name,)
-        label = next((by_stem.pop(n) for n in names if n in by_stem), None)
-        cases.append(Case(_identifier(name, prefix), files, label, label_map if label else None))
-    if by_stem:
-        path = next(iter(by_stem.values()))
+        label = left.pop(name, None) or left.pop(f"{name}_0000", None)
+        cases.append(
+            Case(_identifier(name, prefix), files, label, label_map if label else None, read_scan, read_scan_label)
+        )
+    if left:
+        path = next(iter(left.values()))
         raise UDAError(
             f"{path}: no image belongs to this label (images: {', '.join(list(images)[:5])}"
             f"{' ...' if len(images) > 5 else ''}); expected an image of the same name. Rename it, or remove the label."
@@ -162,7 +279,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_common_arguments(parser)
 
 
-def convert(args: argparse.Namespace) -> None:
+@common.telling
+def convert(args: argparse.Namespace, warnings: list[str]) -> None:
     """Run the conversion that ``args`` (of ``add_arguments``) describe."""
     structures = parse_labels(args.labels)
     label_map = LabelMap(
@@ -185,8 +303,8 @@ def convert(args: argparse.Namespace) -> None:
         raise UDAError("--upper_bound: expected -target_labels to train on, and no -target_folds.")
 
     def cases(option: str, labels: str, prefix: str) -> list[Case]:
-        images = list_files(getattr(args, option), f"-{option}")
-        label_files = list_files(getattr(args, labels), f"-{labels}") if getattr(args, labels) else []
+        images = list_scans(getattr(args, option), f"-{option}", warnings)
+        label_files = list_scans(getattr(args, labels), f"-{labels}", warnings) if getattr(args, labels) else {}
         return make_cases(group_channels(images, args.single_channel), label_files, prefix, label_map)
 
     source = cases("source_images", "source_labels", prefixes[0])
@@ -198,6 +316,7 @@ def convert(args: argparse.Namespace) -> None:
         splits, few = common.folds_of(ids, args.folds, args.seed), []
     else:
         splits, few = common.source_folds(ids, 5, args.seed)
+    warnings += few
     target_splits = None
     if args.target_folds:
         target_splits = common.folds_of([case.identifier for case in target], args.target_folds, args.seed)
@@ -211,8 +330,8 @@ def convert(args: argparse.Namespace) -> None:
     common.write_dataset(
         args.d, args.name or name, groups, list(structures),
         common.channel_names(args.channel, len(labelled[0].images)), adaptation=not args.upper_bound,
-        source_splits=splits, target_splits=target_splits, warnings=few, overwrite=args.overwrite, strict=args.strict,
-        processes=args.np,
+        source_splits=splits, target_splits=target_splits, warnings=warnings, overwrite=args.overwrite,
+        strict=args.strict, processes=args.np,
     )  # fmt: skip
 
 

@@ -42,6 +42,7 @@ import numpy as np
 import SimpleITK as sitk
 from scipy import ndimage
 
+from nnunet_uda.data.listing import files_in
 from nnunet_uda.data.reading import LabelMap, check_same_geometry, read_image
 from nnunet_uda.dataset_conversion import common, protocols
 from nnunet_uda.dataset_conversion.common import Case
@@ -105,14 +106,14 @@ def find_cases(tree: Path, modality: str, label_map: LabelMap) -> dict[str, Case
             f"{folder} is missing (in {tree}: {common.contents(tree)}); expected it to hold {rule}. Check -i."
         )
     files: dict[str, dict[str, Path]] = {"image": {}, "label": {}}
-    for path in sorted(folder.iterdir()):
-        match = re.fullmatch(rf"{modality}_train_(\d+)_(image|label)\.nii\.gz", path.name)
+    for path in files_in(folder):
+        match = re.fullmatch(rf"{modality}_train_(\d+)_(image|label)(?i:\.nii\.gz)", path.name)
         if match:
             files[match[2]][match[1]] = path
-        elif path.name.lower().endswith((".nii", ".nii.gz")) and not path.name.startswith("."):
+        elif path.name.lower().endswith((".nii", ".nii.gz")):
             raise UDAError(f"{path}: unexpected file; expected only {rule}. Rename or remove it.")
     if not files["image"]:
-        raise UDAError(f"{folder} holds no image; expected {rule}. Check -i.")
+        raise UDAError(f"{folder} holds no image (found: {common.contents(folder)}); expected {rule}. Check -i.")
     for number in sorted(set(files["label"]) - set(files["image"])):
         raise UDAError(f"{files['label'][number]}: its image is missing; expected {rule}. Add it or remove the label.")
     return {
@@ -133,14 +134,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_common_arguments(parser)
 
 
-def convert(args: argparse.Namespace) -> None:
+@common.telling
+def convert(args: argparse.Namespace, warnings: list[str]) -> None:
     """Run the conversion that ``args`` (of ``add_arguments``) describe."""
     if args.source == args.target:
         raise UDAError(f"-source and -target are both {args.source}; expected mr and ct, or ct and mr.")
     unknown_advice = "Correct the label file: only 421 and pieces on the border are repaired."
     classes = {VALUES[name]: args.structures.index(name) + 1 if name in args.structures else 0 for name in VALUES}
     label_map = LabelMap(classes, names={value: name for name, value in VALUES.items()}, hint=unknown_advice)
-    warnings: list[str] = []
     source, target = (
         Domain(
             modality.upper(), find_cases(args.i, modality, label_map), SIFA_TEST[modality], args.i / f"{modality}_train"

@@ -159,7 +159,7 @@ def write_dataset(
     structures: Sequence[str],
     information: dict[str, str],
     args: argparse.Namespace,
-    warnings: Sequence[str],
+    warnings: list[str],
 ) -> None:
     """``common.write_dataset`` for what ``arrange`` arranged, named by ``prefix`` and direction unless ``-name`` is."""
     default_name = f"{target.name}_upper_bound" if args.upper_bound else f"{source.name}2{target.name}"
@@ -171,7 +171,11 @@ def write_dataset(
 
 
 def split_patients(
-    patients: Sequence[Patient], shares: dict[str, int], seed: int, test: Sequence[Patient] = ()
+    patients: Sequence[Patient],
+    shares: dict[str, int],
+    seed: int,
+    test: Sequence[Patient] = (),
+    where: Path | str = "-i",
 ) -> tuple[dict[str, list[Patient]], list[str]]:
     """Patients of each group of ``shares``, in its proportions, at least one each, drawn with ``seed``; and warnings.
 
@@ -179,13 +183,14 @@ def split_patients(
         patients: names or numbers, in any order.
         shares: the paper's number of patients by group; one group is "test".
         test: the test patients, where they are given; only the others are drawn.
+        where: the tree that they are in, for messages.
     """
     ids = sorted(set(patients) - set(test))
     drawn_shares = {group: n for group, n in shares.items() if group != "test" or not test}
     if len(ids) < len(drawn_shares):
         raise UDAError(
-            f"{len(ids)} patients ({', '.join(map(str, ids))}) for {', '.join(drawn_shares)}; expected at least one in "
-            "each. Give more patients."
+            f"{where}: {len(ids)} patients ({', '.join(map(str, ids)) or 'none'}) for {', '.join(drawn_shares)}; "
+            "expected at least one in each. Give more patients."
         )
     total = sum(drawn_shares.values())
     counts = dict.fromkeys(drawn_shares, 1)

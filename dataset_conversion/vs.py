@@ -24,6 +24,7 @@ say which. Between slices nothing is interpolated.
 
 Repaired, and listed in the summary:
   between slices    contours that do not lie on a slice are drawn on the nearest one
+  holes             a contour inside another one of its plane is cut out of it; one inside that is an island
 
 Protocols:
   uuds        for the trees of 242 patients with both modalities, drawn with -seed; a patient is in one group only:
@@ -57,16 +58,15 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-import pydicom
 import SimpleITK as sitk
 
-from nnunet_uda.data.dicom import by_name, read_series
+from nnunet_uda.data.dicom import Header, by_name, dicom_in, read_header, read_series
+from nnunet_uda.data.listing import files_in, folders_below, folders_in
 from nnunet_uda.data.reading import LabelMap
 from nnunet_uda.data.rtstruct import (
     Structures,
     rasterise,
     read_contours_json,
-    read_header,
     read_rtstruct,
     referenced_series,
 )
@@ -89,6 +89,12 @@ ROLES = {
 }  # fmt: skip
 """crossMoDA's folders by the letters of their name."""
 TCIA, CONVENIENT, CONVERTED, CROSSMODA = "the TCIA tree", "vs_gk_<n>_t1 and _t2", "vs_gk_<n>", "crossMoDA"
+SCANS = {
+    TCIA: "<study>/<series>/*.dcm of Modality MR with t1 in one SeriesDescription and t2 in the other",
+    CONVENIENT: "IMG*.dcm in vs_gk_<n>_t1 and in vs_gk_<n>_t2",
+    CONVERTED: "vs_gk_t1_refT1.nii.gz and vs_gk_t2_refT2.nii.gz in each",
+}
+"""Both scans of a patient, by layout."""
 RULE = "one of the trees that -h shows (VS-SEG-001, vs_gk_1_t1, vs_gk_1, or source_training and target_training)"
 
 Patients = dict[int, dict[str, Case]]
@@ -100,7 +106,17 @@ Patients = dict[int, dict[str, Case]]
 
 def read_dicom(folder: Path) -> sitk.Image:
     """The image series of a folder: its IMG files where it has such, as RTSTRUCTs lie beside them."""
-    return read_series(by_name(list(folder.glob("IMG*.dcm"))) or folder)[0]
+    return read_series(image_files(folder) or folder)[0]
+
+
+def image_files(folder: Path) -> list[Path]:
+    """The files ``IMG*.dcm`` of the convenient layout."""
+    return [path for path in dicom_in(folder) if path.name.upper().startswith("IMG")]
+
+
+def file_named(folder: Path, name: str) -> Path | None:
+    """The file of this name, whatever the case of the letters; None where there is none."""
+    return next((path for path in files_in(folder) if path.name.lower() == name.lower()), None)
 
 
 def choose_tumour(structures: Structures, further: Sequence[str]) -> str:
@@ -126,23 +142,23 @@ def read_contours(
 
     Args:
         series: SeriesInstanceUID of the image; an RTSTRUCT must refer to it.
-        patient: PatientID of the image; an RTSTRUCT's must be the same.
+        patient: PatientID of the image; an RTSTRUCT's must be the same, where both have one.
         further: names of the tumour's structure beside ``TUMOUR``.
     """
-    structures = read_contours_json(path) if path.suffix == ".json" else read_rtstruct(path)
-    if path.suffix != ".json" and series not in structures.series:
+    structures = read_contours_json(path) if path.suffix.lower() == ".json" else read_rtstruct(path)
+    if path.suffix.lower() != ".json" and series not in structures.series:
         raise UDAError(
             f"{path}: it refers to the series {', '.join(structures.series) or '(none)'}, but the scan in "
             f"{image_path} is {series}; expected the RTSTRUCT of this scan. Find the one that belongs to it."
         )
-    if structures.patient != patient and path.suffix != ".json":
+    if structures.patient and patient and structures.patient != patient:
         raise UDAError(
             f"{path}: its PatientID is {structures.patient!r}, that of the scan in {image_path} is {patient!r}; "
             "expected the same patient. Find the RTSTRUCT that belongs to the scan."
         )
     name = choose_tumour(structures, further)
     contours = next(contours for n, contours in structures.named if n == name)
-    mask, off = rasterise(contours, image, path)
+    mask, notes = rasterise(contours, image, path)
     if not mask.any():
         raise UDAError(
             f"{path}: the structure {name} encloses no voxel ({len(contours)} contours); expected a tumour. Name "
@@ -150,13 +166,7 @@ def read_contours(
         )
     label = sitk.GetImageFromArray(mask)
     label.CopyInformation(image)
-    # a tenth of a slice is rounding, and changes no voxel
-    notes = (
-        [f"{path.name}: contours up to {off:.2f} mm off the slices, drawn on the nearest"]
-        if off > 0.1 * image.GetSpacing()[2]
-        else []
-    )
-    return label, notes
+    return label, [f"{path.name}: {note}" for note in notes]
 
 
 # --- trees ------------------------------------------------------------------------------------------------------------
@@ -169,8 +179,7 @@ def recognise(tree: Path) -> tuple[str, list[Path]]:
     for _ in range(4):
         below: list[Path] = []
         for folder in level:
-            inside = by_name([p for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")])
-            for path in inside:
+            for path in by_name(folders_in(folder)):
                 layout = _layout(path)
                 if layout:
                     found.setdefault(layout, []).append(path)
@@ -198,8 +207,11 @@ def _layout(folder: Path) -> str:
         return CONVENIENT
     if re.fullmatch(r"vs_gk_\d+", folder.name, re.I):
         return CONVERTED
-    images = [p for p in folder.iterdir() if p.name.endswith((".nii.gz", ".nii"))] if _role(folder) else []
-    return CROSSMODA if images else ""
+    return CROSSMODA if _role(folder) and _images(folder) else ""
+
+
+def _images(folder: Path) -> list[Path]:
+    return by_name([path for path in files_in(folder) if path.name.lower().endswith((".nii.gz", ".nii"))])
 
 
 def _role(folder: Path) -> str | None:
@@ -213,7 +225,7 @@ def find_patients(layout: str, folders: Sequence[Path], further: Sequence[str]) 
     patients: Patients = {}
     places: dict[tuple[int, str], Path] = {}
     for folder in folders:
-        number = int(re.findall(r"\d+", folder.name)[0])
+        number = _number(folder)
         for modality, case in find(folder, number, further).items():
             if other := places.get((number, modality)):
                 raise UDAError(
@@ -226,31 +238,34 @@ def find_patients(layout: str, folders: Sequence[Path], further: Sequence[str]) 
     return dict(sorted(patients.items()))
 
 
+def _number(folder: Path) -> int:
+    return int(re.findall(r"\d+", folder.name)[0])
+
+
 def find_nifti(folder: Path, number: int, further: Sequence[str]) -> dict[str, Case]:
     """``vs_gk_1/vs_gk_t1_refT1.nii.gz`` and its ``vs_gk_seg_refT1.nii.gz``, likewise T2."""
     label_map = LabelMap({1: 1}, names={1: "tumour"})
     cases = {}
     for modality, weighting in WEIGHTING.items():
         reference = f"ref{weighting.upper()}.nii.gz"
-        image, label = folder / f"vs_gk_{weighting}_{reference}", folder / f"vs_gk_seg_{reference}"
-        if image.is_file():
-            cases[modality] = Case(
-                _identifier(number, modality), (image,), label if label.is_file() else None, label_map
-            )
+        image = file_named(folder, f"vs_gk_{weighting}_{reference}")
+        label = file_named(folder, f"vs_gk_seg_{reference}")
+        if image is not None:
+            cases[modality] = Case(_identifier(number, modality), (image,), label, label_map)
     return cases
 
 
 def find_folder(folder: Path, number: int, further: Sequence[str]) -> dict[str, Case]:
     """``vs_gk_1_t1/IMG*.dcm`` with its ``RTSS.dcm`` or ``contours.json``."""
     modality = next(m for m, weighting in WEIGHTING.items() if folder.name.lower().endswith(weighting))
-    images = by_name(list(folder.glob("IMG*.dcm")))
+    images = image_files(folder)
     if not images:
         return {}
-    label = next((p for p in (folder / "RTSS.dcm", folder / "contours.json") if p.is_file()), None)
+    label = next((p for name in ("RTSS.dcm", "RTSS", "contours.json") if (p := file_named(folder, name))), None)
     header = _image_header(images[0], number)
     if _modality(header) not in (modality, None):
         raise UDAError(
-            f"{images[0]}: its SeriesDescription is {header.SeriesDescription!r}; expected a "
+            f"{images[0]}: its SeriesDescription is {header.text('SeriesDescription')!r}; expected a "
             f"{MODALITIES[modality]} scan in {folder.name}. Find the scan that belongs here."
         )
     return {modality: _dicom_case(folder, number, modality, header, label, further)}
@@ -258,25 +273,26 @@ def find_folder(folder: Path, number: int, further: Sequence[str]) -> dict[str, 
 
 def find_series(folder: Path, number: int, further: Sequence[str]) -> dict[str, Case]:
     """``VS-SEG-001/<study>/<series>``: series by their description, RTSTRUCTs by the series that they refer to."""
-    series: dict[str, tuple[Path, pydicom.Dataset]] = {}
+    series: dict[str, tuple[Path, Header]] = {}
     contours: list[tuple[Path, tuple[str, ...]]] = []
-    for inside in sorted({p.parent for p in folder.rglob("*.dcm")}):
-        first = by_name(list(inside.glob("*.dcm")))[0]
-        kind = str(read_header(first, "Modality").get("Modality", ""))
+    for inside in folders_below(folder):
+        files = dicom_in(inside)
+        kind = read_header(files[0], "Modality", "SOPClassUID").modality if files else None
         if kind == "RTSTRUCT":
-            for path in by_name(list(inside.glob("*.dcm"))):
+            for path in files:
                 contours.append((path, referenced_series(read_header(path, "ReferencedFrameOfReferenceSequence"))))
-        elif kind == "MR":
+        elif kind in ("MR", ""):
+            first = files[0]
             header = _image_header(first, number)
             modality = _modality(header)
             if modality is None or modality in series:
                 other = f"{series[modality][0]} is one already" if modality else "it names neither t1 nor t2"
                 raise UDAError(
-                    f"{first}: an MR series described as {header.get('SeriesDescription', '')!r}, {other}; expected "
+                    f"{first}: an MR series described as {header.text('SeriesDescription')!r}, {other}; expected "
                     f"one T1 and one T2 series in {folder}. Remove what does not belong to the set."
                 )
             series[modality] = inside, header
-    uids = {str(header.SeriesInstanceUID): modality for modality, (_, header) in series.items()}
+    uids = {header.text("SeriesInstanceUID"): modality for modality, (_, header) in series.items()}
     labels: dict[str, Path] = {}
     for path, refers_to in contours:
         belongs = {uids[uid] for uid in refers_to if uid in uids}
@@ -298,33 +314,33 @@ def find_series(folder: Path, number: int, further: Sequence[str]) -> dict[str, 
     }
 
 
-def _image_header(path: Path, number: int) -> pydicom.Dataset:
+def _image_header(path: Path, number: int) -> Header:
     """What is needed of a series' first slice; its PatientID must be that of the folder."""
     header = read_header(path, "SeriesInstanceUID", "PatientID", "SeriesDescription")
-    named = re.fullmatch(r"VS-SEG-(\d+)", str(header.get("PatientID", "")))
+    named = re.fullmatch(r"VS-SEG-(\d+)", header.text("PatientID"))
     if named and int(named[1]) != number:
         raise UDAError(
-            f"{path}: its PatientID is {header.PatientID}, but it lies in the folder of patient {number}; expected the "
+            f"{path}: its PatientID is {named[0]}, but it lies in the folder of patient {number}; expected the "
             "same patient. Move it to the folder where it belongs."
         )
-    if not header.get("SeriesInstanceUID"):
+    if not header.text("SeriesInstanceUID"):
         raise UDAError(f"{path}: without SeriesInstanceUID; expected a slice of an MR series. Get the series again.")
     return header
 
 
-def _modality(header: pydicom.Dataset) -> str | None:
-    description = str(header.get("SeriesDescription", "")).lower()
+def _modality(header: Header) -> str | None:
+    description = header.text("SeriesDescription").lower()
     found = [modality for modality, weighting in WEIGHTING.items() if weighting in description]
     return found[0] if len(found) == 1 else None
 
 
 def _dicom_case(
-    folder: Path, number: int, modality: str, header: pydicom.Dataset, label: Path | None, further: Sequence[str]
+    folder: Path, number: int, modality: str, header: Header, label: Path | None, further: Sequence[str]
 ) -> Case:
     reader = functools.partial(
         read_contours,
-        series=str(header.SeriesInstanceUID),
-        patient=str(header.get("PatientID", "")),
+        series=header.text("SeriesInstanceUID"),
+        patient=header.text("PatientID"),
         further=tuple(further),
     )
     return Case(_identifier(number, modality), (folder,), label, LabelMap({1: 1}), read_dicom, reader)
@@ -355,8 +371,8 @@ def find_crossmoda(folders: Sequence[Path], structures: Sequence[str]) -> tuple[
     for role, folder in by_role.items():
         kinds = ("ceT1", "Label") if role == "source" else ("hrT2", "T2", "Label")[: 3 if role == "validation" else 2]
         scans = files.setdefault(role, {})
-        for path in by_name([p for p in folder.iterdir() if p.name.endswith((".nii.gz", ".nii")) and p.name[0] != "."]):
-            match = re.fullmatch(r"(crossmoda(\d{4})?(?:_[a-z]+)?_\d+)_(\w+)\.nii\.gz", path.name)
+        for path in _images(folder):
+            match = re.fullmatch(r"(crossmoda(\d{4})?(?:_[a-z]+)?_\d+)_(\w+)(?i:\.nii\.gz)", path.name)
             if not match or match[3] not in kinds:
                 raise UDAError(
                     f"{path}: unexpected file; expected only crossmoda_<number>_{{{','.join(kinds)}}}.nii.gz in the "
@@ -391,7 +407,7 @@ def find_crossmoda(folders: Sequence[Path], structures: Sequence[str]) -> tuple[
 # --- the split --------------------------------------------------------------------------------------------------------
 
 
-def _complete(patients: Patients, args: argparse.Namespace, warnings: list[str]) -> Patients:
+def _complete(patients: Patients, folders: Sequence[Path], args: argparse.Namespace, warnings: list[str]) -> Patients:
     """Patients with both scans, without those of ``-exclude``."""
     if unknown := set(args.exclude or ()) - set(patients):
         raise UDAError(
@@ -404,7 +420,8 @@ def _complete(patients: Patients, args: argparse.Namespace, warnings: list[str])
             continue
         missing = [name for modality, name in MODALITIES.items() if modality not in cases]
         if missing:
-            place = next((case.images[0] for case in cases.values()), args.i)
+            own = (folder for folder in folders if _number(folder) == number)
+            place = next((case.images[0] for case in cases.values()), next(own))
             common.skip_or_refuse(
                 f"{place}: patient {number} has no {' and no '.join(missing)} scan", args.strict, warnings,
                 "this patient is left out",
@@ -446,7 +463,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_common_arguments(parser)
 
 
-def convert(args: argparse.Namespace) -> None:
+@common.telling
+def convert(args: argparse.Namespace, warnings: list[str]) -> None:
     """Run the conversion that ``args`` (of ``add_arguments``) describe."""
     if args.source == args.target:
         raise UDAError(f"-source and -target are both {args.source}; expected cet1 and hrt2, or hrt2 and cet1.")
@@ -457,7 +475,6 @@ def convert(args: argparse.Namespace) -> None:
             f"{folders[0]}: this tree is {layout}, which -protocol {args.protocol} cannot split; expected -protocol "
             f"{wanted}, or another tree with -i."
         )
-    warnings: list[str] = []
     arrange = _crossmoda if layout == CROSSMODA else _uuds
     groups, source_splits, what = arrange(args, layout, folders, warnings)
     source_name, target_name = MODALITIES[args.source], MODALITIES[args.target]
@@ -485,8 +502,13 @@ def _uuds(args: argparse.Namespace, layout: str, folders: Sequence[Path], warnin
             f"{folders[0]}: -structures {' '.join(args.structures)}; this tree is {layout}, where only some patients "
             "have another structure than the tumour. Expected vs, or a tree of crossMoDA."
         )
-    patients = _complete(find_patients(layout, folders, args.tumour), args, warnings)
-    numbers, few = split_patients(list(patients), PATIENTS, args.seed, _test_patients(patients, args))
+    patients = _complete(find_patients(layout, folders, args.tumour), folders, args, warnings)
+    if not patients:
+        raise UDAError(
+            f"{args.i}: none of the {len(folders)} folders of patients ({folders[0]}, ...) has both scans; in {layout} "
+            f"expected {SCANS[layout]}. Complete the tree, or check -i."
+        )
+    numbers, few = split_patients(list(patients), PATIENTS, args.seed, _test_patients(patients, args), args.i)
     warnings += few
 
     def cases(group: str, modality: str) -> list[Case]:

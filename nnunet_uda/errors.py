@@ -25,6 +25,12 @@ def shown(value: Any) -> str:
     return short.repr(value)
 
 
+def printable(text: str, limit: int = 300) -> str:
+    """``text`` of a file or of a library for a message: one line, without what a terminal would obey."""
+    line = "".join(c if c.isprintable() else " " if c.isspace() else "?" for c in text).strip()
+    return line if len(line) <= limit else f"{line[:limit]}..."
+
+
 def nested_deeper(value: Any, limit: int) -> bool:
     """Whether lists and dictionaries lie inside each other more than ``limit`` deep."""
     level = [value]

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import SimpleITK as sitk
+from conftest import litter
 
 from nnunet_uda.commands.convert import main
 from nnunet_uda.data.intensities import Intensities
@@ -248,6 +249,21 @@ def test_namings_endings_and_round_trip(raw, tmp_path, year, capsys):
                 assert (sitk.GetArrayFromImage(label) == expected).all()
     assert seen == 5
     assert "repaired: nothing" in capsys.readouterr().out
+
+
+def test_what_systems_leave_beside_files_is_passed_over(tree):
+    litter(tree)
+    assert len(list(convert(tree).glob("images*/*"))) == 8
+
+
+def test_warnings_are_printed_where_an_error_stops(tree, capsys):
+    for path in tree.rglob("*_t2.nii.gz"):
+        path.unlink()
+    with pytest.raises(SystemExit):
+        convert(tree)
+    printed = capsys.readouterr().err
+    assert printed.count("WARNING: ") == 8 and "BraTS20_Training_003_t2.nii[.gz]: this case is left out" in printed
+    assert f"ERROR: {tree}: none of its cases of BraTS 2020 has both scans; expected CASE_flair.nii[.gz] and" in printed
 
 
 def test_case_355_is_found_and_noted(raw, tmp_path, capsys):

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import SimpleITK as sitk
+from conftest import litter
 from test_dicom import DIRECTIONS, shorter
 
 from nnunet_uda.commands.convert import main
@@ -96,6 +97,14 @@ def test_round_trip_of_all_organs(tree):
             assert getattr(label, get)() == getattr(image, get)()
     splits = json.loads((out / "splits_final.json").read_text())
     assert len(splits) == 5 and sorted(i for s in splits for i in s["val"]) == names(out / "imagesTr")
+
+
+def test_what_systems_leave_beside_files_is_passed_over(tree):
+    clean = convert(tree)
+    litter(tree)
+    littered = convert(tree, d="599")
+    for folder in [path for path in clean.iterdir() if path.is_dir()]:
+        assert names(littered / folder.name) == names(folder) != []
 
 
 def test_chosen_organs_and_test_scans(tree):

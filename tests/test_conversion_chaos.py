@@ -13,12 +13,13 @@ import numpy as np
 import pydicom
 import pytest
 import SimpleITK as sitk
+from conftest import litter
 from PIL import Image
 from test_dicom import DIRECTIONS, edit, shorter, write_series
 
 from nnunet_uda.commands.convert import main
-from nnunet_uda.data.dicom import by_name
-from nnunet_uda.dataset_conversion.chaos import MR_GREYS, read_image, read_label
+from nnunet_uda.data.dicom import by_name, read_volume
+from nnunet_uda.dataset_conversion.chaos import MR_GREYS, read_label
 from nnunet_uda.errors import UDAError
 
 DATA = os.environ.get("NNUNET_UDA_TEST_DATA")
@@ -173,6 +174,14 @@ def test_two_sequences_of_the_same_patients_share_none(tree):
     assert names(again / "imagesTr") == target and names(again / "labelsTr") == target
 
 
+def test_what_systems_leave_beside_files_is_passed_over(tree):
+    clean = convert(tree)
+    litter(tree)
+    littered = convert(tree, d="599")
+    for folder in [path for path in clean.iterdir() if path.is_dir()]:
+        assert names(littered / folder.name) == names(folder) != []
+
+
 def test_a_patient_with_one_sequence_alone_counts_for_it(tree, capsys):
     shutil.rmtree(tree / "Train_Sets/MR/20/T2SPIR")
     shutil.rmtree(tree / "Train_Sets/MR/21/T1DUAL")
@@ -212,7 +221,7 @@ def test_unusual_greys_are_read_by_range_and_reported(tree, capsys):
 def test_the_ranges_of_greys(tmp_path, low, high, structure):
     make_patient(tmp_path, {"DICOM_anon": 1}, 1)
     slices, path = tmp_path / "DICOM_anon", tmp_path / "Ground" / "IMG-0002-00008.png"
-    image = read_image(slices)
+    image = read_volume(slices)
     for value in (low, high):
         set_grey(path, value)
         assert sitk.GetArrayFromImage(read_label(tmp_path / "Ground", image, slices, MR_GREYS)[0])[1, 0, 0] == structure
@@ -338,6 +347,17 @@ MALFORMED = {
     "an unknown test scan": (lambda t: None, ("-test_ids", "99"), r"Train_Sets/MR: -test_ids names 99"),
     "one sequence": (lambda t: None, ("-source", "t2spir"), r"-source and -target are both t2spir"),
 }  # fmt: skip
+
+
+def test_warnings_are_printed_where_an_error_stops(tree, capsys):
+    for number in MR:
+        shutil.rmtree(tree / f"Train_Sets/MR/{number}/T2SPIR/DICOM_anon")
+    litter(tree)
+    with pytest.raises(SystemExit):
+        convert(tree)
+    printed = capsys.readouterr().err
+    assert printed.count("T2SPIR/DICOM_anon is missing or empty: this case is left out") == len(MR)
+    assert "Train_Sets/MR holds no scan (found: 1, 13, 2, 20, 21, 3); expected MR/<number>" in printed
 
 
 @pytest.mark.parametrize("case", MALFORMED)

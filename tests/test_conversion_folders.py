@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
+import pydicom
 import pytest
 import SimpleITK as sitk
+from conftest import litter
+from test_dicom import write_series
+from test_rtstruct import save_rtstruct
 
 from nnunet_uda.commands.convert import main
+from nnunet_uda.data.dicom import read_series
 
 SHAPE = (6, 8, 10)
 
@@ -173,6 +179,136 @@ def test_files_patterns_and_one_pair_of_unlike_names(data):
         target_images=[str(data / "ti" / "a[01].mha"), str(data / "xi")],
     )
     assert names(out / "labelsTr") == ["CT_a0"] and len(names(out / "imagesTu")) == 3
+
+
+# --- DICOM ------------------------------------------------------------------------------------------------------------
+
+
+def series(folder: Path, seed: int, spacing: tuple[float, float, float] = (1.5, 1.5, 4.0), **options) -> np.ndarray:
+    """A folder of slices 4 mm apart, and their voxels."""
+    array = np.random.default_rng(seed).integers(0, 900, SHAPE).astype(np.int16)
+    write_series(folder, array, spacing=spacing, **options)
+    return array
+
+
+def study(folder: Path, *names: str) -> None:
+    """Series of one patient in one study."""
+    for seed, name in enumerate(names):
+        series(folder / name, seed, change=lambda ds, z: setattr(ds, "PatientID", "P"))
+
+
+@pytest.mark.parametrize("below", ["", "study/series"])
+@pytest.mark.parametrize("names", [None, [f"1.2.840.{z}" for z in range(6)], [f"IMG{z}.DCM" for z in range(6)]])
+def test_folders_of_dicom_series_are_scans(data, below, names):
+    arrays = {name: series(data / "dicom" / name / below, seed, names=names) for seed, name in enumerate(("P1", "P2"))}
+    save_rtstruct(data / "dicom" / "P1" / below / "RTSS.dcm", [])
+    litter(data / "dicom")
+    out = convert(data, target_images=str(data / "dicom"))
+    assert sorted(p.name for p in (out / "imagesTu").iterdir()) == ["MR_P1_0000.nii.gz", "MR_P2_0000.nii.gz"]
+    for name, array in arrays.items():
+        image = sitk.ReadImage(str(out / "imagesTu" / f"MR_{name}_0000.nii.gz"))
+        assert (sitk.GetArrayFromImage(image) == array).all()
+        assert np.allclose(image.GetSpacing(), (1.5, 1.5, 4.0)) and np.allclose(image.GetOrigin(), (-10.5, 20.25, -30))
+
+
+def test_one_series_and_its_labels(data):
+    array = series(data / "dicom" / "P1", 1)
+    image, _ = read_series(data / "dicom" / "P1")
+    label = sitk.GetImageFromArray(organs(5, 1))
+    label.CopyInformation(image)
+    (data / "dl").mkdir()
+    sitk.WriteImage(label, str(data / "dl" / "P1.nii.gz"))
+    series(data / "td" / "a", 7)
+    write_series(data / "tdl" / "a", organs(1, 5).astype(np.int16), spacing=(1.5, 1.5, 4.0))
+    out = convert(
+        data, source_images=str(data / "dicom" / "P1"), source_labels=str(data / "dl"),
+        target_images=str(data / "td"), target_labels=str(data / "tdl"),
+    )  # fmt: skip
+    assert names(out / "imagesTr") == ["CT_P1_0000"] and (load(out / "imagesTr/CT_P1_0000.nii.gz") == array).all()
+    assert (load(out / "labelsTr/CT_P1.nii.gz") == (organs(5, 1) == 5) + 2 * (organs(5, 1) == 1)).all()
+    assert (load(out / "labelsTs/MR_a.nii.gz") == (organs(1, 5) == 5) + 2 * (organs(1, 5) == 1)).all()
+
+
+def test_a_pattern_chooses_among_series(data, capsys):
+    for name in ("P1", "P2"):
+        study(data / "dicom" / name / "exam", "loc", "t2")
+    text = refused(capsys, data, target_images=str(data / "dicom"))
+    assert "dicom/P1 (-target_images): 2 series in the folder of one case (exam/loc, exam/t2); expected one" in text
+    assert f"quoted pattern, as '{data}/dicom/*/exam/loc'" in text
+    out = convert(data, target_images=str(data / "dicom" / "*" / "exam" / "t2"))
+    assert names(out / "imagesTu") == ["MR_P1_0000", "MR_P2_0000"]
+
+
+def test_series_given_one_by_one_are_told_apart(data, capsys):
+    for name in ("P1", "P2"):
+        study(data / "dicom" / name, "t2")
+    out = convert(data, target_images=[str(data / "dicom" / name / "t2") for name in ("P1", "P2")])
+    assert names(out / "imagesTu") == ["MR_P1_0000", "MR_P2_0000"]
+
+
+def test_series_of_one_study_are_warned_of(data, capsys):
+    study(data / "dicom", "t1", "t2")
+    convert(data, target_images=str(data / "dicom"))
+    assert "dicom/t1 and" in (printed := capsys.readouterr().out) and "are series of one study" in printed
+
+
+def test_dicom_that_is_no_folder_of_slices_is_refused(data, capsys):
+    folder = data / "dicom" / "P1"
+    series(folder, 1, names=[f"1.2.{z}" for z in range(6)])
+    for given in (str(folder / "1.2.3"), str(data / "dicom" / "*" / "*"), str(folder / "1.*")):
+        text = refused(capsys, data, target_images=given)
+        assert "1.2." in text and "(-target_images): a DICOM file, which is one slice of a series" in text
+        assert f"Give {folder}, or the folder that holds such folders" in text
+    save(folder / "b.nii.gz", 1)
+    text = refused(capsys, data, target_images=str(folder))
+    assert "P1 (-target_images) holds images, as b.nii.gz, and DICOM files, as 1.2.0; expected one kind" in text
+    (folder / "b.nii.gz").unlink()
+    series(folder / "old", 2)
+    text = refused(capsys, data, target_images=str(folder))
+    assert "P1 (-target_images) holds DICOM slices, and so does" in text and "P1/old below it" in text
+    shutil.rmtree(folder / "old")
+    series(folder, 3, names=[f"2.2.{z}" for z in range(6)])
+    text = refused(capsys, data, target_images=str(data / "dicom"))
+    assert "2 series in one folder, of 6, 6 slices; expected one" in text
+
+
+def test_multi_frame_dicom_and_structures_as_labels_are_refused(data, capsys):
+    folder = data / "dicom" / "P1"
+    series(folder, 1)
+    for path in sorted(folder.iterdir())[1:]:
+        path.unlink()
+    ds = pydicom.dcmread(folder / "IMG-0001.dcm")
+    ds.NumberOfFrames = 6
+    ds.save_as(folder / "IMG-0001.dcm")
+    text = refused(capsys, data, target_images=str(data / "dicom"))
+    assert "IMG-0001.dcm: a multi-frame DICOM of 6 frames" in text and "dcm2niix" in text
+    save_rtstruct(data / "rt" / "a0.dcm", [])
+    text = refused(capsys, data, source_labels=str(data / "rt"))
+    assert "a0.dcm (-source_labels): a DICOM file of modality RTSTRUCT; expected label files" in text
+
+
+def test_an_image_with_and_one_without_a_channel_number_are_not_one_case(data, capsys):
+    save(data / "ti" / "a0_0000.mha", 50)
+    assert "a0_0000.mha: its case id a0 is already that of" in refused(capsys, data)
+
+
+def test_what_systems_leave_beside_files_is_passed_over(data):
+    for folder in ("si", "sl", "ti"):
+        litter(data / folder)
+    out = convert(data, target_images=str(data / "t*"))
+    assert len(names(out / "imagesTr")) == len(names(out / "imagesTu")) == 3
+
+
+def test_warnings_are_printed_where_an_error_stops(data, capsys):
+    for name in ("a1", "a2"):
+        (data / "si" / f"{name}.nii.gz").unlink()
+        (data / "sl" / f"{name}.nrrd").unlink()
+    (data / "ti" / "a1.mha").write_bytes(b"no image")
+    with pytest.raises(SystemExit):
+        main(arguments(data))
+    printed = capsys.readouterr().err
+    assert "WARNING: only one labelled case (CT_a0)" in printed
+    assert printed.index("WARNING: ") < printed.index("ERROR: ")
 
 
 def test_same_domain_names(data):

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import SimpleITK as sitk
+from conftest import litter
 
 from nnunet_uda.commands.convert import main
 from nnunet_uda.dataset_conversion.mmwhs import VALUES, border_pieces
@@ -104,6 +105,14 @@ def test_voxels_and_labels_are_kept(tree):
     for index, value in enumerate((205, 420, 500, 820), 1):
         expected[heart() == value] = index
     assert (load(out / "labelsTr/mr_1001.nii.gz") == expected).all()
+
+
+def test_what_systems_leave_beside_files_is_passed_over(tree):
+    clean = convert(tree)
+    litter(tree)
+    littered = convert(tree, d="599")
+    for folder in [path for path in clean.iterdir() if path.is_dir()]:
+        assert names(littered / folder.name) == names(folder) != []
 
 
 def test_chosen_structures(tree):

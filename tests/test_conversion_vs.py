@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import SimpleITK as sitk
+from conftest import litter
 from pydicom import dcmread
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian, MRImageStorage, generate_uid
@@ -347,6 +348,65 @@ def test_target_labels_cannot_change_an_image_or_a_group(root, layout):
     assert converted("509") == before
 
 
+@pytest.mark.parametrize("layout", ["tcia", "convenient", "converted", "crossmoda 2022"])
+def test_what_systems_leave_beside_files_is_passed_over(root, pristine, layout, capsys):
+    tree = Path(shutil.copytree(pristine(layout), root / "vendor"))
+    litter(tree)
+    out = convert(tree)
+    assert len(list(out.glob("images*/*"))) == (11 if layout.startswith("crossmoda") else len(NUMBERS))
+    assert "repaired: nothing" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("layout", ["tcia", "convenient", "converted", "crossmoda 2021"])
+def test_endings_in_capitals(root, pristine, layout):
+    tree = Path(shutil.copytree(pristine(layout), root / "vendor"))
+    for path in [p for p in tree.rglob("*") if p.is_file()]:
+        name, dot, ending = path.name.partition(".")
+        path.rename(path.with_name(name + dot + ending.upper()))
+    assert len(list(convert(tree).glob("images*/*"))) == (11 if layout.startswith("crossmoda") else len(NUMBERS))
+
+
+@pytest.mark.parametrize("layout", ["tcia", "convenient"])
+def test_dicom_files_without_an_ending(root, pristine, layout):
+    tree = Path(shutil.copytree(pristine(layout), root / "vendor"))
+    for path in list(tree.rglob("*.dcm")):
+        path.rename(path.with_suffix(""))
+    (tree / "README").write_text("no DICOM")
+    assert len(list(convert(tree).glob("images*/*"))) == len(NUMBERS)
+
+
+def test_empty_elements_count_as_missing(root, pristine):
+    tree = Path(shutil.copytree(pristine("tcia"), root / "vendor"))
+    number = ROLES["source"][0]
+    for path in tree.rglob("*.dcm"):
+        dataset = dcmread(path)
+        dataset.PatientName, dataset.SliceThickness, dataset.StudyDescription = "", None, None
+        if "-rt" in path.parent.name:
+            dataset.PatientID = ""
+        if "series" in path.parent.name:
+            dataset.Modality, dataset.NumberOfFrames = "", None
+        if path.parent == source(tree, "t1-series"):
+            dataset.RescaleSlope = dataset.RescaleIntercept = None
+            dataset.PixelData = (np.frombuffer(dataset.PixelData, "<i2") * 2 + 100).astype("<i2").tobytes()
+        dataset.save_as(path)
+    out = convert(tree)
+    image = sitk.ReadImage(str(out / "imagesTr" / f"vs_gk_{number}_t1_0000.nii.gz"))
+    assert same_in_space(image, scan(number, "t1"))
+    assert len(list(out.glob("images*/*"))) == len(NUMBERS)
+
+
+def test_a_contour_inside_another_makes_a_ring_and_is_reported(root, pristine, capsys):
+    tree = Path(shutil.copytree(pristine("convenient"), root / "vendor"))
+    number = ROLES["source"][0]
+    hole = np.zeros_like(tumour(number))
+    hole[2:4, 4:6, 5 + number % 3 : 8] = 1
+    only_contours(tree, [("TV", [*drawn(), *outline(scan(number, "t1"), hole)])])
+    out = convert(tree)
+    assert f"vs_gk_{number}_t1: RTSS.dcm: 2 contours inside others, cut out of them" in capsys.readouterr().out
+    label = sitk.GetArrayFromImage(sitk.ReadImage(str(out / "labelsTr" / f"vs_gk_{number}_t1.nii.gz")))
+    assert label.sum() == (tumour(number) - hole).sum() and hole.sum() > 0
+
+
 # --- the split --------------------------------------------------------------------------------------------------------
 
 
@@ -545,6 +605,18 @@ BAD: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "missing slice": (
         "convenient", lambda t: source(t, "IMG0000000003.dcm").unlink(), r"_t1/IMG\d+.dcm: 3.000 mm to the next slice",
     ),
+    "multi-frame": (
+        "tcia",
+        lambda t: (
+            [p.unlink() for p in source(t, "t1-series").iterdir() if p.name != "1-1.dcm"],
+            rewrite(source(t, "t1-series/1-1.dcm"), NumberOfFrames=6, ImagePositionPatient=None, PixelSpacing=None),
+        ),
+        r"t1-series/1-1.dcm: a multi-frame DICOM of 6 frames; expected one slice per file. Split it",
+    ),
+    "RTSTRUCT whose reference is empty": (
+        "tcia", lambda t: rewrite(source(t, "t1-rt/1-1.dcm"), ReferencedFrameOfReferenceSequence=[Dataset()]),
+        r"t1-rt/1-1.dcm: it refers to the series \(none\)",
+    ),
     "two series in one folder": (
         "convenient", lambda t: rewrite(source(t, "IMG0000000003.dcm"), SeriesInstanceUID="1.2.9"),
         r"_t1/IMG0000000003.dcm: 2 series in one folder",
@@ -611,6 +683,17 @@ BAD: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "too few patients": (
         "converted", lambda t: [shutil.rmtree(t / f"vs_gk_{n}") for n in NUMBERS[3:]], r"3 patients \(1, 2, 3\) for",
     ),
+    "TCIA: no scan": (
+        "tcia", lambda t: [shutil.rmtree(p) for p in t.rglob("t?-*")],
+        r"vendor: none of the 6 folders of patients .*VS-SEG-001, .* has both scans; .*<study>/<series>/\*.dcm",
+    ),
+    "convenient: no scan": (
+        "convenient", lambda t: [p.unlink() for p in t.rglob("IMG*.dcm")],
+        r"none of the 12 folders of patients .*vs_gk_1_t1, .* has both scans; .*IMG\*.dcm",
+    ),
+    "converted: no T2": (
+        "converted", lambda t: [p.unlink() for p in t.rglob("*_t2_*")], r"none of the 6 .*vs_gk_t2_refT2.nii.gz",
+    ),
     "empty tree": ("converted", lambda t: (shutil.rmtree(t), t.mkdir()), r"holds no vestibular .*found: nothing"),
     "no tree": ("converted", shutil.rmtree, r"holds no vestibular .*found: no such folder"),
     "crossMoDA: no label": (
@@ -657,6 +740,20 @@ def test_trees_that_are_refused(root, pristine, capsys, what):
     damage(tree)
     text = refused(capsys, tree)
     assert re.search(message.replace(".dcm", r"\.dcm").replace(".nii.gz", r"\.nii\.gz"), text), text
+
+
+@pytest.mark.parametrize("layout", ["tcia", "convenient", "converted"])
+def test_warnings_are_printed_where_an_error_stops(root, pristine, capsys, layout):
+    tree = Path(shutil.copytree(pristine(layout), root / "vendor"))
+    for path in [p for p in tree.rglob("*") if p.is_file()]:
+        if re.search(r"t2-|vs_gk_\d+_t2/IMG|vs_gk_t2_", str(path)):
+            path.unlink()
+    with pytest.raises(SystemExit):
+        convert(tree)
+    printed = capsys.readouterr().err
+    for number in NUMBERS:
+        assert f"patient {number} has no hrT2 scan: this patient is left out" in printed
+    assert printed.index("WARNING: ") < printed.index("ERROR: ") and printed.count("WARNING: ") == len(NUMBERS)
 
 
 def test_requests_that_are_refused(root, pristine, capsys):

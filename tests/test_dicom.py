@@ -9,11 +9,12 @@ import numpy as np
 import pydicom
 import pytest
 import SimpleITK as sitk
+from conftest import litter
 from pydicom.dataset import FileMetaDataset
 from pydicom.encaps import encapsulate
 from pydicom.uid import ExplicitVRLittleEndian, JPEGLosslessSV1, RLELossless, generate_uid
 
-from nnunet_uda.data.dicom import by_name, dicom_files, order_series, read_series
+from nnunet_uda.data.dicom import by_name, dicom_files, order_series, read_series, series_folders
 from nnunet_uda.errors import UDAError
 
 SHAPE = (6, 5, 7)
@@ -122,6 +123,40 @@ def test_every_slice_has_its_own_slope(tmp_path):
     assert voxels.dtype == np.float32 and (voxels == array * (1 + 0.5 * np.arange(6))[:, None, None]).all()
 
 
+@pytest.mark.parametrize("how", ["missing", "empty"])
+def test_empty_elements_count_as_missing(tmp_path, how):
+    optional = (
+        "RescaleSlope", "RescaleIntercept", "NumberOfFrames", "SliceThickness", "SeriesDescription", "PatientName",
+        "ModalityLUTSequence", "Modality", "SOPInstanceUID", "InstanceNumber", "StudyInstanceUID",
+    )  # fmt: skip
+
+    def change(ds: pydicom.Dataset, z: int) -> None:
+        for keyword in optional:
+            if how == "empty":
+                setattr(ds, keyword, None)
+            elif keyword in ds:
+                delattr(ds, keyword)
+
+    for path in write_series(tmp_path, scan()):
+        ds = pydicom.dcmread(path)
+        change(ds, 0)
+        ds.save_as(path)
+    image, _ = read_series(tmp_path)
+    assert (sitk.GetArrayFromImage(image) == scan()).all() and image.GetPixelID() == sitk.sitkInt16
+    assert np.allclose(image.GetSpacing(), (0.75, 0.5, 2.0))
+
+
+def test_float_pixels_keep_their_fractions(tmp_path):
+    def floats(ds: pydicom.Dataset, z: int) -> None:
+        ds.BitsAllocated = 32
+        for keyword in ("PixelData", "BitsStored", "HighBit", "PixelRepresentation"):
+            delattr(ds, keyword)
+        ds.FloatPixelData = (scan()[z] + 0.25).astype("<f4").tobytes()
+
+    write_series(tmp_path, scan(), change=floats)
+    assert (sitk.GetArrayFromImage(read_series(tmp_path)[0]) == scan() + 0.25).all()
+
+
 def test_agrees_with_itk(tmp_path):
     array = scan(3) - 400
     files = write_series(tmp_path, array, direction=DIRECTIONS["oblique"], modality="CT")
@@ -163,14 +198,32 @@ def test_files_of_a_folder(tmp_path):
     names = ["IMG10.dcm", "IMG2.DCM", "IMG1.ima", "1.2.840.7", "MR000", "i0000,0000b.dcm"]
     write_series(tmp_path, scan(), names=names)
     write_series(tmp_path, scan(), names=["RTSS.dcm"] * 6, modality="RTSTRUCT")
-    for other in ("contours.json", ".hidden.dcm", "notes.txt"):
+    for other in ("contours.json", ".hidden.dcm", "notes.txt", "README", "VERSION.2", "DICOMDIR"):
         (tmp_path / other).write_text("{}")
     (tmp_path / "folder").mkdir()
+    litter(tmp_path)
     expected = ["1.2.840.7", "IMG1.ima", "IMG2.DCM", "IMG10.dcm", "MR000", "i0000,0000b.dcm"]
     assert [path.name for path in dicom_files(tmp_path)] == expected
     assert [p.name for p in by_name([Path("a-0010.png"), Path("a-9.png"), Path("a-08.png")])] == [
         "a-08.png", "a-9.png", "a-0010.png",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["{}", "{}.DCM", "{}.dicom", "MR.1.2.840.{}", "{}.img"])
+def test_any_ending_and_none(tmp_path, name):
+    write_series(tmp_path / "a" / "b", scan(), names=[name.format(z) for z in range(6)])
+    (tmp_path / "a" / "README").write_text("no DICOM")
+    litter(tmp_path)
+    assert series_folders(tmp_path) == [tmp_path / "a" / "b"]
+    assert (sitk.GetArrayFromImage(read_series(tmp_path / "a" / "b")[0]) == scan()).all()
+
+
+def test_a_slice_without_an_ending_that_is_cut_short_is_not_missed(tmp_path):
+    files = write_series(tmp_path, scan(), names=[f"IM{z}" for z in range(6)])
+    for content in (b"", files[5].read_bytes()[:100], bytes(5000)):
+        files[5].write_bytes(content)
+        with pytest.raises(UDAError, match="IM5: cannot be read"):
+            read_series(tmp_path)
 
 
 # --- refusing ---------------------------------------------------------------------------------------------------------
@@ -186,6 +239,20 @@ def compressed(files: list[Path]) -> None:
     ds.file_meta.TransferSyntaxUID = JPEGLosslessSV1
     ds.PixelData = encapsulate([b"\xff\xd8\xff\xc3 no real stream \xff\xd9"])
     ds.save_as(files[4])
+
+
+def syntax(uid: str | None) -> Callable[[list[Path]], None]:
+    def change(files: list[Path]) -> None:
+        ds = pydicom.dcmread(files[3])
+        ds.file_meta.TransferSyntaxUID = uid
+        ds.save_as(files[3], implicit_vr=False, little_endian=True, enforce_file_format=False)
+
+    return change
+
+
+def no_number(files: list[Path]) -> None:
+    edit(files[3], NumberOfFrames=1234)
+    files[3].write_bytes(files[3].read_bytes().replace(b"IS\x04\x001234", b"IS\x04\x00abc "))
 
 
 def without(tag: str) -> Callable[[list[Path]], None]:
@@ -241,6 +308,34 @@ MALFORMED = {
     ),
     "spacing of zero": (lambda f: edit(f[3], PixelSpacing=[0, 1]), r"IMG-0004\.dcm: size .*positive"),
     "compressed": (compressed, r"IMG-0005\.dcm: .*JPEG Lossless.*1\.2\.840\.10008\.1\.2\.4\.70.*gdcmconv --raw"),
+    "empty position": (lambda f: edit(f[3], ImagePositionPatient=None), r"0004\.dcm: without ImagePositionPatient"),
+    "empty series": (lambda f: edit(f[3], SeriesInstanceUID=""), r"IMG-0004\.dcm: without SeriesInstanceUID"),
+    "a position of two numbers": (
+        lambda f: edit(f[3], ImagePositionPatient=[1, 2]), r"0004\.dcm: ImagePositionPatient is \(1.0, 2.0\); .*3 num"
+    ),
+    "a position beyond any scanner": (
+        lambda f: edit(f[3], ImagePositionPatient=[0, 0, "1e300"]), r"IMG-0004\.dcm: .*expected a slice of a scan"
+    ),
+    "slope of zero": (lambda f: edit(f[3], RescaleSlope=0), r"IMG-0004\.dcm: RescaleSlope 0 and"),
+    "slope of 1e19": (lambda f: edit(f[3], RescaleSlope="1e19"), r"IMG-0004\.dcm: RescaleSlope 1e\+19 and"),
+    "slope of 1e300": (lambda f: edit(f[3], RescaleSlope="1e300"), r"IMG-0004\.dcm: RescaleSlope 1e\+300 and"),
+    "two slopes": (lambda f: edit(f[3], RescaleSlope=[1, 2]), r"IMG-0004\.dcm: RescaleSlope is \(1.0, 2.0\); .*one"),
+    "frames that are no number": (no_number, r"IMG-0004\.dcm: NumberOfFrames is 'abc'; exp"),
+    "two numbers of frames": (lambda f: edit(f[3], NumberOfFrames=[1, 2]), r"0004\.dcm: NumberOfFrames is .*one num"),
+    "samples twice": (lambda f: edit(f[3], SamplesPerPixel=[1, 1]), r"IMG-0004\.dcm: SamplesPerPixel is .*one number"),
+    "a transfer syntax that is none": (syntax("1.2.3"), r"IMG-0004\.dcm: cannot be read"),
+    "no transfer syntax": (syntax(None), r"IMG-0004\.dcm: cannot be read"),
+    "a size beyond memory": (lambda f: edit(f[3], Rows=65535, Columns=65535), r"IMG-0004\.dcm: size \(65535, 65535\)"),
+    "indices of colours": (
+        lambda f: edit(f[0], PhotometricInterpretation="PALETTE COLOR"), r"IMG-0001\.dcm: .*PALETTE COLOR; expected"
+    ),
+    "one multi-frame file": (
+        lambda f: (all_gone(f[1:]), edit(f[0], NumberOfFrames=12)), r"IMG-0001\.dcm: a multi-frame DICOM of 12 frames"
+    ),
+    "an enhanced file": (
+        lambda f: (without("PixelSpacing")(f), edit(f[3], PerFrameFunctionalGroupsSequence=[pydicom.Dataset()])),
+        r"IMG-0004\.dcm: a multi-frame DICOM of 1 frames.*dcm2niix",
+    ),
     "multi-frame": (lambda f: edit(f[0], NumberOfFrames=12), r"IMG-0001\.dcm: a multi-frame DICOM of 12 frames"),
     "colour": (lambda f: edit(f[0], SamplesPerPixel=3), r"IMG-0001\.dcm: 3 samples per pixel"),
     "lookup table": (

@@ -9,10 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import SimpleITK as sitk
+from pydicom import dcmread
+from pydicom.dataelem import DataElement
 from pydicom.dataset import Dataset, FileMetaDataset
-from pydicom.uid import ExplicitVRLittleEndian, generate_uid
+from pydicom.filebase import DicomBytesIO
+from pydicom.filewriter import write_dataset
+from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian, generate_uid
 
-from nnunet_uda.data.rtstruct import Contour, rasterise, read_contours_json, read_header, read_rtstruct
+from nnunet_uda.data.rtstruct import Contour, rasterise, read_contours_json, read_rtstruct
 from nnunet_uda.errors import UDAError
 
 RTSTRUCT = "1.2.840.10008.5.1.4.1.1.481.3"
@@ -57,7 +61,9 @@ def volume(mask: np.ndarray, image: sitk.Image) -> float:
     return float(mask.sum() * np.prod(image.GetSpacing()))
 
 
-def save_rtstruct(path: Path, named: list[tuple[str, list[Contour]]], series: str = "1.2.3", **tags) -> Path:
+def save_rtstruct(
+    path: Path, named: list[tuple[str, list[Contour]]], series: str = "1.2.3", implicit: bool = False, **tags
+) -> Path:
     """An RTSTRUCT with the elements that readers need."""
     dataset = Dataset()
     dataset.SOPClassUID, dataset.SOPInstanceUID = RTSTRUCT, generate_uid()
@@ -83,7 +89,7 @@ def save_rtstruct(path: Path, named: list[tuple[str, list[Contour]]], series: st
     for name, value in tags.items():
         setattr(dataset, name, value)
     dataset.file_meta = FileMetaDataset()
-    dataset.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    dataset.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian if implicit else ExplicitVRLittleEndian
     dataset.file_meta.MediaStorageSOPClassUID, dataset.file_meta.MediaStorageSOPInstanceUID = (
         RTSTRUCT, dataset.SOPInstanceUID,
     )  # fmt: skip
@@ -98,8 +104,8 @@ def test_sphere_and_cylinder_have_their_volume_and_place(direction):
     axes = np.array(DIRECTIONS[direction]).reshape(3, 3)
     assert np.allclose(axes @ axes.T, np.eye(3))
     sphere = rings(image, lambda d: math.sqrt(15**2 - d**2) if abs(d) < 15 else None)
-    mask, off = rasterise(sphere, image, Path("r.dcm"))
-    assert volume(mask, image) == pytest.approx(4 / 3 * math.pi * 15**3, rel=0.01) and off < 1e-6
+    mask, notes = rasterise(sphere, image, Path("r.dcm"))
+    assert volume(mask, image) == pytest.approx(4 / 3 * math.pi * 15**3, rel=0.01) and notes == []
     assert np.allclose(np.argwhere(mask).mean(axis=0), (20, 32, 30), atol=0.05)
     cylinder = rings(image, lambda d: 12 if abs(d) < 7 else None)
     mask, _ = rasterise(cylinder, image, Path("r.dcm"))
@@ -122,19 +128,114 @@ def test_against_every_voxel_one_by_one():
     assert not mask[[0, 2]].any()
 
 
-def test_contours_of_a_slice_are_united_and_xor_cuts_holes():
+def ring(image: sitk.Image, radius: float, **options) -> Contour:
+    """A circle of this radius in mm in the middle slice."""
+    return rings(image, lambda d: radius if d == 0 else None, **options)[0]
+
+
+def area(contours: list[Contour], image: sitk.Image) -> float:
+    """Square mm of what is drawn in the middle slice, and nothing elsewhere."""
+    mask = rasterise(contours, image, Path("r.dcm"))[0]
+    assert not mask[:20].any() and not mask[21:].any()
+    return volume(mask, image) / 1.5
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_contours_inside_others_are_holes_and_islands_in_any_order(direction):
+    image = grid(direction)
+    outer, middle, inner = (ring(image, radius) for radius in (12, 8, 4))
+    assert area([outer], image) == pytest.approx(math.pi * 144, rel=0.02)
+    for order in ([outer, middle], [middle, outer], [outer, middle, outer], [middle, middle, outer]):
+        assert area(order, image) == pytest.approx(math.pi * (144 - 64), rel=0.03)
+    for order in ([outer, middle, inner], [inner, outer, middle], [middle, inner, outer]):
+        assert area(order, image) == pytest.approx(math.pi * (144 - 64 + 16), rel=0.03)
+    xor = [ring(image, radius, xor=True) for radius in (12, 8)]
+    assert area(xor, image) == area([outer, middle], image)
+    assert rasterise([outer, middle, inner], image, Path("r.dcm"))[1] == [
+        "1 contours inside others, cut out of them as holes"
+    ]
+
+
+def test_contours_beside_each_other_overlapping_or_drawn_twice_are_united():
     image = grid()
-    outer, inner = (rings(image, lambda d, r=r: r if abs(d) < 1 else None) for r in (12, 5))
-    holed = [rings(image, lambda d, r=r: r if abs(d) < 1 else None, xor=True)[0] for r in (12, 5)]
-    areas = [volume(rasterise(c, image, Path("r"))[0], image) / 1.5 for c in (outer, outer + inner, holed)]
-    assert areas[0] == areas[1] == pytest.approx(math.pi * 144, rel=0.02)
-    assert areas[2] == pytest.approx(math.pi * (144 - 25), rel=0.02)
+    left, right = (Contour(ring(image, 8).points + np.array([shift, 0, 0])) for shift in (-5.0, 5.0))
+    lens = 2 * 64 * math.acos(5 / 8) - 10 * math.sqrt(64 - 25)
+    assert area([left, right], image) == pytest.approx(2 * math.pi * 64 - lens, rel=0.02)
+    assert area([left, left, left], image) == area([left], image) == pytest.approx(math.pi * 64, rel=0.02)
+    apart = [Contour(ring(image, 4).points + np.array([shift, 0, 0])) for shift in (-6.0, 6.0)]
+    assert area(apart, image) == pytest.approx(2 * math.pi * 16, rel=0.03)
+    assert area([ring(image, 14), *apart], image) == pytest.approx(math.pi * (196 - 32), rel=0.03)
+    assert rasterise([left, right], image, Path("r.dcm"))[1] == []
+
+
+def test_a_hole_with_a_keyhole_and_planes_nearest_to_one_slice():
+    image = grid()
+    outer, inner = (ring(image, radius, corners=360).points for radius in (12, 6))
+    keyhole = Contour(np.concatenate([outer, outer[:1], inner[:1], inner[:0:-1], inner[:1]]))
+    assert area([keyhole], image) == pytest.approx(math.pi * (144 - 36), rel=0.02)
+    # the cross sections of a cone that lie nearest to one slice are inside each other, but in planes of their own
+    cone = [ring(image, 12, shift=-0.2), ring(image, 8), ring(image, 4, shift=0.2)]
+    assert area(cone, image) == area([ring(image, 12)], image)
+
+
+@pytest.mark.parametrize("implicit", [False, True])
+def test_contours_of_any_length_are_read(tmp_path, implicit):
+    """In explicit VR a value beyond 64 kB is written as UN."""
+    image = grid()
+    long = ring(image, 12, corners=5000)
+    path = save_rtstruct(tmp_path / "RTSS.dcm", [("TV", [long])], implicit=implicit)
+    assert len("\\".join(f"{v:.4f}" for v in long.points.ravel())) > 1 << 16
+    assert (b"UN\0\0" in path.read_bytes()) is not implicit
+    assert np.allclose(read_rtstruct(path).named[0][1][0].points, long.points, atol=1e-4)
+
+
+def test_sequences_written_as_unknown(tmp_path):
+    """Other software writes a sequence that it does not know as UN, its items in implicit VR (PS3.5, 6.2.2)."""
+    path = save_rtstruct(tmp_path / "RTSS.dcm", [("TV", [ring(grid(), 12, corners=5000)])])
+    dataset = dcmread(path)
+    buffer, alone = DicomBytesIO(), Dataset()
+    buffer.is_little_endian, buffer.is_implicit_VR = True, True
+    alone.ROIContourSequence = dataset.ROIContourSequence
+    write_dataset(buffer, alone)
+    dataset[0x30060039] = DataElement(0x30060039, "UN", buffer.getvalue()[8:])
+    dataset.save_as(path)
+    assert len(read_rtstruct(path).named[0][1][0].points) == 5000
+
+
+def test_elements_that_are_missing_or_empty(tmp_path):
+    path = save_rtstruct(tmp_path / "RTSS.dcm", [("TV", [ring(grid(), 12)])])
+    for spoil in (
+        lambda ds: setattr(ds, "PatientID", ""),
+        lambda ds: delattr(ds, "PatientID"),
+        lambda ds: setattr(ds.StructureSetROISequence[0], "ROIName", None),
+        lambda ds: setattr(ds.ROIContourSequence[0], "ContourSequence", []),
+        lambda ds: delattr(ds.ROIContourSequence[0], "ContourSequence"),
+        lambda ds: setattr(ds.ROIContourSequence[0].ContourSequence[0], "ContourData", None),
+        lambda ds: delattr(ds.ROIContourSequence[0].ContourSequence[0], "ContourData"),
+        lambda ds: delattr(ds.ROIContourSequence[0].ContourSequence[0], "ContourGeometricType"),
+        lambda ds: setattr(ds.ROIContourSequence[0], "ReferencedROINumber", None),
+        lambda ds: setattr(reference(ds), "SeriesInstanceUID", ""),
+        lambda ds: delattr(reference(ds), "SeriesInstanceUID"),
+        lambda ds: delattr(ds, "ReferencedFrameOfReferenceSequence"),
+        lambda ds: setattr(ds, "ReferencedFrameOfReferenceSequence", []),
+        lambda ds: setattr(ds, "Modality", ""),
+    ):
+        dataset = dcmread(path)
+        spoil(dataset)
+        dataset.save_as(tmp_path / "spoilt.dcm")
+        read = read_rtstruct(tmp_path / "spoilt.dcm")
+        assert len(read.named) == 1 and read.patient in ("", "VS-SEG-001") and read.series in ((), ("1.2.3",))
+
+
+def reference(dataset: Dataset) -> Dataset:
+    """The item that says which series an RTSTRUCT was drawn on."""
+    return dataset.ReferencedFrameOfReferenceSequence[0].RTReferencedStudySequence[0].RTReferencedSeriesSequence[0]
 
 
 def test_contours_between_slices_go_to_the_nearest_and_the_distance_is_told():
     image = grid("oblique")
-    mask, off = rasterise(rings(image, lambda d: 9 if d == 0 else None, shift=0.3), image, Path("r.dcm"))
-    assert set(np.nonzero(mask)[0]) == {20} and off == pytest.approx(0.3 * 1.5)
+    mask, notes = rasterise(rings(image, lambda d: 9 if d == 0 else None, shift=0.3), image, Path("r.dcm"))
+    assert set(np.nonzero(mask)[0]) == {20} and notes == ["contours up to 0.45 mm off the slices, drawn on the nearest"]
 
 
 def test_contours_of_another_image_are_refused():
@@ -181,8 +282,7 @@ def test_roi_numbers_not_positions_join_names_and_contours(tmp_path):
     image = grid()
     one, two = (rings(image, lambda d, r=r: r if d == 0 else None) for r in (12, 5))
     path = save_rtstruct(tmp_path / "RTSS.dcm", [("TV", one), ("cochlea", two)])
-    dataset = read_header(path, "StructureSetROISequence", "ROIContourSequence")
-    items = dataset.ROIContourSequence
+    items = dcmread(path).ROIContourSequence
     whole = save_rtstruct(
         path, [("TV", one), ("cochlea", two)], ROIContourSequence=[items[1], items[0]]
     )  # the other way round

@@ -1,25 +1,145 @@
 """DICOM series as volumes: slices in spatial order, spacing from their positions, and what is no series refused.
 
 Written with pydicom: its headers tell what is wrong with which file, where ITK's series reader spreads the remaining
-slices over the gap of a missing one.
+slices over the gap of a missing one. Every element is read through ``Header``: one that is empty counts as missing,
+and one that is no number where a number belongs is refused by its name.
 """
 
 from __future__ import annotations
 
+import math
 import re
+import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pydicom
 import SimpleITK as sitk
+from pydicom.datadict import dictionary_VR, tag_for_keyword
+from pydicom.dataelem import DataElement, RawDataElement, convert_raw_data_element
 
-from nnunet_uda.errors import UDAError
+from nnunet_uda.data.listing import files_in, folders_below
+from nnunet_uda.data.reading import readable
+from nnunet_uda.errors import UDAError, printable, shown
 
 NOT_SLICES = ("RTSTRUCT", "RTPLAN", "RTDOSE", "SEG", "SR", "PR", "KO", "REG")
 """Modalities of objects that may lie beside a series' slices; taken from a folder, they are passed over."""
+ENDINGS = (".dcm", ".dicom", ".dic", ".ima")
+"""Of files that are DICOM by their name; others are if they say so at byte 128."""
+WHOLE_FILE = "a whole DICOM file"
+MODALITY_OF_CLASS = {
+    "1.2.840.10008.5.1.4.1.1.481.3": "RTSTRUCT", "1.2.840.10008.5.1.4.1.1.481.5": "RTPLAN",
+    "1.2.840.10008.5.1.4.1.1.481.2": "RTDOSE", "1.2.840.10008.5.1.4.1.1.66.4": "SEG",
+    "1.2.840.10008.5.1.4.1.1.2": "CT", "1.2.840.10008.5.1.4.1.1.2.1": "CT",
+    "1.2.840.10008.5.1.4.1.1.4": "MR", "1.2.840.10008.5.1.4.1.1.4.1": "MR",
+}  # fmt: skip
+"""By SOPClassUID, where an anonymiser has emptied Modality."""
+MOST_PIXELS = 2**26
+"""Of a slice, 8192 x 8192: decoders take the memory that a header asks for before they look at its pixels."""
+FARTHEST = 1e6
+"""In mm: no spacing and no position is beyond it."""
+LARGEST_VALUE = 1e10
+"""A rescaled intensity beyond this comes from a damaged slope or intercept."""
+
+
+@dataclass(frozen=True)
+class Header:
+    """The elements of one file, or of an item of one of its sequences, by keyword. An empty element is a missing one.
+
+    Every method raises ``UDAError`` naming the file and the element where the element is not what it should be.
+    """
+
+    path: Path
+    dataset: pydicom.Dataset
+
+    def value(self, keyword: str) -> Any:
+        """As pydicom gives it, None where it is missing or empty."""
+        with _reading(self.path, f"{WHOLE_FILE} with a valid {keyword}"):
+            element = self.dataset.get(tag_for_keyword(keyword))
+            value = None if element is None else _known(element).value
+            if isinstance(value, str):
+                value = value.strip(" \0")
+            return None if value is None or (hasattr(value, "__len__") and not len(value)) else value
+
+    def text(self, keyword: str) -> str:
+        """One text that can be printed, empty where it is missing."""
+        value = self.value(keyword)
+        return "" if value is None else printable(str(value))
+
+    def numbers(self, keyword: str) -> tuple[float, ...] | None:
+        """All finite numbers of an element, None where it is missing."""
+        value = self.value(keyword)
+        if value is None:
+            return None
+        parts = value if isinstance(value, Sequence) and not isinstance(value, str | bytes) else [value]
+        try:
+            numbers = tuple(float(part) for part in parts)
+        except (TypeError, ValueError, OverflowError):
+            numbers = (math.nan,)
+        if not all(map(math.isfinite, numbers)):
+            raise UDAError(f"{self.path}: {keyword} is {shown(value)}; expected numbers. Get the file again.")
+        return numbers
+
+    def number(self, keyword: str, default: float) -> float:
+        """One finite number, ``default`` where it is missing."""
+        numbers = self.numbers(keyword)
+        if numbers is not None and len(numbers) != 1:
+            raise UDAError(f"{self.path}: {keyword} is {shown(numbers)}; expected one number. Get the file again.")
+        return float(default) if numbers is None else numbers[0]
+
+    def whole(self, keyword: str, default: int) -> int:
+        """One whole number, ``default`` where it is missing."""
+        number = self.number(keyword, default)
+        if not number.is_integer():
+            raise UDAError(f"{self.path}: {keyword} is {number}; expected a whole number. Get the file again.")
+        return int(number)
+
+    def items(self, keyword: str) -> list[Header]:
+        """Items of a sequence, none where it is missing."""
+        value = self.value(keyword)
+        if value is not None and not isinstance(value, pydicom.Sequence):
+            raise UDAError(f"{self.path}: {keyword} is {shown(value)}; expected a sequence. Get the file again.")
+        return [Header(self.path, item) for item in value or ()]
+
+    @property
+    def modality(self) -> str:
+        """``Modality``, or what the SOP class says; empty where neither does."""
+        return self.text("Modality") or MODALITY_OF_CLASS.get(self.text("SOPClassUID"), "")
+
+
+def read_header(path: Path, *keywords: str) -> Header:
+    """Header of one file, or the elements of these names alone. Raises ``UDAError`` when it is no DICOM file."""
+    with _reading(path):
+        tags = list(keywords) or None
+        return Header(path, pydicom.dcmread(path, stop_before_pixels=True, specific_tags=tags))
+
+
+@contextmanager
+def _reading(path: Path, expected: str = WHOLE_FILE) -> Iterator[None]:
+    """``readable``, without pydicom's own warnings: what it repairs is read, and what it cannot read is refused."""
+    with readable(path, expected), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _known(element: DataElement) -> DataElement:
+    """``element``, decoded where its VR is UN though the standard knows the element.
+
+    With explicit VRs a value of 64 kB or more cannot be written as what it is: the standard has it written as UN,
+    encoded as in implicit VR little endian (PS3.5, 6.2.2).
+    """
+    if element.VR != "UN" or not isinstance(element.value, bytes) or element.tag.is_private:
+        return element
+    raw = RawDataElement(
+        element.tag, dictionary_VR(element.tag), len(element.value), element.value, 0,
+        is_implicit_VR=True, is_little_endian=True,
+    )  # fmt: skip
+    return convert_raw_data_element(raw)
 
 
 @dataclass(frozen=True)
@@ -28,8 +148,7 @@ class Slice:
 
     path: Path
     series: str
-    instance: str
-    modality: str
+    description: str
     position: np.ndarray
     right: np.ndarray
     down: np.ndarray
@@ -60,21 +179,62 @@ class Series:
         return image
 
 
+# --- listing ----------------------------------------------------------------------------------------------------------
+
+
 def by_name(paths: Sequence[Path]) -> list[Path]:
     """Sorted by name with numbers as numbers: ``IMG2`` before ``IMG10``."""
     return sorted(paths, key=lambda p: [(int(w), "") if w.isdecimal() else (-1, w) for w in re.split(r"(\d+)", p.name)])
 
 
+def is_dicom(path: Path) -> bool:
+    """Whether a file is DICOM by its ending, or by what it says at byte 128."""
+    return path.suffix.lower() in ENDINGS or _start(path)[128:] == b"DICM"
+
+
+def _start(path: Path) -> bytes:
+    with readable(path, WHOLE_FILE), open(path, "rb") as file:
+        return file.read(132)
+
+
+def dicom_in(folder: Path) -> list[Path]:
+    """DICOM files of a folder by name, whatever they hold.
+
+    Where files without an ending are among them, another one without is taken too unless it is text: a slice that was
+    cut short must be refused, not missed.
+    """
+    files = [path for path in files_in(folder) if path.name.upper() != "DICOMDIR"]
+    found = [path for path in files if is_dicom(path)]
+    nameless = [path for path in files if re.fullmatch(r"|\.[\d,]+", path.suffix)]
+    if set(found) & set(nameless):
+        found += [path for path in nameless if path not in found and (b"\0" in _start(path) or not _start(path))]
+    return by_name(found)
+
+
 def dicom_files(folder: Path) -> list[Path]:
-    """Files ending in .dcm or .ima, or without an ending, by name; RTSTRUCT and other non-images are passed over."""
+    """Slices in a folder, by name; RTSTRUCT and other non-images are passed over."""
     if not folder.is_dir():
         raise UDAError(f"{folder}: there is no such folder; expected DICOM slices in it.")
-    named = [p for p in folder.iterdir() if p.is_file() and not p.name.startswith(".") and p.name != "DICOMDIR"]
-    named = [p for p in named if p.suffix.lower() in (".dcm", ".ima") or re.fullmatch(r"|\.[\d,]+", p.suffix)]
-    files = [p for p in by_name(named) if str(_header(p).get("Modality", "")) not in NOT_SLICES]
+    files = [path for path in dicom_in(folder) if _is_slice(path)]
     if not files:
-        raise UDAError(f"{folder}: there is no DICOM slice in it; expected files ending in .dcm.")
+        others = ", ".join(path.name for path in files_in(folder)[:5]) or "nothing"
+        raise UDAError(
+            f"{folder}: there is no DICOM slice in it (found: {others}); expected files ending in .dcm, or DICOM files "
+            "without an ending."
+        )
     return files
+
+
+def series_folders(tree: Path) -> list[Path]:
+    """``tree`` and the folders below it that hold slices themselves."""
+    return [folder for folder in folders_below(tree) if any(_is_slice(path) for path in dicom_in(folder))]
+
+
+def _is_slice(path: Path) -> bool:
+    return read_header(path, "Modality", "SOPClassUID").modality not in NOT_SLICES
+
+
+# --- a series ---------------------------------------------------------------------------------------------------------
 
 
 def order_series(source: Path | Sequence[Path]) -> Series:
@@ -85,9 +245,9 @@ def order_series(source: Path | Sequence[Path]) -> Series:
             pixel spacing than the others, at another slice's position, shifted in plane, or unevenly spaced.
     """
     files = dicom_files(source) if isinstance(source, Path) else list(source)
-    if len(files) < 2:
-        raise UDAError(f"{files[0] if files else 'no file'}: a series of {len(files)} slice(s); expected at least two.")
     slices = [_slice(path) for path in files]
+    if len(slices) < 2:
+        raise UDAError(f"{files[0] if files else 'no file'}: a series of {len(files)} slice(s); expected at least two.")
     _check_one_series(slices)
     first = slices[0]
     right = first.right / np.linalg.norm(first.right)
@@ -121,68 +281,77 @@ def read_series(source: Path | Sequence[Path]) -> tuple[sitk.Image, Series]:
     return series.image(np.stack(planes, dtype=dtype)), series
 
 
+def read_volume(folder: Path) -> sitk.Image:
+    """The volume in a folder of slices."""
+    return read_series(folder)[0]
+
+
 # --- one file ---------------------------------------------------------------------------------------------------------
 
 
-def _header(path: Path) -> pydicom.Dataset:
-    try:
-        return pydicom.dcmread(path, stop_before_pixels=True)
-    except Exception as error:  # pydicom's parser has no error class of its own
-        raise _corrupt(path, error) from None
-
-
-def _corrupt(path: Path, error: Exception) -> UDAError:
-    return UDAError(f"{path}: cannot be read ({error}); expected a whole DICOM file. It is corrupt: get it again.")
-
-
 def _slice(path: Path) -> Slice:
-    header = _header(path)
-    needed = ("SeriesInstanceUID", "Rows", "Columns", "PixelSpacing", "ImagePositionPatient", "ImageOrientationPatient")
-    missing = [tag for tag in needed if header.get(tag) in (None, "")]
-    if int(header.get("NumberOfFrames") or 1) > 1:
+    header = read_header(path)
+    frames = header.whole("NumberOfFrames", 1)
+    if frames > 1 or header.items("PerFrameFunctionalGroupsSequence"):
         raise UDAError(
-            f"{path}: a multi-frame DICOM of {header.NumberOfFrames} frames; expected one slice per file. Split it "
+            f"{path}: a multi-frame DICOM of {frames} frames; expected one slice per file. Split it "
             "into single frames (emf2sf of dcm4che), or convert it to NIfTI (dcm2niix)."
         )
+    lengths = {
+        "SeriesInstanceUID": 0, "Rows": 1, "Columns": 1, "PixelSpacing": 2, "ImagePositionPatient": 3,
+        "ImageOrientationPatient": 6,
+    }  # fmt: skip
+    missing = [keyword for keyword in lengths if header.value(keyword) is None]
     if missing:
         raise UDAError(f"{path}: without {', '.join(missing)}; expected a slice of a CT or MR series. Remove the file.")
-    if int(header.get("SamplesPerPixel") or 1) != 1:
-        raise UDAError(f"{path}: {header.SamplesPerPixel} samples per pixel; expected greyscale. Remove the file.")
-    try:
-        position = np.array(header.ImagePositionPatient, float)
-        axes = np.array(header.ImageOrientationPatient, float).reshape(2, 3)
-        row_step, column_step = (float(v) for v in header.PixelSpacing)
-        size = int(header.Columns), int(header.Rows)
-    except (TypeError, ValueError) as error:
-        raise _corrupt(path, error) from None
-    lengths = np.linalg.norm(axes, axis=1)
-    if not (position.shape == (3,) and np.allclose(lengths, 1, atol=1e-2) and abs(axes[0] @ axes[1]) < 1e-2):
+    samples = header.whole("SamplesPerPixel", 1)
+    colours = header.text("PhotometricInterpretation")
+    if samples != 1 or not re.fullmatch(r"(MONOCHROME[12])?", colours):
         raise UDAError(
-            f"{path}: ImagePositionPatient {header.ImagePositionPatient} and ImageOrientationPatient "
-            f"{header.ImageOrientationPatient}; expected a point and two unit vectors at right angles. Get it again."
+            f"{path}: {samples} samples per pixel, {colours or 'no known kind'}; expected greyscale. Remove the file."
+        )
+    values = {keyword: header.numbers(keyword) or () for keyword, length in lengths.items() if length}
+    for keyword, numbers in values.items():
+        if len(numbers) != lengths[keyword]:
+            raise UDAError(
+                f"{path}: {keyword} is {shown(numbers)}; expected {lengths[keyword]} number(s). Get the file again."
+            )
+    position, axes = np.array(values["ImagePositionPatient"]), np.array(values["ImageOrientationPatient"]).reshape(2, 3)
+    row_step, column_step = values["PixelSpacing"]
+    size = header.whole("Columns", 0), header.whole("Rows", 0)
+    if not np.allclose(np.linalg.norm(axes, axis=1), 1, atol=1e-2) or abs(axes[0] @ axes[1]) > 1e-2:
+        raise UDAError(
+            f"{path}: ImageOrientationPatient {shown(values['ImageOrientationPatient'])}; expected two unit vectors at "
+            "right angles. Get it again."
         )
     if not (min(size) > 0 and row_step > 0 and column_step > 0):
-        raise UDAError(f"{path}: size {size}, PixelSpacing {header.PixelSpacing}; expected positive numbers.")
-    names = (str(header.get(tag, "")) for tag in ("SeriesInstanceUID", "SOPInstanceUID", "Modality"))
+        raise UDAError(f"{path}: size {size}, PixelSpacing {values['PixelSpacing']}; expected positive numbers.")
+    if size[0] * size[1] > MOST_PIXELS or max(row_step, column_step, *np.abs(position)) > FARTHEST:
+        raise UDAError(
+            f"{path}: size {size}, PixelSpacing {values['PixelSpacing']}, ImagePositionPatient "
+            f"{shown(position.tolist())}; expected a slice of a scan of a body. The file is corrupt: get it again."
+        )
+    names = header.text("SeriesInstanceUID"), header.text("SeriesDescription")
     return Slice(path, *names, position, axes[0], axes[1], size, (column_step, row_step))
 
 
 def _pixels(slice_: Slice) -> np.ndarray:
     """(rows, columns), rescaled: the smallest signed type for a whole slope and intercept, else float32."""
     path = slice_.path
-    try:
+    with _reading(path):
         dataset = pydicom.dcmread(path)
         syntax = dataset.file_meta.TransferSyntaxUID
-        slope, intercept = float(dataset.get("RescaleSlope", 1)), float(dataset.get("RescaleIntercept", 0))
-    except Exception as error:
-        raise _corrupt(path, error) from None
-    if "ModalityLUTSequence" in dataset:
+        compressed = syntax.is_encapsulated
+    header = Header(path, dataset)
+    slope, intercept = header.number("RescaleSlope", 1), header.number("RescaleIntercept", 0)
+    if header.items("ModalityLUTSequence"):
         raise UDAError(f"{path}: its intensities need a ModalityLUTSequence; expected RescaleSlope and -Intercept.")
     try:
-        stored = dataset.pixel_array
-    except Exception as error:
-        if not syntax.is_encapsulated:
-            raise _corrupt(path, error) from None
+        with _reading(path):
+            stored = dataset.pixel_array
+    except UDAError as error:
+        if not compressed:
+            raise
         raise UDAError(
             f"{path}: its pixels are compressed ({syntax.name}, transfer syntax {syntax}) and cannot be decoded here; "
             "expected uncompressed pixels. Decompress the series with `gdcmconv --raw IN OUT` (or dcmdjpeg, dcmdjpls "
@@ -190,7 +359,13 @@ def _pixels(slice_: Slice) -> np.ndarray:
         ) from error
     if stored.shape != slice_.size[::-1]:
         raise UDAError(f"{path}: {stored.shape} pixels; expected {slice_.size[::-1]} (rows, columns). Get it again.")
-    if slope.is_integer() and intercept.is_integer():
+    ends = [float(v) * slope + intercept for v in (stored.min(), stored.max())]
+    if slope == 0 or not all(abs(value) <= LARGEST_VALUE for value in ends):
+        raise UDAError(
+            f"{path}: RescaleSlope {slope:g} and RescaleIntercept {intercept:g} give intensities from {ends[0]:g} to "
+            f"{ends[1]:g}; expected those of a scan. The file is corrupt: get it again."
+        )
+    if stored.dtype.kind in "iu" and slope.is_integer() and intercept.is_integer():
         rescaled = stored.astype(np.int64) * int(slope) + int(intercept)
         low, high = rescaled.min(), rescaled.max()
         fits = (t for t in (np.int16, np.int32, np.int64) if np.iinfo(t).min <= low and high <= np.iinfo(t).max)
@@ -208,9 +383,11 @@ def _check_one_series(slices: Sequence[Slice]) -> None:
         rare = min(counts, key=lambda series: counts[series])
         odd = next(slice_ for slice_ in slices if slice_.series == rare)
         sizes = ", ".join(map(str, sorted(counts.values(), reverse=True)))
+        names = sorted({slice_.description or "(none)" for slice_ in slices})
         raise UDAError(
             f"{odd.path}: {len(counts)} series in one folder, of {sizes} slices; expected one. This file's "
-            f"SeriesInstanceUID is {rare}. Move the slices of each series to a folder of its own."
+            f"SeriesInstanceUID is {rare}. Descriptions: {shown(names)}. Move the slices of each series to a folder of "
+            "its own (dcm2niix and dicomsort do so by themselves)."
         )
 
     def grid(slice_: Slice) -> str:

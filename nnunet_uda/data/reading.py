@@ -16,7 +16,7 @@ import nibabel
 import numpy as np
 import SimpleITK as sitk
 
-from nnunet_uda.errors import UDAError
+from nnunet_uda.errors import UDAError, printable
 
 ENDINGS = (".nii.gz", ".gipl.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd", ".gipl", ".hdr")
 """File endings taken from a folder; a file named explicitly may have any ending that SimpleITK reads."""
@@ -123,7 +123,9 @@ def _unreadable(path: Path, error: Exception, expected: str) -> UDAError:
     hint = "The file is corrupt, truncated or of another kind: get it again."
     if "orthonormal" in str(error):
         hint = "Repair the header so that the axes are at right angles, or resample the image."
-    return UDAError(f"{path}: cannot be read ({reason or type(error).__name__}); expected {expected}. {hint}")
+    return UDAError(
+        f"{path}: cannot be read ({printable(reason) or type(error).__name__}); expected {expected}. {hint}"
+    )
 
 
 def check_image(image: sitk.Image, path: Path) -> None:

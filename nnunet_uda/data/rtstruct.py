@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pydicom
 import SimpleITK as sitk
 from skimage.draw import polygon
 
-from nnunet_uda.errors import UDAError
+from nnunet_uda.data.dicom import Header, read_header
+from nnunet_uda.data.reading import readable
+from nnunet_uda.errors import UDAError, printable
+
+SAME_PLANE = 0.1
+"""In slices: contours nearer to each other than this lie in one plane."""
 
 
 @dataclass(frozen=True)
@@ -36,92 +41,86 @@ class Structures:
     patient: str = ""
 
 
-def read_header(path: Path, *tags: str) -> pydicom.Dataset:
-    """The DICOM elements of these names alone, as far as the file has them. Raises ``UDAError`` when unreadable."""
-    try:
-        return pydicom.dcmread(path, specific_tags=list(tags), stop_before_pixels=True)
-    except Exception as error:  # pydicom's parser has no error class of its own
-        raise UDAError(
-            f"{path}: cannot be read ({error}); expected a whole DICOM file. It is corrupt: get it again."
-        ) from None
-
-
-def referenced_series(dataset: pydicom.Dataset) -> tuple[str, ...]:
+def referenced_series(header: Header) -> tuple[str, ...]:
     """SeriesInstanceUIDs that an RTSTRUCT says it was drawn on."""
-    return tuple(
-        str(series.SeriesInstanceUID)
-        for frame in dataset.get("ReferencedFrameOfReferenceSequence") or []
-        for study in frame.get("RTReferencedStudySequence") or []
-        for series in study.get("RTReferencedSeriesSequence") or []
+    uids = (
+        series.text("SeriesInstanceUID")
+        for frame in header.items("ReferencedFrameOfReferenceSequence")
+        for study in frame.items("RTReferencedStudySequence")
+        for series in study.items("RTReferencedSeriesSequence")
     )
+    return tuple(uid for uid in uids if uid)
 
 
 def read_rtstruct(path: Path) -> Structures:
     """All structures of an RTSTRUCT file. Contours that enclose no area (points, open lines) are left out."""
-    dataset = read_header(
-        path, "Modality", "PatientID", "StructureSetROISequence", "ROIContourSequence",
-        "ReferencedFrameOfReferenceSequence",
+    header = read_header(
+        path, "Modality", "SOPClassUID", "PatientID", "StructureSetROISequence", "ROIContourSequence",
+        "ReferencedFrameOfReferenceSequence", "SpecificCharacterSet",
     )  # fmt: skip
-    modality = dataset.get("Modality", "unknown")
-    if modality != "RTSTRUCT":
-        raise UDAError(f"{path}: a DICOM file of modality {modality}; expected an RTSTRUCT. Get the right file.")
-    try:
-        contours: dict[int, tuple[Contour, ...]] = {}
-        for roi in dataset.get("ROIContourSequence") or []:
-            closed = [
-                Contour(np.array(c.ContourData, float).reshape(-1, 3), c.ContourGeometricType == "CLOSEDPLANAR_XOR")
-                for c in roi.get("ContourSequence") or []
-                if c.ContourGeometricType in ("CLOSED_PLANAR", "CLOSEDPLANAR_XOR")
-            ]
-            contours[int(roi.ReferencedROINumber)] = tuple(closed)
-        named = tuple(
-            (str(roi.get("ROIName", "")), contours.get(int(roi.ROINumber), ()))
-            for roi in dataset.get("StructureSetROISequence") or []
+    if header.modality != "RTSTRUCT":
+        raise UDAError(
+            f"{path}: a DICOM file of modality {header.modality or 'unknown'}; expected an RTSTRUCT. Get the right "
+            "file."
         )
-        series = referenced_series(dataset)
-    except (AttributeError, TypeError, ValueError) as error:
-        raise UDAError(f"{path}: no valid RTSTRUCT ({error}). It is corrupt: get it again.") from None
-    return Structures(path, named, series, str(dataset.get("PatientID", "")))
+    drawn: dict[int, tuple[Contour, ...]] = {}
+    for roi in header.items("ROIContourSequence"):
+        contours = [_contour(contour) for contour in roi.items("ContourSequence")]
+        drawn[roi.whole("ReferencedROINumber", -1)] = tuple(contour for contour in contours if contour is not None)
+    named = tuple(
+        (roi.text("ROIName"), drawn.get(roi.whole("ROINumber", 0), ()))
+        for roi in header.items("StructureSetROISequence")
+    )
+    return Structures(path, named, referenced_series(header), header.text("PatientID"))
+
+
+def _contour(contour: Header) -> Contour | None:
+    """A closed contour, None for another kind."""
+    kind = contour.text("ContourGeometricType")
+    if kind not in ("CLOSED_PLANAR", "CLOSEDPLANAR_XOR"):
+        return None
+    numbers = contour.numbers("ContourData") or ()
+    if len(numbers) % 3:
+        raise UDAError(
+            f"{contour.path}: no valid RTSTRUCT ({len(numbers)} numbers in a ContourData; expected three for each "
+            "point). It is corrupt: get it again."
+        )
+    return Contour(np.reshape(numbers, (-1, 3)), kind == "CLOSEDPLANAR_XOR")
 
 
 def read_contours_json(path: Path) -> Structures:
     """A list of ``{"structure_name": ..., "LPS_contour_points": [[[x, y, z], ...], ...]}``, in mm."""
-    try:
+    with readable(path, "a list of structures with structure_name and LPS_contour_points"):
         named = tuple(
             (
-                str(structure["structure_name"]),
+                printable(str(structure["structure_name"])),
                 tuple(Contour(np.array(points, float).reshape(-1, 3)) for points in structure["LPS_contour_points"]),
             )
-            for structure in json.loads(path.read_text())
+            for structure in json.loads(path.read_text(encoding="utf-8"))
         )
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UDAError(
-            f"{path}: cannot be read ({type(error).__name__}: {error}); expected a list of structures with "
-            "structure_name and LPS_contour_points. Get the file again."
-        ) from None
     return Structures(path, named)
 
 
-def rasterise(contours: Sequence[Contour], image: sitk.Image, path: Path) -> tuple[np.ndarray, float]:
+def rasterise(contours: Sequence[Contour], image: sitk.Image, path: Path) -> tuple[np.ndarray, list[str]]:
     """Voxels of ``image`` whose centre lies inside the contours of their slice.
 
-    Contours of a slice are united, except ``xor`` ones, which are combined by exclusive or (DICOM PS3.3 C.8.8.6.3).
-    Slices between contours are not filled in.
+    Of contours in one plane, one that lies inside another cuts a hole into it, and one inside that hole is an island,
+    and so on; contours that overlap otherwise are united. ``xor`` ones are then combined by exclusive or (DICOM PS3.3,
+    C.8.8.6.3). Planes nearest to the same slice are united. Slices between contours are not filled in.
 
     Args:
         contours: of one structure, drawn in the slice planes of ``image``, whose axes may be oblique.
         path: file of the contours, for messages.
 
     Returns:
-        uint8 mask, axes (z, y, x); the largest distance in mm from a contour to the slice that it was drawn on.
+        uint8 mask, axes (z, y, x); notes on what was done about contours off the slices, and inside others.
 
     Raises:
         UDAError: when a contour crosses slices or leaves the image: it was drawn on another one.
     """
     size, spacing = np.array(image.GetSize()), np.array(image.GetSpacing())
     to_index = np.linalg.inv(np.array(image.GetDirection()).reshape(3, 3) * spacing)
-    mask = np.zeros(size[::-1], np.uint8)
-    off = 0.0
+    drawn: list[tuple[float, np.ndarray, bool]] = []
     for contour in contours:
         index = (contour.points - image.GetOrigin()) @ to_index.T
         if not np.isfinite(index).all():
@@ -140,11 +139,42 @@ def rasterise(contours: Sequence[Contour], image: sitk.Image, path: Path) -> tup
                 f"{path}: a contour lies outside the image, around voxel ({place}) of ({box}); expected it inside. It "
                 "belongs to another scan: find the image that it was drawn on."
             )
-        plane = mask[round(z.mean())]
-        off = max(off, abs(z.mean() - round(z.mean())) * spacing[2])
-        inside = polygon(y, x, plane.shape)
-        if contour.xor:
-            plane[inside] ^= 1
-        else:
-            plane[inside] = 1
-    return mask, off
+        rows, columns = polygon(y, x, (size[1], size[0]))
+        drawn.append((float(z.mean()), np.sort(rows * size[0] + columns), contour.xor))
+    drawn.sort(key=lambda contour: contour[0])
+    heights = [height for height, _, _ in drawn]
+    mask = np.zeros(size[::-1], np.uint8)
+    off, holes, at = 0.0, 0, 0
+    while at < len(drawn):
+        end = bisect_right(heights, heights[at] + SAME_PLANE)
+        z = round(sum(heights[at:end]) / (end - at))
+        off = max(off, *(abs(height - z) * spacing[2] for height in heights[at:end]))
+        plain = [area for _, area, xor in drawn[at:end] if not xor]
+        filled, cut = _even_odd(plain, size[0] * size[1])
+        for _, area, xor in drawn[at:end]:
+            if xor:
+                filled[area] ^= 1
+        mask[z] |= filled.reshape(size[1], size[0])
+        holes, at = holes + cut, end
+    # a tenth of a slice is rounding, and changes no voxel
+    notes = [f"contours up to {off:.2f} mm off the slices, drawn on the nearest"] if off > 0.1 * spacing[2] else []
+    if holes:
+        notes.append(f"{holes} contours inside others, cut out of them as holes")
+    return mask, notes
+
+
+def _even_odd(areas: Sequence[np.ndarray], pixels: int) -> tuple[np.ndarray, int]:
+    """A plane (uint8, ``pixels`` long) with ``areas`` (indices of pixels) filled or cut out, and how many are holes.
+
+    An area is a hole where an odd number of larger ones lies around it. Areas of the same pixels count as one: what was
+    drawn twice is no hole.
+    """
+    plane, layers = np.zeros(pixels, np.uint8), np.zeros(pixels, np.int32)
+    distinct = {area.tobytes(): area for area in areas if area.size}
+    holes = 0
+    for area in sorted(distinct.values(), key=len, reverse=True):
+        hole = int(layers[area].min()) % 2
+        layers[area] += 1
+        plane[area] = 1 - hole
+        holes += hole
+    return plane, holes
