@@ -37,8 +37,9 @@ BATCHES = 4
 
 
 def make_trainer(
-    name: str, dataset: str, plans: dict, configuration: str, device: torch.device, last_epoch: bool = False
-):
+    name: str, dataset: str, plans: dict, configuration: str, device: torch.device, last_epoch: bool = False,
+    fold: str | int = 0,
+):  # fmt: skip
     """A trainer ready to step, found as nnU-Net finds it; with ``last_epoch`` as at the end of its schedule.
 
     Then no warm-up is left, CUT trains its segmenter, and CAST's pseudo labels have their full weight.
@@ -50,7 +51,7 @@ def make_trainer(
     dataset_json = read_json(environment_folder("nnUNet_preprocessed") / dataset / "dataset.json")
     here = {one.__name__: one for one in (nnUNetTrainer, CISFACodeTrainer)}
     trainer_class = here.get(name) or recursive_find_trainer_class_by_name(name)
-    trainer = trainer_class(plans | {"continue_training": False}, configuration, 0, dataset_json, device)
+    trainer = trainer_class(plans | {"continue_training": False}, configuration, fold, dataset_json, device)
     trainer.on_train_start()
     if last_epoch:
         trainer.current_epoch = trainer.num_epochs - 1

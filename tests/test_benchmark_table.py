@@ -1,295 +1,354 @@
-"""The table of all trainers on all tasks: what is run, and how finished runs of several seeds come together."""
+"""The table of trainers on real tasks: what is trained for how long, what counts, and what the tables say."""
 
 from __future__ import annotations
 
 import csv
+import json
 import math
+import os
 import sys
 
 import pytest
 from conftest import REPOSITORY
 
 from nnunet_uda.evaluation.metrics import METRICS
-from nnunet_uda.evaluation.runs import Labels
-from nnunet_uda.experiments.job import Job, TargetTest
 from nnunet_uda.files import write_json
+
+SECONDS = {"CISFATrainer": 0.8, "CASTTrainer": 0.4}
+"""Of a step; a plain network's takes 0.2."""
+STRUCTURES = {"left": 1, "right": 2}
 
 
 @pytest.fixture
 def table(monkeypatch):
     monkeypatch.syspath_prepend(str(REPOSITORY / "benchmarks"))
-    for name in ("table", "tasks", "criteria"):
+    for name in ("table", "tasks", "criteria", "calibrate", "step_time", "passes", "memory", "cisfa_code"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results", "nnUNet_extTrainer"):
         monkeypatch.setenv(name, "")  # put back what the script sets
+    for name in ("OMP_NUM_THREADS", "nnUNet_n_proc_DA"):
+        monkeypatch.setenv(name, "1")
     monkeypatch.setenv("nnUNet_def_n_proc", "1")
     import table
 
     return table
 
 
-def finish(folder, seed: int, dataset: str, test: str, trainer: str, dice: float, group: str = "phantom",
-           **criteria: float) -> Job:  # fmt: skip
-    """A finished run with nnU-Net's folders below ``folder/seed_N``."""
-    root = folder / f"seed_{seed}"
-    cases = TargetTest(["x"], root / "labelsTs", Labels({"left": 1}, None, ".nii.gz"), None, group == "totalseg")
-    name = f"{test}__{trainer}__fold_0"
-    job = Job(name, root / f"compare_{group}" / "runs" / name, dataset, "2d", "0", trainer, "P", cases, root, "cpu", 1)
-    trained = root / "nnUNet_results" / dataset / f"{trainer}__P__2d" / "fold_0"
-    predictions = job.folder / "predictions"
-    for path in (trained / "checkpoint_final.pth", predictions / "x.nii.gz", cases.reference / "x.nii.gz"):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if not path.exists():  # runs share the reference, whose time of change they know
-            path.write_bytes(b"as it is")
+@pytest.fixture
+def trained(table, tmp_path, monkeypatch):
+    """All that would be trained, as jobs; datasets are there at once, and trainings end with the Dice of ``dice``."""
+    jobs, dice, drawn = [], {}, []
+
+    def make_task(name, folder, *_):
+        task = table.TASKS[name]
+        for number in (task.dataset, *task.bounds):
+            dataset = f"Dataset{number}_{name}"
+            raw, preprocessed = folder / "nnUNet_raw" / dataset, folder / "nnUNet_preprocessed" / dataset
+            unlabelled = number == task.dataset and name not in ("heart", "vs")
+            cases = [f"case_{number}"] if len(task.bounds) > 1 and number in task.bounds else ["a", "b"]
+            for place in (preprocessed, raw / ("imagesTu" if unlabelled else "imagesTs"), raw / "labelsTs"):
+                place.mkdir(parents=True, exist_ok=True)
+            for case in cases:
+                (raw / ("imagesTu" if unlabelled else "imagesTs") / f"{case}_0000.nii.gz").touch()
+                if not (raw / "labelsTs" / f"{case}.nii.gz").exists():  # its time of change is known to runs
+                    (raw / "labelsTs" / f"{case}.nii.gz").touch()
+            content = {"labels": {"background": 0, **STRUCTURES}, "file_ending": ".nii.gz"}
+            write_json({"channel_names": {"0": "intensity"}, "numTraining": 2, **content}, raw / "dataset.json")
+            write_json({"task": name}, preprocessed / f"{table.PLANS}.json")
 
     def stamp(path):
         return [path.stat().st_size, path.stat().st_mtime_ns]
 
-    checkpoint = {"checkpoint": stamp(trained / "checkpoint_final.pth")}
-    write_json(checkpoint, predictions / "made_from.json")
-    content = {
-        "made_from": {**checkpoint, "references": {"x": stamp(cases.reference / "x.nii.gz")}},
-        "validation_pseudo_dice": 0.5, "training_seconds": 60.0, "criteria": criteria,
-        "metrics": {"x": {"left": dict(zip(METRICS, (dice, 2.0, 4.0), strict=True))}},
-    }  # fmt: skip
-    job.write()
-    write_json(content, job.folder / "score.json")
-    return job
+    def run(engine, waiting, started, done):
+        for job in waiting:
+            job.folder.mkdir(parents=True, exist_ok=True)
+            started(job)
+            jobs.append(job)
+            found = dice.get((job.trainer, job.dataset), dice.get(job.trainer, 0.5))
+            if found is None:
+                done(job, "it diverged")
+                continue
+            checkpoint, predictions = job.trained / "checkpoint_final.pth", job.folder / "predictions"
+            for path in (checkpoint, *(predictions / f"{case}.nii.gz" for case in job.test.cases)):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.touch()
+            origin = {"checkpoint": stamp(checkpoint)}
+            write_json(origin, predictions / "made_from.json")
+            references = {case: stamp(job.test.reference / f"{case}.nii.gz") for case in job.test.cases}
+            structure = dict(zip(METRICS, (found, 2.0, 4.0), strict=True))
+            write_json({
+                "made_from": {**origin, "references": references}, "validation_pseudo_dice": 0.5,
+                "training_seconds": 90.0, "criteria": {"agreement": found},
+                "metrics": {case: dict.fromkeys(STRUCTURES, structure) for case in job.test.cases},
+            }, job.folder / "score.json")  # fmt: skip
+            write_json({"peak_memory_gib": 1.0, "cpu_seconds": 60.0}, job.trained / "training_cost.json")
+            done(job, None)
+
+    def derive(base, configuration, name, uda):
+        return base | {"plans_name": name, "uda": uda}
+
+    monkeypatch.setattr(table, "make_task", make_task)
+    monkeypatch.setattr(table.LocalEngine, "run", run)
+    monkeypatch.setattr(table, "derive_plans", derive)
+    monkeypatch.setattr(table, "draw_comparison", lambda path, bars, title: drawn.append((path.name, len(bars), title)))
+    measured = []
+
+    def as_done(function, asked, processes):
+        measured.extend(asked)
+        return [(0.2, SECONDS.get(one["trainer"], 0.2)) for one in asked]
+
+    monkeypatch.setattr(table, "as_done", as_done)
+
+    class Trained:
+        folder = tmp_path / "out"
+
+        def main(self, *words: str) -> str:
+            jobs.clear()
+            measured.clear()
+            table.main(["-o", str(self.folder), "-data", str(tmp_path), "-device", "cpu", *words])
+            return (self.folder / "table.md").read_text()
+
+        def uda(self, job) -> dict:
+            path = self.folder / "nnUNet_preprocessed" / job.dataset / f"{job.plans}.json"
+            return json.loads(path.read_text())["uda"]
+
+        def record(self) -> list[dict]:
+            return json.loads((self.folder / "table.json").read_text())["runs"]
+
+    found = Trained()
+    found.jobs, found.dice, found.measured, found.drawn = jobs, dice, measured, drawn
+    return found
 
 
-BACK = "Dataset502_PhantomBack"
-PHANTOM, UPPER, PAIR = "Dataset501_Phantom", "Dataset511_PhantomSupervised", "Dataset521_TotalSegCT2MR"
+def cells(text: str, caption: str) -> list[list[str]]:
+    """The rows of the first table of this caption."""
+    lines = text[text.index(f"**{caption}**") :].split("\n\n")[1].splitlines()
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in [lines[0], *lines[2:]]]
 
 
-def test_seeds_and_tasks_come_together(table, tmp_path, capsys):
-    for seed, lower, cisfa in ((0, 0.2, 0.6), (1, 0.4, 0.8)):
-        finish(tmp_path, seed, PHANTOM, PHANTOM, "SourceOnlyTrainer", lower)
-        finish(tmp_path, seed, PHANTOM, PHANTOM, "CISFATrainer", cisfa)
-    finish(tmp_path, 0, UPPER, PHANTOM, "SupervisedTrainer", 0.9)
-    finish(tmp_path, 0, PAIR, PAIR, "CASTTrainer", 0.25, "totalseg")
-    unfinished = finish(tmp_path, 1, PHANTOM, PHANTOM, "CASTTrainer", 0.7)
-    (unfinished.folder / "score.json").unlink()
-    table.main(["-o", str(tmp_path), "--only_table", "-seeds", "0", "1"])
-
-    text = (tmp_path / "table.md").read_text()
-    assert text in capsys.readouterr().out
-    overview = {line.split("|")[1].strip(): [c.strip() for c in line.split("|")[2:-1]]
-                for line in text.split("\n\n")[1].splitlines()[1:]}  # fmt: skip
-    # lower bound 0.3 and upper 0.9 over all seeds: 0.6 and 0.8 close 50 and 83.3 percent
-    assert overview["lower bound"] == ["0.300 ± 0.141", "–"]
-    assert overview["CISFATrainer"] == ["0.700 ± 0.141 (67 %)", "–"]
-    assert overview["CASTTrainer"] == ["–", "0.250"] and overview["upper bound"] == ["0.900", "–"]
-    assert "EntMinTrainer" not in overview
-    assert "upper bound: SupervisedTrainer on Dataset511_PhantomSupervised" in text and "| 1 of 2" in text
-    assert "lower bound: SourceOnlyTrainer on" not in text
-    assert text.count("Transductive") == 1
-    with open(tmp_path / "table.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    found = [(row["test"], row["label"], row["seed"]) for row in rows]
-    assert found == [
-        ("phantom_mr2ct", "lower bound", "0"), ("phantom_mr2ct", "lower bound", "1"),
-        ("phantom_mr2ct", "CISFATrainer", "0"), ("phantom_mr2ct", "CISFATrainer", "1"),
-        ("phantom_mr2ct", "upper bound", "0"), ("totalseg", "CASTTrainer", "0"),
-    ]  # fmt: skip
-    assert float(rows[3]["gap_closed_percent"]) == pytest.approx(250 / 3)
-    assert (tmp_path / "table.png").stat().st_size > 1000
+def overview(text: str) -> dict[str, list[str]]:
+    return {row[0]: row[1:] for row in cells(text, "Dice (share of the gap)")}
 
 
-def test_criteria_are_ranked_against_the_target_without_the_upper_bounds(table, tmp_path):
-    runs = {"SourceOnlyTrainer": (0.2, {"pseudo_dice": 0.9}),
-            "EntMinTrainer": (0.3, {"agreement": 0.5, "entropy": 0.1}),
-            "CUTTrainer": (0.5, {"agreement": 0.7, "entropy": 0.2, "pseudo_dice": 0.8}),
-            "CISFATrainer": (0.7, {"agreement": 0.8, "entropy": 0.4, "pseudo_dice": 0.7})}  # fmt: skip
-    for trainer, (dice, criteria) in runs.items():
-        finish(tmp_path, 0, PHANTOM, PHANTOM, trainer, dice, **criteria)
-    finish(tmp_path, 0, UPPER, PHANTOM, "SupervisedTrainer", 0.9, agreement=0.0, entropy=0.9, pseudo_dice=1.0)
-    table.main(["-o", str(tmp_path), "--only_table", "-seeds", "0"])
-    for text in ((tmp_path / "table.md").read_text(), again(table, tmp_path)):
-        ranked = text[text.index("Rank correlation of the criteria") :]
-        cells = {line.split("|")[1].strip(): line.split("|")[2].strip()
-                 for line in ranked.splitlines() if line.startswith("|")}  # fmt: skip
-        assert cells["agreement"] == "1.00 (3 runs)" and cells["entropy"] == "-1.00 (3 runs)"
-        assert cells["pseudo_dice"] == "-1.00 (3 runs)" and cells["snd"] == "–"
+def test_equal_time_gives_slower_steps_fewer_of_them(trained):
+    trained.main("-tasks", "heart", "-tr", "CISFATrainer", "RandomStyleTrainer")
+    steps = {job.trainer: trained.uda(job)["iterations_per_epoch"] * trained.uda(job)["num_epochs"]
+             for job in trained.jobs}  # fmt: skip
+    assert steps == {"SourceOnlyTrainer": 2000, "CISFATrainer": 500, "RandomStyleTrainer": 2000,
+                     "SupervisedTrainer": 2000}  # fmt: skip
+    assert [trained.uda(job)["seed"] for job in trained.jobs] == [0] * 4 + [1] * 4 + [2] * 4
+    assert [one["trainer"] for one in trained.measured] == ["CISFATrainer", "RandomStyleTrainer"]
+    assert os.environ["OMP_NUM_THREADS"] == "1"
+    row = cells((trained.folder / "table.md").read_text(), "Every trainer and task")[2]
+    assert row[:2] == ["heart", "RandomStyleTrainer"] and row[5:] == ["1.0", "2000", "3"]
 
 
-def again(table, folder) -> str:
-    """The tables of a folder's records alone."""
-    table.main(["-o", str(folder / "again"), "--only_table", "-with", str(folder / "table.json")])
-    return (folder / "again" / "table.md").read_text()
+def test_a_second_start_trains_and_measures_nothing_again(trained, capsys):
+    words = ("-tasks", "heart", "totalseg", "-tr", "CISFATrainer", "-seeds", "0")
+    first = trained.main(*words)
+    assert len(trained.jobs) == 5  # no upper bound where no labelled target scan is left
+    assert trained.main(*words) == first and not trained.jobs and not trained.measured
+    trained.main(*words[:-1], "0", "4")
+    assert {trained.uda(job)["seed"] for job in trained.jobs} == {4} and not trained.measured
+    assert trained.main(*words, "--only_table") in capsys.readouterr().out
 
 
-def test_recorded_runs_of_another_machine_join_the_table(table, tmp_path, capsys):
-    there, here = tmp_path / "there", tmp_path / "here"
-    for seed, dice in ((0, 0.2), (1, 0.4)):
-        finish(there, seed, PHANTOM, PHANTOM, "SourceOnlyTrainer", dice)
-    finish(there, 0, PHANTOM, PHANTOM, "CISFATrainer", 0.6)
-    finish(there, 0, UPPER, PHANTOM, "SupervisedTrainer", 0.9)
-    finish(there, 0, PAIR, PAIR, "CASTTrainer", math.nan, "totalseg")
-    table.main(["-o", str(there), "--only_table", "-seeds", "0", "1"])
-    recorded = there / "table.json"
-    assert str(tmp_path) not in recorded.read_text()
-    finish(here, 0, PHANTOM, PHANTOM, "CISFATrainer", 0.7)  # counts instead of its record
-    capsys.readouterr()
-    table.main(["-o", str(here), "--only_table", "-groups", "phantom", "-seeds", "0", "-with", str(recorded)])
-
-    text = capsys.readouterr().out
-    overview = {line.split("|")[1].strip(): [c.strip() for c in line.split("|")[2:-1]]
-                for line in text.split("\n\n")[1].splitlines()[1:]}  # fmt: skip
-    assert overview["lower bound"] == ["0.300 ± 0.141", "–"] and overview["upper bound"] == ["0.900", "–"]
-    assert overview["CISFATrainer"] == ["0.700 (67 %)", "–"] and overview["CASTTrainer"] == ["–", "–"]
-    assert "upper bound: SupervisedTrainer on Dataset511_PhantomSupervised" in text and text.count("Transductive") == 1
-    with open(here / "table.csv", newline="") as file:
-        rows = {(row["test"], row["label"], row["seed"]): row for row in csv.DictReader(file)}
-    assert len(rows) == 5 and rows["phantom_mr2ct", "lower bound", "1"]["assd_mm_left"] == "2.0"
-    # what was put together can be handed on, nothing lost
-    table.main(["-o", str(tmp_path / "third"), "--only_table", "-with", str(here / "table.json")])
-    assert (tmp_path / "third" / "table.json").read_text() == (here / "table.json").read_text()
-
-
-def test_what_is_recorded_is_not_trained_again(table, tmp_path, monkeypatch):
-    there, here, made, ran = tmp_path / "there", tmp_path / "here", [], []
-    finish(there, 0, PHANTOM, PHANTOM, "SourceOnlyTrainer", 0.2)
-    finish(there, 0, PHANTOM, PHANTOM, "CISFATrainer", 0.6)
-    for test in (PHANTOM, BACK):  # of the other direction all of the second seed
-        finish(there, 0, UPPER, PHANTOM, "SupervisedTrainer", 0.9)
-        finish(there, 1, test, test, "CISFATrainer", 0.6)
-        finish(there, 1, test, test, "CASTTrainer", 0.6)
-    finish(there, 1, BACK, BACK, "SourceOnlyTrainer", 0.6)
-    finish(there, 1, "Dataset512_PhantomBackSupervised", BACK, "SupervisedTrainer", 0.6)
-    table.main(["-o", str(there), "--only_table", "-seeds", "0", "1"])
-    monkeypatch.setattr(table, "make_task", lambda name, folder, *_: made.append((name, folder.name)))
-    monkeypatch.setattr(table.Demo, "run", lambda demo, *words, **_: ran.append((demo.folder.name, words)))
-    table.main(["-o", str(here), "-groups", "phantom", "-seeds", "0", "1", "-tr", "CISFATrainer", "CASTTrainer",
-                "-with", str(there / "table.json")])  # fmt: skip
-    assert made == [("phantom_mr2ct", "seed_0"), ("phantom_ct2mr", "seed_0"), ("phantom_mr2ct", "seed_1")]
-    compared = [(folder, words) for folder, words in ran if words[0] == "nnUNetUDA_compare"]
-    assert [folder for folder, _ in compared] == ["seed_0", "seed_0", "seed_1"]
-
-    def of(words, option):
-        rest = words[words.index(option) + 1 :] if option in words else ()
-        return list(rest[: next((i for i, word in enumerate(rest) if word.startswith("-")), None)])
-
-    asked = [[of(words, option) for option in ("-d", "-tr", "-lower", "-upper")] for _, words in compared]
-    both = ["CISFATrainer", "CASTTrainer"]
-    assert asked == [
-        [["501"], ["CASTTrainer"], [], []],
-        [["502"], both, ["SourceOnlyTrainer"], ["SupervisedTrainer:512"]],
-        [["501"], ["SourceOnlyTrainer"], [], ["SupervisedTrainer:511"]],  # the bounds alone
+def test_an_upper_bound_that_leaves_scans_out_is_one_run_over_all_of_them(trained):
+    trained.dice.update(
+        {("SupervisedTrainer", "Dataset552_brain"): 0.6, ("SupervisedTrainer", "Dataset553_brain"): 0.9}
+    )
+    text = trained.main("-tasks", "brain", "-tr", "-seeds", "0")
+    upper = [job for job in trained.jobs if job.trainer == "SupervisedTrainer"]
+    assert [(job.dataset[:10], job.fold, job.test.cases) for job in upper] == [
+        (f"Dataset{i}", "all", [f"case_{i}"]) for i in (552, 553, 554)
     ]
-    configured = [of(words, "-d") for _, words in ran if words[0] == "nnUNetUDA_configure"]
-    assert configured == [["501"], ["502"], ["512"], ["501"], ["511"]]
+    assert trained.jobs[0].fold == "0" and trained.jobs[0].images.name == "imagesTu"
+    assert overview(text)["upper bound"] == ["0.667"]  # of 0.6, 0.9 and 0.5
+    (record,) = (one for one in trained.record() if one["label"] == "upper bound")
+    assert record["trainings"] == 3 and len(record["metrics"]) == 3 and record["minutes"] == 1.0
+    assert "brain: T1 to T2; tested on the very scans that training sees without their labels; upper bound: trained " \
+           "on the other target scan(s), for each in turn." in text  # fmt: skip
 
 
-@pytest.mark.parametrize("content", ["[]", '{"runs": [{"test": "phantom_mr2ct"}]}', '{"means": []}'])
-def test_a_file_of_another_kind_is_no_record(table, tmp_path, capsys, content):
+def test_a_run_without_all_its_trainings_is_not_there_yet(trained):
+    trained.dice["SupervisedTrainer", "Dataset553_brain"] = None
+    with pytest.raises(SystemExit):
+        trained.main("-tasks", "brain", "-tr", "-seeds", "0")
+    assert [one["label"] for one in trained.record()] == ["lower bound"]
+    trained.dice["SupervisedTrainer", "Dataset553_brain"] = 0.5
+    trained.main("-tasks", "brain", "-tr", "-seeds", "0")
+    assert [job.dataset for job in trained.jobs] == ["Dataset553_brain"]
+
+
+def test_one_failure_stops_no_other_and_is_said(trained, capsys):
+    trained.dice["CISFATrainer"] = None
+    with pytest.raises(SystemExit):
+        trained.main("-tasks", "heart", "-tr", "CISFATrainer", "CASTTrainer", "-seeds", "0")
+    said = capsys.readouterr().err
+    assert "1 training(s) failed" in said and "it diverged" in said
+    assert {one["label"] for one in trained.record()} == {"lower bound", "CASTTrainer", "upper bound"}
+
+
+def test_share_of_the_gap_and_what_is_within_noise_of_the_best(table):
+    import pandas as pd
+
+    dice = {"lower bound": (0.2, 0.4), "CASTTrainer": (0.7, 0.8), "CISFATrainer": (0.68, 0.78),
+            "CUTTrainer": (0.5, 0.6), "upper bound": (0.9,)}  # fmt: skip
+    runs = pd.DataFrame([
+        {"task": "heart", "label": label, "dice": one, "assd_mm": 1.0, "minutes": 1.0, "steps": 10, "undefined": 0}
+        for label, values in dice.items() for one in values
+    ])  # fmt: skip
+    rows = {row["label"]: row for row in table.summarise_lines(runs, list(dice))}
+    # bounds 0.3 and 0.9: 0.7 and 0.8 close 66.7 and 83.3 percent
+    assert rows["CASTTrainer"]["gap"].mean == pytest.approx(75) and rows["CASTTrainer"]["gap"].std > 0
+    assert rows["upper bound"]["gap"].n == rows["lower bound"]["gap"].n == 0
+    # deviations of 0.07 over two seeds: 0.14 is noise, 0.2 is not
+    assert {label for label, row in rows.items() if row["best"]} == {"CASTTrainer", "CISFATrainer"}
+    one_seed = table.summarise_lines(runs.drop_duplicates("label"), list(dice))
+    assert [row["label"] for row in one_seed if row["best"]] == ["CASTTrainer"]
+
+
+def test_equal_iterations_are_a_second_table_with_the_same_bounds(trained):
+    words = ("-tasks", "heart", "-tr", "CISFATrainer", "-seeds", "0", "-budget", "200")
+    first = trained.main(*words)
+    assert "Equal iterations" not in first
+    both = trained.main(*words, "-equal", "time", "iterations")
+    (job,) = trained.jobs
+    assert job.trainer == "CISFATrainer" and trained.uda(job)["iterations_per_epoch"] == 10 and not trained.measured
+    time, iterations = both.split("## Equal ")[1:]
+    assert time.startswith("time: every training takes that of 200 steps")
+    assert iterations.startswith("iterations: every training has 200 steps")
+    steps = [cells(part, "Every trainer and task")[2][6] for part in (time, iterations)]
+    assert steps == ["40", "200"]  # 2.5 an epoch, rounded
+    assert overview(time)["lower bound"] == overview(iterations)["lower bound"]
+    # another budget is another comparison
+    text = trained.main(*words[:-1], "2000")
+    assert len(trained.jobs) == 3 and "200 steps" not in text.replace("2000 steps", "")
+
+
+def test_variants_are_lines_with_their_settings(trained, capsys):
+    few = "Few:CISFATrainer:cisfa.patches=64,cisfa.segmenter_adversarial=both,segmenter_learning_rate=1e-4"
+    words = ("-tasks", "heart", "-tr", "CISFATrainer", "-seeds", "0", "-variant")
+    text = trained.main(*words, few, "Same:CISFATrainer")
+    udas = {job.plans.split("_")[0]: trained.uda(job) for job in trained.jobs if job.trainer == "CISFATrainer"}
+    usual = udas["CISFATrainer"]
+    assert udas["Few"]["cisfa"] == usual["cisfa"] | {"patches": 64, "segmenter_adversarial": "both"}
+    assert udas["Few"]["segmenter_learning_rate"] == 1e-4 and udas["Same"] == usual
+    assert list(overview(text)) == ["trainer", "lower bound", "CISFATrainer", "Few", "Same", "upper bound"]
+    # the name alone does not say what it is: with other settings its runs are other ones
+    trained.dice["CISFATrainer"] = 0.8
+    text = trained.main(*words, "Few:CISFATrainer:cisfa.patches=32")
+    assert len(trained.jobs) == 1 and overview(text)["Few"] == ["**0.800**"]
+    # and a table without the option shows what there is
+    assert "Same" in overview(trained.main(*words[:-1], "--only_table"))
+
+
+@pytest.mark.parametrize(("words", "said"), [
+    (["-variant", "Few"], "-variant takes NAME:TRAINER:KEY=VALUE,KEY=VALUE, found 'Few'"),
+    (["-variant", "a/b:CISFATrainer:"], "-variant takes"),
+    (["-variant", "CASTTrainer:CISFATrainer:cisfa.patches=64"], "expected every name once"),
+    (["-again", "Few"], "-again Few"),
+    (["-budget", "5"], "-budget must be at least 20"),
+    (["-variant", "Few:NoSuchTrainer:"], "NoSuchTrainer"),
+])  # fmt: skip
+def test_what_no_line_can_be_is_refused(trained, capsys, words, said):
+    with pytest.raises(SystemExit):
+        trained.main("-tasks", "heart", *words)
+    assert said in capsys.readouterr().err and not trained.jobs
+
+
+def test_records_of_another_day_are_not_trained_again(trained, table, tmp_path):
+    words = ("-tasks", "heart", "brain", "-tr", "CISFATrainer", "-seeds", "0")
+    first = trained.main(*words)
+    recorded = tmp_path / "recorded.json"
+    (trained.folder / "table.json").rename(recorded)
+    assert str(tmp_path) not in recorded.read_text()
+    trained.folder = tmp_path / "elsewhere"
+    assert trained.main(*words, "-with", str(recorded)) == first and not trained.jobs
+    text = trained.main(*words[:4], "CISFATrainer", "CASTTrainer", "-seeds", "0", "-with", str(recorded))
+    assert [job.trainer for job in trained.jobs] == ["CASTTrainer"] * 2
+    assert "CISFATrainer" in overview(text) and "CASTTrainer" in overview(text)
+    # what the table was not asked for is handed on all the same
+    trained.main("-tasks", "heart", "-tr", "--only_table", "-with", str(recorded))
+    assert {one["task"] for one in trained.record()} == {"heart", "brain"}
+    assert len(trained.record()) == len(json.loads(recorded.read_text())["runs"]) + 2
+
+
+@pytest.mark.parametrize("content", ["[]", '{"runs": [{"task": "heart"}]}', '{"means": []}'])
+def test_a_file_of_another_kind_is_no_record(trained, tmp_path, capsys, content):
     (tmp_path / "other.json").write_text(content)
     with pytest.raises(SystemExit):
-        table.main(["-o", str(tmp_path / "out"), "--only_table", "-with", str(tmp_path / "other.json")])
+        trained.main("--only_table", "-with", str(tmp_path / "other.json"))
     assert "other.json is no table.json of this command" in capsys.readouterr().err
 
 
-def test_every_comparison_with_one_schedule_for_all_trainers(table, tmp_path, monkeypatch):
-    made, ran = [], []
-    monkeypatch.setattr(table, "make_task", lambda name, folder, seed, *more: made.append((name, folder.name, seed)))
-
-    def run(demo, *words, **_):
-        ran.append((demo.folder.name, words))
-        if words[0] == "nnUNetUDA_compare":
-            finish(tmp_path, int(demo.folder.name[-1]), PHANTOM, PHANTOM, "CASTTrainer", 0.5)
-
-    monkeypatch.setattr(table.Demo, "run", run)
-    table.main(["-o", str(tmp_path), "-seeds", "4", "5", "-tr", "CASTTrainer", "-data", str(tmp_path), "-jobs", "2"])
-    phantoms = ("phantom_mr2ct", "phantom_ct2mr")
-    assert made[:8] == [(name, "seed_4", 4) for name in phantoms] * 4  # with both schedules, and in 3D
-    assert made[-6:] == [(name, "seed_5", 5) for name in phantoms] * 3
-    assert [(name, folder) for name, folder, _ in made[8:-6]] == [
-        (name, "seed_0") for pair in (("brain_t12t2", "brain_t22t1"), ("vs", "vs_back"), ("totalseg", "totalseg_back"))
-        for name in pair * 2
-    ]  # fmt: skip
-    compared = [words for _, words in ran if words[0] == "nnUNetUDA_compare"]
-    assert len(compared) == 17
-    bounds = [words[words.index("-upper") + 1] if "-upper" in words else None for words in compared]
-    assert bounds == [
-        f"SupervisedTrainer:{i}" if i else None
-        for i in (511, None, 511, 511, 533, 533, 534, 523, None, 523, *4 * [None], 511, None, 511)
-    ]
-    assert all("-jobs" in words and words[words.index("-tr") + 1] == "CASTTrainer" for words in compared)
-    configured = [words[words.index("-set") + 1 :] for _, words in ran if words[0] == "nnUNetUDA_configure"]
-    of_task = ("seed", "iterations", "foreground")
-    schedules = {tuple(w for w in words if not w.startswith(of_task) and "_width" not in w) for words in configured}
-    assert len(configured) == 5 * 4 + 2 * 2 + 4 + 4 + 2 * (2 + 1 + 2) and len(schedules) == 1
+def test_code_is_recorded_and_only_on_demand_a_reason_to_train_again(trained, table, monkeypatch):
+    words = ("-tasks", "heart", "-tr", "CISFATrainer", "CASTTrainer", "-seeds", "0")
+    trained.main(*words)
+    (here,) = {tuple(one["code"]) for one in trained.record()}
+    assert here == (table.code_now()["code"],)
+    monkeypatch.setattr(table, "code_now", lambda: {"code": "other", "revision": "r"})
+    trained.main(*words)
+    assert not trained.jobs
+    trained.dice["CASTTrainer"] = 0.7
+    text = trained.main(*words, "-again", "CASTTrainer")
+    assert [job.trainer for job in trained.jobs] == ["CASTTrainer"]
+    assert "0.700" in overview(text)["CASTTrainer"][0] and "Trained by 2 state(s) of the code." in text
+    trained.main(*words, "-again", "CASTTrainer")
+    assert not trained.jobs
 
 
-def test_the_longer_schedule_is_cast_s_alone(table, tmp_path, monkeypatch):
-    ran = []
-    monkeypatch.setattr(table, "make_task", lambda *_: None)
-    monkeypatch.setattr(table.Demo, "run", lambda demo, *words, **_: ran.append(words))
-    finish(tmp_path, 3, PHANTOM, PHANTOM, "CASTTrainer", 0.5, "phantom_long")
-    table.main(["-o", str(tmp_path), "-groups", "phantom", "phantom_long", "-seeds", "3"])
-    short, long = (words for words in ran if words[0] == "nnUNetUDA_compare")
-    assert list(long[long.index("-tr") + 1 : long.index("-f")]) == ["CASTTrainer"]
-    assert list(short[short.index("-tr") + 1 : short.index("-f")]) == list(table.TRAINERS)
-    iterations = [next(w for w in words if "iterations_per_epoch" in w) for words in ran if "-set" in words]
-    assert iterations == ["iterations_per_epoch=100"] * 4 + ["iterations_per_epoch=180"] * 2
-    assert all("foreground_oversampling=0" in words for words in ran if "-set" in words)
-    ran.clear()
-    table.main(["-o", str(tmp_path), "-groups", "phantom_long", "-seeds", "3", "-tr", "CASTTrainer", "MyTrainer"])
-    assert ran[-1][ran[-1].index("-tr") + 1 : ran[-1].index("-f")] == ("CASTTrainer", "MyTrainer")
-    ran.clear()
+def test_the_criteria_are_ranked_against_the_target_without_the_upper_bounds(trained):
+    trained.dice.update(dict(zip(("CISFATrainer", "CASTTrainer", "SourceOnlyTrainer"), (0.3, 0.6, 0.1), strict=True)))
+    text = trained.main("-tasks", "heart", "-tr", "CISFATrainer", "CASTTrainer", "-seeds", "0")
+    caption = "Rank correlation of the criteria without labels with the Dice, over last checkpoints"
+    ranks = dict(cells(text, caption)[1:])
+    assert ranks["agreement"] == "1.00 (3 runs)" and ranks["entropy"] == "–"
+
+
+def test_every_figure_is_in_the_csv_and_every_line_in_the_plot(trained, table):
+    trained.dice["CISFATrainer"] = math.nan
+    trained.main("-tasks", "heart", "-tr", "CISFATrainer", "-seeds", "0")
+    with open(trained.folder / "table.csv", newline="") as file:
+        rows = {row["label"]: row for row in csv.DictReader(file)}
+    assert rows["lower bound"]["dice_left"] == "0.5" and rows["lower bound"]["assd_mm_right"] == "2.0"
+    assert rows["CISFATrainer"]["dice"] == "" and rows["CISFATrainer"]["criterion_agreement"] == ""
+    assert trained.drawn == [("table.png", 3, table.MODES["time"].format(2000))]
+
+
+def test_what_is_2d_only_has_no_row_in_3d(trained):
+    trained.main("-tasks", "brain_3d", "-seeds", "0", "-tr", "UUDSAdversarialTrainer", "CISFATrainer")
+    assert {job.configuration for job in trained.jobs} == {"3d_fullres"}
+    assert not any(job.trainer.startswith("UUDS") for job in trained.jobs)
+    (cisfa,) = (trained.uda(job)["cisfa"] for job in trained.jobs if job.trainer == "CISFATrainer")
+    assert cisfa == {"generator_width": 8, "generator_blocks": 4, "discriminator_width": 16}
+
+
+def test_real_tasks_are_the_default_and_phantoms_are_called_so(trained, table):
+    text = trained.main("-tr", "-seeds", "0")
+    assert overview(text)["trainer"] == [name for name, task in table.TASKS.items() if not task.made]
+    text = trained.main("-groups", "phantom_mr2ct", "-tr", "-seeds", "0")
+    assert "- phantom_mr2ct: phantom, mr to ct; " in text
+
+
+def test_every_setting_of_the_table_exists(table):
+    from nnunet_uda.plans import check_uda
+
+    for trainer in (*table.TRAINERS, *table.BOUNDS.values(), "ADVENTTrainer", "EntMinTrainer"):
+        check_uda(table.Line(trainer, trainer).uda("heart"), trainer)
+
+
+def test_no_finished_run_is_said(trained, capsys):
     with pytest.raises(SystemExit):
-        table.main(["-o", str(tmp_path), "-groups", "phantom_long", "-seeds", "3", "-tr", "CUTTrainer"])
-    assert not ran
+        trained.main("--only_table")
+    assert "holds no finished run of these tasks" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("group", "datasets"), [
-    ("phantom_styles", ("501", "502")), ("brain_styles", ("531", "532")), ("totalseg_styles", ("521", "524")),
-])  # fmt: skip
-def test_random_styles_alone_get_the_time_of_cisfa_s_steps(table, tmp_path, monkeypatch, group, datasets):
-    ran = []
-    monkeypatch.setattr(table, "make_task", lambda *_: None)
-    monkeypatch.setattr(table.Demo, "run", lambda demo, *words, **_: ran.append(words))
-    finish(tmp_path, 3, PHANTOM, PHANTOM, "RandomStyleTrainer", 0.5)
-    table.main(["-o", str(tmp_path), "-groups", group, "phantom", "-seeds", "3", "-data", str(tmp_path)])
-    (compared,) = (words for words in ran if words[0] == "nnUNetUDA_compare" and "nnUNetPlansTableStyles" in words)
-    assert compared[1 : compared.index("-tr")] == ("-d", *datasets)
-    assert compared[compared.index("-tr") + 1 : compared.index("-f")] == ("RandomStyleTrainer",)
-    iterations = {next(w for w in words if "iterations_per_epoch" in w) for words in ran
-                  if "nnUNetPlansTableStyles" in words and "-set" in words}  # fmt: skip
-    usual = table.GROUPS[group.removesuffix("_styles")].iterations
-    assert iterations == {f"iterations_per_epoch={5 * usual}"}
-
-
-def test_in_3d_the_same_scans_are_preprocessed_once_and_what_is_2d_only_is_left_out(table, tmp_path, monkeypatch):
-    ran = []
-    monkeypatch.setattr(table, "make_task", lambda *_: (tmp_path / "seed_3").mkdir(exist_ok=True))
-    monkeypatch.setattr(table.Demo, "run", lambda demo, *words, **_: ran.append(words))
-    finish(tmp_path, 3, PHANTOM, PHANTOM, "CASTTrainer", 0.5, "phantom_3d")
-    for _ in range(2):
-        table.main(["-o", str(tmp_path), "-groups", "phantom_3d", "-seeds", "3"])
-    preprocessed = [words[:-2] for words in ran if "preprocess" in words[0]]
-    assert preprocessed == [
-        ("nnUNetv2_preprocess", "-d", "501", "511", "-c", "3d_fullres"),
-        ("nnUNetUDA_preprocess", "-d", "501", "-c", "3d_fullres"),
-        ("nnUNetv2_preprocess", "-d", "502", "512", "-c", "3d_fullres"),
-        ("nnUNetUDA_preprocess", "-d", "502", "-c", "3d_fullres"),
-    ]
-    (compared,) = {tuple(words) for words in ran if words[0] == "nnUNetUDA_compare"}
-    assert compared[compared.index("-c") + 1] == "3d_fullres" and "CASTTrainer" in compared
-    assert not any(word.startswith("UUDS") for word in compared)
-    assert "phantom_mr2ct_3d" in (tmp_path / "table.md").read_text()
-
-
-def test_every_task_is_compared_in_2d_and_in_3d(table):
-    whole = {"2d": set(table.TRAINERS), "3d_fullres": set(table.TRAINERS) - set(table.FLAT)}
-    for name in table.TASKS:
-        groups = [group for group in table.GROUPS.values() if name in group.tasks and group.bounds]
-        assert [group.configuration for group in groups if set(group.trainers) == whole[group.configuration]] == [
-            "2d", "3d_fullres",
-        ]  # fmt: skip
-    assert len(set(table.TESTS)) == len(table.TESTS)  # no task's runs pass for another group's
-
-
-def test_no_finished_run_is_said(table, tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        table.main(["-o", str(tmp_path), "--only_table"])
-    assert "holds no finished run yet" in capsys.readouterr().err and not list(tmp_path.iterdir())
+def test_a_calibration_is_of_its_machine(trained, table, monkeypatch):
+    words = ("-tasks", "heart", "-tr", "CISFATrainer", "-seeds", "0")
+    trained.main(*words)
+    monkeypatch.setattr(table, "machine", lambda device: "another")
+    trained.main(*words[:-1], "1")
+    assert len(trained.measured) == 1
+    known = json.loads((trained.folder / "calibration.json").read_text())
+    assert len(known) == 2 and all(one["CISFATrainer 2d"]["seconds"] == 0.8 for one in known.values())

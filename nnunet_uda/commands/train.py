@@ -232,12 +232,14 @@ def load_pretrained(network: torch.nn.Module, path: Path) -> None:
 
 
 def write_cost(path: Path, device: torch.device) -> None:
-    """Peak memory of this process so far in GiB; over all starts of a training that was continued, the largest."""
+    """Peak memory of this process so far in GiB, over all starts of a training that was continued the largest; and its
+    processor time in seconds, of the starts that came to an end the sum."""
     now = {"peak_memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
     if device.type == "cuda":
         now["peak_device_memory_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
     before = read_json(path) if path.exists() else {}
-    write_json({name: max(value, before.get(name, 0.0)) for name, value in now.items()}, path)
+    spent = {"cpu_seconds": time.process_time() + before.get("cpu_seconds", 0.0)}
+    write_json({name: max(value, before.get(name, 0.0)) for name, value in now.items()} | spent, path)
 
 
 @command
