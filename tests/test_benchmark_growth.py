@@ -122,6 +122,27 @@ def test_the_last_epoch_is_the_whole_method(benchmarks, plans):
     assert os.environ["nnUNet_n_proc_DA"] == "0" and "nnUNet_results" in os.environ
 
 
+def test_a_step_is_set_against_a_plain_network_s_over_the_whole_schedule(benchmarks, plans, monkeypatch):
+    import calibrate
+    import step_time
+
+    plans["uda"] |= {"num_epochs": 20, "cut": {"generator_width": 4, "generator_blocks": 2, "patches": 16}}
+    epochs, make = [], step_time.make_trainer
+
+    def watched(*arguments, **more):
+        trainer = make(*arguments, **more)
+        start = trainer.on_train_epoch_start
+        trainer.on_train_epoch_start = lambda: (epochs.append((type(trainer).__name__, trainer.current_epoch)), start())
+        return trainer
+
+    monkeypatch.setattr(step_time, "make_trainer", watched)
+    run = {"trainer": "CUTTrainer", "dataset": benchmarks.name, "plans": plans, "configuration": "2d", "fold": "all",
+           "device": "cpu"}  # fmt: skip
+    plain, own = calibrate.step_seconds(run)
+    assert 0 < plain < own
+    assert epochs == [(name, epoch) for epoch in (2, 7, 12, 17) for name in ("SourceOnlyTrainer", "CUTTrainer")]
+
+
 def test_the_passes_of_cisfas_code_give_the_same_terms(benchmarks, plans):
     import step_time
     from cisfa_code import PlainInstanceNorm

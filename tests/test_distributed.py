@@ -522,14 +522,16 @@ def test_pretrained_weights_are_read_on_any_device(tmp_path):
         train.load_pretrained(network, tmp_path / "c.pth")
 
 
-def test_memory_is_the_most_of_all_starts(tmp_path):
+def test_memory_is_the_most_of_all_starts_and_time_their_sum(tmp_path):
     path = tmp_path / "cost.json"
     train.write_cost(path, torch.device("cpu"))
     first = json.loads(path.read_text())["peak_memory_gib"]
     assert 0.05 < first < 100
-    path.write_text(json.dumps({"peak_memory_gib": 1000.0}))
+    path.write_text(json.dumps({"peak_memory_gib": 1000.0, "cpu_seconds": 1e6}))
+    before = time.process_time()
     train.write_cost(path, torch.device("cpu"))
-    assert json.loads(path.read_text()) == {"peak_memory_gib": 1000.0}
+    found = json.loads(path.read_text())
+    assert found["peak_memory_gib"] == 1000.0 and before <= found["cpu_seconds"] - 1e6 <= time.process_time()
 
 
 @pytest.mark.slow
