@@ -331,9 +331,11 @@ def test_real_tasks_are_the_default_and_phantoms_are_called_so(trained, table):
     assert "- phantom_mr2ct: phantom, mr to ct; " in text
 
 
-def test_every_setting_of_the_table_exists(table):
+def test_every_setting_of_the_table_exists(table, monkeypatch):
+    from nnunet_uda.commands.trainers import trainers_folder
     from nnunet_uda.plans import check_uda
 
+    monkeypatch.setenv("nnUNet_extTrainer", str(trainers_folder()))
     for trainer in (*table.TRAINERS, *table.BOUNDS.values(), "ADVENTTrainer", "EntMinTrainer"):
         check_uda(table.Line(trainer, trainer).uda("heart"), trainer)
 
