@@ -10,8 +10,7 @@ Data: https://doi.org/10.5281/zenodo.3431873 (CHAOS, CC BY-SA 4.0) and https://w
 DICOM and masks, and why BTCV renumbered 1 to 30 is refused.
 
 Classes: liver 1, right_kidney 2, left_kidney 3, spleen 4, or as given to -structures; BTCV's other organs become
-background. Images keep intensities (CT in HU), voxels and orientation; nothing is cropped or clipped. -sequence takes
-another of CHAOS's MR sequences.
+background. Images keep voxels and orientation; nothing is cropped. -sequence takes another of CHAOS's MR sequences.
 
 Protocols:
   sifa    fixed test set MR 1 13 32 38, CT 1 9 30 32 33 39. Source: the scans outside the source modality's own test
@@ -85,7 +84,7 @@ def convert(args: argparse.Namespace, warnings: list[str]) -> None:
         "description": f"BTCV (CT) and CHAOS ({args.sequence}), {plan.description}",
         **{key: f"{chaos.INFORMATION[key]}; {btcv.INFORMATION[key]}" for key in chaos.INFORMATION},
     }
-    protocols.write_dataset("Abdomen", source, target, plan, args.structures, information, args, warnings)
+    protocols.write_dataset("Abdomen", source, target, plan, args.structures, information, args, warnings, "abdomen")
 
 
 main = common.script(__doc__, add_arguments, convert)

@@ -37,14 +37,15 @@ Target labels are read for labelsTs alone. With --upper_bound they ARE used for 
 upper bound's dataset, target and target validation patients WITH their labels as imagesTr and labelsTr, to be trained
 with a plain trainer and tested on the same test patients.
 
-Intensities stay as they are, and nnU-Net z-scores each scan. Only if asked for:
+Intensities are clipped at the percentiles 0.5 and 99.5 of the nonzero voxels (the brain) of each scan, and nnU-Net
+z-scores them. -source_intensities and -target_intensities change that for one domain; for both at once:
   -protocol uuds      the paper's: clip at the 5th and 95th percentile, scale to [-1, 1], channel noNorm
-  -clip 5 95          clip only; still z-scored
+  -clip 5 95          clip at others; still z-scored
   -clip 5 95 -range 0 1
                       clip and scale; channel noNorm. (nnU-Net pads with 0: the background of [0, 1], grey in [-1, 1].)
 The paper does not say over which voxels; here percentiles are of the nonzero voxels (the brain) of each volume, as more
 than half of a volume is empty. The empty voxels take the low end of the range, or stay 0. dataset.json records it, and
-new scans must be treated likewise before prediction: nnUNetUDA_clip -d ID -i SCANS -o CLIPPED (imagesTs is already).
+nnUNetv2_predict treats new scans likewise with a trainer of this package (else: nnUNetUDA_intensities).
 
 -structures regions writes nnU-Net regions (whole tumour, tumour core, enhancing tumour). nnU-Net's own trainers take
 them; the trainers and the evaluation of this package refuse them, so use it with --upper_bound or for a plain nnU-Net.
@@ -53,7 +54,6 @@ them; the trainers and the evaluation of this package refuse them, so use it wit
 from __future__ import annotations
 
 import argparse
-import functools
 import os
 import re
 from collections.abc import Sequence
@@ -64,11 +64,11 @@ from typing import Any
 import SimpleITK as sitk
 
 from nnunet_uda.data import reading
-from nnunet_uda.data.intensities import Intensities, read_clipped
+from nnunet_uda.data.intensities import Intensities
 from nnunet_uda.data.listing import files_in, folders_below
 from nnunet_uda.data.reading import LabelMap
 from nnunet_uda.dataset_conversion import common
-from nnunet_uda.dataset_conversion.common import Case, Group
+from nnunet_uda.dataset_conversion.common import Case, Group, IntensityRequest
 from nnunet_uda.dataset_conversion.protocols import split_patients
 from nnunet_uda.errors import UDAError
 
@@ -81,7 +81,7 @@ CLASSES = (OEDEMA, CORE, ENHANCING)
 REGIONS = {WHOLE: [1, 2, 3], "tumour core": [2, 3], ENHANCING: [3]}
 PATIENTS = {"source": 143, "target": 143, "source validation": 21, "target validation": 21, "test": 41}
 """UUDS, section 4.1, of the 369 patients of BraTS 2020."""
-UUDS_INTENSITIES = Intensities((5, 95), (-1, 1))
+UUDS_INTENSITIES = Intensities((5, 95), (-1, 1), origin="-protocol uuds")
 MISNAMED = {"brats20_training_355": "w39_1998.09.19_segm"}
 """Case folder -> its segmentation's name, both in lower case, without ending."""
 ENDINGS = (".nii", ".nii.gz")
@@ -203,7 +203,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("-protocol", choices=("uuds",), help="also clip and scale as the paper does [split only]")
     parser.add_argument(
-        "-clip", nargs=2, type=float, metavar=("LOW", "HIGH"), help="clip at these percentiles of the brain [no]"
+        "-clip",
+        nargs=2,
+        type=float,
+        metavar=("LOW", "HIGH"),
+        help="clip both domains at these percentiles of the brain",
     )
     parser.add_argument("-range", nargs=2, type=float, metavar=("LOW", "HIGH"), help="with -clip: scale to this range")
     parser.add_argument("-test_ids", nargs="+", metavar="ID", help="test cases or patients instead of drawn ones")
@@ -218,7 +222,7 @@ def convert(args: argparse.Namespace, warnings: list[str]) -> None:
     """Run the conversion that ``args`` (of ``add_arguments``) describe."""
     if args.source == args.target:
         raise UDAError(f"-source and -target are both {args.source}; expected two of {', '.join(MODALITIES)}.")
-    intensities = _intensities(args)
+    request = _intensities(args)
     year, visits = find_visits(args.i)
     visits = _complete(visits, args, NAMINGS[year], warnings)
     if not visits:
@@ -234,13 +238,12 @@ def convert(args: argparse.Namespace, warnings: list[str]) -> None:
 
     classes = CLASSES if args.structures == "regions" else (WHOLE,)
     label_map = _label_map(year, classes)
-    reader = reading.read_image if intensities is None else functools.partial(read_clipped, intensities=intensities)
 
     def cases(group: str, modality: str, labelled: bool) -> list[Case]:
         return [
             Case(
                 f"{visit.name}_{modality}", (visit.files[modality],),
-                visit.files.get(SEGMENTATION) if labelled else None, label_map, reader, read_label,
+                visit.files.get(SEGMENTATION) if labelled else None, label_map, read_label=read_label,
             )
             for visit in visits
             if visit.patient in groups[group]
@@ -270,8 +273,6 @@ def convert(args: argparse.Namespace, warnings: list[str]) -> None:
         "reference": NAMINGS[year].page,
         "licence": "BraTS terms: research use after registration, with citation",
     }
-    if intensities is not None:
-        information["uda"] = {"intensities": intensities.to_json()}
     if args.structures == "regions":
         information["labels"] = {"background": 0, **REGIONS}
         information["regions_class_order"] = [1, 2, 3]
@@ -281,24 +282,32 @@ def convert(args: argparse.Namespace, warnings: list[str]) -> None:
                 "them. To adapt, convert with -structures whole"
             )
     common.write_dataset(
-        args.d, name, dataset, classes, _channels(args, intensities, warnings),
+        args.d, name, dataset, classes, _channels(args, request, warnings),
         adaptation=not args.upper_bound, source_splits=source_splits, target_splits=target_splits,
-        information=information, warnings=warnings, overwrite=args.overwrite, strict=args.strict, processes=args.np,
+        information=information, intensities=request, warnings=warnings, overwrite=args.overwrite, strict=args.strict,
+        processes=args.np,
     )  # fmt: skip
 
 
-def _intensities(args: argparse.Namespace) -> Intensities | None:
+def _intensities(args: argparse.Namespace) -> IntensityRequest:
+    of_domains = [f"-{d}_intensities" for d in ("source", "target") if getattr(args, f"{d}_intensities")]
+    if of_domains and (args.protocol or args.clip or args.range):
+        other = "-protocol uuds" if args.protocol else "-clip" if args.clip else "-range"
+        raise UDAError(f"{other} is for both domains: leave it out, or {' and '.join(of_domains)}.")
     if args.protocol and (args.clip or args.range):
         raise UDAError("-protocol uuds clips at 5 95 and scales to -1 1: leave out -clip and -range, or -protocol.")
     if args.range and not args.clip:
         raise UDAError("-range scales what -clip leaves; give -clip LOW HIGH too, as -clip 5 95.")
-    if args.protocol:
-        return UUDS_INTENSITIES
-    return Intensities(tuple(args.clip), tuple(args.range) if args.range else None) if args.clip else None
+    if not (args.protocol or args.clip):
+        return common.intensity_request(args)
+    both = UUDS_INTENSITIES
+    if args.clip:
+        both = Intensities(tuple(args.clip), tuple(args.range) if args.range else None, origin="-clip")
+    return IntensityRequest(both, both)
 
 
-def _channels(args: argparse.Namespace, intensities: Intensities | None, warnings: list[str]) -> list[str]:
-    scaled = intensities is not None and intensities.scale is not None
+def _channels(args: argparse.Namespace, request: IntensityRequest, warnings: list[str]) -> list[str]:
+    scaled = isinstance(request.target, Intensities) and request.target.scale is not None
     if scaled and not args.channel:
         return ["noNorm"]
     channels = common.channel_names(args.channel, 1)

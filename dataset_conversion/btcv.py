@@ -10,7 +10,8 @@ stated there, not to be passed on). Please cite Landman et al., MICCAI Multi-Atl
 2015.
 
 A copy renumbered 1 to 30 circulates. It is refused: from 11 on its numbers are other patients, so that the test sets of
-papers (1, 9, 30, 32, 33, 39) would be other scans. Nothing is repaired; intensities (HU) and orientation are kept.
+papers (1, 9, 30, 32, 33, 39) would be other scans. Nothing is repaired; voxels and orientation are kept. Intensities
+(HU) are clipped at a window, the preset abdomen unless -source_intensities says otherwise.
 
 Classes are numbered as given to -structures; the other organs become background. The channel is called CT, so nnU-Net
 clips and scales HU (-channel intensity: z-score per image). Scans of -test_ids go to imagesTs and labelsTs; the others
@@ -23,12 +24,14 @@ from __future__ import annotations
 
 import argparse
 import re
+from dataclasses import replace
 from pathlib import Path
 
+from nnunet_uda.data.intensities import DEFAULT
 from nnunet_uda.data.listing import files_in
 from nnunet_uda.data.reading import LabelMap
 from nnunet_uda.dataset_conversion import common, protocols
-from nnunet_uda.dataset_conversion.common import Case, Group
+from nnunet_uda.dataset_conversion.common import Case, Group, IntensityRequest
 from nnunet_uda.dataset_conversion.protocols import Domain
 from nnunet_uda.errors import UDAError
 
@@ -128,8 +131,15 @@ def convert(args: argparse.Namespace, warnings: list[str]) -> None:
         [Group("CT", training, "imagesTr", "labelsTr"), Group("CT", test, "imagesTs", "labelsTs")],
         args.structures, common.channel_names(args.channel or ["CT"], 1), adaptation=False, source_splits=splits,
         information={"description": f"BTCV abdomen, supervised, seed {args.seed}", **INFORMATION},
-        warnings=warnings, overwrite=args.overwrite, strict=args.strict, processes=args.np,
+        intensities=_intensities(args), warnings=warnings, overwrite=args.overwrite, strict=args.strict,
+        processes=args.np,
     )  # fmt: skip
+
+
+def _intensities(args: argparse.Namespace) -> IntensityRequest:
+    """``-source_intensities`` and ``-target_intensities`` are both of the one domain that there is."""
+    request = common.intensity_request(args, "abdomen")
+    return request if request.target != DEFAULT else replace(request, target=request.source)
 
 
 main = common.script(__doc__, add_arguments, convert)

@@ -223,7 +223,7 @@ def convert(args: argparse.Namespace, warnings: list[str]) -> None:
     plan = protocols.arrange(source, target, args, warnings, skip_unlabelled=True)
     divided = "" if with_ct else ", patients divided between the sequences"
     information = {"description": f"CHAOS, {plan.description}{divided}", **INFORMATION}
-    protocols.write_dataset("CHAOS", source, target, plan, structures, information, args, warnings)
+    protocols.write_dataset("CHAOS", source, target, plan, structures, information, args, warnings, "abdomen")
 
 
 main = common.script(__doc__, add_arguments, convert)

@@ -1,9 +1,10 @@
 """What every converter shares: cases in, a whole nnU-Net raw dataset with an unlabelled target out.
 
 A converter lists ``Case`` objects in ``Group`` objects and calls ``write_dataset``. Images keep their voxels, pixel
-type, intensities and orientation header (``dataset.json`` names nnU-Net's reorienting reader, so that the network sees
-one orientation while predictions still lie on the vendor's grid); labels are mapped to classes and share the image's
-geometry exactly. An image is written from the image file alone: no label can change it.
+type and orientation header (``dataset.json`` names nnU-Net's reorienting reader, so that the network sees one
+orientation while predictions still lie on the vendor's grid), and their intensities within the bounds of their domain
+(``choose_intensities``); labels are mapped to classes and share the image's geometry exactly. An image is written from
+the image file and those bounds alone: no label of its own can change it.
 """
 
 from __future__ import annotations
@@ -31,7 +32,19 @@ import numpy as np
 import SimpleITK as sitk
 from tqdm import tqdm
 
-from nnunet_uda.data.convention import Domains, environment_folder, normalisation_warning
+from nnunet_uda.data.convention import Domains, environment_folder, is_ct, normalisation_warning
+from nnunet_uda.data.intensities import (
+    DEFAULT,
+    FORMS,
+    PERCENTILES,
+    PRESETS,
+    Intensities,
+    NoContrastError,
+    not_hounsfield,
+    parse_intensities,
+    structure_bounds,
+    window_of_structures,
+)
 from nnunet_uda.data.listing import entries
 from nnunet_uda.data.reading import (
     LabelMap,
@@ -51,6 +64,10 @@ AXES = ("left-right", "posterior-anterior", "inferior-superior")
 QUICKLOOK = "quicklook.png"
 """Lies beside dataset.json, where nnU-Net does not look."""
 DEFAULT_PROCESSES = min(8, os.cpu_count() or 1)
+MEASURED_CASES = 10
+"""So many labelled CT scans, evenly taken, are looked at for the default window."""
+LOST = 0.95
+"""A structure of whose voxels this share lies outside of the window cannot be learned."""
 
 
 @dataclass(frozen=True)
@@ -87,9 +104,44 @@ class Group:
     labels: str | None = None
 
 
+@dataclass(frozen=True)
+class IntensityRequest:
+    """What is asked for the intensities of both domains.
+
+    Args:
+        source, target: ``DEFAULT`` (chosen by ``choose_intensities``), or what is given, None for the vendor's.
+        preset: name in ``PRESETS``: the window of a CT that has no labels to find one from.
+    """
+
+    source: Intensities | str | None = DEFAULT
+    target: Intensities | str | None = DEFAULT
+    preset: str = "soft_tissue"
+
+
+@dataclass(frozen=True)
+class Clipping:
+    """What is done to a group's images.
+
+    Args:
+        intensities: or None to keep the vendor's.
+        hounsfield: refuse scans that do not look like HU.
+        given: they were asked for, so that what they would spoil is refused; defaults leave a scan as it is, or warn.
+        checked: count the structures' voxels outside of the bounds; only where labels may be looked at.
+    """
+
+    intensities: Intensities | None = None
+    hounsfield: bool = False
+    given: bool = True
+    checked: bool = False
+
+
 @dataclass
 class CaseReport:
-    """What was seen while one case was written. Sizes and spacings (mm) in the order of ``AXES``."""
+    """What was seen while one case was written. Sizes and spacings (mm) in the order of ``AXES``.
+
+    ``outside``: of every structure's voxels the share outside of the bounds (of the channel where it is smallest), NaN
+    without such voxels; empty where nothing was clipped or labels may not be looked at.
+    """
 
     identifier: str
     size: tuple[int, ...]
@@ -98,32 +150,138 @@ class CaseReport:
     zero_share: float
     volumes_ml: list[float] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    outside: list[float] = field(default_factory=list)
 
 
 # --- one case ---------------------------------------------------------------------------------------------------------
 
 
-def convert_case(case: Case, images_folder: Path, labels_folder: Path | None, structures: int) -> CaseReport:
+def convert_case(
+    case: Case, images_folder: Path, labels_folder: Path | None, structures: int, clipping: Clipping = Clipping()
+) -> CaseReport:
     """Check and write one case: images first and from the images alone, then the label."""
-    images = []
+    images: list[sitk.Image] = []
     for path in case.images:
         image = case.read_image(path)
         check_image(image, path)
         if images:
             check_same_geometry(images[0], case.images[0], image, path)
         images.append(image)
-    for channel, image in enumerate(images):
-        _write(image, images_folder / f"{case.identifier}_{channel:04d}{ENDING}")
     report = _describe(case.identifier, images[0])
+    for channel, (image, path) in enumerate(zip(images, case.images, strict=True)):
+        clipped = _clip(image, path, clipping, report.notes)
+        _write(clipped, images_folder / f"{case.identifier}_{channel:04d}{ENDING}")
     if labels_folder is not None and case.label is not None and case.label_map is not None:
-        label, report.notes = case.read_label(case.label, images[0], case.images[0])
+        label, repairs = case.read_label(case.label, images[0], case.images[0])
+        report.notes += repairs
         classes = case.label_map.apply(label, case.label)
         counts = sum(np.bincount(plane.ravel(), minlength=structures + 1)[1:] for plane in classes)  # by plane: memory
         report.volumes_ml = [float(count * np.prod(images[0].GetSpacing()) / 1000) for count in counts]
         converted = sitk.GetImageFromArray(classes)
         converted.CopyInformation(images[0])
         _write(converted, labels_folder / f"{case.identifier}{ENDING}")
+        if clipping.checked and clipping.intensities is not None:
+            shares = [_outside(image, classes, structures, clipping.intensities) for image in images]
+            report.outside = np.min(shares, axis=0).tolist()
     return report
+
+
+def _clip(image: sitk.Image, path: Path, clipping: Clipping, notes: list[str]) -> sitk.Image:
+    if clipping.intensities is None:
+        return image
+    if clipping.hounsfield and (reason := not_hounsfield(sitk.GetArrayViewFromImage(image))):
+        raise UDAError(
+            f"{path}: {reason}; expected a CT in Hounsfield units (air -1000, water 0). Convert it to HU, or give "
+            "-source_intensities (or -target_intensities): two numbers in the scan's own units, or none to keep them."
+        )
+    try:
+        return clipping.intensities.apply(image, path)
+    except NoContrastError as error:
+        if clipping.given or clipping.intensities.window is not None:
+            raise
+        notes.append(f"{str(error).split(';')[0]}: left as it is")
+        return image
+
+
+def _outside(image: sitk.Image, classes: np.ndarray, structures: int, intensities: Intensities) -> list[float]:
+    voxels = sitk.GetArrayViewFromImage(image)
+    low, high = intensities.bounds(voxels)
+    beyond = np.bincount(classes[(voxels < low) | (voxels > high)], minlength=structures + 1)[1:]
+    all_of_them = np.bincount(classes.ravel(), minlength=structures + 1)[1:]
+    return [float(b / n) if n else float("nan") for b, n in zip(beyond, all_of_them, strict=True)]
+
+
+# --- intensities ------------------------------------------------------------------------------------------------------
+
+
+def choose_intensities(groups: Sequence[Group], request: IntensityRequest, adaptation: bool) -> dict[str, Clipping]:
+    """What is done to the images of each group, by its folder.
+
+    The default is 0.5 and 99.5 percent of the nonzero voxels. For CT (by the domain's name) it is a window: around the
+    structures of the labelled source where that is CT, else the request's preset. No label of the target is looked at,
+    and an upper bound's dataset has the window of the target that it is the bound of.
+    """
+    found: Intensities | None = None
+    chosen = {}
+    for group in groups:
+        wanted = request.source if adaptation and group.images == "imagesTr" else request.target
+        hounsfield, given = False, wanted != DEFAULT
+        if wanted == DEFAULT and not is_ct(group.domain):
+            wanted = Intensities(PERCENTILES, origin="default")
+        elif wanted == DEFAULT:
+            hounsfield = True
+            if found is None:
+                found = _found_window(groups, request.preset, adaptation)
+            wanted = found
+        elif wanted is not None:
+            hounsfield = wanted.window is not None and wanted.origin != "given"
+        chosen[group.images] = Clipping(wanted, hounsfield, given, checked=group.images == "imagesTr")
+    return chosen
+
+
+def _found_window(groups: Sequence[Group], preset: str, adaptation: bool) -> Intensities:
+    """The window around the structures of the source's CT scans; the preset where there are none that can be read."""
+    of_preset = Intensities(window=PRESETS[preset], origin=f"preset {preset}, no label was read")
+    source = next(group for group in groups if group.images == "imagesTr")
+    if not (adaptation and is_ct(source.domain)):
+        return of_preset
+    cases = [case for case in source.cases if case.label is not None and case.label_map is not None]
+    step = max(1.0, len(cases) / MEASURED_CASES)
+    bounds: list[tuple[float, float]] = []
+    for case in (cases[int(i * step)] for i in range(min(len(cases), MEASURED_CASES))):
+        try:
+            images = [case.read_image(path) for path in case.images]
+            label, _ = case.read_label(case.label, images[0], case.images[0])
+            classes = case.label_map.apply(label, case.label)
+            for image in images:
+                if image.GetSize() == images[0].GetSize() and not not_hounsfield(sitk.GetArrayViewFromImage(image)):
+                    bounds += structure_bounds(image, classes)
+        except UDAError:
+            continue  # what is wrong with it is said when it is converted
+    if not bounds:
+        return of_preset
+    origin = f"found around the structures labelled in {source.domain}"
+    return Intensities(window=window_of_structures(bounds), origin=origin)
+
+
+def _check_outside(
+    group: Group, reports: Sequence[CaseReport], structures: Sequence[str], clipping: Clipping, warnings: list[str]
+) -> None:
+    """Refuse a given window that leaves a structure without voxels; say so of percentiles and of a default."""
+    for index, structure in enumerate(structures):
+        shares = [r.outside[index] for r in reports if r.outside and not np.isnan(r.outside[index])]
+        if not shares or min(shares) < LOST:
+            continue
+        fact = (
+            f"at least {min(shares):.0%} of the voxels of '{structure}' lie outside of the {clipping.intensities} in "
+            f"all {len(shares)} labelled {group.domain} case(s) that hold it"
+        )
+        if clipping.given and clipping.intensities.window is not None:
+            raise UDAError(
+                f"{group.cases[0].images[0]}: {fact}; expected a window that shows every structure. Give another one "
+                "(-source_intensities; with --upper_bound -target_intensities), or none."
+            )
+        warnings.append(f"{fact}: it is seen as one value. If it is hard to tell apart, give others, or none")
 
 
 def _write(image: sitk.Image, path: Path) -> None:
@@ -214,6 +372,7 @@ def write_dataset(
     source_splits: list[dict[str, list[str]]] | None = None,
     target_splits: list[dict[str, list[str]]] | None = None,
     information: dict[str, Any] | None = None,
+    intensities: IntensityRequest = IntensityRequest(),
     warnings: list[str] | None = None,
     overwrite: bool = False,
     strict: bool = False,
@@ -227,6 +386,8 @@ def write_dataset(
         adaptation: False for a plain supervised dataset: no target group, no ``uda`` key.
         information: further entries of ``dataset.json`` (reference, licence, description). ``uda`` is added to the
             domains' names; ``labels``, where nnU-Net trains regions of ``structures``, replaces those made of them.
+        intensities: how the images of both domains are clipped; recorded under ``uda``, ``intensities``, as of the
+            source and of the target (without adaptation the dataset's one domain is the target).
         warnings: of the converter; this function's are added, and all are shown with the summary.
         strict: refuse a group with ``labelsTs`` in which a case has no label, instead of a warning.
 
@@ -268,17 +429,29 @@ def write_dataset(
             )  # fmt: skip
 
     with _whole_folder(dataset_id, f"Dataset{dataset_id:03d}_{name}", overwrite, warnings) as (temporary, final):
-        reports = _convert_all(groups, temporary, len(structures), processes)
+        clippings = choose_intensities(groups, intensities, adaptation)
+        reports = _convert_all(groups, temporary, len(structures), processes, clippings)
         _check_structures(by_folder["imagesTr"], reports["imagesTr"], structures)
+        _check_outside(by_folder["imagesTr"], reports["imagesTr"], structures, clippings["imagesTr"], warnings)
+        _record(dataset_json, clippings, adaptation)
         write_json(dataset_json, temporary / "dataset.json")
         if source_splits is not None:
             write_json(source_splits, temporary / "splits_final.json")
         if target_splits is not None:
             write_json(target_splits, temporary / "splits_target.json")
-        rows = [_example(group, reports[group.images], temporary) for group in groups]
+        rows = [_example(group, reports[group.images], temporary, clippings[group.images]) for group in groups]
         draw_quicklook(rows, structures, temporary / QUICKLOOK)
-    _summarise(final, groups, reports, structures, warnings, adaptation)
+    _summarise(final, groups, reports, structures, warnings, adaptation, clippings)
     return final
+
+
+def _record(dataset_json: dict[str, Any], clippings: dict[str, Clipping], adaptation: bool) -> None:
+    """Write under ``uda`` how each domain was clipped; nothing where both keep the vendor's intensities."""
+    folders = {"source": "imagesTr", "target": "imagesTu"} if adaptation else {"target": "imagesTr"}
+    used = {domain: clippings[folder].intensities for domain, folder in folders.items()}
+    if any(used.values()):
+        entries = {d: None if intensities is None else intensities.to_json() for d, intensities in used.items()}
+        dataset_json["uda"] = {**dataset_json.get("uda", {}), "intensities": entries}
 
 
 def _check_request(
@@ -407,7 +580,9 @@ def _check_free(dataset_id: int, final: Path, overwrite: bool, warnings: list[st
                 )
 
 
-def _convert_all(groups: Sequence[Group], folder: Path, structures: int, processes: int) -> dict[str, list[CaseReport]]:
+def _convert_all(
+    groups: Sequence[Group], folder: Path, structures: int, processes: int, clippings: dict[str, Clipping]
+) -> dict[str, list[CaseReport]]:
     jobs = []
     for group in groups:
         (folder / group.images).mkdir()
@@ -421,7 +596,9 @@ def _convert_all(groups: Sequence[Group], folder: Path, structures: int, process
     if processes == 1 or len(jobs) == 1:
         for group_name, case, images, labels in jobs:
             try:
-                done[group_name][case.identifier] = convert_case(case, images, labels, structures)
+                done[group_name][case.identifier] = convert_case(
+                    case, images, labels, structures, clippings[group_name]
+                )
             except UDAError as error:
                 errors[case.identifier] = str(error)
             progress.update()
@@ -429,7 +606,7 @@ def _convert_all(groups: Sequence[Group], folder: Path, structures: int, process
         spawn = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(min(processes, len(jobs)), spawn, end_with, (os.getpid(),)) as pool:
             futures = {
-                pool.submit(convert_case, case, images, labels, structures): (group_name, case)
+                pool.submit(convert_case, case, images, labels, structures, clippings[group_name]): (group_name, case)
                 for group_name, case, images, labels in jobs
             }
             try:
@@ -459,11 +636,13 @@ def _convert_all(groups: Sequence[Group], folder: Path, structures: int, process
     return {group: [reports[key] for key in sorted(reports)] for group, reports in done.items()}
 
 
-def _example(group: Group, reports: Sequence[CaseReport], folder: Path) -> tuple[str, Path, Path | None]:
+def _example(
+    group: Group, reports: Sequence[CaseReport], folder: Path, clipping: Clipping
+) -> tuple[str, Path, Path | None]:
     """Title, image and label for the quick look: the first case, of those that hold the most structures."""
     report = max(reports, key=lambda r: sum(volume > 0 for volume in r.volumes_ml))
     label = folder / group.labels / f"{report.identifier}{ENDING}" if group.labels else None
-    title = f"{group.images}: {group.domain}, {report.identifier}"
+    title = f"{group.images}: {group.domain}, {report.identifier}, {_intensities_in_words(clipping)}"
     image = folder / group.images / f"{report.identifier}_0000{ENDING}"
     return title, image, label if label is not None and label.exists() else None
 
@@ -487,6 +666,7 @@ def _summarise(
     structures: Sequence[str],
     warnings: list[str],
     adaptation: bool,
+    clippings: dict[str, Clipping],
 ) -> None:
     print(f"\n{folder}\n  look at {folder / QUICKLOOK}: letters on its edges must agree with the anatomy")
     for group in groups:
@@ -496,6 +676,7 @@ def _summarise(
               if group.labels else f"  {group.images}: {len(seen)} {group.domain} case(s), no labels")  # fmt: skip
         print(f"    size (LR x PA x IS): {_ranges([r.size for r in seen], '.0f')}")
         print(f"    spacing in mm:       {_ranges([r.spacing for r in seen], '.3g')}")
+        print(f"    intensities:         {_intensities_in_words(clippings[group.images], origin=True)}")
         codes = Counter(r.orientation for r in seen)
         print(f"    orientation:         {', '.join(f'{code} ({n})' for code, n in codes.most_common())}")
         measured = [report for report in seen if report.volumes_ml]
@@ -515,6 +696,12 @@ def _summarise(
         warnings += _domain_warnings(source, target)
     for warning in warnings:
         print(f"WARNING: {warning}")
+
+
+def _intensities_in_words(clipping: Clipping, origin: bool = False) -> str:
+    if clipping.intensities is None:
+        return "the vendor's intensities"
+    return f"{clipping.intensities}{f' ({clipping.intensities.origin})' if origin else ''}"
 
 
 def _ranges(rows: Sequence[Sequence[float]], form: str) -> str:
@@ -561,6 +748,11 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="channel name(s) [intensity, which nnU-Net z-scores per image]; CT only if both domains are CT in HU",
     )
+    for domain in ("source", "target"):
+        parser.add_argument(
+            f"-{domain}_intensities", nargs="+", metavar="WORD",
+            help=f"what the {domain}'s images are clipped at: {FORMS} [CT: a window, else percentiles 0.5 99.5]",
+        )  # fmt: skip
     parser.add_argument("-seed", type=int, default=12345, help="seed of the folds [12345]")
     parser.add_argument(
         "-np", type=int, default=DEFAULT_PROCESSES, metavar="N", help=f"processes [{DEFAULT_PROCESSES} here]"
@@ -569,6 +761,22 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--strict", action="store_true", help="refuse what is otherwise a warning: a case that lacks a needed file"
     )
+
+
+def intensity_request(
+    args: argparse.Namespace, preset: str = "soft_tissue", otherwise: Intensities | str | None = DEFAULT
+) -> IntensityRequest:
+    """What ``-source_intensities`` and ``-target_intensities`` ask for.
+
+    Args:
+        preset: see ``IntensityRequest``.
+        otherwise: of a domain whose option is not given; a paper's protocol has its own.
+    """
+    asked = [
+        parse_intensities(getattr(args, f"{domain}_intensities"), f"-{domain}_intensities")
+        for domain in ("source", "target")
+    ]
+    return IntensityRequest(*(otherwise if wanted == DEFAULT else wanted for wanted in asked), preset)
 
 
 def channel_names(given: Sequence[str] | None, count: int) -> list[str]:

@@ -17,8 +17,11 @@ are the names behind the domain's name (CT_a), so that source and target never c
 
     -labels liver=5 spleen=1 kidneys=2,3     classes 1, 2, 3; the label files hold the values behind the =
 
-Values not named are an error, unless --ignore_other_labels sends them to background. Intensities, voxels and
-orientation are kept; nothing is cropped. Target labels are read for labelsTs alone. With --upper_bound they ARE used
+Values not named are an error, unless --ignore_other_labels sends them to background. Voxels and orientation stay, and
+nothing is cropped. Intensities are clipped, each domain by itself: one called CT (CTA, CT_late, ...) at a window in HU,
+found around the labelled structures where the source is CT, else that of soft tissue (-160 240); any other at the
+percentiles 0.5 and 99.5 of every scan. -source_intensities and -target_intensities change it; nnUNetv2_predict does the
+same to new scans of the target. Target labels are read for labelsTs alone. With --upper_bound they ARE used
 for training: the same options and -target_labels then write the supervised upper bound's dataset, in which the target's
 training scans are the labelled ones; source scans are left out.
 """
@@ -330,8 +333,8 @@ def convert(args: argparse.Namespace, warnings: list[str]) -> None:
     common.write_dataset(
         args.d, args.name or name, groups, list(structures),
         common.channel_names(args.channel, len(labelled[0].images)), adaptation=not args.upper_bound,
-        source_splits=splits, target_splits=target_splits, warnings=warnings, overwrite=args.overwrite,
-        strict=args.strict, processes=args.np,
+        intensities=common.intensity_request(args), source_splits=splits, target_splits=target_splits,
+        warnings=warnings, overwrite=args.overwrite, strict=args.strict, processes=args.np,
     )  # fmt: skip
 
 

@@ -154,7 +154,7 @@ def convert(args: argparse.Namespace, warnings: list[str]) -> None:
         "reference": "https://zmiclab.github.io/zxh/0/mmwhs/",
         "licence": "MM-WHS terms: research use after registration, not to be passed on",
     }
-    protocols.write_dataset("MMWHS", source, target, plan, args.structures, information, args, warnings)
+    protocols.write_dataset("MMWHS", source, target, plan, args.structures, information, args, warnings, "heart")
 
 
 main = common.script(__doc__, add_arguments, convert)

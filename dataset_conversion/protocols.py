@@ -10,6 +10,7 @@ from typing import TypeVar
 
 import numpy as np
 
+from nnunet_uda.data.intensities import DEFAULT
 from nnunet_uda.dataset_conversion import common
 from nnunet_uda.dataset_conversion.common import Case, Group
 from nnunet_uda.errors import UDAError
@@ -52,7 +53,9 @@ def number(text: str) -> str:
 
 def add_arguments(parser: argparse.ArgumentParser, example: str) -> None:
     """Options that ``arrange`` reads. ``example``: a case number."""
-    parser.add_argument("-protocol", choices=("sifa", "cisfa"), default="sifa", help="split, see above [sifa]")
+    parser.add_argument(
+        "-protocol", choices=("sifa", "cisfa"), help="split, see above; where given, without clipping [sifa's split]"
+    )
     parser.add_argument(
         "-test_ids", nargs="+", type=number, metavar="NUMBER",
         help=f"target test scans instead of sifa's, e.g. {example}",
@@ -107,7 +110,8 @@ def arrange(
         groups.append(Group(target.name, training, "imagesTu", "labelsTs" if cisfa else None))
         what = f"{source.name} to {target.name}"
     groups.append(Group(target.name, test, "imagesTs", "labelsTs"))
-    return Arrangement(groups, source_splits, target_splits, f"{what}, protocol {args.protocol}, seed {args.seed}")
+    protocol = args.protocol or "sifa"
+    return Arrangement(groups, source_splits, target_splits, f"{what}, protocol {protocol}, seed {args.seed}")
 
 
 def with_label(cases: list[Case], strict: bool, warnings: list[str]) -> list[Case]:
@@ -160,13 +164,19 @@ def write_dataset(
     information: dict[str, str],
     args: argparse.Namespace,
     warnings: list[str],
+    preset: str,
 ) -> None:
-    """``common.write_dataset`` for what ``arrange`` arranged, named by ``prefix`` and direction unless ``-name`` is."""
+    """``common.write_dataset`` for what ``arrange`` arranged, named by ``prefix`` and direction unless ``-name`` is.
+
+    With ``-protocol`` the vendor's intensities are kept, as the papers' z-score is nnU-Net's; ``preset`` is the window
+    of a CT without labels else.
+    """
     default_name = f"{target.name}_upper_bound" if args.upper_bound else f"{source.name}2{target.name}"
     common.write_dataset(
         args.d, args.name or f"{prefix}_{default_name}", plan.groups, structures, common.channel_names(args.channel, 1),
         adaptation=not args.upper_bound, source_splits=plan.source_splits, target_splits=plan.target_splits,
-        information=information, warnings=warnings, overwrite=args.overwrite, strict=args.strict, processes=args.np,
+        information=information, intensities=common.intensity_request(args, preset, None if args.protocol else DEFAULT),
+        warnings=warnings, overwrite=args.overwrite, strict=args.strict, processes=args.np,
     )  # fmt: skip
 
 

@@ -44,10 +44,11 @@ Protocols:
 -structures vs (default) or vs cochlea, of crossMoDA alone. crossMoDA 2021 and 2022 have 1 VS, 2 cochlea; 2023 has the
 tumour's two parts inside and outside the meatus as 1 and 2, taken together here, and 3 cochlea.
 
-Intensities, voxels and orientation are the vendor's; nnU-Net z-scores each scan, as the paper does. Target labels are
-read for labelsTs alone. With --upper_bound they ARE used for training: it writes the supervised upper bound's dataset,
-target and validation patients' target scans WITH their labels as imagesTr and labelsTr, to be trained with a plain
-trainer and tested on the same test patients.
+Voxels and orientation are the vendor's; nnU-Net z-scores each scan, as the paper does. Intensities are clipped at the
+percentiles 0.5 and 99.5 of each scan before; with -protocol, as in the paper, only where -source_intensities or
+-target_intensities are given. Target labels are read for labelsTs alone. With --upper_bound they ARE used for training:
+it writes the supervised upper bound's dataset, target and validation patients' target scans WITH their labels as
+imagesTr and labelsTr, to be trained with a plain trainer and tested on the same test patients.
 """
 
 from __future__ import annotations
@@ -61,6 +62,7 @@ from pathlib import Path
 import SimpleITK as sitk
 
 from nnunet_uda.data.dicom import Header, by_name, dicom_in, read_header, read_series
+from nnunet_uda.data.intensities import DEFAULT
 from nnunet_uda.data.listing import files_in, folders_below, folders_in
 from nnunet_uda.data.reading import LabelMap
 from nnunet_uda.data.rtstruct import (
@@ -488,6 +490,7 @@ def convert(args: argparse.Namespace, warnings: list[str]) -> None:
         args.d, args.name or name, groups, args.structures, common.channel_names(args.channel, 1),
         adaptation=not args.upper_bound, source_splits=source_splits,
         information={"description": f"{what}, seed {args.seed}", **(crossmoda if layout == CROSSMODA else tcia)},
+        intensities=common.intensity_request(args, otherwise=None if args.protocol else DEFAULT),
         warnings=warnings, overwrite=args.overwrite, strict=args.strict, processes=args.np,
     )  # fmt: skip
 

@@ -65,8 +65,7 @@ def uuds_protocol(fingerprint: dict[str, Any], slice_axis: int) -> tuple[dict[st
     Adam 1e-4 with weight decay 0.01 and all weights 1 are the defaults of ``uda.uuds``. Batch, epochs, slice size and
     augmentation, which the paper does not give, are CISFA's; the Dice loss is its L_seg (as eq. 8), without deep
     supervision. Schwannoma data are normalised by mean and deviation, as nnU-Net does it. For BraTS the paper clips
-    each image to its 5th to 95th percentile and maps it to [-1, 1]: its converter and, for new scans,
-    ``nnUNetUDA_clip`` do so.
+    each image to its 5th to 95th percentile and maps it to [-1, 1]: its converter does so, and prediction to new scans.
     """
     uda, _ = cisfa_protocol(fingerprint, slice_axis)
     del uda["cisfa"], uda["segmenter_optimizer"], uda["segmenter_learning_rate"], uda["segmenter_weight_decay"]

@@ -38,11 +38,14 @@ def trees(made, tmp_path, monkeypatch) -> Path:
     return Path(shutil.copytree(made, tmp_path / "vendor"))
 
 
+VENDORS = ("-source_intensities", "none", "-target_intensities", "none")
+
+
 def convert(
     trees: Path, *options: str, source: str = "ct", target: str = "mr", d: str = "503", order=("CHAOS", "BTCV")
 ) -> Path:
     inputs = [str(trees / name) for name in order]
-    main(["abdomen", "-i", *inputs, "-d", d, "-source", source, "-target", target, "-np", "1", *options])
+    main(["abdomen", "-i", *inputs, "-d", d, "-source", source, "-target", target, "-np", "1", *VENDORS, *options])
     return next((trees.parent / "nnUNet_raw").glob(f"Dataset{d}_*"))
 
 
@@ -209,9 +212,10 @@ def test_renumbered_btcv(trees, capsys):
 def test_runs_as_a_script_and_in_parallel(trees):
     script = Path(__file__).parent.parent / "dataset_conversion" / "abdomen.py"
     options = ["-i", str(trees / "BTCV"), str(trees / "CHAOS"), "-d", "505", "-source", "ct", "-target", "mr"]
-    subprocess.run([sys.executable, str(script), *options, "-np", "2"], check=True, capture_output=True)
+    clipped = ["-source_intensities", "-900", "900", "-target_intensities", "percentiles"]
+    subprocess.run([sys.executable, str(script), *options, *clipped, "-np", "2"], check=True, capture_output=True)
     parallel = next((trees.parent / "nnUNet_raw").glob("Dataset505_*"))
-    alone = convert(trees)
+    alone = convert(trees, *clipped)
     files = [p.relative_to(alone) for p in alone.rglob("*.nii.gz")]
     assert len(files) == 15 and all((alone / f).read_bytes() == (parallel / f).read_bytes() for f in files)
 

@@ -16,7 +16,7 @@ import SimpleITK as sitk
 from conftest import litter
 
 from nnunet_uda.commands.convert import main
-from nnunet_uda.data.intensities import Intensities
+from nnunet_uda.data.intensities import Intensities, read_intensities
 from nnunet_uda.dataset_conversion.brats import NAMINGS, PATIENTS
 from nnunet_uda.dataset_conversion.protocols import split_patients
 
@@ -98,8 +98,12 @@ def threads(monkeypatch) -> None:
     monkeypatch.setattr(multiprocessing, "get_context", lambda method=None: contexts[method])
 
 
+VENDORS = ("-source_intensities", "none", "-target_intensities", "none")
+
+
 def convert(tree: Path, *options: str, source: str = "flair", target: str = "t2", d: str = "505") -> Path:
-    main(["brats", "-i", str(tree), "-d", d, "-source", source, "-target", target, "-np", "1", *options])
+    kept = () if {"-clip", "-range", "-protocol"} & set(options) else VENDORS
+    main(["brats", "-i", str(tree), "-d", d, "-source", source, "-target", target, "-np", "1", *kept, *options])
     return next((tree.parent / "nnUNet_raw").glob(f"Dataset{d}_*"))
 
 
@@ -360,14 +364,15 @@ def test_stock_planning_takes_the_regions(tree):
         (("-clip", "2", "98", "-range", "0", "1"), Intensities((2, 98), (0, 1)), "noNorm"),
     ],
 )
-def test_intensities_only_when_asked_for(tree, options, intensities, channel):
+def test_intensities_of_both_domains(tree, options, intensities, channel):
     out = convert(tree, *options)
     bound = convert(tree, *options, "--upper_bound", d="525")
     for folder in (out, bound):
         content = read(folder / "dataset.json")
         assert content["channel_names"] == {"0": channel}
-        recorded = content.get("uda", {}).get("intensities")
-        assert recorded == (None if intensities is None else json.loads(json.dumps(intensities.to_json())))
+        domains = ("source", "target") if folder == out else ("target",)
+        assert set(content.get("uda", {}).get("intensities", {})) == set(domains if intensities else ())
+        assert all(read_intensities(content, "dataset.json", domain) == intensities for domain in domains)
     converted = sorted(out.glob("images*/*"))
     assert len(converted) == 8
     for path in converted:

@@ -63,7 +63,7 @@ def tree(made, tmp_path, monkeypatch) -> Path:
 
 
 def convert(tree: Path, *options: str, d: str = "520") -> Path:
-    main(["btcv", "-i", str(tree), "-d", d, "-np", "1", *options])
+    main(["btcv", "-i", str(tree), "-d", d, "-np", "1", "-source_intensities", "none", *options])
     return next((tree.parent / "nnUNet_raw").glob(f"Dataset{d}_*"))
 
 

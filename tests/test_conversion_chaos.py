@@ -99,8 +99,11 @@ def tree(made, tmp_path, monkeypatch) -> Path:
     return Path(shutil.copytree(made, tmp_path / "vendor"))
 
 
+VENDORS = ("-source_intensities", "none", "-target_intensities", "none")
+
+
 def convert(tree: Path, *options: str, source: str = "ct", target: str = "t2spir", d: str = "510") -> Path:
-    main(["chaos", "-i", str(tree), "-d", d, "-source", source, "-target", target, "-np", "1", *options])
+    main(["chaos", "-i", str(tree), "-d", d, "-source", source, "-target", target, "-np", "1", *VENDORS, *options])
     return next((tree.parent / "nnUNet_raw").glob(f"Dataset{d}_*"))
 
 

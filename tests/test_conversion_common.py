@@ -20,7 +20,7 @@ import SimpleITK as sitk
 
 from nnunet_uda.data.reading import LabelMap, check_image, check_same_geometry, read_image
 from nnunet_uda.dataset_conversion import common
-from nnunet_uda.dataset_conversion.common import Case, Group, write_dataset
+from nnunet_uda.dataset_conversion.common import Case, Group, IntensityRequest, write_dataset
 from nnunet_uda.errors import UDAError
 
 MAP = LabelMap({7: 1})
@@ -69,7 +69,8 @@ def groups(tmp_path) -> list[Group]:
 
 
 def write(groups, **options) -> Path:
-    return write_dataset(7, "Tiny", groups, ["organ"], ["intensity"], **{"processes": 1, **options})
+    kept = {"intensities": IntensityRequest(None, None), "processes": 1}
+    return write_dataset(7, "Tiny", groups, ["organ"], ["intensity"], **{**kept, **options})
 
 
 def leftovers(raw: Path) -> list[str]:

@@ -51,7 +51,8 @@ def data(tmp_path, monkeypatch) -> Path:
 
 def arguments(data: Path, *more: str, **changes: str | list[str] | None) -> list[str]:
     options: dict = {
-        "-d": "510", "-source": "CT", "-target": "MR", "-np": "1",
+        "-d": "510", "-source": "CT", "-target": "MR", "-np": "1", "-source_intensities": "none",
+        "-target_intensities": "none",
         "-source_images": str(data / "si"), "-source_labels": str(data / "sl"), "-target_images": str(data / "ti"),
         "-labels": ["liver=5", "spleen=1"], **{f"-{key}": value for key, value in changes.items()},
     }  # fmt: skip
@@ -400,5 +401,6 @@ def test_real_ct_to_mr(tmp_path, monkeypatch, capsys):
     out = tmp_path / "nnUNet_raw" / "Dataset510_CT2MR"
     before, after = load(real / "example_seg.nii.gz"), load(out / "labelsTr" / "CT_example_ct_sm.nii.gz")
     assert ((before == 5) == (after == 1)).all() and ((before == 1) == (after == 2)).all()
-    assert (load(out / "imagesTu/MR_example_mr_sm_0000.nii.gz") == load(real / "example_mr_sm.nii.gz")).all()
+    before, after = load(real / "example_mr_sm.nii.gz"), load(out / "imagesTu/MR_example_mr_sm_0000.nii.gz")
+    assert after.dtype == before.dtype and (before == after).mean() > 0.98  # the rest is clipped
     assert "RAS (1)" in capsys.readouterr().out

@@ -50,8 +50,11 @@ def tree(tmp_path, monkeypatch) -> Path:
     return tmp_path / "vendor"
 
 
+VENDORS = ("-source_intensities", "none", "-target_intensities", "none")
+
+
 def convert(tree: Path, *options: str, source: str = "mr", target: str = "ct", d: str = "501") -> Path:
-    main(["mmwhs", "-i", str(tree), "-d", d, "-source", source, "-target", target, "-np", "1", *options])
+    main(["mmwhs", "-i", str(tree), "-d", d, "-source", source, "-target", target, "-np", "1", *VENDORS, *options])
     return next((tree.parent / "nnUNet_raw").glob(f"Dataset{d}_*"))
 
 
@@ -288,9 +291,10 @@ def test_upper_bound_needs_target_labels(tree, capsys):
 def test_runs_as_a_script_and_in_parallel(tree):
     script = Path(__file__).parent.parent / "dataset_conversion" / "mmwhs.py"
     options = ["-i", str(tree), "-d", "501", "-source", "mr", "-target", "ct", "-np", "2"]
-    subprocess.run([sys.executable, str(script), *options], check=True, capture_output=True)
+    clipped = ["-source_intensities", "percentiles", "-target_intensities", "heart"]
+    subprocess.run([sys.executable, str(script), *options, *clipped], check=True, capture_output=True)
     parallel = next((tree.parent / "nnUNet_raw").glob("Dataset501_*"))
-    alone = convert(tree, d="502")
+    alone = convert(tree, *clipped, d="502")
     files = [p.relative_to(alone) for p in alone.rglob("*.nii.gz")]
     assert len(files) == 16 and all((alone / f).read_bytes() == (parallel / f).read_bytes() for f in files)
 

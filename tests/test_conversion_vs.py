@@ -214,8 +214,11 @@ def root(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
+VENDORS = ("-source_intensities", "none", "-target_intensities", "none")
+
+
 def convert(tree: Path, *options: str, source: str = "cet1", target: str = "hrt2", d: str = "507") -> Path:
-    main(["vs", "-i", str(tree), "-d", d, "-source", source, "-target", target, "-np", "1", *options])
+    main(["vs", "-i", str(tree), "-d", d, "-source", source, "-target", target, "-np", "1", *VENDORS, *options])
     return next(Path(os.environ["nnUNet_raw"]).glob(f"Dataset{d}_*"))
 
 

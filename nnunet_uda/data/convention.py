@@ -137,15 +137,21 @@ def read_domains(dataset_json: dict[str, Any], where: str = "dataset.json") -> D
     """
     uda = dataset_json.get("uda")
     example = '"uda": {"source_domain": "MR", "target_domain": "CT"}'
-    if not isinstance(uda, dict):
+    if not isinstance(uda, dict) or not {"source_domain", "target_domain"} & set(uda):
         raise UDAError(
-            f"{where} has no 'uda' key, so this is no dataset with an unlabelled target. "
+            f"{where} has no 'uda' key with two domains, so this is no dataset with an unlabelled target. "
             f"Make it with nnUNetUDA_convert, or add {example} and the folder {TARGET_FOLDER}"
         )
     for key in ("source_domain", "target_domain"):
         if not isinstance(uda.get(key), str) or not uda[key] or not uda[key].isprintable():
             raise UDAError(f"{where}: 'uda' needs the name of the domain '{key}', for instance {example}")
     return Domains(uda["source_domain"], uda["target_domain"])
+
+
+def is_ct(domain: str) -> bool:
+    """Whether a domain's name says CT: ``CT``, ``ct_late``, ``CTA``, ``NCCT``."""
+    words = re.split(r"[^a-z]+", domain.lower())
+    return any(word in ("ct", "cta", "ctpa", "ncct", "cect", "hrct") for word in words)
 
 
 def normalisation_warning(dataset_json: dict[str, Any], domains: Domains) -> str | None:

@@ -1,14 +1,18 @@
-"""Clipping by percentiles, the same for a dataset being converted and for a new scan before prediction.
+"""What is done to a scan's intensities before nnU-Net sees it: in a converter, and again before a prediction.
 
-nnU-Net cannot do this itself: its percentile clip is for CT and uses the training set's percentiles. So a converter
-does it when asked to, writes the parameters into ``dataset.json``, and ``nnUNetUDA_clip`` reads them from there.
+nnU-Net cannot do this itself: its clip is for CT and uses the training set's percentiles. A z-score of a whole CT in HU
+leaves soft tissue almost no range, and single bright voxels of an MR take it from the rest. So every converter clips
+what it writes, each domain as it needs it, and records how in ``dataset.json``; ``nnunet_uda.data.new_scans`` does the
+same to scans that a trained model predicts, and ``nnUNetUDA_intensities`` to files.
+
+Clipping is idempotent: a scan that went through it can go through it again, and stays the same voxel by voxel.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,85 +22,272 @@ import SimpleITK as sitk
 from nnunet_uda.data.reading import check_image, read_image
 from nnunet_uda.errors import UDAError, shown
 
+PRESETS = {
+    "abdomen": (-125, 275),
+    "bone": (-500, 1300),
+    "brain": (0, 80),
+    "heart": (-150, 650),
+    "lung": (-1350, 150),
+    "soft_tissue": (-160, 240),
+}
+"""Windows in HU by name."""
+PERCENTILES = (0.5, 99.5)
+"""Of a domain that is not CT."""
+DEFAULT = "default"
+"""Stands for intensities that a converter is to choose by the domain."""
+FORMS = f"two numbers (a window in HU), {', '.join(PRESETS)}, percentiles LOW HIGH, or none"
+
+
+class NoContrastError(UDAError):
+    """Clipping would leave one value."""
+
 
 @dataclass(frozen=True)
 class Intensities:
-    """Percentile clipping of one volume, and its scaling.
+    """Clipping of one volume, and its scaling: by ``percentiles`` or by a ``window``, one of the two.
 
     Args:
         percentiles: (low, high), 0 <= low < high <= 100, over the nonzero voxels of each volume: the brain, where the
-            skull is stripped. Linear interpolation between voxel values.
-        scale: (low, high) that the two percentiles are mapped to, or None to keep the scan's units.
+            skull is stripped. The bounds are values of the scan: the nearest below ``low`` and above ``high``.
+        scale: (low, high) that the two bounds are mapped to, or None to keep the scan's units and voxel type.
+        window: (low, high) in HU, whole numbers.
+        origin: where they come from, in words.
 
     Raises:
-        UDAError: for percentiles or a scale out of order.
+        UDAError: for bounds or a scale out of order.
     """
 
-    percentiles: tuple[float, float]
+    percentiles: tuple[float, float] | None = None
     scale: tuple[float, float] | None = None
+    window: tuple[int, int] | None = None
+    origin: str = field(default="given", compare=False)
 
     def __post_init__(self) -> None:
-        low, high = self.percentiles
-        if not 0 <= low < high <= 100:
-            raise UDAError(f"percentiles {low:g} {high:g}: expected 0 <= low < high <= 100, as 5 95.")
+        if (self.percentiles is None) == (self.window is None):
+            raise UDAError("expected percentiles or a window, one of the two.")
+        if self.percentiles is not None:
+            low, high = self.percentiles
+            if not 0 <= low < high <= 100:
+                raise UDAError(f"percentiles {low:g} {high:g}: expected 0 <= low < high <= 100, as 5 95.")
+        else:
+            low, high = self.window
+            if not (-math.inf < low < high < math.inf and low == round(low) and high == round(high)):
+                raise UDAError(
+                    f"window {low:g} {high:g}: expected two whole numbers in HU, the lower one first, as -125 275."
+                )
+            object.__setattr__(self, "window", (int(low), int(high)))
         if self.scale is not None and not -math.inf < self.scale[0] < self.scale[1] < math.inf:
             raise UDAError(f"range {self.scale[0]:g} {self.scale[1]:g}: expected two numbers, low < high, as -1 1.")
 
-    def apply(self, image: sitk.Image, path: Path) -> sitk.Image:
-        """``image`` clipped and scaled, float32, on the same grid.
+    def __str__(self) -> str:
+        if self.window is not None:
+            text = f"window {self.window[0]} to {self.window[1]} HU"
+        else:
+            text = f"percentiles {self.percentiles[0]:g} to {self.percentiles[1]:g} of the nonzero voxels"
+        return text if self.scale is None else f"{text}, scaled to [{self.scale[0]:g}, {self.scale[1]:g}]"
 
-        Voxels of value 0 are background: they stay 0, or take the low end of ``scale``.
+    def bounds(self, voxels: np.ndarray) -> tuple[float, float]:
+        """The values at which ``voxels``, an array of any shape, are clipped; both 0 if all are 0."""
+        if self.window is not None:
+            return self.window
+        values = voxels[voxels != 0]
+        if values.dtype.kind == "f":
+            values = values[np.isfinite(values)]
+        if not values.size:
+            return 0.0, 0.0
+        # values of the scan: between two of them, they would move each time that a scan is clipped again
+        share = (values.size - 1) / 100
+        places = math.floor(self.percentiles[0] * share), math.ceil(self.percentiles[1] * share)
+        values.partition(places)
+        return float(values[places[0]]), float(values[places[1]])
+
+    def clip(self, voxels: np.ndarray, where: Path | str) -> np.ndarray:
+        """``voxels`` (any shape) clipped: of the same type, or float32 where they are scaled. A new array.
+
+        With percentiles, voxels of value 0 are background: they stay 0, or take the low end of ``scale``.
+
+        Args:
+            where: the scan, for messages.
 
         Raises:
-            UDAError: if both percentiles are the same value.
+            NoContrastError: if one value would be left.
         """
-        voxels = sitk.GetArrayFromImage(image).astype(np.float64)
-        foreground = voxels != 0
-        values = voxels[foreground]
-        low, high = np.percentile(values, self.percentiles) if values.size else (0.0, 0.0)
-        if low == high:
-            raise UDAError(
-                f"{path}: percentiles {self.percentiles[0]:g} and {self.percentiles[1]:g} of its {values.size} nonzero "
-                f"voxels are both {low:g}; expected an image with contrast. Leave this scan out, or clip less."
+        if self.scale is not None and self._is_scaled(voxels):
+            return voxels.astype(np.float32)
+        low, high = self.bounds(voxels)
+        if self.window is not None:
+            bottom, top = (float(end) for end in (voxels.min(), voxels.max()))
+            if top <= low or bottom >= high:
+                raise NoContrastError(
+                    f"{where}: its values are {bottom:g} to {top:g}, all outside of the window {low} to {high} HU; "
+                    "expected a window that shows the scan. Give another one, or none."
+                )
+        elif low == high:
+            raise NoContrastError(
+                f"{where}: percentiles {self.percentiles[0]:g} and {self.percentiles[1]:g} of its "
+                f"{np.count_nonzero(voxels)} nonzero voxels are both {low:g}; expected an image with contrast. "
+                "Leave this scan out, or clip less."
             )
-        voxels = np.clip(voxels, low, high)
-        background = 0.0
+        foreground = None if self.window is not None else voxels != 0
         if self.scale is not None:
             background, top = self.scale
-            voxels = background + (voxels - low) * ((top - background) / (high - low))
-        clipped = sitk.GetImageFromArray(np.where(foreground, voxels, background).astype(np.float32))
+            clipped = background + (np.clip(voxels.astype(np.float64), low, high) - low) * (
+                (top - background) / (high - low)
+            )
+            return (clipped if foreground is None else np.where(foreground, clipped, background)).astype(np.float32)
+        if voxels.dtype.kind in "iu":  # a bound outside of the type's range clips nothing
+            limits = np.iinfo(voxels.dtype)
+            low, high = max(int(low), limits.min), min(int(high), limits.max)
+        clipped = np.clip(voxels, voxels.dtype.type(low), voxels.dtype.type(high))
+        return clipped if foreground is None else np.where(foreground, clipped, voxels.dtype.type(0))
+
+    def _is_scaled(self, voxels: np.ndarray) -> bool:
+        """Whether ``clip`` made these values: both ends are those of ``scale``, and hold the share that clips leave."""
+        bottom, top = (np.float32(end) for end in self.scale)
+        if voxels.dtype.kind != "f" or voxels.min() != bottom or voxels.max() != top:
+            return False
+        if self.percentiles is None:
+            return True
+        low, high = (share / 100 for share in self.percentiles)
+        at_bottom, at_top = int((voxels == bottom).sum()), int((voxels == top).sum())
+        between = voxels.size - at_bottom - at_top
+        expected = between / (high - low)  # voxels of the foreground, of which ties may have left more at the ends
+        return at_top >= (1 - high) * expected - 2 and at_bottom >= low * expected - 2
+
+    def apply(self, image: sitk.Image, path: Path) -> sitk.Image:
+        """``image`` as ``clip`` makes it, on the same grid."""
+        clipped = sitk.GetImageFromArray(self.clip(sitk.GetArrayViewFromImage(image), path))
         clipped.CopyInformation(image)
         return clipped
 
     def to_json(self) -> dict[str, Any]:
-        """What ``dataset.json`` holds under ``uda``, ``intensities``."""
+        """What ``dataset.json`` holds of a domain under ``uda``, ``intensities``."""
+        scale = None if self.scale is None else list(self.scale)
+        if self.window is not None:
+            return {"window": list(self.window), "unit": "HU", "range": scale, "from": self.origin}
         return {
             "percentiles": list(self.percentiles),
             "over": "nonzero voxels of each volume",
-            "range": None if self.scale is None else list(self.scale),
+            "range": scale,
+            "from": self.origin,
         }
 
 
-def read_intensities(dataset_json: Mapping[str, Any], where: Path | str) -> Intensities:
-    """The parameters that a converter left in ``dataset.json`` (read from ``where``).
+# --- command lines ----------------------------------------------------------------------------------------------------
+
+
+def parse_intensities(words: Sequence[str] | None, option: str) -> Intensities | str | None:
+    """The intensities that an option asks for: ``DEFAULT`` if it was not given, None for ``none``.
 
     Raises:
-        UDAError: if there are none, or they are not in the form of ``Intensities.to_json``.
+        UDAError: for anything else than ``FORMS``.
     """
-    uda = dataset_json.get("uda") if isinstance(dataset_json, dict) else None
-    found = uda.get("intensities") if isinstance(uda, dict) else None
+    if words is None:
+        return DEFAULT
+    text = f"{option} {' '.join(words)}"
+    first, *others = (word.strip().lower() for word in words)
+    if first == "none" and not others:
+        return None
+    if first in PRESETS and not others:
+        return Intensities(window=PRESETS[first], origin=f"preset {first}")
+    kind, numbers = ("percentiles", others) if first == "percentiles" else ("window", [first, *others])
+    if kind == "percentiles" and not numbers:
+        return Intensities(PERCENTILES)
+    if first == "window":
+        numbers = others
+    try:
+        low, high = map(float, numbers)
+    except ValueError:
+        raise UDAError(f"{text}: expected {FORMS}.") from None
+    try:
+        return Intensities(percentiles=(low, high)) if kind == "percentiles" else Intensities(window=(low, high))
+    except UDAError as error:
+        raise UDAError(f"{option}: {error}") from None
+
+
+# --- Hounsfield units -------------------------------------------------------------------------------------------------
+
+
+def not_hounsfield(voxels: np.ndarray) -> str | None:
+    """Why values do not look like a CT in HU, or None if they may be: told by range, by soft tissue and by density.
+
+    Args:
+        voxels: of a whole scan, any shape.
+    """
+    low, high = float(voxels.min()), float(voxels.max())
+    values = f"its values are {low:.6g} to {high:.6g}"
+    if high - low < 20:
+        return f"{values}, as of a scan that was scaled"
+    if low == 0 and high == 255:
+        return f"{values}, as of a picture of 8 bits"
+    if np.mean((voxels >= -250) & (voxels <= 350)) < 0.005:
+        return f"{values}, hardly any of them that of soft tissue (-250 to 350)"
+    if low > -200 and (dense := float(np.mean(voxels > 700))) > 0.25:
+        return f"{values}, {dense:.0%} of them denser than 700, and none air: perhaps 1024 was added to HU"
+    return None
+
+
+def window_of_structures(bounds: Sequence[tuple[float, float]]) -> tuple[int, int]:
+    """A window in HU for structures whose values lie within ``bounds``, rounded outwards to 5 HU.
+
+    It holds them and soft tissue (0 to 60), so that anatomy around bone or lungs stays visible, and half of that range
+    (50 to 150 HU) on either side, so that what touches a structure differs from it.
+    """
+    low, high = min(0, *(low for low, _ in bounds)), max(60, *(high for _, high in bounds))
+    margin = min(max(50.0, (high - low) / 2), 150.0)
+    return 5 * math.floor((low - margin) / 5), 5 * math.ceil((high + margin) / 5)
+
+
+def structure_bounds(image: sitk.Image, classes: np.ndarray) -> list[tuple[float, float]]:
+    """The 5th and 95th percentile of each structure's voxels.
+
+    They are voxels' values, so that a window around them leaves them as they are.
+
+    Args:
+        classes: 0 background, 1, 2, ...; axes (z, y, x) of ``image``.
+    """
+    voxels = sitk.GetArrayViewFromImage(image)
+    bounds = []
+    for index in np.unique(classes[classes > 0]):
+        values = voxels[classes == index]
+        places = math.floor(0.05 * (values.size - 1)), math.ceil(0.95 * (values.size - 1))
+        values.partition(places)
+        bounds.append((float(values[places[0]]), float(values[places[1]])))
+    return bounds
+
+
+# --- dataset.json -----------------------------------------------------------------------------------------------------
+
+
+def read_intensities(dataset_json: Mapping[str, Any], where: Path | str, domain: str = "target") -> Intensities | None:
+    """The parameters that a converter left in ``dataset.json`` (read from ``where``) for ``source`` or ``target``.
+
+    Returns:
+        None where the vendor's intensities were kept.
+
+    Raises:
+        UDAError: if they are not in the form of ``Intensities.to_json``.
+    """
+    uda = dataset_json.get("uda") if isinstance(dataset_json, Mapping) else None
+    found = uda.get("intensities") if isinstance(uda, Mapping) else None
+    if isinstance(found, Mapping) and not {"percentiles", "window"} & set(found) and set(found) & {"source", "target"}:
+        found = found.get(domain)
     if found is None:
-        raise UDAError(
-            f"{where} holds no uda.intensities: this dataset keeps the vendor's intensities, so its new scans are "
-            "predicted as they are. To clip all the same, give -percentiles instead of -d."
-        )
-    example = '{"percentiles": [5, 95], "range": [-1, 1]}'
-    percentiles, scale = (found.get("percentiles"), found.get("range")) if isinstance(found, dict) else (None, None)
-    if not _is_pair(percentiles) or not (scale is None or _is_pair(scale)):
-        raise UDAError(
-            f"{where}: uda.intensities is {shown(found)}; expected the form {example}. Convert the data again."
-        )
-    return Intensities(tuple(percentiles), None if scale is None else tuple(scale))
+        return None
+    example = '{"window": [-125, 275]} or {"percentiles": [5, 95], "range": [-1, 1]}'
+    wrong = UDAError(
+        f"{where}: uda.intensities is {shown(found)}; expected the form {example}. Convert the data again."
+    )
+    if not isinstance(found, Mapping):
+        raise wrong
+    percentiles, window, scale = (found.get(key) for key in ("percentiles", "window", "range"))
+    if not all(value is None or _is_pair(value) for value in (percentiles, window, scale)):
+        raise wrong
+    pairs = [None if value is None else tuple(value) for value in (percentiles, scale, window)]
+    try:
+        return Intensities(*pairs, origin=str(found.get("from", "given")))
+    except UDAError as error:
+        raise UDAError(f"{wrong} ({error})") from None
 
 
 def _is_pair(value: Any) -> bool:
@@ -108,7 +299,7 @@ def _is_pair(value: Any) -> bool:
 
 
 def read_clipped(path: Path, intensities: Intensities) -> sitk.Image:
-    """Read, check and clip one scan: what the converters write and what ``nnUNetUDA_clip`` writes.
+    """Read, check and clip one scan: what the converters write and what ``nnUNetUDA_intensities`` writes.
 
     Raises:
         UDAError: for a file that is unreadable, truncated, not 3D, constant, or holds NaN.

@@ -42,6 +42,7 @@ from nnunet_uda.data.convention import (
     read_json,
 )
 from nnunet_uda.data.damage import refuse_damaged
+from nnunet_uda.data.new_scans import check_prediction, treating_new_scans
 from nnunet_uda.data.target import TargetDataset, preprocess_target, target_identifiers
 from nnunet_uda.errors import UDAError, print_without_traceback
 from nnunet_uda.losses.dice import soft_dice_loss
@@ -52,6 +53,7 @@ from nnunet_uda.settings import UDASettings, parse_settings, split_settings
 from nnunet_uda.training.checkpoint import (
     PREVIOUS,
     plain,
+    random_state,
     read_checkpoint,
     seed_everything,
     set_former_aside,
@@ -181,7 +183,14 @@ class UDATrainer(StoppableTrainer):
 
     # -- set-up --------------------------------------------------------------------------------------------------
 
+    def __init_subclass__(cls, **kwargs: Any):
+        super().__init_subclass__(**kwargs)
+        own = cls.__dict__.get("build_network_architecture")
+        if isinstance(own, staticmethod | classmethod):
+            cls.build_network_architecture = type(own)(treating_new_scans(own.__func__))
+
     @staticmethod
+    @treating_new_scans
     def build_network_architecture(
         plans_manager, configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision=True
     ) -> nn.Module:
@@ -398,6 +407,7 @@ class UDATrainer(StoppableTrainer):
         self._refuse_other_settings()
         if not self.was_initialized:
             self.initialize()
+        self.on_first_rank(self._check_prediction)
         self.start_together(self.plain_network, self.networks)
         super().on_train_start()
         if self.needs_target:
@@ -415,6 +425,13 @@ class UDATrainer(StoppableTrainer):
                 f"{self.plans_manager.plans_name!r}). Save the new settings under a plans name of their own: "
                 "nnUNetUDA_configure -p NEW_NAME"
             )
+
+    def _check_prediction(self) -> None:
+        """Refuse now what would only show, or not even that, when new scans are predicted."""
+        state = random_state()
+        arguments = (self.plans_manager.plans, self.configuration_name, self.dataset_json)
+        check_prediction(type(self).__name__, self.plain_network, *arguments)
+        set_random_state(state)  # a network was made
 
     def on_train_epoch_start(self):
         super().on_train_epoch_start()

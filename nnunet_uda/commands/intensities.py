@@ -1,15 +1,19 @@
-"""``nnUNetUDA_clip``: give new scans the intensities of a dataset that was clipped when it was converted."""
+"""``nnUNetUDA_intensities``: give scans the intensities that a dataset got when it was converted.
+
+``nnUNetv2_predict`` with a trainer of this package does so by itself; this is for other tools and for nnU-Net's own.
+"""
 
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 import SimpleITK as sitk
 from tqdm import tqdm
 
 from nnunet_uda.data.convention import case_files, dataset_name, environment_folder, read_json
-from nnunet_uda.data.intensities import Intensities, read_clipped, read_intensities
+from nnunet_uda.data.intensities import PRESETS, Intensities, parse_intensities, read_clipped, read_intensities
 from nnunet_uda.data.listing import entries
 from nnunet_uda.data.reading import check_whole
 from nnunet_uda.errors import UDAError, command
@@ -18,17 +22,32 @@ from nnunet_uda.files import whole_folder
 ENDINGS = (".nii.gz", ".nii")
 
 
+def clip(argv: list[str] | None = None) -> None:
+    """The command under its former name."""
+    print("nnUNetUDA_clip is now called nnUNetUDA_intensities, and this name will go.", file=sys.stderr)
+    main(argv)
+
+
 @command
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        prog="nnUNetUDA_clip",
-        description="Clip scans at percentiles of their nonzero voxels (and scale them), exactly as nnUNetUDA_convert "
-        "did for dataset -d. Needed before nnUNetv2_predict on new scans of a dataset whose dataset.json has "
-        "uda.intensities; imagesTs of that dataset is clipped already. The output is CASE_0000.nii.gz, float32.",
+        prog="nnUNetUDA_intensities",
+        description="Clip scans at a window, or at percentiles of their nonzero voxels (and scale them), exactly as "
+        "nnUNetUDA_convert did with the scans of dataset -d. nnUNetv2_predict does it by itself where a trainer of "
+        "this package made the model; clipping twice changes nothing. The output is CASE_0000.nii.gz.",
     )
     parser.add_argument("-i", required=True, type=Path, metavar="FOLDER", help="scans, CASE_0000.nii.gz or .nii")
     parser.add_argument("-o", required=True, type=Path, metavar="FOLDER", help="output folder, new or empty")
     parser.add_argument("-d", help="dataset id or name: clip as its dataset.json says")
+    parser.add_argument(
+        "-domain",
+        choices=("source", "target"),
+        default="target",
+        help="with -d: of which domain the scans are [target]",
+    )
+    parser.add_argument(
+        "-window", nargs="+", metavar="HU", help=f"instead of -d, two numbers or one of {', '.join(PRESETS)}"
+    )
     parser.add_argument("-percentiles", nargs=2, type=float, metavar=("LOW", "HIGH"), help="instead of -d, as 5 95")
     parser.add_argument("-range", nargs=2, type=float, metavar=("LOW", "HIGH"), help="with -percentiles, as -1 1")
     args = parser.parse_args(argv)
@@ -42,14 +61,29 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _intensities(args: argparse.Namespace) -> Intensities:
-    if (args.d is None) == (args.percentiles is None):
-        raise UDAError("give either -d DATASET, whose dataset.json says how to clip, or -percentiles LOW HIGH.")
+    if sum(given is not None for given in (args.d, args.percentiles, args.window)) != 1:
+        raise UDAError(
+            "give either -d DATASET, whose dataset.json says how to clip, or -percentiles LOW HIGH, or -window."
+        )
+    if args.range and args.d is None and args.percentiles is None:
+        raise UDAError("-range goes with -percentiles.")
+    if args.window:
+        window = parse_intensities(args.window, "-window")
+        if window is None or window.window is None:
+            raise UDAError(f"-window {' '.join(args.window)}: expected two numbers, or one of {', '.join(PRESETS)}.")
+        return window
     if args.d is None:
         return Intensities(tuple(args.percentiles), tuple(args.range) if args.range else None)
     if args.range:
         raise UDAError("-range goes with -percentiles; with -d the dataset says it.")
     where = environment_folder("nnUNet_raw") / dataset_name(args.d) / "dataset.json"
-    return read_intensities(read_json(where), where)
+    intensities = read_intensities(read_json(where), where, args.domain)
+    if intensities is None:
+        raise UDAError(
+            f"{where} holds no uda.intensities of the {args.domain}: this dataset keeps the vendor's intensities, so "
+            "new scans are predicted as they are. To clip all the same, give -percentiles or -window instead of -d."
+        )
+    return intensities
 
 
 def _cases(folder: Path) -> dict[str, Path]:

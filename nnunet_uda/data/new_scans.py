@@ -1,0 +1,179 @@
+"""Scans that a trained model predicts get the intensities that its dataset got when it was converted.
+
+nnU-Net looks preprocessors up inside its own package, by a name in the plans. But it hands a trainer's
+``build_network_architecture`` the very configuration that it preprocesses with and sends to worker processes. There
+``treat_new_scans`` makes it a ``NewScansConfiguration``, whose preprocessor clips a scan first, as ``dataset.json``
+beside the model says, and then does what nnU-Net's does. The plans stay as they are, and so do training data, which
+are preprocessed by nnU-Net itself, from files that the converter has clipped. ``check_prediction`` tries it out.
+
+New scans are taken for the target's. Where the environment variable ``NNUNET_UDA_DOMAIN`` is ``source`` they are the
+source's. Scans that were clipped before stay as they are.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+import pickle
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
+from functools import cache, wraps
+from io import StringIO
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+from batchgenerators.utilities.file_and_folder_operations import load_json, save_json
+from nnunetv2.inference.data_iterators import PreprocessAdapterFromNpy
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
+
+from nnunet_uda.data.intensities import NoContrastError, not_hounsfield, read_intensities
+from nnunet_uda.errors import UDAError
+
+VARIABLE = "NNUNET_UDA_DOMAIN"
+
+
+class NewScans:
+    """What is put before a preprocessor of nnU-Net."""
+
+    _files: Sequence[str] = ("the scan",)
+
+    def run_case(self, image_files, *args, **kwargs):
+        self._files = image_files
+        return super().run_case(image_files, *args, **kwargs)
+
+    def run_case_npy(self, data, seg, properties, plans_manager, configuration_manager, dataset_json):
+        if not isinstance(dataset_json, dict):
+            dataset_json = load_json(dataset_json)
+        data = clip_scan(data, dataset_json, self._files)
+        return super().run_case_npy(data, seg, properties, plans_manager, configuration_manager, dataset_json)
+
+
+@cache
+def _before(preprocessor_class: type) -> type:
+    return type(f"NewScans{preprocessor_class.__name__}", (NewScans, preprocessor_class), {})
+
+
+class NewScansConfiguration(ConfigurationManager):
+    """nnU-Net's configuration, whose preprocessor is ``NewScans`` before the one that the plans name."""
+
+    @property
+    def preprocessor_class(self) -> type:
+        return _before(super().preprocessor_class)
+
+
+def treat_new_scans(configuration: ConfigurationManager) -> None:
+    """Make ``configuration`` a ``NewScansConfiguration``."""
+    if type(configuration) is ConfigurationManager:
+        configuration.__class__ = NewScansConfiguration
+
+
+def treating_new_scans(build_network_architecture: Callable) -> Callable:
+    """A trainer's ``build_network_architecture`` that calls ``treat_new_scans``, with the same signature."""
+    signature = inspect.signature(build_network_architecture)
+
+    @wraps(build_network_architecture)
+    def build(*args: Any, **kwargs: Any) -> Any:
+        configuration = signature.bind(*args, **kwargs).arguments.get("configuration_manager")
+        if configuration is not None:
+            treat_new_scans(configuration)
+        return build_network_architecture(*args, **kwargs)
+
+    return build
+
+
+def domain_of_new_scans() -> str:
+    """``target`` or ``source``, by the environment.
+
+    Raises:
+        UDAError: for any other value of the variable.
+    """
+    domain = os.environ.get(VARIABLE, "").strip().lower() or "target"
+    if domain not in ("source", "target"):
+        raise UDAError(f"{VARIABLE}={os.environ[VARIABLE]}: expected source or target (the domain of the new scans).")
+    return domain
+
+
+def clip_scan(data: np.ndarray, dataset_json: dict[str, Any], files: Sequence[str]) -> np.ndarray:
+    """``data`` ``(C, Z, Y, X)`` as the converter would have written it; a new array where anything is to be done.
+
+    Args:
+        files: of the channels, for messages.
+
+    Raises:
+        UDAError: for a scan that lies outside of the window altogether.
+    """
+    domain = domain_of_new_scans()
+    intensities = read_intensities(dataset_json, "dataset.json of the model", domain)
+    if intensities is None:
+        return data
+    channels = []
+    for index, channel in enumerate(data):
+        where = str(files[min(index, len(files) - 1)])
+        if intensities.window is not None and intensities.origin != "given" and (reason := not_hounsfield(channel)):
+            print(
+                f"WARNING: {where}: {reason}; expected a CT in Hounsfield units, as the model's {domain} scans were. "
+                f"Its prediction is likely to be wrong. If it is no {domain} scan, see {VARIABLE} in the README"
+            )
+        try:
+            channels.append(intensities.clip(channel, where))
+        except NoContrastError as error:
+            if intensities.window is not None:
+                raise
+            print(f"WARNING: {error}: predicted as it is")
+            channels.append(channel)
+    return np.stack(channels).astype(data.dtype, copy=False)
+
+
+def check_prediction(
+    trainer_name: str, network: torch.nn.Module, plans: dict, configuration: str, dataset_json: dict
+) -> None:
+    """Try whether this version of nnU-Net predicts a raw scan as a clipped one, on a scan of random numbers.
+
+    Args:
+        network: the trainer's, for its weights' names and shapes alone.
+
+    Raises:
+        UDAError: if it does not.
+    """
+    intensities = read_intensities(dataset_json, "dataset.json", domain_of_new_scans())
+    if intensities is None:
+        return
+    weights = {name: torch.zeros((), dtype=w.dtype).expand(w.shape) for name, w in network.state_dict().items()}
+    checkpoint = {
+        "trainer_name": trainer_name, "init_args": {"configuration": configuration}, "network_weights": weights,
+        "inference_allowed_mirroring_axes": None,
+    }  # fmt: skip
+    with TemporaryDirectory() as name, redirect_stdout(StringIO()):
+        save_json(plans, Path(name, "plans.json"), sort_keys=False)
+        save_json(dataset_json, Path(name, "dataset.json"), sort_keys=False)
+        Path(name, "fold_0").mkdir()
+        torch.save(checkpoint, Path(name, "fold_0", "checkpoint_final.pth"))
+        predictor = nnUNetPredictor(device=torch.device("cpu"), allow_tqdm=False)
+        predictor.initialize_from_trained_model_folder(name, (0,), "checkpoint_final.pth")
+    stock = PlansManager(plans)
+    of_worker = pickle.loads(pickle.dumps((predictor.plans_manager, predictor.configuration_manager)))
+    rng = np.random.default_rng(0)
+    raw = rng.normal(100, 3000, (len(dataset_json["channel_names"]), 4, 16, 16)).astype(np.float32)
+    clipped = np.stack([intensities.clip(channel, "a scan of random numbers") for channel in raw])
+    expected = _preprocess(clipped, stock, stock.get_configuration(configuration), dataset_json)
+    for managers in ((predictor.plans_manager, predictor.configuration_manager), of_worker):
+        for scan in (raw, clipped):
+            if not np.allclose(_preprocess(scan, *managers, dataset_json), expected, atol=1e-4):
+                raise UDAError(
+                    "nnunetv2 of this version does not predict with the intensities that the dataset was converted "
+                    "with: nnUNetv2_predict would take new scans as they are. Train with nnunetv2 2.8.1, or convert "
+                    "the data with -source_intensities none -target_intensities none"
+                )
+
+
+def _preprocess(scan: np.ndarray, plans: PlansManager, configuration: ConfigurationManager, dataset: dict) -> Any:
+    """As ``nnUNetPredictor.predict_single_npy_array`` does it."""
+    spacing = list(np.asarray(plans.original_median_spacing_after_transp)[list(plans.transpose_backward)])
+    adapter = PreprocessAdapterFromNpy(
+        [scan], [None], [{"spacing": spacing}], [None], plans, dataset, configuration, num_threads_in_multithreaded=1
+    )
+    return next(adapter)["data"].numpy()
