@@ -12,7 +12,7 @@ import numpy as np
 import SimpleITK as sitk
 from skimage.draw import polygon
 
-from nnunet_uda.data.dicom import Header, read_header
+from nnunet_uda.data.dicom import FARTHEST, Header, read_header
 from nnunet_uda.data.reading import readable
 from nnunet_uda.errors import UDAError, printable
 
@@ -122,11 +122,14 @@ def rasterise(contours: Sequence[Contour], image: sitk.Image, path: Path) -> tup
     to_index = np.linalg.inv(np.array(image.GetDirection()).reshape(3, 3) * spacing)
     drawn: list[tuple[float, np.ndarray, bool]] = []
     for contour in contours:
-        index = (contour.points - image.GetOrigin()) @ to_index.T
-        if not np.isfinite(index).all():
-            raise UDAError(f"{path}: a contour has points that are not finite. The file is corrupt: get it again.")
-        if len(index) < 3:
+        if not (np.abs(contour.points) <= FARTHEST).all():
+            raise UDAError(
+                f"{path}: a contour has points that are not finite, or {FARTHEST:g} mm away. The file is corrupt: get "
+                "it again."
+            )
+        if len(contour.points) < 3:
             continue
+        index = (contour.points - image.GetOrigin()) @ to_index.T
         x, y, z = index.T
         if np.ptp(z) > 0.5:
             raise UDAError(
