@@ -60,12 +60,20 @@ def read_scan(path: Path) -> sitk.Image:
 
 
 def read_scan_label(path: Path, image: sitk.Image, image_path: Path) -> tuple[sitk.Image, list[str]]:
-    """``reading.read_label``; a folder of DICOM slices may hold labels too."""
-    if not path.is_dir():
+    """``reading.read_label``; a folder of DICOM slices may hold labels too, and an image file those of one.
+
+    Converters from DICOM to NIfTI turn axes round, so a label of DICOM slices is turned back, voxel for voxel.
+    """
+    if not path.is_dir() and not image_path.is_dir():
         return read_label(path, image, image_path)
-    label = read_volume(path)
-    check_same_geometry(image, image_path, label, path)
-    return label, []
+    label = read_scan(path)
+    axes = sitk.DICOMOrientImageFilter.GetOrientationFromDirectionCosines(image.GetDirection())
+    turned = sitk.DICOMOrient(label, axes)
+    check_same_geometry(image, image_path, turned, path)
+    notes = (
+        [] if turned.GetDirection() == label.GetDirection() else [f"{path.name}: axes turned to those of the slices"]
+    )
+    return turned, notes
 
 
 def list_scans(inputs: Sequence[str], option: str, warnings: list[str]) -> dict[str, Path]:

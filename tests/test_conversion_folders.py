@@ -12,7 +12,7 @@ import pydicom
 import pytest
 import SimpleITK as sitk
 from conftest import litter
-from test_dicom import write_series
+from test_dicom import DIRECTIONS, write_series
 from test_rtstruct import save_rtstruct
 
 from nnunet_uda.commands.convert import main
@@ -228,6 +228,19 @@ def test_one_series_and_its_labels(data):
     assert names(out / "imagesTr") == ["CT_P1_0000"] and (load(out / "imagesTr/CT_P1_0000.nii.gz") == array).all()
     assert (load(out / "labelsTr/CT_P1.nii.gz") == (organs(5, 1) == 5) + 2 * (organs(5, 1) == 1)).all()
     assert (load(out / "labelsTs/MR_a.nii.gz") == (organs(1, 5) == 5) + 2 * (organs(1, 5) == 1)).all()
+
+
+@pytest.mark.parametrize("orientation", ["axial", "sagittal", "oblique"])
+def test_labels_of_a_series_whose_axes_a_converter_turned(data, capsys, orientation):
+    series(data / "dicom" / "P1", 1, direction=DIRECTIONS[orientation])
+    image, _ = read_series(data / "dicom" / "P1")
+    label = sitk.GetImageFromArray(organs(5, 1))
+    label.CopyInformation(image)
+    (data / "dl").mkdir()
+    sitk.WriteImage(sitk.DICOMOrient(label, "RAS"), str(data / "dl" / "P1.nii.gz"))
+    out = convert(data, source_images=str(data / "dicom"), source_labels=str(data / "dl"))
+    assert (load(out / "labelsTr/CT_P1.nii.gz") == (organs(5, 1) == 5) + 2 * (organs(5, 1) == 1)).all()
+    assert "P1.nii.gz: axes turned to those of the slices" in capsys.readouterr().out
 
 
 def test_a_pattern_chooses_among_series(data, capsys):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -12,7 +13,13 @@ import SimpleITK as sitk
 from conftest import litter
 from pydicom.dataset import FileMetaDataset
 from pydicom.encaps import encapsulate
-from pydicom.uid import ExplicitVRLittleEndian, JPEGLosslessSV1, RLELossless, generate_uid
+from pydicom.uid import (
+    DeflatedExplicitVRLittleEndian,
+    ExplicitVRLittleEndian,
+    JPEGLosslessSV1,
+    RLELossless,
+    generate_uid,
+)
 
 from nnunet_uda.data.dicom import by_name, dicom_files, order_series, read_series, series_folders
 from nnunet_uda.errors import UDAError
@@ -155,6 +162,22 @@ def test_float_pixels_keep_their_fractions(tmp_path):
 
     write_series(tmp_path, scan(), change=floats)
     assert (sitk.GetArrayFromImage(read_series(tmp_path)[0]) == scan() + 0.25).all()
+
+
+def test_deflated_files(tmp_path):
+    files = write_series(tmp_path, scan())
+    for path in files:
+        ds = pydicom.dcmread(path)
+        ds.file_meta.TransferSyntaxUID = DeflatedExplicitVRLittleEndian
+        ds.save_as(path)
+    assert (sitk.GetArrayFromImage(read_series(tmp_path)[0]) == scan()).all()
+    content = files[0].read_bytes()
+    end = 144 + pydicom.dcmread(files[0]).file_meta.FileMetaInformationGroupLength
+    zeros = zlib.compressobj(wbits=-zlib.MAX_WBITS)
+    packed = b"".join(zeros.compress(bytes(2**24)) for _ in range(17)) + zeros.flush()
+    files[0].write_bytes(content[:end] + packed)
+    with pytest.raises(UDAError, match=r"IMG-0001\.dcm: cannot be read \(inflated it has more than"):
+        read_series(tmp_path)
 
 
 def test_agrees_with_itk(tmp_path):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import re
 import warnings
+import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -41,6 +42,8 @@ MODALITY_OF_CLASS = {
 """By SOPClassUID, where an anonymiser has emptied Modality."""
 MOST_PIXELS = 2**26
 """Of a slice, 8192 x 8192: decoders take the memory that a header asks for before they look at its pixels."""
+MOST_INFLATED = 2**28
+"""Bytes of a deflated file: a slice of ``MOST_PIXELS`` with 32 bits."""
 FARTHEST = 1e6
 """In mm: no spacing and no position is beyond it."""
 LARGEST_VALUE = 1e10
@@ -114,9 +117,20 @@ class Header:
 
 def read_header(path: Path, *keywords: str) -> Header:
     """Header of one file, or the elements of these names alone. Raises ``UDAError`` when it is no DICOM file."""
+    return Header(path, _dataset(path, stop_before_pixels=True, specific_tags=list(keywords) or None))
+
+
+def _dataset(path: Path, **options: Any) -> pydicom.Dataset:
+    """``pydicom.dcmread``, which inflates a deflated file whole, however large it becomes: that is bounded here."""
     with _reading(path):
-        tags = list(keywords) or None
-        return Header(path, pydicom.dcmread(path, stop_before_pixels=True, specific_tags=tags))
+        with open(path, "rb") as file:
+            start = file.read(2048)
+            if b"1.2.840.10008.1.2.1.99" in start:
+                file.seek(pydicom.filereader.read_file_meta_info(path).FileMetaInformationGroupLength + 144)
+                inflated = zlib.decompressobj(-zlib.MAX_WBITS).decompress(file.read(), MOST_INFLATED)
+                if len(inflated) == MOST_INFLATED:
+                    raise ValueError(f"inflated it has more than {MOST_INFLATED} bytes")
+        return pydicom.dcmread(path, **options)
 
 
 @contextmanager
@@ -338,8 +352,8 @@ def _slice(path: Path) -> Slice:
 def _pixels(slice_: Slice) -> np.ndarray:
     """(rows, columns), rescaled: the smallest signed type for a whole slope and intercept, else float32."""
     path = slice_.path
+    dataset = _dataset(path)
     with _reading(path):
-        dataset = pydicom.dcmread(path)
         syntax = dataset.file_meta.TransferSyntaxUID
         compressed = syntax.is_encapsulated
     header = Header(path, dataset)
