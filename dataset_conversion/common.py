@@ -10,20 +10,17 @@ the image file and those bounds alone: no label of its own can change it.
 from __future__ import annotations
 
 import argparse
-import errno
 import fcntl
 import functools
 import multiprocessing
 import os
 import re
-import shutil
 import sys
-import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -55,8 +52,8 @@ from nnunet_uda.data.reading import (
     read_label,
 )
 from nnunet_uda.dataset_conversion.quicklook import draw_quicklook
-from nnunet_uda.errors import UDAError, command
-from nnunet_uda.files import write_json
+from nnunet_uda.errors import UDAError, command, system_fault
+from nnunet_uda.files import cannot_write, go_on_without_locks, put_back, whole_folder, write_json
 from nnunet_uda.workers import end_with
 
 ENDING = ".nii.gz"
@@ -289,11 +286,7 @@ def _write(image: sitk.Image, path: Path) -> None:
         sitk.WriteImage(image, str(path), True)
         check_whole(path)  # on a full disk SimpleITK leaves a short file without an error
     except RuntimeError as error:
-        free = shutil.disk_usage(path.parent).free / 2**30 if path.parent.is_dir() else 0
-        raise UDAError(
-            f"{path}: cannot be written whole ({str(error).strip().splitlines()[-1]}); {free:.1f} GiB are free there. "
-            "Make room, or check the permissions of the folder in nnUNet_raw."
-        ) from None
+        raise cannot_write(path, error) from None
 
 
 def _describe(identifier: str, image: sitk.Image) -> CaseReport:
@@ -513,15 +506,25 @@ def _check_request(
                 )
 
 
+def recover(dataset_id: int) -> None:
+    """Put back a dataset of this id that a killed conversion had set aside, whatever becomes of the present one."""
+    raw = environment_folder("nnUNet_raw")
+    if raw.is_dir():
+        put_back(raw / f"Dataset{dataset_id:03d}", _prefix(dataset_id))
+
+
+def _prefix(dataset_id: int) -> str:
+    return f".converting_Dataset{dataset_id:03d}"
+
+
 @contextmanager
-def _locked(raw: Path, prefix: str, warnings: list[str]) -> Iterator[None]:
+def _locked(raw: Path, prefix: str) -> Iterator[None]:
     with open(raw / f"{prefix}.lock", "w") as lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EAGAIN, errno.EACCES):
-                raise UDAError(f"{lock.name}: another conversion to this dataset id is running. Wait for it.") from None
-            warnings.append(f"{raw} cannot be locked ({error}): do not run two conversions of one dataset at once")
+            with go_on_without_locks(raw):
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise UDAError(f"{lock.name}: another conversion to this dataset id is running. Wait for it.") from None
         try:
             yield
         finally:
@@ -532,35 +535,18 @@ def _locked(raw: Path, prefix: str, warnings: list[str]) -> Iterator[None]:
 def _whole_folder(dataset_id: int, folder: str, overwrite: bool, warnings: list[str]) -> Iterator[tuple[Path, Path]]:
     """Yield (temporary folder, final folder); the first becomes the second when the block succeeds, else it goes."""
     raw = environment_folder("nnUNet_raw")
-    try:
-        raw.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UDAError(f"nnUNet_raw is {raw}, which cannot be made: {error}. Set it to a folder you own.") from None
     final = raw / folder
-    prefix = f".converting_Dataset{dataset_id:03d}"
-    with _locked(raw, prefix, warnings):
-        replaced = raw / f"{prefix}_replaced"
-        if not final.exists() and (replaced / folder).is_dir():
-            os.replace(replaced / folder, final)  # killed between the two renames below
-        for leftover in raw.glob(f"{prefix}_*"):
-            print(f"Removing {leftover}, left by an interrupted conversion")
-            shutil.rmtree(leftover, ignore_errors=True)  # a killed run's process may write on for a moment
-        _check_free(dataset_id, final, overwrite, warnings)
-        temporary = raw / f"{prefix}_{uuid.uuid4().hex[:8]}"
-        temporary.mkdir()
+    prefix = _prefix(dataset_id)
+    with ExitStack() as stack:
         try:
+            raw.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(_locked(raw, prefix))
+            put_back(final, prefix)
+        except OSError as error:
+            raise UDAError(f"nnUNet_raw is {raw}, which cannot be written ({system_fault(error) or error})") from error
+        _check_free(dataset_id, final, overwrite, warnings)
+        with whole_folder(final, prefix) as temporary:
             yield temporary, final
-            if final.exists():
-                replaced.mkdir()
-                os.replace(final, replaced / folder)
-            os.replace(temporary, final)
-        except BaseException:
-            if (replaced / folder).is_dir() and not final.exists():
-                os.replace(replaced / folder, final)
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
-        finally:
-            shutil.rmtree(replaced, ignore_errors=True)
 
 
 def _check_free(dataset_id: int, final: Path, overwrite: bool, warnings: list[str]) -> None:
@@ -813,6 +799,8 @@ def script(
     def main(argv: list[str] | None = None) -> None:
         parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
         add_arguments(parser)
-        convert(parser.parse_args(argv))
+        args = parser.parse_args(argv)
+        recover(args.d)
+        convert(args)
 
     return main

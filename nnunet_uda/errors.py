@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import reprlib
+import select
+import signal
 import sys
 from collections.abc import Callable
 from functools import wraps
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -16,6 +21,59 @@ class UDAError(RuntimeError):
     The message names the file, what was found, what was expected and what to do. Commands print it without a
     traceback and exit with status 1.
     """
+
+
+_ROOM = "Make room there, or choose another folder"
+_RIGHT = "Give this user the right to it, or choose another folder"
+_NETWORK = "Look whether the disk or the network storage is well, then start again"
+_REMEDIES = {
+    errno.ENOSPC: _ROOM,
+    errno.EDQUOT: _ROOM,
+    errno.EFBIG: "Files of that size are not allowed there (ulimit -f, or the file system's own limit)",
+    errno.EROFS: "Mount it for writing, or choose another folder",
+    errno.EACCES: _RIGHT,
+    errno.EPERM: _RIGHT,
+    errno.ENAMETOOLONG: "Choose a shorter name or folder",
+    errno.ENOENT: "Give a path that exists",
+    errno.ENOTDIR: "A file lies where a folder is expected: choose another path",
+    errno.EISDIR: "A folder lies where a file is expected: choose another path",
+    errno.EEXIST: "Remove it, or choose another path",
+    errno.ENOTEMPTY: "Remove it, or choose another path",
+    errno.ELOOP: "Mend the links, or choose another path",
+    errno.EBUSY: "It is in use or a mount point: choose a folder inside it",
+    errno.EXDEV: "Choose a path on one file system",
+    errno.EMFILE: "Allow more open files (ulimit -n), or use fewer processes",
+    errno.ENFILE: "Close other programs, or use fewer processes",
+    errno.EAGAIN: "Allow more processes (ulimit -u), or use fewer",
+    errno.ENOMEM: "Free memory, or use fewer processes",
+    errno.EIO: _NETWORK,
+    errno.ESTALE: _NETWORK,
+    errno.ENOTCONN: _NETWORK,
+    errno.ETIMEDOUT: _NETWORK,
+    errno.EHOSTDOWN: _NETWORK,
+    errno.EHOSTUNREACH: _NETWORK,
+    errno.ENODEV: _NETWORK,
+    errno.ENXIO: _NETWORK,
+}
+
+
+def system_fault(error: BaseException) -> str | None:
+    """What the system refused, on which file, and what to do; None for an error that is not the system's.
+
+    The one place where permissions, read-only and full disks, quotas, names too long, lost network storage and lack of
+    memory are put into words.
+    """
+    if isinstance(error, MemoryError):
+        return f"memory ran out ({str(error) or 'no size is known'}). Free memory, or use fewer processes (-np 1)"
+    if not isinstance(error, OSError) or error.errno not in _REMEDIES:
+        return None
+    where = " -> ".join(repr(file) for file in files_of(error))
+    return f"{error.strerror or os.strerror(error.errno)}{where and ': '}{where}. {_REMEDIES[error.errno]}"
+
+
+def files_of(error: OSError) -> list[str]:
+    """The files that an error names: none, one, or old and new name."""
+    return [os.fsdecode(name) for name in (error.filename, error.filename2) if isinstance(name, (str, bytes, Path))]
 
 
 def shown(value: Any) -> str:
@@ -46,22 +104,51 @@ def nested_deeper(value: Any, limit: int) -> bool:
 
 
 def command(main: Callable[..., None]) -> Callable[..., None]:
-    """Turn a ``main(argv=None)`` into a console entry point: ``UDAError`` becomes one message and exit status 1."""
+    """Turn a ``main(argv=None)`` into a console entry point: what users can mend ends in one message.
+
+    ``UDAError`` and what the system refuses become that message and exit status 1. Ctrl-C ends with status 130, and a
+    reader of the output that has gone (``| head``) with 141, as shells have it for programs that a signal ended.
+    """
 
     @wraps(main)
     def entry_point(argv: list[str] | None = None) -> None:
         try:
             main(argv)
-        except UDAError as error:
-            print(f"ERROR: {error}", file=sys.stderr)
+            print(end="", flush=True)
+        except KeyboardInterrupt:
+            print("\nInterrupted", file=sys.stderr)
+            raise SystemExit(128 + signal.SIGINT) from None
+        except BrokenPipeError:
+            if not _reader_is_gone():
+                raise
+            raise SystemExit(128 + signal.SIGPIPE) from None
+        except (UDAError, OSError, MemoryError) as error:
+            if (text := message_of(error)) is None:
+                raise
+            print(f"ERROR: {text}", file=sys.stderr)
             raise SystemExit(1) from None
 
     return entry_point
 
 
+def message_of(error: BaseException) -> str | None:
+    """The text of ``UDAError`` and of what the system refused; None for everything else, which is a fault of ours."""
+    return str(error) if isinstance(error, UDAError) else system_fault(error)
+
+
+def _reader_is_gone() -> bool:
+    """Whether standard output leads nowhere any more; then nothing is left to be written there at the process's end."""
+    output = select.poll()
+    output.register(1, 0)
+    gone = any(event & (select.POLLERR | select.POLLHUP) for _, event in output.poll(0))
+    if gone:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    return gone
+
+
 def print_without_traceback(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
-    """An ``excepthook`` for programs that are not ours, such as ``nnUNetv2_train``: ``UDAError`` is one message."""
-    if isinstance(error, UDAError):
-        print(f"ERROR: {error}", file=sys.stderr)
+    """An ``excepthook`` for programs that are not ours, such as ``nnUNetv2_train``: as ``command``, one message."""
+    if (text := message_of(error)) is not None:
+        print(f"ERROR: {text}", file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, traceback)

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import glob
 import hashlib
 import json
 import os
 import shutil
+import sys
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from nnunet_uda.errors import UDAError
+from nnunet_uda.errors import UDAError, files_of, system_fault
 
 LOCK = ".lock"
+FORMER = "former"
+"""In a working folder of ``whole_folder``: what lay at its target before."""
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP)
 
 
 @contextmanager
@@ -28,8 +33,11 @@ def whole_file(path: Path | str) -> Iterator[Path]:
         yield temporary
         sync(temporary)
         os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
+    except BaseException as error:
+        with suppress(OSError):  # where nothing can be written there is nothing to remove
+            temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and set(files_of(error)) <= {str(temporary), str(path)}:
+            error.filename, error.filename2 = str(path), None  # a full disk names no file
         raise
     sync_folder(path.parent)
 
@@ -50,6 +58,16 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def cannot_write(path: Path, error: Exception) -> UDAError:
+    """The message for a file that a library could not write, or left short; few libraries say why."""
+    said = system_fault(error) or (str(error).strip() or type(error).__name__).splitlines()[-1]
+    free = shutil.disk_usage(path.parent).free / 2**30 if path.parent.is_dir() else 0
+    return UDAError(
+        f"{path}: cannot be written whole ({said}); {free:.1f} GiB are free there. Make room, or check the permissions "
+        "of the folder"
+    )
+
+
 def write_json(value: Any, path: Path | str) -> None:
     """Write ``value`` as indented JSON, whole or not at all."""
     with whole_file(path) as temporary:
@@ -62,43 +80,98 @@ def remove_leftovers(folder: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def sync_tree(folder: Path) -> None:
+    """Return once all files and names below ``folder`` have reached the disk. What links point to is not looked at."""
+    for path, _, names in os.walk(folder):
+        for name in names:
+            if not os.path.islink(file := Path(path, name)):
+                sync(file)
+        sync_folder(Path(path))
+
+
 @contextmanager
-def whole_folder(target: Path) -> Iterator[Path]:
+def whole_folder(target: Path, family: str | None = None) -> Iterator[Path]:
     """Yield a temporary folder beside ``target`` that takes its place on success, and is removed after an error.
 
-    What lay at ``target`` before is replaced: the caller has looked at it. Folders that killed processes left of the
-    same ``target`` are removed; one that is still being filled is locked, and stays.
+    What lay at ``target`` before is replaced: the caller has looked at it, after ``put_back``. It is set aside and
+    removed only when the new one, synced, stands in its place; else it is put back, by this process or by the next.
+
+    Args:
+        family: prefix of the hidden working folders' names. Targets of one family put back each other's former.
 
     Raises:
         UDAError: if the place cannot be written.
     """
     target = Path(os.path.abspath(target))
-    temporary, former = (target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.partial") for _ in range(2))
+    family = family or _family(target)
+    work = target.with_name(f"{family}_{uuid.uuid4().hex[:8]}")
+    former, new = work / FORMER / target.name, work / "new"
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        for leftover in target.parent.glob(f".{glob.escape(target.name)}.????????.partial"):
-            with suppress(BlockingIOError), locked(leftover / LOCK):
-                shutil.rmtree(leftover, ignore_errors=True)
-        temporary.mkdir()
-        with locked(temporary / LOCK):
-            yield temporary
-            (temporary / LOCK).unlink()
-            if target.exists():
-                target.rename(former)
-            try:
-                temporary.rename(target)
-            except OSError:
-                if former.exists():
-                    former.rename(target)
-                raise
+        put_back(target, family)
+        work.mkdir()
     except OSError as error:
-        raise UDAError(
-            f"{target} cannot be written ({error}). Is the disk full, or the folder read-only? Nothing was changed"
-        ) from error
+        raise UDAError(_unwritable(target, error)) from error
+    try:
+        with locked(work / LOCK):
+            new.mkdir()
+            yield new
+            sync_tree(new)
+            if target.exists():
+                former.parent.mkdir()
+                os.replace(target, former)
+            os.replace(new, target)
+            sync_folder(target.parent)
+            _forget(work)
+    except OSError as error:
+        if system_fault(error) is None or not _concerns(error, target, work):
+            raise
+        raise UDAError(_unwritable(target, error)) from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(former, ignore_errors=True)
-    sync_folder(target.parent)
+        if former.exists() and not target.exists():
+            os.replace(former, target)
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def put_back(target: Path, family: str | None = None) -> None:
+    """Put back what a killed ``whole_folder`` of the same family had set aside, and remove what else it left.
+
+    What another process is still filling is locked, and stays; so does what another user left.
+    """
+    target = Path(os.path.abspath(target))
+    for work in target.parent.glob(f"{glob.escape(family or _family(target))}_????????"):
+        with suppress(BlockingIOError, FileNotFoundError, PermissionError), locked(work / LOCK):
+            for former in _set_aside(work):
+                if not (place := target.with_name(former.name)).exists():
+                    os.replace(former, place)
+                    print(f"{place} is back: an interrupted command had set it aside", file=sys.stderr)
+            shutil.rmtree(work, ignore_errors=True)
+
+
+def _set_aside(work: Path) -> list[Path]:
+    """Folders that wait in a killed command's working folder; conversions of before kept them in one of this name."""
+    folder = work if work.name.endswith("_replaced") else work / FORMER
+    return [path for path in folder.glob("*") if path.name != LOCK]
+
+
+def _family(target: Path) -> str:
+    return f".{target.name[:200]}.partial"
+
+
+def _forget(work: Path) -> None:
+    """What was set aside is not wanted any more: a half removed folder must never be put back."""
+    if (work / FORMER).exists():
+        os.replace(work / FORMER, work / "superseded")
+
+
+def _concerns(error: OSError, target: Path, work: Path) -> bool:
+    """Whether the system's refusal is about the place to be written, not about an input."""
+    places = [Path(os.path.abspath(file)) for file in files_of(error)]
+    return not places or any(place.is_relative_to(top) for place in places for top in (work, target))
+
+
+def _unwritable(target: Path, error: OSError) -> str:
+    return f"{target} cannot be written ({system_fault(error) or error}). Nothing was changed"
 
 
 def sha256(path: Path) -> str:
@@ -115,7 +188,8 @@ def exclusive(folder: Path) -> Iterator[None]:
     """Hold a lock on ``folder`` (created if absent), so that two processes do not fill it at once."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / LOCK, "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        with go_on_without_locks(folder):
+            fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 
@@ -130,7 +204,23 @@ def locked(path: Path) -> Iterator[Any]:
     """
     with open(path, "a+") as file:
         try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with go_on_without_locks(path.parent):
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except PermissionError as error:  # POSIX leaves systems the choice between EACCES and EAGAIN
             raise BlockingIOError(*error.args) from None
         yield file
+
+
+@contextmanager
+def go_on_without_locks(folder: Path) -> Iterator[None]:
+    """Go on where the file system knows no locks, as some of clusters do not, and say so."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        print(
+            f"WARNING: the file system of {folder} knows no locks ({error.strerror}): see to it that no two commands "
+            "write there at once",
+            file=sys.stderr,
+        )

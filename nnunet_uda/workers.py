@@ -1,17 +1,21 @@
-"""Worker processes that neither outlive the process they work for nor die unnoticed."""
+"""Processes that neither outlive the process they work for nor die unnoticed."""
 
 from __future__ import annotations
 
 import os
+import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 from typing import Any
 
 from nnunet_uda.errors import UDAError
+
+STARTER = "NNUNET_UDA_STARTER"
+POLL_SECONDS = 0.5
 
 
 def usable_cores() -> int:
@@ -27,10 +31,41 @@ def end_with(parent: int) -> None:
     A worker whose parent was killed would otherwise wait for work forever, or write into what the next start fills.
     """
 
+    _after(lambda: os.getppid() != parent, lambda: os._exit(1))
+
+
+def tied(environment: Mapping[str, str]) -> dict[str, str]:
+    """``environment`` for a command that is to end with this process, however this one ends: ``end_with_starter``."""
+    return {**environment, STARTER: str(os.getpid())}
+
+
+def end_with_starter() -> None:
+    """Where another process started this one with ``tied``: get SIGTERM within a second of its end.
+
+    A killed process can pass no signal on. Its training would run on, beside that of the next start.
+    """
+    starter = int(os.environ.pop(STARTER, "0"))
+    if starter and os.getppid() == starter:
+        _after(lambda: os.getppid() != starter, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    elif starter:  # it has ended already, or something stands between
+        _after(lambda: not _lives(starter), lambda: os.kill(os.getpid(), signal.SIGTERM))
+
+
+def _lives(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _after(happened: Callable[[], bool], act: Callable[[], object]) -> None:
     def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.5)
-        os._exit(1)
+        while not happened():
+            time.sleep(POLL_SECONDS)
+        act()
 
     threading.Thread(target=watch, name="end_with_parent", daemon=True).start()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import gzip
 import json
@@ -18,6 +19,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
+from nnunet_uda.commands import convert
 from nnunet_uda.data.reading import LabelMap, check_image, check_same_geometry, read_image
 from nnunet_uda.dataset_conversion import common
 from nnunet_uda.dataset_conversion.common import Case, Group, IntensityRequest, write_dataset
@@ -408,7 +410,7 @@ def test_killed_conversion_leaves_nothing_visible_and_the_next_completes(raw, gr
     )
     process = subprocess.Popen([sys.executable, "-c", program, str(Path(__file__).parent), str(tmp_path / "in")])
     deadline = time.time() + 40
-    while not list(raw.glob(".converting_Dataset007_*/imagesTu/t0_0000.nii.gz")):
+    while not list(raw.glob(".converting_Dataset007_*/new/imagesTu/t0_0000.nii.gz")):
         assert time.time() < deadline and process.poll() is None
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
@@ -418,14 +420,43 @@ def test_killed_conversion_leaves_nothing_visible_and_the_next_completes(raw, gr
     assert leftovers(raw) == [] and len(list((out / "imagesTu").iterdir())) == 2
 
 
-def test_kill_between_the_two_renames_of_an_overwrite(raw, groups):
+@pytest.mark.parametrize("name", ["Tiny", "Other"])
+@pytest.mark.parametrize("aside", [".converting_Dataset007_replaced", ".converting_Dataset007_0a1b2c3d/former"])
+def test_kill_between_the_two_renames_of_an_overwrite(raw, groups, name, aside):
+    """Whatever name is given next, the dataset that was set aside comes back; the first place is of versions before."""
     out = write(groups)
-    replaced = raw / ".converting_Dataset007_replaced"
-    replaced.mkdir()
-    out.rename(replaced / out.name)
-    with pytest.raises(UDAError, match="exists already"):
-        write(groups)
+    (raw / aside).mkdir(parents=True)
+    out.rename(raw / aside / out.name)
+    with pytest.raises(
+        UDAError, match="exists already" if name == "Tiny" else "Dataset007_Tiny: dataset id 7 is already"
+    ):
+        write_dataset(7, name, groups, ["organ"], ["intensity"], processes=1, overwrite=name == "Other")
     assert (out / "dataset.json").exists() and leftovers(raw) == []
+
+
+def test_what_was_set_aside_comes_back_before_the_input_is_looked_at(raw, groups, capsys):
+    out = write(groups)
+    aside = raw / ".converting_Dataset007_0a1b2c3d" / "former"
+    aside.mkdir(parents=True)
+    out.rename(aside / out.name)
+    with pytest.raises(SystemExit):
+        convert.main(["brats", "-i", "/no/such/folder", "-d", "7", "-source", "flair", "-target", "t2"])
+    assert (out / "dataset.json").exists() and leftovers(raw) == []
+
+
+def test_the_former_dataset_is_put_back_when_the_new_one_cannot_take_its_place(raw, groups, monkeypatch):
+    out, replace = write(groups), os.replace
+    before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
+
+    def fail(old, new):
+        if Path(new) == out and Path(old).name == "new":
+            raise OSError(errno.EIO, "Input/output error")
+        replace(old, new)
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(UDAError, match=r"Dataset007_Tiny cannot be written \(Input/output error"):
+        write(groups, overwrite=True)
+    assert before == {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} and leftovers(raw) == []
 
 
 def test_a_full_disk_is_noticed(raw, groups, tmp_path):

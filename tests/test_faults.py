@@ -183,6 +183,15 @@ def test_a_training_begun_anew_takes_the_former_ones_checkpoints_out_of_sight(tm
     assert {p.name for p in tmp_path.iterdir()} == left
     assert checkpoint.read_checkpoint(tmp_path / checkpoint.FORMER)["current_epoch"] == 2
     assert checkpoint.set_former_aside(tmp_path) is None
+    for epoch, number in ((1, 2), (7, 3)):  # begun anew again and again: nothing that was kept is overwritten
+        for name in (checkpoint.LATEST, "checkpoint_epoch_0005.pth"):
+            checkpoint.write_checkpoint(content(epoch), tmp_path / name)
+        former = tmp_path / f"checkpoint_former_{number}.pth"
+        assert checkpoint.set_former_aside(tmp_path) == former
+        assert checkpoint.read_checkpoint(former)["current_epoch"] == epoch
+        left |= {former.name, f"former_checkpoint_epoch_0005_{number}.pth"}
+    assert {p.name for p in tmp_path.iterdir()} == left
+    assert checkpoint.read_checkpoint(tmp_path / checkpoint.FORMER)["current_epoch"] == 2
 
 
 # -- signals -----------------------------------------------------------------------------------------------------------

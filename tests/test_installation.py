@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tomllib
 import venv
 from pathlib import Path
 
@@ -111,6 +112,20 @@ def test_from_a_wheel(tmp_path, base_environment):
         [python.parent / "nnUNetUDA_convert", "mmwhs", "-h"], capture_output=True, text=True, check=True
     )
     assert "VENDOR_TREE" in help_text.stdout
+
+
+def test_on_windows_every_command_says_in_one_line_that_it_is_not_supported(tmp_path):
+    """Windows has no ``fcntl`` and no ``resource``; here Python is told that there are none."""
+    (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['fcntl'] = sys.modules['resource'] = None\n")
+    commands = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["scripts"]
+    modules = {entry.partition(":")[0] for entry in commands.values()}
+    for module in (*sorted(modules), "nnunet_uda.trainers.cisfa", "nnunet_uda.experiments.job"):
+        done = subprocess.run(
+            [sys.executable, "-c", f"import {module}"], env={**os.environ, "PYTHONPATH": str(tmp_path)},
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 1 and done.stdout == ""
+        assert done.stderr.count("\n") == 1 and "Windows is not supported: use WSL" in done.stderr, module
 
 
 def test_every_trainer_file_is_covered_here():

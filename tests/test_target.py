@@ -78,6 +78,40 @@ def test_other_plans_make_it_stale(dataset):
     assert after[2] < before[2]
 
 
+def test_a_complete_target_needs_no_lock_and_nothing_written(dataset, monkeypatch):
+    raw = dataset[0]
+    (raw / "splits_target.json").write_text(json.dumps([{"train": ["ct_Tu00"], "val": ["ct_Tu01"]}]))
+    folder = run(dataset)
+    (folder / "stray").touch()  # cannot be removed from a read-only folder, and harms nobody
+
+    def refuse(*_):
+        raise OSError(30, "Read-only file system", str(folder / ".lock"))
+
+    monkeypatch.setattr(target, "exclusive", refuse)
+    monkeypatch.setattr(target, "write_json", refuse)
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    assert run(dataset) == folder
+    os.utime(raw / "imagesTu" / "ct_Tu00_0000.nii.gz")  # as after copying
+    assert run(dataset) == folder
+    (raw / "splits_target.json").write_text(json.dumps([{"train": ["ct_Tu02"], "val": ["ct_Tu01"]}]))
+    with pytest.raises(UDAError, match=r"target cannot be preprocessed \(Read-only file system: '.*lock'\. Mount it"):
+        run(dataset)  # else training would go by folds of before
+    (raw / "splits_target.json").write_text(json.dumps([{"train": ["ct_Tu00"], "val": ["ct_Tu01"]}]))
+    (raw / "imagesTu" / "ct_Tu03_0000.nii.gz").unlink()
+    with pytest.raises(UDAError, match="Read-only file system"):
+        run(dataset)
+
+
+def test_a_case_that_cannot_be_written_is_one_message(dataset, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("Error while creating the NDArray")  # blosc2's words for a full disk
+
+    monkeypatch.setattr(target.TargetDataset, "save_case", fail)
+    with pytest.raises(UDAError, match=r"ct_Tu00\.b2nd: cannot be written whole \(Error while.*GiB are free"):
+        run(dataset)
+    assert {path.name for path in (dataset[1] / "nnUNetPlans_2d_target").iterdir()} == {".lock", target.MANIFEST}
+
+
 def test_an_interrupted_case_is_not_taken_for_whole(dataset):
     folder = run(dataset)
     manifest = json.loads((folder / target.MANIFEST).read_text())

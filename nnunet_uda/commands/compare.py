@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from nnunet_uda.commands.sweep import settings_in_force
-from nnunet_uda.data.convention import environment_folder, read_json
+from nnunet_uda.data.convention import environment_folder, mend_results, read_json
 from nnunet_uda.errors import UDAError, command
 from nnunet_uda.evaluation.compare_plot import Bar, draw_comparison
 from nnunet_uda.evaluation.metrics import METRICS
@@ -420,10 +420,12 @@ def check_results(
     Raises:
         UDAError: naming the results' plans.
     """
+    preprocessed = environment_folder("nnUNet_preprocessed")
     for method in methods:
         for (dataset, _), content in plans.items():
             trained = f"{method.trainer}__{content['plans_name']}__{configuration}"
             path = results / dataset / trained / "plans.json"
+            mend_results(path.parent, content, read_json(preprocessed / dataset / "dataset.json"))
             if dataset == method.dataset and path.exists() and read_json(path) != content:
                 raise UDAError(
                     f"{path} differs from the plans {content['plans_name']} of {dataset}: they have changed since that "

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 from nnunet_uda.commands.trainers import trainers_folder
+from nnunet_uda.devices import open_device
 from nnunet_uda.errors import UDAError, command
 
 PLANS = "nnUNetPlansDemo"
@@ -60,6 +61,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("-seed", type=int, default=0, help="phantoms and network weights [0]")
     parser.add_argument("-device", default="cpu", help="device for training and prediction: cpu, cuda or mps [cpu]")
     args = parser.parse_args(argv)
+    open_device(args.device)
     folder = args.o.resolve()
     if folder.exists() and any(folder.iterdir()):
         raise UDAError(f"{folder} is not empty: remove it, or give another folder with -o (make demo RUN=...)")

@@ -143,6 +143,7 @@ def main(argv: list[str] | None = None) -> None:
         evaluate_unsupervised.main([word for word in words if word != "--unsupervised"])
         return
     arguments = parse_arguments(argv)
+    files.put_back(Path(arguments.o))
     raw = find_raw_dataset(arguments.d) if arguments.d else None
     for option, value in (("-r", arguments.r), ("-djfile", arguments.djfile)):
         if raw is None and value is None:

@@ -10,12 +10,10 @@ from itertools import groupby, product
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from nnunet_uda.commands.evaluate import whole_folder
 from nnunet_uda.commands.trainers import trainers_folder
 from nnunet_uda.data.convention import TARGET_FOLDER, dataset_name, environment_folder
-from nnunet_uda.errors import UDAError
+from nnunet_uda.devices import open_device
 from nnunet_uda.evaluation.criteria import HIGHER_IS_BETTER
 from nnunet_uda.evaluation.report import jsonable, markdown_table
 from nnunet_uda.evaluation.runs import find_raw_dataset
@@ -28,7 +26,7 @@ from nnunet_uda.evaluation.unsupervised import (
     require_checkpoint,
     unlabelled_images,
 )
-from nnunet_uda.files import write_json
+from nnunet_uda.files import put_back, write_json
 
 REPORT = "criteria.json"
 COLUMNS = {"pseudo_dice": True, **HIGHER_IS_BETTER}
@@ -63,18 +61,6 @@ def model_folders(arguments: argparse.Namespace) -> list[tuple[Path, str]]:
     return [(results / f"{trainer}__{plans}__{arguments.c}", fold) for trainer, plans in names for fold in arguments.f]
 
 
-def open_device(name: str) -> torch.device:
-    """The torch device.
-
-    Raises:
-        UDAError: if it is not there.
-    """
-    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if not available.get(name.partition(":")[0], False):
-        raise UDAError(f"-device {name} is not available; it may be {', '.join(k for k, v in available.items() if v)}")
-    return torch.device(name)
-
-
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown, the best value of each criterion in bold."""
     header = ["trainer", "plans", "fold", "checkpoint", "epochs"]
@@ -107,6 +93,7 @@ def main(argv: list[str]) -> None:
                         "model (default: checkpoint_final.pth)")  # fmt: skip
     parser.add_argument("-o", metavar="FOLDER", required=True, help="output folder; a former result is replaced")
     arguments = parser.parse_args(argv)
+    put_back(Path(arguments.o))
     device = open_device(arguments.device)
     models = [
         TrainedModel(folder, fold, checkpoint)

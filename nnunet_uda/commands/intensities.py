@@ -17,7 +17,7 @@ from nnunet_uda.data.intensities import PRESETS, Intensities, parse_intensities,
 from nnunet_uda.data.listing import entries
 from nnunet_uda.data.reading import check_whole
 from nnunet_uda.errors import UDAError, command
-from nnunet_uda.files import whole_folder
+from nnunet_uda.files import cannot_write, whole_folder
 
 ENDINGS = (".nii.gz", ".nii")
 
@@ -119,8 +119,7 @@ def _write_all(cases: dict[str, Path], intensities: Intensities, folder: Path) -
             sitk.WriteImage(clipped, str(written), True)
             check_whole(written)  # on a full disk SimpleITK leaves a short file without an error
         except (RuntimeError, OSError) as error:
-            reason = str(error).strip().splitlines()[-1]
-            raise UDAError(f"{written} cannot be written ({reason}). Make room, or check permissions.") from None
+            raise cannot_write(written, error) from None
     if errors:
         raise UDAError("nothing was written:\n  - " + "\n  - ".join(errors) if len(errors) > 1 else errors[0])
 

@@ -27,7 +27,7 @@ from nnunet_uda.data.listing import files_in
 from nnunet_uda.data.pseudo_labels import implausible_structures, keep_components, structure_volumes
 from nnunet_uda.data.reading import check_whole, read_image, read_label
 from nnunet_uda.errors import UDAError, command
-from nnunet_uda.files import whole_folder, write_json
+from nnunet_uda.files import cannot_write, whole_folder, write_json
 
 PREFIX = "pseudo_"
 SPLITS = "splits_final.json"
@@ -169,8 +169,7 @@ def _write_label(label: sitk.Image, path: Path) -> None:
         sitk.WriteImage(label, str(path), True)
         check_whole(path)  # on a full disk SimpleITK leaves a short file without an error
     except RuntimeError as error:
-        reason = str(error).strip().splitlines()[-1]
-        raise UDAError(f"{path} cannot be written ({reason}). Make room, or check permissions.") from None
+        raise cannot_write(path, error) from None
 
 
 def _add_source(request: Request, kept: list[str], folder: Path) -> None:

@@ -23,7 +23,7 @@ from nnunet_uda.experiments.job import COST
 from nnunet_uda.files import write_json
 from nnunet_uda.training.checkpoint import BEST, read_checkpoint
 from nnunet_uda.training.distributed import StoppedWithOthersError, rank, world_size
-from nnunet_uda.workers import usable_cores
+from nnunet_uda.workers import end_with_starter, tied, usable_cores
 
 TIMEOUT = timedelta(hours=2)
 """After which a collective call that another process does not answer is an error."""
@@ -139,7 +139,7 @@ def spawn(number: int, argv: list[str]) -> None:
     processes = []
     for index in range(number):
         own = {"RANK": str(index), "LOCAL_RANK": str(index), "LOCAL_WORLD_SIZE": str(number)}
-        processes.append(subprocess.Popen(words, env={**os.environ, **shared, **own}))
+        processes.append(subprocess.Popen(words, env=tied({**os.environ, **shared, **own})))
 
     def pass_on(number: int, _: object) -> None:
         for process in processes:
@@ -234,7 +234,8 @@ def load_pretrained(network: torch.nn.Module, path: Path) -> None:
 def write_cost(path: Path, device: torch.device) -> None:
     """Peak memory of this process so far in GiB, over all starts of a training that was continued the largest; and its
     processor time in seconds, of the starts that came to an end the sum."""
-    now = {"peak_memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
+    unit = 1 if sys.platform == "darwin" else 2**10  # bytes of ru_maxrss
+    now = {"peak_memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30}
     if device.type == "cuda":
         now["peak_device_memory_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
     before = read_json(path) if path.exists() else {}
@@ -244,6 +245,7 @@ def write_cost(path: Path, device: torch.device) -> None:
 
 @command
 def main(argv: list[str] | None = None) -> None:
+    end_with_starter()
     arguments = parse_arguments(argv)
     os.environ.setdefault("nnUNet_extTrainer", str(trainers_folder()))
     starter = started_by()

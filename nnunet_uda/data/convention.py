@@ -18,7 +18,8 @@ from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw, nnUNet_results
 from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
 
 from nnunet_uda.data.listing import entries
-from nnunet_uda.errors import UDAError, nested_deeper, shown
+from nnunet_uda.errors import UDAError, nested_deeper, shown, system_fault
+from nnunet_uda.files import write_json
 
 TARGET_FOLDER = "imagesTu"
 SPLITS_TARGET = "splits_target.json"
@@ -57,10 +58,37 @@ def read_json(path: Path) -> Any:
         return load_json(str(path))
     except FileNotFoundError:
         raise UDAError(f"{path} does not exist") from None
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise UDAError(f"{path} cannot be read ({system_fault(error) or error})") from error
+    except ValueError as error:
         raise UDAError(f"{path} is not valid JSON: {error}") from error
     except RecursionError:
         raise UDAError(f"{path} is not valid JSON for any purpose here: its brackets are nested too deep") from None
+
+
+def mend_results(folder: Path, plans: dict[str, Any], dataset_json: dict[str, Any]) -> list[Path]:
+    """Write ``plans.json`` and ``dataset.json`` of a results folder again where a kill or a full disk cut them short.
+
+    Args:
+        plans, dataset_json: what nnU-Net copied there: the preprocessed folder's.
+
+    Returns:
+        The files that were mended.
+    """
+    mended = []
+    for name, content in (("plans.json", plans), ("dataset.json", dataset_json)):
+        path = folder / name
+        if path.exists() and not isinstance(_json_or_none(path), dict):
+            write_json(content, path)
+            mended.append(path)
+    return mended
+
+
+def _json_or_none(path: Path) -> Any:
+    try:
+        return load_json(str(path))
+    except (ValueError, RecursionError):
+        return None
 
 
 def is_plain_name(name: Any) -> bool:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import shutil
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,8 +32,8 @@ from nnunet_uda.data.convention import (
     target_cases,
 )
 from nnunet_uda.data.reading import check_image, read_image
-from nnunet_uda.errors import UDAError
-from nnunet_uda.files import LOCK, exclusive, sha256, sync, sync_folder, write_json
+from nnunet_uda.errors import UDAError, system_fault
+from nnunet_uda.files import LOCK, cannot_write, exclusive, sha256, sync, sync_folder, write_json
 from nnunet_uda.workers import as_done
 
 MANIFEST = "manifest.json"
@@ -68,7 +68,8 @@ def preprocess_target(
     """Bring the preprocessed target up to date with the raw dataset and the plans; return its folder.
 
     Cases whose files and settings have not changed are kept. Where ``nnUNet_raw`` does not hold the dataset (training
-    on another machine), a complete folder made with the same settings is accepted as it is.
+    on another machine), a complete folder made with the same settings is accepted as it is. Where nothing is
+    to be done, nothing is written and no lock is taken: the folder may be read-only.
 
     Raises:
         UDAError: for everything ``target_cases`` refuses, unreadable, non-finite or constant images, or a missing
@@ -81,18 +82,19 @@ def preprocess_target(
     raw_dataset = Path(nnUNet_raw.get()) / plans.dataset_name if nnUNet_raw.is_set() else None
 
     try:
+        if raw_dataset is None or not raw_dataset.is_dir():
+            return _accept_without_raw(folder, _read_manifest(folder), settings, plans.dataset_name)
+        cases = target_cases(raw_dataset, dataset_json)
+        splits = _splits_to_copy(raw_dataset, preprocessed, set(cases))
+        if splits is None and _is_complete(folder, settings, cases):
+            return folder
         with exclusive(folder):
-            manifest = _read_manifest(folder)
-            if raw_dataset is None or not raw_dataset.is_dir():
-                return _accept_without_raw(folder, manifest, settings, plans.dataset_name)
-            cases = target_cases(raw_dataset, dataset_json)
-            _copy_splits(raw_dataset, preprocessed, set(cases))
-            kept, sizes = _kept(folder, manifest, settings, cases, log)
+            if splits is not None:
+                write_json(splits, preprocessed / SPLITS_TARGET)
+            kept, sizes = _kept(folder, _read_manifest(folder), settings, cases, log)
             todo = {identifier: files for identifier, files in cases.items() if identifier not in kept}
-            complete = {f"{identifier}{suffix}" for identifier in kept for suffix in _SUFFIXES}
-            for path in folder.iterdir():
-                if path.name not in complete | {LOCK, MANIFEST}:
-                    shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
+            for path in _strays(folder, kept):
+                shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
             _write_manifest(folder, settings, kept, sizes)
             if not todo:
                 return folder
@@ -115,10 +117,9 @@ def preprocess_target(
             finally:
                 shutil.rmtree(partial_folder, ignore_errors=True)
     except OSError as error:
-        raise UDAError(
-            f"{folder}: the target cannot be preprocessed ({error}). Is the disk full, or the folder read-only? What "
-            "was finished is kept"
-        ) from error
+        if (fault := system_fault(error)) is None:
+            raise
+        raise UDAError(f"{folder}: the target cannot be preprocessed ({fault}). What was finished is kept") from error
     return folder
 
 
@@ -159,6 +160,21 @@ def _kept(
     if damaged:
         log(f"{folder}: files of {', '.join(damaged)} are missing or cut short: preprocessing them again")
     return kept, {i: _sizes(folder, i) for i in kept}
+
+
+def _strays(folder: Path, kept: Collection[str]) -> list[Path]:
+    """What belongs to no case in ``kept``: of cases that are gone or were cut short, and of killed runs."""
+    complete = {f"{identifier}{suffix}" for identifier in kept for suffix in _SUFFIXES}
+    return [path for path in folder.iterdir() if path.name not in complete | {LOCK, MANIFEST}]
+
+
+def _is_complete(folder: Path, settings: dict, cases: dict[str, list[Path]]) -> bool:
+    """Whether nothing is to be made, and nothing to be removed that could be."""
+    manifest = _read_manifest(folder)
+    if manifest is None or manifest["cases"].keys() != cases.keys():
+        return False
+    kept, _ = _kept(folder, manifest, settings, cases, lambda _: None)
+    return len(kept) == len(cases) and not (os.access(folder, os.W_OK) and _strays(folder, kept))
 
 
 def _sizes(folder: Path, identifier: str) -> list[int]:
@@ -222,11 +238,16 @@ def _unchanged(case: list[dict[str, Any]], files: list[Path]) -> bool:
     return True
 
 
-def _copy_splits(raw_dataset: Path, preprocessed: Path, known: set[str]) -> None:
-    """Take ``splits_target.json`` over from the raw dataset, as nnU-Net's planner does with ``splits_final.json``."""
-    if (raw_dataset / SPLITS_TARGET).exists():
-        splits = check_splits(read_json(raw_dataset / SPLITS_TARGET), known, raw_dataset / SPLITS_TARGET)
-        write_json(splits, preprocessed / SPLITS_TARGET)
+def _splits_to_copy(raw_dataset: Path, preprocessed: Path, known: set[str]) -> list[dict[str, list[str]]] | None:
+    """The raw dataset's ``splits_target.json`` where it is to be taken over, as nnU-Net's planner does with
+    ``splits_final.json``; None where there is none, or the same already."""
+    if not (raw_dataset / SPLITS_TARGET).exists():
+        return None
+    splits = check_splits(read_json(raw_dataset / SPLITS_TARGET), known, raw_dataset / SPLITS_TARGET)
+    try:
+        return None if read_json(preprocessed / SPLITS_TARGET) == splits else splits
+    except UDAError:
+        return splits
 
 
 def _preprocess_case(
@@ -244,10 +265,13 @@ def _preprocess_case(
     data, seg = data.astype(np.float32, copy=False), seg.astype(np.int16, copy=False)
     blocks, chunks = comp_blosc2_params(data.shape, tuple(manager.patch_size), data.itemsize)
     blocks_seg, chunks_seg = comp_blosc2_params(seg.shape, tuple(manager.patch_size), seg.itemsize)
-    TargetDataset.save_case(
-        data, seg, properties, str(folder / identifier), chunks=chunks, blocks=blocks, chunks_seg=chunks_seg,
-        blocks_seg=blocks_seg,
-    )  # fmt: skip
+    try:
+        TargetDataset.save_case(
+            data, seg, properties, str(folder / identifier), chunks=chunks, blocks=blocks, chunks_seg=chunks_seg,
+            blocks_seg=blocks_seg,
+        )  # fmt: skip
+    except RuntimeError as error:  # blosc2 does not say why
+        raise cannot_write(folder / f"{identifier}.b2nd", error) from error
     for suffix in _SUFFIXES:
         sync(folder / f"{identifier}{suffix}")
     return identifier, fingerprint

@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from nnunet_uda.data.convention import read_json
+from nnunet_uda.devices import open_device
 from nnunet_uda.errors import UDAError
 from nnunet_uda.experiments.job import Job, Score, last_error
 from nnunet_uda.files import write_json
-from nnunet_uda.workers import usable_cores
+from nnunet_uda.workers import tied, usable_cores
 
 POLL_SECONDS = 0.5
 SLURM_POLL_SECONDS = 15.0
@@ -55,6 +56,7 @@ def make_engine(arguments: argparse.Namespace, out: Path) -> LocalEngine | Submi
     if arguments.jobs is not None and arguments.jobs < 1:
         raise UDAError(f"-jobs must be at least 1, found {arguments.jobs}")
     if arguments.engine == "local":
+        open_device(arguments.device)
         return LocalEngine(arguments.jobs or 1, arguments.device)
     more = {"signal": WARNING} | dict(word.partition("=")[::2] for word in arguments.slurm)
     gpus = arguments.gpus if arguments.gpus is not None else int(arguments.device == "cuda")
@@ -108,7 +110,7 @@ def prepare(job: Job) -> int:
 
 
 class LocalEngine:
-    """``number`` jobs at a time as processes of this machine, which end with this one."""
+    """``number`` jobs at a time as processes of this machine, which end with this one, even where it is killed."""
 
     def __init__(self, number: int, device: str) -> None:
         self.number, self.device = number, device
@@ -135,7 +137,8 @@ class LocalEngine:
                     while waiting and slots:
                         job, slot = waiting.pop(0), slots.pop(0)
                         start = prepare(job)
-                        process = subprocess.Popen(command_of(job), env=self.environment(slot), start_new_session=True)
+                        environment = tied(self.environment(slot))
+                        process = subprocess.Popen(command_of(job), env=environment, start_new_session=True)
                         running.append((process, job, slot, start))
                         started(job)
                     time.sleep(POLL_SECONDS)

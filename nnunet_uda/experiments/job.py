@@ -24,13 +24,22 @@ from typing import Any
 
 from nnunet_uda.commands import fold_images
 from nnunet_uda.commands.trainers import trainers_folder
-from nnunet_uda.data.convention import SPLITS_TARGET, TARGET_FOLDER, case_files, read_json
+from nnunet_uda.data.convention import (
+    SPLITS_TARGET,
+    TARGET_FOLDER,
+    case_files,
+    environment_folder,
+    mend_results,
+    read_json,
+)
 from nnunet_uda.errors import UDAError, command
 from nnunet_uda.evaluation.metrics import evaluate_folder, list_cases
 from nnunet_uda.evaluation.report import jsonable
 from nnunet_uda.evaluation.runs import Labels, cases_of_folds, read_labels
 from nnunet_uda.evaluation.tables import Volume
-from nnunet_uda.files import exclusive, whole_file, write_json
+from nnunet_uda.files import exclusive, whole_file, whole_folder, write_json
+from nnunet_uda.training.interruption import wait_for_fold
+from nnunet_uda.workers import end_with_starter, tied
 
 COST = "training_cost.json"
 """What ``nnUNetUDA_train`` writes beside the checkpoints: peak memory in GiB, resident and on the device."""
@@ -151,18 +160,19 @@ class Job:
         """
         checkpoint = self.trained / "checkpoint_final.pth"
         with exclusive(self.trained):
+            wait_for_fold(self.trained)
             if not checkpoint.exists():
                 more = ["--c"] if (self.trained / "checkpoint_latest.pth").exists() else []
                 self.call("nnUNetUDA_train", self.dataset, self.configuration, self.fold, "-tr", self.trainer,
                           "-p", self.plans, "-device", self.device, *more)  # fmt: skip
         if not self.predicted():
-            predictions, partial = self.folder / "predictions", self.folder / "predictions.partial"
-            for stale in (partial, predictions):
-                shutil.rmtree(stale, ignore_errors=True)
             origin = {"checkpoint": _stamp(checkpoint)}
-            self.predict(partial)
-            write_json(origin, partial / "made_from.json")
-            partial.rename(predictions)
+            preprocessed = environment_folder("nnUNet_preprocessed") / self.dataset
+            described = (read_json(preprocessed / name) for name in (f"{self.plans}.json", "dataset.json"))
+            mend_results(self.trained.parent, *described)
+            with whole_folder(self.folder / "predictions") as output:
+                self.predict(output)
+                write_json(origin, output / "made_from.json")
         if self.score() is None:
             self.measure(checkpoint)
 
@@ -173,7 +183,7 @@ class Job:
         """
         print(f"$ {shlex.join(words)}", flush=True)
         scripts = str(Path(sys.executable).parent)
-        environment = {**os.environ, "PATH": os.pathsep.join([scripts, os.environ["PATH"]])}
+        environment = tied({**os.environ, "PATH": os.pathsep.join([scripts, os.environ["PATH"]])})
         process = subprocess.Popen(words, env=environment)
         before = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
         try:
@@ -191,7 +201,6 @@ class Job:
         from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
         print(f"[{time.ctime()}] predicting {len(self.test.cases)} test case(s) with {self.trained}", flush=True)
-        output.mkdir()
         predictor = nnUNetPredictor(device=torch.device(self.device), allow_tqdm=False)
         predictor.initialize_from_trained_model_folder(str(self.trained.parent), (self.fold,))
         predictor.predict_from_files_sequential(str(self.images), str(output))
@@ -278,11 +287,8 @@ def lay_out_images(raw: Path, test: TargetTest, folder: Path) -> Path:
     if test.fold is None:
         return raw / test.images
     if sorted(case_files(folder, test.labels.file_ending)) != test.cases:  # else jobs may be reading them
-        partial = folder.with_name(f"{folder.name}.partial")
-        for stale in (folder, partial):
-            shutil.rmtree(stale, ignore_errors=True)
-        fold_images.main(["-d", raw.name, "-f", str(test.fold), "-o", str(partial)])
-        partial.rename(folder)
+        shutil.rmtree(folder, ignore_errors=True)
+        fold_images.main(["-d", raw.name, "-f", str(test.fold), "-o", str(folder)])
     return folder
 
 
@@ -328,6 +334,7 @@ def _nan(value: float | None) -> float:
 
 @command
 def main(argv: list[str] | None = None) -> None:
+    end_with_starter()
     [path] = sys.argv[1:] if argv is None else argv
     job = Job.read(Path(path))
     with open(job.log, "ab", buffering=0) as log:  # also what C code and child processes say

@@ -7,20 +7,21 @@ import os
 import random
 import shlex
 import shutil
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from nnunet_uda.errors import UDAError
-from nnunet_uda.files import whole_file
+from nnunet_uda.errors import UDAError, system_fault
+from nnunet_uda.files import sync_folder, whole_file
 
 LATEST, BEST, FINAL = "checkpoint_latest.pth", "checkpoint_best.pth", "checkpoint_final.pth"
 PREVIOUS = "checkpoint_previous.pth"
 """The latest checkpoint but one. nnU-Net does not look at it: it is for the day when the latest cannot be read."""
 FORMER = "checkpoint_former.pth"
-"""The furthest checkpoint of a training that was begun anew without ``--c``."""
+"""The furthest checkpoint of a training that was begun anew without ``--c``; those of later ones are numbered."""
 
 
 def write_checkpoint(checkpoint: dict[str, Any], path: Path | str) -> None:
@@ -37,8 +38,8 @@ def write_checkpoint(checkpoint: dict[str, Any], path: Path | str) -> None:
                 _keep(path, path.with_name(PREVIOUS))
     except (OSError, RuntimeError) as error:
         raise UDAError(
-            f"{path} could not be written ({error}). Is the disk full, or the folder read-only? The previous "
-            "checkpoint is intact: make room and continue with --c"
+            f"{path} could not be written ({system_fault(error) or error}). Is the disk full, or the folder read-only? "
+            "The previous checkpoint is intact: make room and continue with --c"
         ) from error
 
 
@@ -56,18 +57,26 @@ def set_former_aside(folder: Path) -> Path | None:
     """Take a former training's checkpoints out of ``--c``'s sight; the furthest is kept, under the name returned.
 
     ``--c`` prefers ``checkpoint_final.pth``: left there, it would be taken for the end of the training begun anew.
-    What the setting ``keep_every`` kept becomes ``former_checkpoint_epoch_*.pth``.
+    What the setting ``keep_every`` kept becomes ``former_checkpoint_epoch_*.pth``. Nothing that was kept before is
+    overwritten: ``checkpoint_former.pth`` is followed by ``checkpoint_former_2.pth``.
     """
     kept = None
     for path in folder.glob("checkpoint_epoch_*.pth"):
-        os.replace(path, path.with_name(f"former_{path.name}"))
+        os.replace(path, _free(path.with_name(f"former_{path.name}")))
     for name in (FINAL, LATEST, PREVIOUS):
         path = folder / name
         if path.exists() and kept is None:
-            kept = folder / FORMER
+            kept = _free(folder / FORMER)
             os.replace(path, kept)
         path.unlink(missing_ok=True)
+    sync_folder(folder)
     return kept
+
+
+def _free(path: Path) -> Path:
+    """``path``, or with the first number from 2 on that makes it the name of no file."""
+    names = (path.with_stem(f"{path.stem}_{number}") for number in count(2))
+    return path if not path.exists() else next(name for name in names if not name.exists())
 
 
 def read_checkpoint(path: Path | str) -> dict[str, Any]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
@@ -16,6 +18,7 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch import Tensor, distributed, nn
 
 from nnunet_uda.errors import UDAError
+from nnunet_uda.files import whole_file
 from nnunet_uda.training.checkpoint import seed_everything
 from nnunet_uda.training.distributed import (
     average_gradients,
@@ -170,16 +173,16 @@ class DistributedTrainer(nnUNetTrainer):
     def on_train_start(self):
         if self.several:
             self.on_first_rank(lambda: self.do_split() and None)  # nnU-Net writes splits_final.json where there is none
-        if self.local_rank == 0:
-            super().on_train_start()
-            return
         folder = self.output_folder_base
-        with TemporaryDirectory() as elsewhere:  # nnU-Net copies plans and dataset.json on every rank
+        with TemporaryDirectory() as elsewhere:  # nnU-Net writes plans and dataset.json in place, and on every rank
             self.output_folder_base = elsewhere
             try:
                 super().on_train_start()
             finally:
                 self.output_folder_base = folder
+            for file in Path(elsewhere).iterdir() if self.local_rank == 0 else []:
+                with whole_file(Path(folder, file.name)) as temporary:
+                    shutil.copyfile(file, temporary)
 
     def states_of_ranks(self, state: dict[str, Any]) -> dict[str, Any] | list[dict[str, Any]]:
         """This rank's random state, or with several processes the list of all, for a checkpoint."""

@@ -6,15 +6,17 @@ import os
 import signal
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cache
+from itertools import count
 from pathlib import Path
 from types import FrameType
 
 from nnunet_uda.errors import UDAError
 from nnunet_uda.files import locked
-from nnunet_uda.workers import end_with
+from nnunet_uda.workers import POLL_SECONDS, end_with
 
 TRAINING_LOCK = ".training.lock"
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -83,6 +85,25 @@ def _in_forked_process() -> None:
     StopSignals._active = None
 
 
+def wait_for_fold(folder: Path) -> None:
+    """Return once no training holds this fold's folder; one that is ending takes as long as its step.
+
+    For those who start trainings by themselves: a person is told by ``fold_lock`` instead.
+    """
+    for attempt in count():
+        try:
+            with locked(folder / TRAINING_LOCK):
+                return
+        except BlockingIOError:
+            if attempt == 0:
+                print(f"waiting for the training that holds {folder} ({_holder(folder)})", flush=True)
+            time.sleep(POLL_SECONDS)
+
+
+def _holder(folder: Path) -> str:
+    return (folder / TRAINING_LOCK).read_text().strip() or "another process"
+
+
 @contextmanager
 def fold_lock(folder: Path) -> Iterator[None]:
     """Hold a fold's output folder for one training; the kernel lets go when the process ends, however it does.
@@ -95,10 +116,9 @@ def fold_lock(folder: Path) -> Iterator[None]:
         try:
             file = stack.enter_context(locked(folder / TRAINING_LOCK))
         except BlockingIOError:
-            holder = (folder / TRAINING_LOCK).read_text().strip() or "another process"
             raise UDAError(
-                f"{folder}: another training runs on this fold ({holder}). Wait for it, or stop it and start this one "
-                "with --c; another fold, trainer or plans name has a folder of its own"
+                f"{folder}: another training runs on this fold ({_holder(folder)}). Wait for it, or stop it and start "
+                "this one with --c; another fold, trainer or plans name has a folder of its own"
             ) from None
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")

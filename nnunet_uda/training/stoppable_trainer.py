@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -10,13 +9,12 @@ from typing import Any
 
 from batchgenerators.dataloading.nondet_multi_threaded_augmenter import NonDetMultiThreadedAugmenter
 
-from nnunet_uda.errors import UDAError
+from nnunet_uda.errors import UDAError, system_fault
 from nnunet_uda.files import remove_leftovers
 from nnunet_uda.training.checkpoint import LATEST, random_state
 from nnunet_uda.training.distributed_trainer import DistributedTrainer
 from nnunet_uda.training.interruption import StopSignals, fold_lock
 
-_STORAGE_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.EIO)
 _DEAD_WORKERS = "background workers"  # in batchgenerators' message
 
 
@@ -67,7 +65,7 @@ class StoppableTrainer(DistributedTrainer):
 
     def perform_actual_validation(self, save_probabilities: bool = False):
         goes_on = "The training is complete: the same command with --c, or with --val, repeats the final validation"
-        with StopSignals(goes_on):
+        with self._system_explained(), StopSignals(goes_on):
             super().perform_actual_validation(save_probabilities)
 
     def on_train_epoch_start(self):
@@ -128,19 +126,25 @@ class StoppableTrainer(DistributedTrainer):
         raise SystemExit(128 + self.stop.received)
 
     @contextmanager
-    def _faults_explained(self) -> Iterator[None]:
-        """What nnU-Net and the loaders raise for a damaged case, a dead process or a full disk, as one message."""
+    def _system_explained(self) -> Iterator[None]:
+        """A full disk, missing permissions and the like, as one message that says how to go on."""
         try:
             yield
-        except UDAError:
-            raise
-        except OSError as error:
-            if error.errno not in _STORAGE_FAULTS:
+        except (OSError, MemoryError) as error:
+            if (fault := system_fault(error)) is None:
                 raise
             raise UDAError(
-                f"a file could not be written ({error}). Is the disk full, or a folder read-only? The checkpoints in "
-                f"{self.output_folder} are intact: make room and continue with --c"
+                f"training stopped: {fault}. The checkpoints in {self.output_folder} are intact: then continue with --c"
             ) from error
+
+    @contextmanager
+    def _faults_explained(self) -> Iterator[None]:
+        """What nnU-Net and the loaders raise for a damaged case or a dead process, as one message."""
+        try:
+            with self._system_explained():
+                yield
+        except UDAError:
+            raise
         except (RuntimeError, ValueError) as error:
             if self.in_step or self.dataloader_train is None:
                 raise

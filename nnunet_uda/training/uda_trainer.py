@@ -16,7 +16,7 @@ import torch
 from acvl_utils.cropping_and_padding.bounding_boxes import crop_and_pad_nd
 from batchgenerators.dataloading.nondet_multi_threaded_augmenter import NonDetMultiThreadedAugmenter
 from batchgenerators.dataloading.single_threaded_augmenter import SingleThreadedAugmenter
-from batchgenerators.utilities.file_and_folder_operations import join, load_json, save_json
+from batchgenerators.utilities.file_and_folder_operations import join
 from batchgeneratorsv2.transforms.noise.gaussian_blur import GaussianBlurTransform
 from batchgeneratorsv2.transforms.spatial.mirroring import MirrorTransform
 from batchgeneratorsv2.transforms.spatial.spatial import SpatialTransform
@@ -37,6 +37,7 @@ from nnunet_uda.data.convention import (
     check_splits,
     environment_folder,
     fold_of,
+    mend_results,
     normalisation_warning,
     read_domains,
     read_json,
@@ -44,7 +45,9 @@ from nnunet_uda.data.convention import (
 from nnunet_uda.data.damage import refuse_damaged
 from nnunet_uda.data.new_scans import check_prediction, treating_new_scans
 from nnunet_uda.data.target import TargetDataset, preprocess_target, target_identifiers
+from nnunet_uda.devices import open_device
 from nnunet_uda.errors import UDAError, print_without_traceback
+from nnunet_uda.files import write_json
 from nnunet_uda.losses.dice import soft_dice_loss
 from nnunet_uda.methods import check_trainer, refuse_unknown_methods
 from nnunet_uda.networks.instance_norm import use_fast_instance_norm
@@ -108,6 +111,7 @@ class UDATrainer(StoppableTrainer):
         sys.excepthook = print_without_traceback
         for variable in ("nnUNet_preprocessed", "nnUNet_results"):
             environment_folder(variable)
+        open_device(str(device))
         check_plans_names(plans, "the plans file")
         check_dataset_json(dataset_json, f"dataset.json of {plans['dataset_name']}")
         where = f"plans {plans['plans_name']!r}, key 'uda'"
@@ -404,6 +408,7 @@ class UDATrainer(StoppableTrainer):
     # -- the loop ------------------------------------------------------------------------------------------------
 
     def on_train_start(self):
+        self.on_first_rank(self.mend_results)
         self._refuse_other_settings()
         if not self.was_initialized:
             self.initialize()
@@ -416,10 +421,16 @@ class UDATrainer(StoppableTrainer):
         if self._restored_random_state is not None:
             set_random_state(self._restored_random_state)  # last: opening the loaders has drawn random numbers
 
+    def mend_results(self) -> None:
+        """Write what describes the results again where a start was killed in the middle, or the disk was full."""
+        if self.local_rank == 0:
+            for path in mend_results(Path(self.output_folder_base), self.plans_manager.plans, self.dataset_json):
+                self.print_to_log_file(f"WARNING: {path} was cut short: written again from the preprocessed folder's")
+
     def _refuse_other_settings(self) -> None:
         """The output folder's plans describe every fold in it, so another ``uda`` object must not go there."""
         written = Path(self.output_folder_base, "plans.json")
-        if written.exists() and load_json(str(written)).get("uda", {}) != self.plans_manager.plans.get("uda", {}):
+        if written.exists() and read_json(written).get("uda", {}) != self.plans_manager.plans.get("uda", {}):
             raise UDAError(
                 f"{written} was written by a training with other settings (its 'uda' differs from that of plans "
                 f"{self.plans_manager.plans_name!r}). Save the new settings under a plans name of their own: "
@@ -535,6 +546,8 @@ class UDATrainer(StoppableTrainer):
 
     def on_validation_epoch_end(self, val_outputs: list[dict]):
         super().on_validation_epoch_end(val_outputs)
+        for logged in self.logger.get_checkpoint().values():
+            logged[:] = plain(logged)  # as a checkpoint has them: float32's running mean would be another after --c
         values = self.model_choice.add(
             self.logger.get_value("mean_fg_dice", -1), self._predict, batch_size=self.batch_size, device=self.device,
             mirror_axes=self.inference_allowed_mirroring_axes, num_classes=self.label_manager.num_segmentation_heads,
@@ -698,6 +711,7 @@ class UDATrainer(StoppableTrainer):
 
     def perform_actual_validation(self, save_probabilities: bool = False):
         """nnU-Net's final validation; where the method translates, on translated source volumes."""
+        self.mend_results()
         if not self.translates:
             super().perform_actual_validation(save_probabilities)
             return
@@ -716,7 +730,7 @@ class UDATrainer(StoppableTrainer):
         finally:
             self.dataset_class = dataset_class
         if self.local_rank == 0:
-            save_json({"validated_on": note}, join(self.output_folder, "validation", "about.json"))
+            write_json({"validated_on": note}, join(self.output_folder, "validation", "about.json"))
 
     def _translated(self, source: Tensor) -> Tensor:
         with self.autocast():

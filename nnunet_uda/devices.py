@@ -1,0 +1,22 @@
+"""The devices that torch can use here."""
+
+from __future__ import annotations
+
+import torch
+
+from nnunet_uda.errors import UDAError
+
+
+def open_device(name: str) -> torch.device:
+    """The torch device of ``-device``.
+
+    Raises:
+        UDAError: if it is not there.
+    """
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not available.get(name.partition(":")[0], False):
+        raise UDAError(
+            f"-device {name} is not available; it may be {', '.join(k for k, v in available.items() if v)}. Add "
+            "-device cpu; where there should be a CUDA device, look at nvidia-smi and CUDA_VISIBLE_DEVICES"
+        )
+    return torch.device(name)
