@@ -552,7 +552,8 @@ def _whole_folder(dataset_id: int, folder: str, overwrite: bool, warnings: list[
 def _check_free(dataset_id: int, final: Path, overwrite: bool, warnings: list[str]) -> None:
     for variable in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
         root = os.environ.get(variable)
-        for other in sorted(Path(root).glob(f"Dataset{dataset_id:03d}*")) if root else []:
+        others = sorted(Path(root).iterdir()) if root and Path(root).is_dir() else []
+        for other in (path for path in others if path.name.startswith(f"Dataset{dataset_id:03d}")):
             if other.name != final.name:
                 raise UDAError(
                     f"{other}: dataset id {dataset_id} is already taken in {variable}; nnU-Net needs ids to be unique, "

@@ -214,6 +214,26 @@ def same_weights(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]
     return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
 
 
+def differences(first: object, second: object, where: str = "") -> list[str]:
+    """Where two checkpoints differ, by key, in type or in any bit; not where they say when epochs began and ended."""
+    if type(first) is not type(second):
+        return [f"{where}: {type(first).__name__} and {type(second).__name__}"]
+    if isinstance(first, dict):
+        keys = [key for key in {**first, **second} if key not in ("epoch_start_timestamps", "epoch_end_timestamps")]
+        missing = [f"{where}.{key} is in one" for key in keys if key not in first or key not in second]
+        return missing or [line for key in keys for line in differences(first[key], second[key], f"{where}.{key}")]
+    if isinstance(first, (list, tuple)):
+        if len(first) != len(second):
+            return [f"{where}: {len(first)} and {len(second)} items"]
+        pairs = enumerate(zip(first, second, strict=True))
+        return [line for index, pair in pairs for line in differences(*pair, f"{where}[{index}]")]
+    if isinstance(first, torch.Tensor):
+        same = first.dtype == second.dtype and torch.equal(first, second)
+    else:
+        same = repr(first) == repr(second)  # NaN is NaN, and floats show every digit
+    return [] if same else [f"{where}: {first!r} and {second!r}"[:300]]
+
+
 def batch(trainer) -> tuple:
     """Source images, their labels and target images of the next training step."""
     source = next(trainer.dataloader_train)

@@ -11,14 +11,16 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import make_raw_dataset
 from matplotlib.image import imread
 
-from nnunet_uda.commands import compare
+from nnunet_uda.commands import compare, train
 from nnunet_uda.commands.compare import LOWER, UPPER, Method, Row, method_table, plan_rows, run_record, write_tables
 from nnunet_uda.errors import UDAError
 from nnunet_uda.evaluation.runs import Labels
@@ -26,6 +28,7 @@ from nnunet_uda.evaluation.tables import Volume
 from nnunet_uda.experiments import engines, job
 from nnunet_uda.experiments.engines import LocalEngine, run_jobs
 from nnunet_uda.experiments.job import Job, Score, TargetTest, last_error
+from nnunet_uda.training.interruption import wait_for_fold
 
 DATASET = "Dataset501_Blobs"
 NAMES = ("left", "right")
@@ -290,6 +293,86 @@ def test_a_local_engine_that_is_ended_leaves_nothing_running(tmp_path, fake):
     assert time.monotonic() - begun < 30
     found = subprocess.run(["pgrep", "-f", str(job.folder)], capture_output=True, text=True, check=False)
     assert found.stdout == ""
+
+
+def lives(process: int) -> bool:
+    status = Path(f"/proc/{process}/status")
+    return status.exists() and "zombie" not in status.read_text()
+
+
+CHAIN = """
+import os, signal, subprocess, sys, time
+from nnunet_uda.workers import end_with_starter, tied
+end_with_starter()
+assert "NNUNET_UDA_STARTER" not in os.environ, "it is for this process alone"
+depth = int(sys.argv[1])
+if depth:
+    child = subprocess.Popen([sys.executable, __file__, str(depth - 1)], env=tied(os.environ))
+    signal.signal(signal.SIGTERM, lambda *_: child.terminate())
+print(2 - depth, os.getpid(), flush=True)
+child.wait() if depth else time.sleep(60)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+@pytest.mark.parametrize("killed", [0, 1])
+def test_what_a_killed_process_has_started_ends_too(tmp_path, killed):
+    """A command, its job and the job's training; ``killed`` is the one that SIGKILL ends."""
+    (tmp_path / "chain.py").write_text(CHAIN)
+    command = subprocess.Popen([sys.executable, tmp_path / "chain.py", "2"], stdout=subprocess.PIPE, text=True)
+    found = dict(map(int, command.stdout.readline().split()) for _ in range(3))
+    processes = [found[index] for index in range(3)]
+    os.kill(processes[killed], signal.SIGKILL)
+    deadline = time.monotonic() + 30
+    while any(lives(process) for process in processes[killed + 1 :]):
+        assert time.monotonic() < deadline, "it lives on"
+        time.sleep(0.05)
+    command.kill()
+    command.wait()
+
+
+def test_jobs_and_their_trainings_are_tied_to_what_starts_them(tmp_path, fake, monkeypatch, capsys):
+    seen = []
+    popen = subprocess.Popen
+
+    def note(words, env, **options):
+        seen.append(env["NNUNET_UDA_STARTER"])
+        return popen(words, env=env, **options)
+
+    fake(0.0)
+    monkeypatch.setattr(subprocess, "Popen", note)
+    run_jobs(LocalEngine(1, "cpu"), [a_job(tmp_path)], {}, {}, lambda: None)
+    a_job(tmp_path).call("true")
+    with pytest.raises(SystemExit):
+        train.spawn(2, ["501", "2d", "not a fold", "-tr", "T"])
+    assert seen == [str(os.getpid())] * 4
+
+
+def test_a_job_waits_for_the_training_that_still_holds_its_fold(tmp_path, capfd):
+    code = "\n".join([
+        "import pathlib, sys, time",
+        "from nnunet_uda.training.interruption import fold_lock",
+        "with fold_lock(pathlib.Path(sys.argv[1])):",
+        "    print(flush=True)",
+        "    sys.stdin.readline()",
+    ])  # fmt: skip
+    words = [sys.executable, "-c", code, str(tmp_path)]
+    holder = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    holder.stdout.readline()
+    waiting = threading.Thread(target=wait_for_fold, args=(tmp_path,))
+    waiting.start()
+    waiting.join(1)
+    assert waiting.is_alive() and f"(process {holder.pid} on " in capfd.readouterr().out
+    holder.communicate("\n")
+    waiting.join(20)
+    assert not waiting.is_alive()
+
+
+def test_a_missing_device_is_said_before_anything_is_started(in_workspace, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        compare.main(["-d", "501", "-tr", "SourceOnlyTrainer", "-p", "tiny", "-o", str(tmp_path / "out")])
+    assert "-device cuda is not available" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 def test_each_local_job_has_its_share(monkeypatch):

@@ -243,6 +243,17 @@ def test_bad_prediction_is_named_and_the_former_evaluation_survives(dataset, cap
     assert json.loads((dataset / "out" / "evaluation.json").read_text()) == former
 
 
+def test_a_kill_between_the_renames_and_bad_input_lose_nothing(dataset, capsys):
+    aside = dataset / ".out.partial_0a1b2c3d" / "former" / "out"
+    aside.mkdir(parents=True)
+    (aside / "evaluation.json").write_text("the former")
+    arguments = ("-d", "501", "-p", dataset / "preds" / "ours_all", "--no_overlays", "-lower", "nobody")
+    with pytest.raises(SystemExit):
+        evaluate(dataset, *arguments)
+    assert "-lower nobody" in capsys.readouterr().err, "found before any folder is made"
+    assert (dataset / "out" / "evaluation.json").read_text() == "the former" and list(dataset.glob(".*")) == []
+
+
 def test_foreign_output_folder_is_left_alone(dataset, capsys):
     (dataset / "out").mkdir()
     (dataset / "out" / "thesis.txt").write_text("years of work")

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import make_trainer, same_weights, weights
+from conftest import differences, make_trainer, same_weights, weights
 from nnunetv2.training.logging.nnunet_logger import LocalLogger
 
 from nnunet_uda import files
@@ -210,17 +210,31 @@ def signalled(trainer, method: str, call: int, number: signal.Signals) -> None:
     setattr(trainer, method, replacement)
 
 
-def test_a_signal_ends_training_with_a_checkpoint_that_goes_on_bit_for_bit(in_workspace, monkeypatch):
+TINY = {
+    "CISFATrainer": {},
+    "CASTTrainer": {"cast__generator_width": 4, "cast__generator_blocks": 2, "cast__discriminator_width": 4,
+                    "cast__patches": 16, "cast__start_score": 0.0, "cast__confidence": 0.0,
+                    "cast__trial_agreement": 0.0},
+    "SimilarityPrototypesTrainer": {"similarity_prototypes__embedding_dim": 8, "similarity_prototypes__top_k": 2,
+                                    "similarity_prototypes__discriminator_width": 4,
+                                    "similarity_prototypes__dictionary_size": 6,
+                                    "similarity_prototypes__min_positions": 1},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_a_signal_ends_training_with_a_checkpoint_that_goes_on_bit_for_bit(in_workspace, monkeypatch, name):
     monkeypatch.setattr(LocalLogger, "plot_progress_png", lambda *_: None)  # slower than all the rest
-    options = {"num_epochs": 2, "iterations_per_epoch": 3, "val_iterations_per_epoch": 2}
-    whole = make_trainer("CISFATrainer", **options)
+    options = {"num_epochs": 3, "iterations_per_epoch": 3, "val_iterations_per_epoch": 2, "criterion_patches": 2,
+               "segmenter_learning_rate": 0.05, **TINY[name]}  # fmt: skip
+    whole = make_trainer(name, **options)
     whole.run_training()
     folder = Path(whole.output_folder)
     moments = [("train_on", 2, signal.SIGTERM), ("validation_step", 1, signal.SIGINT), ("train_on", 2, signal.SIGTERM)]
-    trainer = make_trainer("CISFATrainer", **options)
+    trainer = make_trainer(name, **options)
     for number, (method, call, kind) in enumerate(moments):
         if number:
-            trainer = make_trainer("CISFATrainer", **options)
+            trainer = make_trainer(name, **options)
             trainer.load_checkpoint(str(folder / checkpoint.LATEST))
         signalled(trainer, method, call, kind)
         with pytest.raises(SystemExit) as end:
@@ -230,13 +244,13 @@ def test_a_signal_ends_training_with_a_checkpoint_that_goes_on_bit_for_bit(in_wo
         assert (trainer.current_epoch, len(steps)) == [(0, 2), (0, 3), (1, 2)][number], "nothing done twice"
         assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     assert not (folder / checkpoint.FINAL).exists() and (folder / checkpoint.FORMER).exists()
-    last = make_trainer("CISFATrainer", **options)
+    last = make_trainer(name, **options)
     last.load_checkpoint(str(folder / checkpoint.LATEST))
     last.run_training()
     assert same_weights(weights(whole), weights(last))
-    assert last.loss_history == whole.loss_history
-    for name in ("train_losses", "val_losses", "mean_fg_dice", "lrs"):
-        assert np.allclose(last.logger.get_value(name, None), whole.logger.get_value(name, None), 0, 0), name
+    undisturbed, continued = (checkpoint.read_checkpoint(folder / n) for n in (checkpoint.FORMER, checkpoint.FINAL))
+    assert max(undisturbed["logging"]["ema_fg_dice"]) > 0, "else it says nothing of the running mean"
+    assert differences(undisturbed, continued) == []
     assert not (folder / checkpoint.PREVIOUS).exists() and not (folder / checkpoint.LATEST).exists()
 
 
@@ -395,6 +409,39 @@ def test_a_kill_while_the_target_is_preprocessed(own_copy, monkeypatch, call, ca
     assert len(json.loads((folder / MANIFEST).read_text())["cases"]) == 4
     refuse_damaged((TargetDataset(str(folder)),), "x", voxels=True)
     assert len(list(folder.iterdir())) == 3 * 4 + 2, "no leftovers"
+
+
+# -- results -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cut", [b"", b'{"dataset_name": "Data', b"[]"])
+def test_a_description_of_results_that_was_cut_short_is_written_again(in_workspace, cut, capsys):
+    trainer = make_trainer("SourceOnlyTrainer", num_epochs=1)
+    trainer.run_training()
+    folder = Path(trainer.output_folder_base)
+    whole = {name: json.loads((folder / name).read_text()) for name in ("plans.json", "dataset.json")}
+    for goes_on in (False, True):
+        for name in whole:
+            (folder / name).write_bytes(cut)
+        again = make_trainer("SourceOnlyTrainer", num_epochs=1)
+        if goes_on:
+            again.load_checkpoint(str(Path(again.output_folder, checkpoint.FINAL)))
+        again.run_training()
+        assert {name: json.loads((folder / name).read_text()) for name in whole} == whole
+        assert capsys.readouterr().out.count("was cut short: written again") == 2
+
+
+def test_the_description_of_results_appears_whole(in_workspace, monkeypatch):
+    trainer = make_trainer("SourceOnlyTrainer", num_epochs=1)
+    folder = Path(trainer.output_folder_base)
+
+    def run():
+        kill_at(monkeypatch, shutil, "copyfile", 2)
+        trainer.run_training()
+
+    killed(run)
+    described = list(folder.glob("*.json"))
+    assert len(described) < 3 and all(json.loads(path.read_text()) for path in described)
 
 
 # -- other commands ----------------------------------------------------------------------------------------------------

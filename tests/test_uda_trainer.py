@@ -204,6 +204,15 @@ def test_unset_variables_are_named(in_workspace, monkeypatch, name):
         trainer_class({**content, "continue_training": False}, "2d", 0, {}, torch.device("cpu"))
 
 
+def test_a_device_that_is_not_there_is_named_with_what_to_add(in_workspace, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    trainer = make_trainer("CISFATrainer")
+    arguments = {**trainer.my_init_kwargs, "device": torch.device("cuda")}
+    arguments["plans"]["continue_training"] = False
+    with pytest.raises(UDAError, match="-device cuda is not available; it may be cpu.*Add -device cpu"):
+        type(trainer)(**arguments)
+
+
 def test_bad_settings_stop_before_training(in_workspace):
     with pytest.raises(UDAError, match="'nmu_epochs'.*num_epochs"):
         make_trainer("CISFATrainer", nmu_epochs=3)
