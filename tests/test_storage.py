@@ -8,11 +8,11 @@ import shutil
 import struct
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
-from conftest import make_raw_dataset
+from conftest import make_raw_dataset, make_trainer
 
 from nnunet_uda.commands import (
     clip,
@@ -203,17 +203,13 @@ def test_with_plans_a_folder_without_permission_is_one_message(plans, capsys):
         shutil.rmtree(plans / "out" / "new", ignore_errors=True)
 
 
-def test_training_from_read_only_folders(plans, monkeypatch):
+def test_training_from_read_only_folders(plans):
     preprocess.main(["-d", "501", "-p", "tiny", "-np", "1"])
-    main, words = planned_commands(plans)["train"]
-    train.main([*words[:4], "SourceOnlyTrainer", *words[5:], "--disable_checkpointing"])  # splits_final.json is written
-    with ordinary_user():
-        folders = [path for name in ("raw", "preprocessed") for path in (plans / name).rglob("*") if path.is_dir()]
+    make_trainer("SourceOnlyTrainer").do_split()  # writes splits_final.json
+    folders = [path for name in ("raw", "preprocessed") for path in (plans / name).rglob("*") if path.is_dir()]
+    with ordinary_user(), ExitStack() as stack:
         for path in folders:
-            path.chmod(0o555)
-        try:
-            main(words)
-        finally:
-            for path in folders:
-                path.chmod(0o755)
-    assert list((plans / "results").rglob("checkpoint_final.pth"))
+            stack.enter_context(mode(path, 0o555))
+        trainer = make_trainer("CISFATrainer", num_epochs=1)
+        trainer.run_training()
+    assert Path(trainer.output_folder, "checkpoint_final.pth").exists()

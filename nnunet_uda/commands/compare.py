@@ -392,11 +392,11 @@ def main(argv: list[str] | None = None) -> None:
     scores: dict[str, Score] = {}
     failed: dict[str, str] = {}
     with exclusive(out):
-        write_json(setup, out / SETUP)
         for (dataset, seed), content in plans.items():
             if seed is not None:
                 path = environment_folder("nnUNet_preprocessed") / dataset / f"{content['plans_name']}.json"
                 write_json(content, path)
+        write_json(setup, out / SETUP)
         rows = plan_rows(methods, plans, arguments, out)
         jobs = list({row.job.name: row.job for row in rows}.values())
         write = partial(write_tables, out, setup, rows, scores, failed)

@@ -340,9 +340,9 @@ def main(argv: list[str] | None = None) -> None:
     failed: dict[str, str] = {}
     engine = make_engine(arguments, out)
     with exclusive(out):
-        write_json(setup, out / SWEEP)
         for run in runs.values():
             write_json(run.plans, path.with_name(f"{run.name}.json"))
+        write_json(setup, out / SWEEP)
         images = lay_out_images(raw, test, out / "images")
         jobs = [
             Job(run.name, out / "runs" / run.name, raw.name, arguments.c, arguments.f, arguments.tr, run.name, test,
