@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import gzip
 import math
 import os
-import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import product
 from pathlib import Path
 
-import nibabel
 import numpy as np
 import SimpleITK as sitk
 
+from nnunet_uda.data.geometry import Grid, check_possible, check_same_geometry
+from nnunet_uda.data.nifti import Nifti, is_nifti, not_finite, opened, read_header, slabs, truncated
 from nnunet_uda.errors import UDAError, printable
 
 ENDINGS = (".nii.gz", ".gipl.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd", ".gipl", ".hdr")
 """File endings taken from a folder; a file named explicitly may have any ending that SimpleITK reads."""
+MOST = 1e10
+"""Intensities are below: whole numbers of 32 bits are. Greater ones overflow when they are normalised."""
 
 
 @contextmanager
@@ -51,16 +51,19 @@ def stem(path: Path) -> str:
     return path.stem
 
 
-def read_image(path: Path) -> sitk.Image:
-    """One scalar 3D image. Raises ``UDAError`` when the file is unreadable, truncated, corrupt or not 3D scalar."""
-    path = Path(path)
-    if not path.is_file():
-        raise UDAError(f"{path}: there is no such file; expected an image.")
-    reader = check_whole(path)
-    if reader.GetDimension() != 3:
+def read_image(path: Path, dimensions: tuple[int, ...] = (3,)) -> sitk.Image:
+    """One scalar image of so many dimensions.
+
+    Raises:
+        UDAError: when the file is unreadable, truncated, corrupt, of other dimensions or not scalar, holds NaN, or has
+            a geometry that cannot be (NIfTI: or two of them).
+    """
+    reader, nifti = _open(Path(path))
+    if reader.GetDimension() not in dimensions:
         raise UDAError(
-            f"{path}: the image has {reader.GetDimension()} dimensions, size {reader.GetSize()}; expected one 3D "
-            "file per case. Split a 4D file into one 3D file per channel (case_0000, case_0001), stack 2D slices."
+            f"{path}: the image has {reader.GetDimension()} dimensions, size {reader.GetSize()}; expected one "
+            f"{' or '.join(f'{n}D' for n in dimensions)} file per case. Split a 4D file into one 3D file per channel "
+            "(case_0000, case_0001), stack 2D slices."
         )
     pixel_type = sitk.GetPixelIDValueAsString(reader.GetPixelID())
     if reader.GetNumberOfComponents() != 1 or "complex" in pixel_type:
@@ -68,9 +71,16 @@ def read_image(path: Path) -> sitk.Image:
             f"{path}: {reader.GetNumberOfComponents()} components per voxel, type {pixel_type}; expected one real "
             "number per voxel. Write each component to a file of its own."
         )
-    image = execute(reader)
+    with readable(path):
+        if nifti is not None:
+            return _read_by_slabs(reader, nifti)
+        _check_length(path, reader)
+        image = reader.Execute()
     for key in image.GetMetaDataKeys():  # vendor header fields are not carried on: image and label geometry must agree
         image.EraseMetaData(key)
+    voxels = sitk.GetArrayViewFromImage(image)
+    if voxels.dtype.kind == "f" and not np.isfinite([voxels.min(), voxels.max()]).all():
+        raise _not_finite(voxels, path)
     return image
 
 
@@ -79,43 +89,70 @@ def check_whole(path: Path) -> sitk.ImageFileReader:
 
     SimpleITK pads these with zeros without saying so. Raises ``UDAError`` for a short or corrupt file.
     """
-    reader = sitk.ImageFileReader()
-    reader.SetFileName(str(path))
+    reader, nifti = _open(Path(path))
     with readable(path):
-        reader.ReadImageInformation()
-    data_file = path.with_suffix(".img") if path.name.lower().endswith(".hdr") else path
-    if not data_file.is_file():
-        raise UDAError(f"{path}: its data file {data_file.name} is missing; expected it beside the header.")
-    length = os.path.getsize(data_file)
-    if data_file.name.lower().endswith(".gz"):
-        length = 0
-        try:
-            with gzip.open(data_file) as stream:
-                while chunk := stream.read(1 << 20):
-                    length += len(chunk)
-        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-            raise UDAError(
-                f"{path}: the compressed file is truncated or corrupt ({error}); expected a whole "
-                "image. Get the file again."
-            ) from None
-    expected = 0  # the other formats' short files SimpleITK refuses itself
-    if reader.HasMetaDataKey("bitpix"):
-        dims = [int(reader.GetMetaData(f"dim[{i}]")) for i in range(1, 1 + int(reader.GetMetaData("dim[0]")))]
-        bits = int(reader.GetMetaData("bitpix"))
-        expected = int(float(reader.GetMetaData("vox_offset"))) + math.prod(dims) * bits // 8
-    elif data_file.name.lower().endswith((".gipl", ".gipl.gz")):
-        expected = 256 + math.prod(reader.GetSize()) * sitk.Image(1, 1, reader.GetPixelID()).GetSizeOfPixelComponent()
-    if length < expected:
-        raise UDAError(
-            f"{path}: the file is truncated, {length} bytes of {expected} that its header announces. Get it again."
-        )
+        if nifti is None:
+            _check_length(path, reader)
+        else:
+            for _ in slabs(nifti):
+                pass
     return reader
 
 
-def execute(reader: sitk.ImageFileReader) -> sitk.Image:
-    """Read the voxels too; a failure is a ``UDAError`` that names the file."""
-    with readable(Path(reader.GetFileName())):
-        return reader.Execute()
+def _open(path: Path) -> tuple[sitk.ImageFileReader, Nifti | None]:
+    """A reader with the header read, after everything that the header alone tells was checked."""
+    if not path.is_file():
+        raise UDAError(f"{path}: there is no such file; expected an image.")
+    reader = sitk.ImageFileReader()
+    reader.SetFileName(str(path))
+    with readable(path):
+        nifti = read_header(path) if is_nifti(path) else None
+        grid = nifti.grid if nifti is not None else None
+        reader.ReadImageInformation()
+        grid = grid or Grid.of(reader)
+        check_possible(path, grid.size, grid.spacing)
+    return reader, nifti
+
+
+def _check_length(path: Path, reader: sitk.ImageFileReader) -> None:
+    """Length and checksum of what is no NIfTI; other formats' short files SimpleITK refuses itself."""
+    name = path.name.lower()
+    length = os.path.getsize(path)
+    if name.endswith(".gz"):
+        with opened(path) as stream:
+            length = sum(len(chunk) for chunk in iter(lambda: stream.read(1 << 20), b""))
+    if name.endswith((".gipl", ".gipl.gz")):
+        expected = 256 + math.prod(reader.GetSize()) * sitk.Image(1, 1, reader.GetPixelID()).GetSizeOfPixelComponent()
+        if length < expected:
+            raise truncated(path, length, expected)
+
+
+def _read_by_slabs(reader: sitk.ImageFileReader, nifti: Nifti) -> sitk.Image:
+    """What ``reader.Execute()`` gives, with one slab in memory beside the volume (ITK needs a second volume)."""
+    size, pixel_id = reader.GetSize(), reader.GetPixelID()
+    if math.prod(size) != math.prod(nifti.size):
+        raise ValueError(f"of {nifti.size} voxels ITK finds {size}")
+    dtype = sitk.GetArrayViewFromImage(sitk.Image([1] * len(size), pixel_id)).dtype
+    image, first = None, 0
+    for slab in slabs(nifti):
+        values = slab if nifti.scale == (1, 0) else slab * nifti.scale[0] + nifti.scale[1]  # scaled in double precision
+        part = sitk.GetImageFromArray(values.astype(dtype, copy=False))
+        if len(size) == 2:
+            image = part[:, :, 0]
+        elif len(slab) == size[2]:
+            image = part
+        else:
+            image = sitk.Image(size, pixel_id) if image is None else image
+            image[:, :, first : first + len(slab)] = part
+        first += len(slab)
+    image.SetSpacing(reader.GetSpacing())
+    image.SetOrigin(reader.GetOrigin())
+    image.SetDirection(reader.GetDirection())
+    if (grid := nifti.grid) is not None:
+        image.SetSpacing(grid.spacing[: len(size)])
+        image.SetOrigin(grid.origin[: len(size)])
+        image.SetDirection(np.reshape(grid.direction, (3, 3))[: len(size), : len(size)].ravel().tolist())
+    return image
 
 
 def _unreadable(path: Path, error: Exception, expected: str) -> UDAError:
@@ -129,18 +166,21 @@ def _unreadable(path: Path, error: Exception, expected: str) -> UDAError:
 
 
 def check_image(image: sitk.Image, path: Path) -> None:
-    """Raise ``UDAError`` for NaN, infinite or constant voxels."""
-    voxels = sitk.GetArrayViewFromImage(image)
+    """Raise ``UDAError`` for voxels that no scan has: NaN, infinite, beyond ``MOST`` or all the same."""
+    check_voxels(sitk.GetArrayViewFromImage(image), path)
+
+
+def check_voxels(voxels: np.ndarray, path: Path) -> None:
+    """``check_image`` of an array; by planes of its first axis, for memory."""
     low, high = voxels.min(), voxels.max()
-    bad = 0
-    if voxels.dtype.kind == "f" and path.name.lower().endswith((".nii", ".nii.gz")):
-        bad = int((~np.isfinite(np.asanyarray(nibabel.load(path).dataobj))).sum())  # ITK has turned them into zeros
-    elif not (np.isfinite(low) and np.isfinite(high)):
-        bad = int((~np.isfinite(voxels)).sum())
-    if bad:
+    if not (np.isfinite(low) and np.isfinite(high)):
+        raise _not_finite(voxels, path)
+    if max(high, -float(low)) > MOST:
+        beyond = sum(int(((plane > MOST) | (plane < -MOST)).sum()) for plane in voxels)
         raise UDAError(
-            f"{path}: {bad} of {voxels.size} voxels are NaN or infinite; expected finite intensities. "
-            "Replace them by a value that means background in this modality."
+            f"{path}: intensities from {low:.4g} to {high:.4g}; expected numbers below {MOST:.0e}, as of a scan. "
+            f"{beyond} of {voxels.size} voxels are beyond: they mark what lies outside of the scan, or the file is "
+            "corrupt. Replace them by a value that means background in this modality."
         )
     if low == high:
         raise UDAError(
@@ -148,32 +188,8 @@ def check_image(image: sitk.Image, path: Path) -> None:
         )
 
 
-def check_same_geometry(image: sitk.Image, path: Path, other: sitk.Image, other_path: Path) -> None:
-    """Raise ``UDAError`` unless both grids have the same size and their corners lie within 0.1 voxel of each other."""
-    names = ["size", "spacing", "origin", "direction"]
-    values = [(image.GetSize(), other.GetSize()), (image.GetSpacing(), other.GetSpacing())]
-    values += [(image.GetOrigin(), other.GetOrigin()), (image.GetDirection(), other.GetDirection())]
-    if image.GetSize() == other.GetSize():
-        corners = product(*[(0, n - 1) for n in image.GetSize()])
-        gap = max(
-            math.dist(image.TransformIndexToPhysicalPoint(c), other.TransformIndexToPhysicalPoint(c)) for c in corners
-        )
-        if gap <= 0.1 * min(image.GetSpacing()) and np.allclose(image.GetSpacing(), other.GetSpacing(), rtol=1e-3):
-            return
-    different = [
-        f"{name} {_short(a)} and {_short(b)}"
-        for name, (a, b) in zip(names, values, strict=True)
-        if not np.allclose(a, b, rtol=1e-3, atol=1e-3)
-    ]
-    raise UDAError(
-        f"{other_path}: its geometry differs from that of {path}: {'; '.join(different) or 'corners'} "
-        f"(here the second). Expected the same grid: resample {other_path.name} onto {path.name}, or find the file "
-        "that belongs to it."
-    )
-
-
-def _short(values: tuple[float, ...]) -> str:
-    return "(" + ", ".join(f"{v:.5g}" for v in values) + ")"
+def _not_finite(voxels: np.ndarray, path: Path) -> UDAError:
+    return not_finite(path, sum(int((~np.isfinite(plane)).sum()) for plane in voxels), voxels.size)
 
 
 def read_label(path: Path, image: sitk.Image, image_path: Path) -> tuple[sitk.Image, list[str]]:

@@ -27,29 +27,13 @@ import numpy as np
 import SimpleITK as sitk
 from tqdm import tqdm
 
+from nnunet_uda.data.geometry import check_same_geometry
 from nnunet_uda.data.listing import files_in
-from nnunet_uda.data.reading import check_whole, execute
+from nnunet_uda.data.reading import read_image
 from nnunet_uda.errors import UDAError
 from nnunet_uda.workers import end_with
 
 METRICS = ("Dice", "ASSD", "HD95")
-GEOMETRY_TOLERANCE = 1e-3
-
-
-def read_image(path: Path) -> sitk.Image:
-    """Read a 2D or 3D image of one channel.
-
-    Raises:
-        UDAError: if the file is missing, unreadable, truncated, or has another number of dimensions or channels.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise UDAError(f"{path} does not exist")
-    image = execute(check_whole(path))
-    if image.GetDimension() not in (2, 3) or image.GetNumberOfComponentsPerPixel() != 1:
-        found = f"{image.GetDimension()} dimensions and {image.GetNumberOfComponentsPerPixel()} component(s) per voxel"
-        raise UDAError(f"{path} has {found}, expected a 2D or 3D image with one value per voxel")
-    return image
 
 
 def read_segmentation(path: Path, labels: dict[str, int], ignore_label: int | None = None) -> sitk.Image:
@@ -58,7 +42,7 @@ def read_segmentation(path: Path, labels: dict[str, int], ignore_label: int | No
     Raises:
         UDAError: as ``read_image``, and for a value that is not an integer or not among the labels.
     """
-    image = read_image(path)
+    image = read_image(path, (2, 3))
     array = sitk.GetArrayViewFromImage(image)
     values = np.unique(array)
     broken = values[~np.isfinite(values) | (values != np.round(values))]
@@ -73,23 +57,6 @@ def read_segmentation(path: Path, labels: dict[str, int], ignore_label: int | No
             f"(it has {listed}). Map the labels to the dataset's, or use the dataset.json that belongs to them"
         )
     return image
-
-
-def check_geometry(reference: sitk.Image, other: sitk.Image, reference_path: Path, other_path: Path) -> None:
-    """Refuse two images whose size, spacing, origin or direction differ by more than 1e-3.
-
-    Raises:
-        UDAError: naming both files, the property and both values.
-    """
-    for name in ("Size", "Spacing", "Origin", "Direction"):
-        expected, found = getattr(reference, f"Get{name}")(), getattr(other, f"Get{name}")()
-        same = len(expected) == len(found) and np.allclose(expected, found, rtol=0, atol=GEOMETRY_TOLERANCE)
-        if not same:
-            shown = [tuple(round(value, 4) for value in values) for values in (expected, found)]
-            raise UDAError(
-                f"{other_path} and {reference_path} differ in {name.lower()}: {shown[1]} and {shown[0]}. "
-                "Both must lie on one voxel grid; resample the first onto the second (labels by nearest neighbour)"
-            )
 
 
 def surface_distances(
@@ -151,7 +118,7 @@ def evaluate_case(
     """
     reference_image = read_segmentation(reference, labels, ignore_label)
     prediction_image = read_segmentation(prediction, labels)
-    check_geometry(reference_image, prediction_image, reference, prediction)
+    check_same_geometry(reference_image, reference, prediction_image, prediction)
     reference_array = sitk.GetArrayFromImage(reference_image)
     prediction_array = sitk.GetArrayFromImage(prediction_image)
     if ignore_label is not None:

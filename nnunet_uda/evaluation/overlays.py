@@ -14,8 +14,8 @@ import numpy as np
 import SimpleITK as sitk
 from scipy.ndimage import binary_erosion, zoom
 
-from nnunet_uda.errors import UDAError
-from nnunet_uda.evaluation.metrics import check_geometry, read_image
+from nnunet_uda.data.geometry import check_same_geometry
+from nnunet_uda.data.reading import read_image
 
 _COLOURS = (
     (239, 71, 61),
@@ -111,17 +111,15 @@ def draw_case(task: OverlayTask) -> list[dict[str, Any]]:
     Raises:
         UDAError: if the image lies on another grid than the reference.
     """
-    image = read_image(task.image)
+    image = read_image(task.image, (2, 3))
     reference_path = next(iter(task.segmentations.values()))
-    segmentations = {title: read_image(path) for title, path in task.segmentations.items()}
-    check_geometry(next(iter(segmentations.values())), image, reference_path, task.image)
+    segmentations = {title: read_image(path, (2, 3)) for title, path in task.segmentations.items()}
+    check_same_geometry(next(iter(segmentations.values())), reference_path, image, task.image)
     if image.GetDimension() == 3:
         image = sitk.DICOMOrient(image, "LPS")
         segmentations = {title: sitk.DICOMOrient(segmentation, "LPS") for title, segmentation in segmentations.items()}
     spacing = np.array(image.GetSpacing()[::-1])
     array = sitk.GetArrayFromImage(image).astype(np.float32)
-    if not np.isfinite(array).all():
-        raise UDAError(f"{task.image} holds values that are not finite; repair it, or use --no_overlays")
     arrays = {title: sitk.GetArrayFromImage(segmentation) for title, segmentation in segmentations.items()}
     if array.ndim == 2:
         array, arrays = array[None], {title: labels[None] for title, labels in arrays.items()}
