@@ -285,7 +285,7 @@ def convert(args: argparse.Namespace, warnings: list[str]) -> None:
         args.d, name, dataset, classes, _channels(args, request, warnings),
         adaptation=not args.upper_bound, source_splits=source_splits, target_splits=target_splits,
         information=information, intensities=request, warnings=warnings, overwrite=args.overwrite, strict=args.strict,
-        processes=args.np,
+        processes=args.np, geometry=args.nifti_geometry,
     )  # fmt: skip
 
 

@@ -132,7 +132,7 @@ def convert(args: argparse.Namespace, warnings: list[str]) -> None:
         args.structures, common.channel_names(args.channel or ["CT"], 1), adaptation=False, source_splits=splits,
         information={"description": f"BTCV abdomen, supervised, seed {args.seed}", **INFORMATION},
         intensities=_intensities(args), warnings=warnings, overwrite=args.overwrite, strict=args.strict,
-        processes=args.np,
+        processes=args.np, geometry=args.nifti_geometry,
     )  # fmt: skip
 
 

@@ -30,6 +30,7 @@ import SimpleITK as sitk
 from tqdm import tqdm
 
 from nnunet_uda.data.convention import Domains, environment_folder, is_ct, normalisation_warning
+from nnunet_uda.data.geometry import check_against_source, check_same_geometry
 from nnunet_uda.data.intensities import (
     DEFAULT,
     FORMS,
@@ -43,14 +44,8 @@ from nnunet_uda.data.intensities import (
     window_of_structures,
 )
 from nnunet_uda.data.listing import entries
-from nnunet_uda.data.reading import (
-    LabelMap,
-    check_image,
-    check_same_geometry,
-    check_whole,
-    read_image,
-    read_label,
-)
+from nnunet_uda.data.nifti import GEOMETRIES, nifti_geometry, remarks
+from nnunet_uda.data.reading import LabelMap, check_image, check_whole, read_image, read_label
 from nnunet_uda.dataset_conversion.quicklook import draw_quicklook
 from nnunet_uda.errors import UDAError, command, system_fault
 from nnunet_uda.files import cannot_write, go_on_without_locks, put_back, whole_folder, write_json
@@ -58,6 +53,7 @@ from nnunet_uda.workers import end_with
 
 ENDING = ".nii.gz"
 AXES = ("left-right", "posterior-anterior", "inferior-superior")
+AXIS_PLANES = ("sagittal", "coronal", "axial")
 QUICKLOOK = "quicklook.png"
 """Lies beside dataset.json, where nnU-Net does not look."""
 DEFAULT_PROCESSES = min(8, os.cpu_count() or 1)
@@ -147,6 +143,8 @@ class CaseReport:
     zero_share: float
     volumes_ml: list[float] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    """Repairs."""
+    warnings: list[str] = field(default_factory=list)
     outside: list[float] = field(default_factory=list)
 
 
@@ -154,32 +152,50 @@ class CaseReport:
 
 
 def convert_case(
-    case: Case, images_folder: Path, labels_folder: Path | None, structures: int, clipping: Clipping = Clipping()
+    case: Case,
+    images_folder: Path,
+    labels_folder: Path | None,
+    structures: int,
+    clipping: Clipping = Clipping(),
+    geometry: str | None = None,
 ) -> CaseReport:
-    """Check and write one case: images first and from the images alone, then the label."""
-    images: list[sitk.Image] = []
-    for path in case.images:
-        image = case.read_image(path)
-        check_image(image, path)
-        if images:
-            check_same_geometry(images[0], case.images[0], image, path)
-        images.append(image)
-    report = _describe(case.identifier, images[0])
-    for channel, (image, path) in enumerate(zip(images, case.images, strict=True)):
-        clipped = _clip(image, path, clipping, report.notes)
-        _write(clipped, images_folder / f"{case.identifier}_{channel:04d}{ENDING}")
-    if labels_folder is not None and case.label is not None and case.label_map is not None:
-        label, repairs = case.read_label(case.label, images[0], case.images[0])
-        report.notes += repairs
-        classes = case.label_map.apply(label, case.label)
-        counts = sum(np.bincount(plane.ravel(), minlength=structures + 1)[1:] for plane in classes)  # by plane: memory
-        report.volumes_ml = [float(count * np.prod(images[0].GetSpacing()) / 1000) for count in counts]
-        converted = sitk.GetImageFromArray(classes)
-        converted.CopyInformation(images[0])
-        _write(converted, labels_folder / f"{case.identifier}{ENDING}")
-        if clipping.checked and clipping.intensities is not None:
-            shares = [_outside(image, classes, structures, clipping.intensities) for image in images]
-            report.outside = np.min(shares, axis=0).tolist()
+    """Check and write one case: images first and from the images alone, then the label.
+
+    One volume is in memory at a time. All channels and the label are written with the first channel's geometry.
+
+    Args:
+        geometry: see ``nifti_geometry``.
+    """
+    with nifti_geometry(geometry):
+        image = case.read_image(case.images[0])
+        report = _describe(case.identifier, image)
+        grid = sitk.Image(image.GetSize(), sitk.sitkUInt8)  # of the first channel, which need not be kept for it
+        grid.CopyInformation(image)
+        beyond = []
+        for channel, path in enumerate(case.images):
+            image = case.read_image(path) if channel else image
+            check_image(image, path)
+            check_same_geometry(grid, case.images[0], image, path)
+            image.CopyInformation(grid)
+            if clipping.checked and clipping.intensities is not None:
+                beyond.append(_beyond(image, clipping.intensities))
+            image = _clip(image, path, clipping, report.notes)
+            _write(image, images_folder / f"{case.identifier}_{channel:04d}{ENDING}")
+            _remark(report, path)
+            del image
+        if labels_folder is not None and case.label is not None and case.label_map is not None:
+            label, repairs = case.read_label(case.label, grid, case.images[0])
+            report.notes += repairs
+            _remark(report, case.label)
+            classes = case.label_map.apply(label, case.label)
+            del label
+            counts = sum(np.bincount(plane.ravel(), minlength=structures + 1)[1:] for plane in classes)  # memory
+            report.volumes_ml = [float(count * np.prod(grid.GetSpacing()) / 1000) for count in counts]
+            if beyond:
+                report.outside = np.min([_outside(mask, classes, structures) for mask in beyond], axis=0).tolist()
+            converted = sitk.GetImageFromArray(classes)
+            converted.CopyInformation(grid)
+            _write(converted, labels_folder / f"{case.identifier}{ENDING}")
     return report
 
 
@@ -200,12 +216,29 @@ def _clip(image: sitk.Image, path: Path, clipping: Clipping, notes: list[str]) -
         return image
 
 
-def _outside(image: sitk.Image, classes: np.ndarray, structures: int, intensities: Intensities) -> list[float]:
+def _beyond(image: sitk.Image, intensities: Intensities) -> np.ndarray:
+    """Bool, (z, y, x): voxels that clipping changes."""
     voxels = sitk.GetArrayViewFromImage(image)
     low, high = intensities.bounds(voxels)
-    beyond = np.bincount(classes[(voxels < low) | (voxels > high)], minlength=structures + 1)[1:]
-    all_of_them = np.bincount(classes.ravel(), minlength=structures + 1)[1:]
-    return [float(b / n) if n else float("nan") for b, n in zip(beyond, all_of_them, strict=True)]
+    return np.stack([(plane < low) | (plane > high) for plane in voxels])
+
+
+def _outside(beyond: np.ndarray, classes: np.ndarray, structures: int) -> list[float]:
+    """The share of each structure's voxels that is ``beyond``, NaN without voxels; by planes, for memory."""
+    found, whole = (
+        sum(np.bincount(part, minlength=structures + 1)[1:] for part in parts)
+        for parts in (
+            (plane[mask] for plane, mask in zip(classes, beyond, strict=True)),
+            (plane.ravel() for plane in classes),
+        )
+    )
+    return [float(b / n) if n else float("nan") for b, n in zip(found, whole, strict=True)]
+
+
+def _remark(report: CaseReport, path: Path) -> None:
+    repairs, warnings = remarks(path)
+    report.notes += repairs
+    report.warnings += warnings
 
 
 # --- intensities ------------------------------------------------------------------------------------------------------
@@ -297,7 +330,7 @@ def _describe(identifier: str, image: sitk.Image) -> CaseReport:
         tuple(image.GetSize()[i] for i in order),
         tuple(image.GetSpacing()[i] for i in order),
         code,
-        float(np.mean(sitk.GetArrayViewFromImage(image) == 0)),
+        float(np.mean([np.mean(plane == 0) for plane in sitk.GetArrayViewFromImage(image)])),
     )
 
 
@@ -370,6 +403,7 @@ def write_dataset(
     overwrite: bool = False,
     strict: bool = False,
     processes: int = DEFAULT_PROCESSES,
+    geometry: str | None = None,
 ) -> Path:
     """Write ``nnUNet_raw/DatasetXXX_NAME`` whole or not at all, print a summary, return the folder.
 
@@ -383,6 +417,7 @@ def write_dataset(
             source and of the target (without adaptation the dataset's one domain is the target).
         warnings: of the converter; this function's are added, and all are shown with the summary.
         strict: refuse a group with ``labelsTs`` in which a case has no label, instead of a warning.
+        geometry: how files with two geometries are read; see ``nifti_geometry``.
 
     Raises:
         UDAError: for every bad input; all cases are read before the error is raised, so it lists all bad files.
@@ -422,8 +457,10 @@ def write_dataset(
             )  # fmt: skip
 
     with _whole_folder(dataset_id, f"Dataset{dataset_id:03d}_{name}", overwrite, warnings) as (temporary, final):
-        clippings = choose_intensities(groups, intensities, adaptation)
-        reports = _convert_all(groups, temporary, len(structures), processes, clippings)
+        with nifti_geometry(geometry):
+            clippings = choose_intensities(groups, intensities, adaptation)
+        reports = _convert_all(groups, temporary, len(structures), processes, clippings, geometry)
+        _check_spacings(groups, reports)
         _check_structures(by_folder["imagesTr"], reports["imagesTr"], structures)
         _check_outside(by_folder["imagesTr"], reports["imagesTr"], structures, clippings["imagesTr"], warnings)
         _record(dataset_json, clippings, adaptation)
@@ -568,7 +605,12 @@ def _check_free(dataset_id: int, final: Path, overwrite: bool, warnings: list[st
 
 
 def _convert_all(
-    groups: Sequence[Group], folder: Path, structures: int, processes: int, clippings: dict[str, Clipping]
+    groups: Sequence[Group],
+    folder: Path,
+    structures: int,
+    processes: int,
+    clippings: dict[str, Clipping],
+    geometry: str | None,
 ) -> dict[str, list[CaseReport]]:
     jobs = []
     for group in groups:
@@ -584,7 +626,7 @@ def _convert_all(
         for group_name, case, images, labels in jobs:
             try:
                 done[group_name][case.identifier] = convert_case(
-                    case, images, labels, structures, clippings[group_name]
+                    case, images, labels, structures, clippings[group_name], geometry
                 )
             except UDAError as error:
                 errors[case.identifier] = str(error)
@@ -593,7 +635,10 @@ def _convert_all(
         spawn = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(min(processes, len(jobs)), spawn, end_with, (os.getpid(),)) as pool:
             futures = {
-                pool.submit(convert_case, case, images, labels, structures, clippings[group_name]): (group_name, case)
+                pool.submit(convert_case, case, images, labels, structures, clippings[group_name], geometry): (
+                    group_name,
+                    case,
+                )
                 for group_name, case, images, labels in jobs
             }
             try:
@@ -613,14 +658,33 @@ def _convert_all(
                 pool.shutdown(cancel_futures=True)
                 raise
     progress.close()
-    if errors:
-        messages = [errors[key] for key in sorted(errors)]
-        if len(messages) == 1:
-            raise UDAError(messages[0])
+    _refuse([errors[key] for key in sorted(errors)])
+    return {group: [reports[key] for key in sorted(reports)] for group, reports in done.items()}
+
+
+def _refuse(messages: Sequence[str]) -> None:
+    """Raise one error for all bad cases, if there are any."""
+    if len(messages) == 1:
+        raise UDAError(messages[0])
+    if messages:
         raise UDAError(
             f"{len(messages)} cases cannot be converted; nothing was written:\n  - " + "\n  - ".join(messages)
         )
-    return {group: [reports[key] for key in sorted(reports)] for group, reports in done.items()}
+
+
+def _check_spacings(groups: Sequence[Group], reports: dict[str, list[CaseReport]]) -> None:
+    """Refuse scans whose voxels are of another order than the labelled ones' median, to which nnU-Net resamples."""
+    source = np.median([report.spacing for report in reports["imagesTr"]], axis=0)
+    messages = []
+    for group in groups:
+        paths = {case.identifier: case.images[0] for case in group.cases}
+        for report in reports[group.images]:
+            new_size = np.maximum(1, np.multiply(report.size, report.spacing) / source)
+            try:
+                check_against_source(paths[report.identifier], report.size, report.spacing, source, new_size)
+            except UDAError as error:
+                messages.append(str(error))
+    _refuse(messages)
 
 
 def _example(
@@ -676,7 +740,9 @@ def _summarise(
         for report in measured:
             if not any(report.volumes_ml):
                 warnings.append(f"{report.identifier}: its label is all background")
+        warnings += _single_slices(group, seen)
     repairs = [f"{r.identifier}: {note}" for seen in reports.values() for r in seen for note in r.notes]
+    warnings += [f"{r.identifier}: {warning}" for seen in reports.values() for r in seen for warning in r.warnings]
     print("  repaired: " + ("\n    ".join(["", *repairs]) if repairs else "nothing"))
     if adaptation:
         source, target = reports["imagesTr"], reports["imagesTu"] + reports.get("imagesTs", [])
@@ -699,6 +765,21 @@ def _ranges(rows: Sequence[Sequence[float]], form: str) -> str:
     )
 
 
+def _single_slices(group: Group, reports: Sequence[CaseReport]) -> list[str]:
+    """A warning for each axis along which cases have one slice."""
+    warnings = []
+    for axis, plane in enumerate(AXIS_PLANES):
+        flat = [report.identifier for report in reports if report.size[axis] == 1]
+        if flat:
+            warnings.append(
+                f"{len(flat)} of {len(reports)} cases in {group.images} have one slice {AXES[axis]} "
+                f"({', '.join(flat[:5])}{' ...' if len(flat) > 5 else ''}): 3D configurations learn nothing from it, "
+                "and nnU-Net takes the axis of the largest spacing for the slices' normal, so that 2D patches may be "
+                f"rows across the image. Choose the plane: nnUNetUDA_configure -plane {plane}"
+            )
+    return warnings
+
+
 def _domain_warnings(source: Sequence[CaseReport], target: Sequence[CaseReport]) -> list[str]:
     warnings = []
     spacings = [np.median([r.spacing for r in reports], axis=0) for reports in (source, target)]
@@ -708,6 +789,15 @@ def _domain_warnings(source: Sequence[CaseReport], target: Sequence[CaseReport])
             f"the thick slices lie along {AXES[thick[0]]} in the source and along {AXES[thick[1]]} in the target "
             f"(median spacings {_short(spacings[0])} and {_short(spacings[1])} mm): a 2D network trained in the "
             "source's plane sees the target's coarse axis in plane. Consider choosing the slice plane, or 3d_fullres"
+        )
+    finest, reach = (
+        np.divide(*(np.median([function(report) for report in reports]) for reports in (target, source)))
+        for function in (lambda r: min(r.spacing), lambda r: max(np.multiply(r.size, r.spacing)))
+    )
+    if max(finest, 1 / finest) > 5 and max(reach, 1 / reach) > 5 and (finest > 1) == (reach > 1):
+        warnings.append(
+            f"the target's voxels are {finest:.3g} times the source's ({_short(spacings[1])} and {_short(spacings[0])} "
+            f"mm), and its scans {reach:.3g} times as large: check that both are in mm, none in cm"
         )
     shares = [float(np.mean([r.zero_share for r in reports])) for reports in (source, target)]
     if abs(shares[0] - shares[1]) > 0.25:
@@ -744,6 +834,10 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-np", type=int, default=DEFAULT_PROCESSES, metavar="N", help=f"processes [{DEFAULT_PROCESSES} here]"
     )
+    parser.add_argument(
+        "-nifti_geometry", choices=GEOMETRIES,
+        help="read NIfTI files whose qform and sform disagree by this one [such files are refused]",
+    )  # fmt: skip
     parser.add_argument("--overwrite", action="store_true", help="replace the dataset of this id and name")
     parser.add_argument(
         "--strict", action="store_true", help="refuse what is otherwise a warning: a case that lacks a needed file"

@@ -229,12 +229,31 @@ def make_cases(
             Case(_identifier(name, prefix), files, label, label_map if label else None, read_scan, read_scan_label)
         )
     if left:
-        path = next(iter(left.values()))
+        name, path = next(iter(left.items()))
+        for case, files in images.items():
+            if name in map(stem, files):
+                raise UDAError(
+                    f"{path}: its image of the same name was read as a channel of the case {case}, as names that end "
+                    "in _0000, _0001, ... are; expected one label for all channels of a case. Use --single_channel if "
+                    "these numbers count cases."
+                )
         raise UDAError(
             f"{path}: no image belongs to this label (images: {', '.join(list(images)[:5])}"
             f"{' ...' if len(images) > 5 else ''}); expected an image of the same name. Rename it, or remove the label."
         )
     return cases
+
+
+def check_channels(cases: Sequence[Case]) -> None:
+    """Raise ``UDAError`` where cases have different numbers of channels: mostly numbers in names that count cases."""
+    fewest, most = (choose(cases, key=lambda case: len(case.images)) for choose in (min, max))
+    if len(fewest.images) < len(most.images):
+        raise UDAError(
+            f"{fewest.images[0]}: this case has {len(fewest.images)} channel(s), that of {most.images[0]} has "
+            f"{len(most.images)}, since names that end in _0000, _0001, ... are channels of one case; expected equal "
+            "channels in source and target. Use --single_channel if these numbers count cases; else name the channels "
+            "of every case so."
+        )
 
 
 def _identifier(name: str, prefix: str) -> str:
@@ -321,6 +340,7 @@ def convert(args: argparse.Namespace, warnings: list[str]) -> None:
     source = cases("source_images", "source_labels", prefixes[0])
     target = cases("target_images", "target_labels", prefixes[1])
     test = cases("target_test_images", "target_test_labels", prefixes[1]) if args.target_test_images else []
+    check_channels([*([] if args.upper_bound else source), *target, *test])
     labelled = target if args.upper_bound else source
     ids = [case.identifier for case in labelled]
     if args.folds is not None:
@@ -343,6 +363,7 @@ def convert(args: argparse.Namespace, warnings: list[str]) -> None:
         common.channel_names(args.channel, len(labelled[0].images)), adaptation=not args.upper_bound,
         intensities=common.intensity_request(args), source_splits=splits, target_splits=target_splits,
         warnings=warnings, overwrite=args.overwrite, strict=args.strict, processes=args.np,
+        geometry=args.nifti_geometry,
     )  # fmt: skip
 
 

@@ -177,6 +177,7 @@ def write_dataset(
         adaptation=not args.upper_bound, source_splits=plan.source_splits, target_splits=plan.target_splits,
         information=information, intensities=common.intensity_request(args, preset, None if args.protocol else DEFAULT),
         warnings=warnings, overwrite=args.overwrite, strict=args.strict, processes=args.np,
+        geometry=args.nifti_geometry,
     )  # fmt: skip
 
 

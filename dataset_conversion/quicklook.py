@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import SimpleITK as sitk
 
+from nnunet_uda.data.reading import read_image
 from nnunet_uda.evaluation.overlays import PLANES, draw_overlay, label_colours
 
 EDGES = {"axial": "APRL", "coronal": "SIRL", "sagittal": "SIAP"}
@@ -26,21 +27,29 @@ def slices(image: sitk.Image, label: sitk.Image | None) -> dict[str, tuple[np.nd
     Returns:
         For each plane: intensities (rows, columns), classes of the same shape or None, mm of a row and of a column.
     """
-    image = sitk.DICOMOrient(image, "LPS")
-    voxels = sitk.GetArrayViewFromImage(image)
-    classes = None if label is None else sitk.GetArrayViewFromImage(label := sitk.DICOMOrient(label, "LPS"))
-    spacing = image.GetSpacing()[::-1]
+    voxels, spacing = _oriented(image)
+    classes = None if label is None else _oriented(label)[0]
     cuts = {}
     for plane, axis in PLANES.items():
         others = tuple(i for i in range(3) if i != axis)
         index = voxels.shape[axis] // 2
-        if classes is not None and classes.any():
-            counts = np.stack([(classes == value).sum(axis=others) for value in np.unique(classes[classes != 0])])
-            index = int(np.argmax((counts > 0).sum(axis=0) + counts.sum(axis=0) / (counts.sum() + 1)))
+        if classes is not None:
+            counts = np.array([np.bincount(cut.ravel(), minlength=256)[1:] for cut in np.moveaxis(classes, axis, 0)])
+            if counts.any():
+                index = int(np.argmax((counts > 0).sum(axis=1) + counts.sum(axis=1) / (counts.sum() + 1)))
         up = slice(None, None, 1 if plane == "axial" else -1)  # z grows towards the head, rows grow downwards
         cut, mask = (None if array is None else np.take(array, index, axis=axis)[up] for array in (voxels, classes))
         cuts[plane] = (cut, mask, tuple(spacing[i] for i in others))
     return cuts
+
+
+def _oriented(image: sitk.Image) -> tuple[np.ndarray, tuple[float, float, float]]:
+    """A view of the voxels as ``DICOMOrient`` to LPS would put them, (z, y, x), and mm an axis; nothing is copied."""
+    code = sitk.DICOMOrientImageFilter.GetOrientationFromDirectionCosines(image.GetDirection())
+    axes = [next(i for i, letter in enumerate(code) if letter in pair) for pair in ("IS", "AP", "RL")]
+    view = sitk.GetArrayViewFromImage(image).transpose([2 - axis for axis in axes])
+    flipped = view[tuple(slice(None, None, -1 if code[axis] in "IAR" else 1) for axis in axes)]
+    return flipped, tuple(image.GetSpacing()[axis] for axis in axes)
 
 
 def window(image: sitk.Image) -> tuple[float, float]:
@@ -61,7 +70,7 @@ def _picture(
     title: str, image_path: Path, label_path: Path | None, colours: dict[int, tuple[int, int, int]]
 ) -> tuple[str, dict[str, np.ndarray]]:
     """Title with the grid's facts, and a panel for each plane. No volume is kept."""
-    image = sitk.ReadImage(str(image_path))
+    image = read_image(image_path)
     size = " x ".join(map(str, image.GetSize()))
     spacing = " x ".join(f"{v:.3g}" for v in image.GetSpacing())
     code = sitk.DICOMOrientImageFilter.GetOrientationFromDirectionCosines(image.GetDirection())
@@ -71,7 +80,7 @@ def _picture(
     shown = window(image)
     panels = {
         plane: draw_overlay(cut, mask, colours, mm, shown, PANEL)
-        for plane, (cut, mask, mm) in slices(image, sitk.ReadImage(str(label_path)) if label_path else None).items()
+        for plane, (cut, mask, mm) in slices(image, read_image(label_path) if label_path else None).items()
     }
     return f"{title}\n{size} voxels, {spacing} mm, {code}{notes}{without}", panels
 

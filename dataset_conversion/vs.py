@@ -492,6 +492,7 @@ def convert(args: argparse.Namespace, warnings: list[str]) -> None:
         information={"description": f"{what}, seed {args.seed}", **(crossmoda if layout == CROSSMODA else tcia)},
         intensities=common.intensity_request(args, otherwise=None if args.protocol else DEFAULT),
         warnings=warnings, overwrite=args.overwrite, strict=args.strict, processes=args.np,
+        geometry=args.nifti_geometry,
     )  # fmt: skip
 
 

@@ -138,7 +138,7 @@ def test_channels(data, capsys):
     (data / "sl" / "a2.nrrd").unlink()
     many = {"source_images": str(data / "sm"), "target_images": str(data / "tm")}
     text = refused(capsys, data, source_images=many["source_images"])
-    assert "has 1 channel(s), the dataset has 2" in text and "ti/a0.mha" in text
+    assert "ti/a0.mha: this case has 1 channel(s), that of" in text and "has 2, since" in text
     out = convert(data, **many)
     assert names(out / "imagesTu") == ["MR_a0_0000", "MR_a0_0001", "MR_a1_0000", "MR_a1_0001"]
     assert (load(out / "imagesTr/CT_a1_0001.nii.gz") == load(data / "sm/a1_0001.nii.gz")).all()
@@ -153,6 +153,25 @@ def test_channel_gaps_and_numbers_that_are_no_channels(data, capsys):
     assert "a_0002.nii.gz: case a has the channels 0000, 0002" in text and "--single_channel" in text
     out = convert(data, "--single_channel", target_images=str(data / "tm"))
     assert names(out / "imagesTu") == ["MR_a_0000_0000", "MR_a_0002_0000"]
+
+
+@pytest.mark.parametrize("upper", [False, True])
+def test_cases_numbered_like_channels_name_the_option(data, capsys, upper):
+    """patient_0000, patient_0001: two cases for who wrote them, two channels of one by the convention."""
+    for i in range(2):
+        save(data / "ni" / f"patient_{i:04d}.nii.gz", i)
+        save(data / "nl" / f"patient_{i:04d}.nii.gz", array=organs(5, 1))
+    numbered = {"source_images": str(data / "ni"), "source_labels": str(data / "nl")}
+    if upper:
+        numbered = {"target_images": str(data / "ni"), "target_labels": str(data / "nl")}
+    text = refused(capsys, data, *(["--upper_bound"] if upper else []), **numbered)
+    assert "nl/patient_0001.nii.gz: its image of the same name was read as a channel of the case patient" in text
+    assert "--single_channel" in text
+    text = refused(capsys, data, target_images=str(data / "ni"))
+    assert "this case has 1 channel(s), that of" in text and "patient_0000.nii.gz has 2" in text
+    assert "--single_channel" in text
+    out = convert(data, "--single_channel", **numbered)
+    assert len(names(out / "imagesTu")) == (2 if upper else 3) and len(names(out / "imagesTr")) == (3 if upper else 2)
 
 
 def test_year_like_numbers_stay_in_the_name(data):

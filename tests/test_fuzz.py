@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import gzip
 import json
+import math
 import random
+import resource
 import shutil
 import signal
 from collections.abc import Callable, Iterator
@@ -12,13 +15,19 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import nibabel
+import numpy as np
 import pytest
+import SimpleITK as sitk
 from conftest import make_trainer
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 
 from nnunet_uda.commands import clip, configure, evaluate, fold_images, preprocess
 from nnunet_uda.data import convention
+from nnunet_uda.data.geometry import Grid
 from nnunet_uda.data.intensities import read_intensities
+from nnunet_uda.data.nifti import nifti_geometry
+from nnunet_uda.data.reading import check_image, check_whole, read_image
 from nnunet_uda.errors import UDAError
 from nnunet_uda.evaluation.runs import cases_of_folds, read_labels
 from nnunet_uda.methods import check_uda, find_methods
@@ -108,6 +117,18 @@ def limited(what: Any) -> Iterator[None]:
             signal.signal(number, handler)
 
 
+@contextmanager
+def bounded(megabytes: int = 1024) -> Iterator[None]:
+    """Within it the process can take so much memory more than it has, and no more."""
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (held + megabytes * 2**20, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+
+
 def refused(function: Callable[[], object], what: Any) -> bool:
     """Whether ``function`` ended in a clear refusal; anything but that and a correct end fails the test."""
     try:
@@ -124,12 +145,18 @@ def refused(function: Callable[[], object], what: Any) -> bool:
     return False
 
 
-def outcomes(count: int, seed: int, value: Any, attempt: Callable[[Any, random.Random], Callable[[], object]]) -> float:
+def outcomes(
+    count: int,
+    seed: int,
+    value: Any,
+    attempt: Callable[[Any, random.Random], Callable[[], object]],
+    damage: Callable[[Any, random.Random], Any] = mutated,
+) -> float:
     """The share that was refused of ``count`` mutations of ``value``."""
     rng = random.Random(seed)
     bad = 0
     for _ in range(count):
-        damaged = mutated(value, rng)
+        damaged = damage(value, rng)
         bad += refused(attempt(damaged, rng), damaged)
     return bad / count
 
@@ -292,3 +319,64 @@ def test_commands_and_trainers(dataset, tmp_path, capsys):
         refused(lambda: configure.main(["-d", "501", "-from", "tiny", "-p", "other", "--overwrite"]), damaged)
     assert outside(dataset) == before
     assert "Traceback" not in capsys.readouterr().err
+
+
+# --- headers of images -----------------------------------------------------------------------------------------------
+
+
+def damaged_nifti(whole: bytes, fields: dict[str, tuple[np.dtype, int]], rng: random.Random) -> bytes:
+    """``whole`` with one to three fields of its header (348 bytes) set to something strange, bits turned, or cut."""
+    damaged = bytearray(whole)
+    for _ in range(rng.choice((1, 1, 2, 3))):
+        name = rng.choice(sorted(fields))
+        kind, offset = fields[name]
+        base = kind.base if kind.shape else kind
+        offset += base.itemsize * rng.randrange(kind.itemsize // base.itemsize)
+        values = [0, 1, -1, 2, 3, 7, 8, 127, 255, 32767, -32768, 2**31 - 1, -(2**31)]
+        if base.kind == "f":
+            values += [math.nan, math.inf, -math.inf, 1e30, -1e30, 1e-30, 0.5, -3.4e38, 352, 348, 1e9]
+        if base.kind in "fiu" and rng.random() < 0.8:
+            with np.errstate(all="ignore"):
+                new = np.array(rng.choice(values), np.float64).astype(base.newbyteorder("<")).tobytes()
+        else:
+            new = rng.randbytes(base.itemsize)
+        damaged[offset : offset + base.itemsize] = new
+    if rng.random() < 0.1:
+        position = rng.randrange(len(damaged))
+        damaged[position] ^= 1 << rng.randrange(8)
+    return bytes(damaged[: rng.randrange(len(damaged))] if rng.random() < 0.05 else damaged)
+
+
+def test_nifti_headers(tmp_path):
+    """What is read is a scan; the rest is refused, in no more time or memory than a scan takes."""
+    array = np.random.default_rng(0).integers(1, 99, (5, 6, 7)).astype(np.int16)
+    affine = np.diag([1.0, 2.0, 3.0, 1.0])
+    fields = nibabel.nifti1.header_dtype.fields
+    for ending, kind in ((".nii", nibabel.Nifti1Image), (".nii.gz", nibabel.Nifti1Image), (".hdr", nibabel.Nifti1Pair)):
+        image = kind(array, affine)
+        image.set_qform(affine, 1)
+        path = tmp_path / f"a{ending}"
+        nibabel.save(image, str(path.with_suffix(".img") if ending == ".hdr" else path))
+        whole = gzip.decompress(path.read_bytes()) if ending == ".nii.gz" else path.read_bytes()
+
+        def attempt(
+            damaged: bytes, rng: random.Random, path: Path = path, ending: str = ending
+        ) -> Callable[[], object]:
+            path.write_bytes(gzip.compress(damaged, 1) if ending == ".nii.gz" else damaged)
+
+            def read() -> None:
+                if rng.random() < 0.2:
+                    check_whole(path)
+                with nifti_geometry(rng.choice((None, "qform", "sform"))):
+                    scan = read_image(path)
+                    check_image(scan, path)
+                grid = Grid.of(scan)
+                assert np.isfinite(grid.affine).all() and min(grid.spacing) > 0
+                assert np.isfinite(sitk.GetArrayViewFromImage(scan)).all()
+
+            return read
+
+        attempt(whole, random.Random(0))()
+        with bounded():
+            share = outcomes(1000, 5, whole, attempt, lambda whole, rng: damaged_nifti(whole, fields, rng))
+        assert 0.3 < share < 0.95

@@ -130,11 +130,25 @@ def everything_wrong(dataset: Path) -> None:
         change(dataset, f"ct_Tu{index:02d}", np.zeros_like)
 
 
+def half_a_source_label(dataset: Path) -> None:
+    path = dataset / "labelsTr" / "mr_Tr00.nii.gz"
+    write_volume(path, sitk.GetArrayFromImage(sitk.ReadImage(str(path))) * 0.5)
+
+
 @pytest.mark.parametrize(
     ("prepare", "options", "words"),
     [
         (lambda d: (d.parent.parent / "predictions" / "ct_Tu03.nii.gz").unlink(), (), "ct_Tu03.nii.gz does not exist"),
-        (lambda d: change(d, "ct_Tu00", lambda x: x + 3), (), "holds values from 3 to 5; expected 0 to 2"),
+        (
+            lambda d: change(d, "ct_Tu00", lambda x: x + 3),
+            (),
+            r"ct_Tu00\.nii\.gz: the label holds the values 3, 4, 5, .* expected only 0, 1 \(left\), 2 \(right\)",
+        ),
+        (lambda d: change(d, "ct_Tu00", lambda x: x * 0.5), (), "non-integer values .e.g. 0.5"),
+        (lambda d: change(d, "ct_Tu00", lambda x: np.where(x == 2, np.nan, x)), (), "voxels are NaN or infinite"),
+        (lambda d: change(d, "ct_Tu00", lambda x: np.where(x == 2, -1, x).astype(np.int8)), (), "holds the values -1,"),
+        (lambda d: change(d, "ct_Tu00", lambda x: np.where(x == 2, 2e9, x).astype(np.int32)), (), "values 2000000000,"),
+        (half_a_source_label, (), r"mr_Tr00\.nii\.gz: the label holds non-integer values"),
         (lambda d: change(d, "ct_Tu00", lambda x: x[1:]), (), "ct_Tu00"),
         (everything_wrong, (), "no prediction in .* is plausible"),
         (lambda d: (d.parent / "Dataset601_Other").mkdir(), (), "Dataset601_Other exists"),

@@ -6,7 +6,7 @@ import argparse
 import os
 import re
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from nnunet_uda.data.convention import (
 )
 from nnunet_uda.data.listing import files_in
 from nnunet_uda.data.pseudo_labels import implausible_structures, keep_components, structure_volumes
-from nnunet_uda.data.reading import check_whole, read_image, read_label
+from nnunet_uda.data.reading import LabelMap, check_whole, read_image, read_label
 from nnunet_uda.errors import UDAError, command
 from nnunet_uda.files import cannot_write, whole_folder, write_json
 
@@ -51,6 +51,15 @@ class Request:
     predictions: Path
     share: float
     factor: float
+
+    @property
+    def label_map(self) -> LabelMap:
+        """What a prediction may hold."""
+        return LabelMap(
+            {value: value for value in range(1, len(self.structures) + 1)},
+            names=dict(enumerate(self.structures, 1)),
+            hint=f"Expected the labels of {self.raw.name}: predict with a model trained on it, or map the values.",
+        )
 
     @property
     def ending(self) -> str:
@@ -130,16 +139,22 @@ def _new_dataset(root: Path, name: str) -> Path:
 
 def _source_volumes(request: Request) -> np.ndarray:
     """``(N, structures)`` volumes of the labelled cases, in cubic mm."""
+    label_map = replace(request.label_map, values=request.label_map.values | _ignored(request.dataset_json))
     volumes = []
     for path in files_in(request.raw / "labelsTr"):
         if not path.name.endswith(request.ending):
             continue
         label = read_image(path)
-        array = sitk.GetArrayFromImage(label)
+        array = label_map.apply(label, path)
         volumes.append(structure_volumes(array, len(request.structures), label.GetSpacing()))
     if not volumes:
         raise UDAError(f"{request.raw / 'labelsTr'} holds no label; expected files ending in {request.ending}")
     return np.array(volumes)
+
+
+def _ignored(dataset_json: dict[str, Any]) -> dict[int, int]:
+    """nnU-Net's ignore label, which a label of the source may hold, as background."""
+    return {dataset_json["labels"]["ignore"]: 0} if "ignore" in dataset_json["labels"] else {}
 
 
 def _pseudo_label(request: Request, identifier: str, image: Path, known: np.ndarray) -> tuple[sitk.Image, str]:
@@ -147,12 +162,10 @@ def _pseudo_label(request: Request, identifier: str, image: Path, known: np.ndar
     path = request.predictions / f"{identifier}{request.ending}"
     if not path.exists():
         raise UDAError(f"{path} does not exist; expected a prediction of every case in {image.parent}")
-    prediction, _ = read_label(path, read_image(image), image)
+    scan = read_image(image)
+    prediction, _ = read_label(path, scan, image)
     number = len(request.structures)
-    array = sitk.GetArrayFromImage(prediction)
-    if array.min() < 0 or array.max() > number:
-        raise UDAError(f"{path} holds values from {array.min()} to {array.max()}; expected 0 to {number}")
-    cleaned = keep_components(array.astype(np.uint8), number, request.share)
+    cleaned = keep_components(request.label_map.apply(prediction, path), number, request.share)
     volumes = structure_volumes(cleaned, number, prediction.GetSpacing())
     wrong = [
         f"{request.structures[i - 1]} has {volumes[i - 1] / 1000:.1f} ml (source "
@@ -160,7 +173,7 @@ def _pseudo_label(request: Request, identifier: str, image: Path, known: np.ndar
         for i in implausible_structures(volumes, known, request.factor)
     ]
     label = sitk.GetImageFromArray(cleaned)
-    label.CopyInformation(prediction)
+    label.CopyInformation(scan)  # nnU-Net compares exactly
     return label, "; ".join(wrong)
 
 

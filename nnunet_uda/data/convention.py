@@ -239,7 +239,8 @@ def target_cases(raw_dataset: Path, dataset_json: dict[str, Any]) -> dict[str, l
         if [path.name for path in paths] != expected:
             raise UDAError(
                 f"{folder}: case {identifier} has {len(paths)} channel file(s) {[path.name for path in paths]}, but "
-                f"dataset.json lists {channels} channel(s), as the source has: expected {expected}"
+                f"dataset.json lists {channels} channel(s), as the source has: expected {expected}. "
+                "Names that end in _0000, _0001, ... are channels of one case"
             )
     return cases
 

@@ -99,6 +99,18 @@ def check_whole(path: Path) -> sitk.ImageFileReader:
     return reader
 
 
+def check_nifti(path: Path) -> Grid | None:
+    """As ``check_whole``, without ITK and what it refuses (axes not at right angles); the grid, if there is one."""
+    if not path.is_file():
+        raise UDAError(f"{path}: there is no such file; expected an image.")
+    with readable(path):
+        nifti = read_header(path)
+        grid = nifti.grid or next(reversed(nifti.readings.values()), None)
+        for _ in slabs(nifti):
+            pass
+    return grid
+
+
 def _open(path: Path) -> tuple[sitk.ImageFileReader, Nifti | None]:
     """A reader with the header read, after everything that the header alone tells was checked."""
     if not path.is_file():

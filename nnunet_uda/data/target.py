@@ -22,6 +22,7 @@ from nnunetv2.training.dataloading.nnunet_dataset import comp_blosc2_params, nnU
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from tqdm import tqdm
 
+from nnunet_uda.data.case import preprocess_case
 from nnunet_uda.data.convention import (
     SPLITS_TARGET,
     check_splits,
@@ -31,7 +32,6 @@ from nnunet_uda.data.convention import (
     read_json,
     target_cases,
 )
-from nnunet_uda.data.reading import check_image, read_image
 from nnunet_uda.errors import UDAError, system_fault
 from nnunet_uda.files import LOCK, cannot_write, exclusive, sha256, sync, sync_folder, write_json
 from nnunet_uda.workers import as_done
@@ -256,11 +256,8 @@ def _preprocess_case(
     identifier, files = item
     plans_manager = PlansManager(plans)
     manager = plans_manager.get_configuration(configuration)
-    preprocessor = manager.preprocessor_class(verbose=False)
     fingerprint = [_fingerprint(path) for path in files]
-    for path in files:
-        check_image(read_image(path), path)
-    data, seg, properties = preprocessor.run_case([str(path) for path in files], None, plans_manager, manager, dataset)
+    data, seg, properties = preprocess_case(files, plans_manager, manager, dataset)
     properties["class_locations"] = {}
     data, seg = data.astype(np.float32, copy=False), seg.astype(np.int16, copy=False)
     blocks, chunks = comp_blosc2_params(data.shape, tuple(manager.patch_size), data.itemsize)

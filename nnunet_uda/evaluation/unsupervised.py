@@ -15,8 +15,8 @@ import torch
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from tqdm import tqdm
 
+from nnunet_uda.data.case import preprocess_case
 from nnunet_uda.data.convention import case_files, read_json
-from nnunet_uda.data.reading import check_image, read_image
 from nnunet_uda.errors import UDAError
 from nnunet_uda.evaluation.criteria import TargetCriteria, look_twice
 from nnunet_uda.training.checkpoint import read_checkpoint
@@ -104,15 +104,10 @@ def preprocessed(model: TrainedModel, cases: dict[str, list[Path]], device: torc
     """The images as the networks of ``model``'s folder read them, ``(C, Z, Y, X)`` arrays in files of a while."""
     predictor, _ = open_model(model, device)
     plans, configuration = predictor.plans_manager, predictor.configuration_manager
-    preprocessor = configuration.preprocessor_class(verbose=False)
     with TemporaryDirectory() as name:
         volumes = []
         for case, paths in tqdm(cases.items(), desc="preprocessing", unit="case"):
-            for path in paths:
-                check_image(read_image(path), path)
-            data, _, _ = preprocessor.run_case(
-                list(map(str, paths)), None, plans, configuration, predictor.dataset_json
-            )
+            data, _, _ = preprocess_case(paths, plans, configuration, predictor.dataset_json)
             volumes.append(Path(name, f"{case}.npy"))
             np.save(volumes[-1], data.astype(np.float32, copy=False))
         yield volumes
