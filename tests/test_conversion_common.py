@@ -15,11 +15,13 @@ import sys
 import time
 from pathlib import Path
 
+import nibabel
 import numpy as np
 import pytest
 import SimpleITK as sitk
 
 from nnunet_uda.commands import convert
+from nnunet_uda.data.geometry import Grid, check_against_source
 from nnunet_uda.data.reading import LabelMap, check_image, check_same_geometry, read_image
 from nnunet_uda.dataset_conversion import common
 from nnunet_uda.dataset_conversion.common import Case, Group, IntensityRequest, write_dataset
@@ -128,6 +130,23 @@ def test_refuses_non_finite(tmp_path, value, ending):
     path = save(image_of(array), tmp_path / f"x.{ending}")
     with pytest.raises(UDAError, match=rf"x\.{ending}: 1 of 480 voxels are NaN or infinite"):
         check_image(read_image(path), path)
+
+
+@pytest.mark.parametrize("value", [np.finfo(np.float32).min, 1e38, 1e11, -1e11])
+@pytest.mark.parametrize("ending", ["nii.gz", "hdr", "mha", "nrrd", "gipl"])
+def test_refuses_values_that_no_scan_has(tmp_path, value, ending):
+    array = scan(0).astype(np.float32)
+    array[1, 2, 3] = value
+    path = save(image_of(array), tmp_path / f"x.{ending}")
+    with pytest.raises(UDAError, match=rf"x\.{ending}: intensities from .* 1 of 480 voxels are beyond"):
+        check_image(read_image(path), path)
+
+
+def test_the_whole_range_of_32_bits_is_a_scan(tmp_path):
+    for low, high in ((-(2**31), 2**31 - 1), (0, 2**32 - 1)):
+        array = np.full((3, 4, 5), low, np.int64 if low else np.uint32)
+        array[0] = high
+        check_image(image_of(array), Path("x.mha"))
 
 
 def test_refuses_constant():
@@ -291,6 +310,129 @@ def test_warns_of_thick_axes_and_zero_background(raw, tmp_path, groups, capsys):
     text = capsys.readouterr().out
     assert "thick slices lie along inferior-superior in the source and along posterior-anterior in the target" in text
     assert "0% of the source's voxels are exactly 0, 50% of the target's" in text
+
+
+def test_one_slice_is_warned_of_with_the_plane_that_shows_it(raw, tmp_path, groups, capsys):
+    flat = save(image_of(scan(3)[:1]), tmp_path / "in" / "flat.nii.gz")
+    write([groups[0], Group("CT", [Case("flat", (flat,)), *groups[1].cases], "imagesTu")])
+    out = capsys.readouterr().out
+    assert "1 of 3 cases in imagesTu have one slice inferior-superior (flat)" in out
+    assert "nnUNetUDA_configure -plane axial" in out
+    write(groups, overwrite=True)
+    assert "one slice" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("factor", [1000, 0.001, 0.02, 21])
+def test_spacing_in_another_unit_is_refused_with_the_sources(raw, tmp_path, groups, factor):
+    spacing = (factor, 1.5 * factor, 2.0 * max(factor, 1))
+    wrong = save(image_of(scan(3), spacing), tmp_path / "in" / "wrong.nii.gz")
+    words = "1 x 1.5 x 2 mm: .* times (larger|finer)" if factor == 21 else "of them"
+    with pytest.raises(UDAError, match=rf"wrong\.nii\.gz: its voxels are {factor:.4g} x .*{words}"):
+        write([groups[0], Group("CT", [Case("t", (wrong,)), *groups[1].cases], "imagesTu")])
+    assert leftovers(raw) == [] and not list(raw.glob("Dataset*"))
+    source = [Case(f"{case.identifier}x", case.images, case.label, MAP) for case in groups[0].cases]
+    label_file = save(image_of(label(), spacing), tmp_path / "in" / "wrong_l.nii.gz")
+    with pytest.raises(UDAError, match=r"wrong\.nii\.gz: its voxels are"):
+        write([Group("MR", [*source, Case("s", (wrong,), label_file, MAP)], "imagesTr", "labelsTr"), groups[1]])
+
+
+@pytest.mark.parametrize("spacing", [(0.1, 0.1, 1.0), (0.2, 0.2, 0.2), (10.0, 1.0, 1.0), (5.0, 5.0, 20.0)])
+def test_fine_and_thick_voxels_are_scans(raw, tmp_path, groups, spacing):
+    """A cochlea at 0.1 mm, and slices of 20 mm, beside 1 x 1.5 x 2 mm."""
+    image = save(image_of(scan(3, (30, 30, 30)), spacing), tmp_path / "in" / "other.nii.gz")
+    write([groups[0], Group("CT", [Case("t", (image,))], "imagesTu")])
+
+
+def test_a_case_that_resampling_would_blow_up_is_refused():
+    with pytest.raises(UDAError, match=r"a\.nii: .* resampled to them it would have 1.3e\+09 voxels"):
+        check_against_source(Path("a.nii"), (512, 512, 600), (1, 1, 1), (0.5, 0.5, 0.5), (1024, 1024, 1200))
+    check_against_source(Path("a.nii"), (512, 512, 1500), (0.9, 0.9, 1), (0.8, 0.8, 0.8), (576, 576, 1875))
+
+
+def test_units_ten_times_apart_are_warned_of(raw, tmp_path, groups, capsys):
+    image = save(image_of(scan(3, (8, 30, 30)), (0.1, 0.15, 0.2)), tmp_path / "in" / "cm.nii.gz")
+    source = Case("s", (save(image_of(scan(1, (8, 30, 30))), tmp_path / "in" / "s.nii.gz"),),
+                  save(image_of(label((8, 30, 30))), tmp_path / "in" / "sl.nii.gz"), MAP)  # fmt: skip
+    write([Group("MR", [source], "imagesTr", "labelsTr"), Group("CT", [Case("t", (image,))], "imagesTu")])
+    assert "the target's voxels are 0.1 times the source's" in capsys.readouterr().out
+
+
+def two_geometries(path: Path) -> Path:
+    """The scan at ``path`` with an sform that is its qform mirrored."""
+    image = nibabel.load(path)
+    mirrored = image.affine.copy()
+    mirrored[0] *= -1
+    array = np.asanyarray(image.dataobj)
+    changed = nibabel.Nifti1Image(array, image.affine)
+    changed.set_qform(image.affine, 1)
+    changed.set_sform(mirrored, 2)
+    nibabel.save(changed, path)
+    return path
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_two_geometries_are_refused_or_chosen_for_image_and_label(raw, groups, capsys, processes):
+    case = groups[0].cases[0]
+    expected = read_image(case.images[0])
+    for path in (*case.images, case.label):
+        two_geometries(path)
+    with pytest.raises(UDAError, match=r"s0\.nii\.gz: .*two geometries.*mirrored.*-nifti_geometry qform or sform"):
+        write(groups, processes=processes)
+    written = write(groups, processes=processes, geometry="qform")
+    out = capsys.readouterr().out
+    assert "s0: s0.nii.gz: read by its qform" in out and "s0: s0_l.nii.gz: read by its qform" in out
+    for name in ("imagesTr/s0_0000.nii.gz", "labelsTr/s0.nii.gz"):
+        assert Grid.of(read_image(written / name)).code == Grid.of(expected).code
+
+
+def test_no_orientation_is_warned_of(raw, tmp_path, groups, capsys):
+    path = tmp_path / "in" / "none.nii.gz"
+    image = nibabel.Nifti1Image(scan(5), np.diag([1.0, 1, 1, 1]))
+    image.set_qform(None, 0)
+    image.set_sform(None, 0)
+    nibabel.save(image, path)
+    write([groups[0], Group("CT", [Case("none", (path,))], "imagesTu")])
+    assert "WARNING: none: none.nii.gz: its qform_code and sform_code are both 0" in capsys.readouterr().out
+
+
+def test_channels_within_the_tolerance_share_one_geometry(raw, tmp_path, groups):
+    first = save(image_of(scan(1)), tmp_path / "in" / "c0.nii.gz")
+    second = save(image_of(scan(2), origin=(3.05, -4.0, 5.0)), tmp_path / "in" / "c1.nii.gz")
+    label_file = save(image_of(label(), origin=(3.0, -4.05, 5.0)), tmp_path / "in" / "cl.nii.gz")
+    cases = [Case("s", (first, second), label_file, MAP)]
+    other = [save(image_of(scan(i)), tmp_path / "in" / f"d{i}.nii.gz") for i in (3, 4)]
+    groups = [Group("MR", cases, "imagesTr", "labelsTr"), Group("CT", [Case("t", tuple(other))], "imagesTu")]
+    out = write_dataset(7, "Tiny", groups, ["organ"], ["a", "b"], processes=1)
+    for name in ("imagesTr/s_0001.nii.gz", "labelsTr/s.nii.gz"):
+        assert read_image(out / name).GetOrigin() == read_image(out / "imagesTr" / "s_0000.nii.gz").GetOrigin()
+
+
+MEMORY = """
+import resource, sys
+from pathlib import Path
+from nnunet_uda.dataset_conversion.common import Case, convert_case
+from nnunet_uda.dataset_conversion.quicklook import draw_quicklook
+path, small, out = map(Path, sys.argv[1:])
+
+def run(path):
+    convert_case(Case("x", (path,)), out, None, 1)
+    draw_quicklook([("x", out / "x_0000.nii.gz", None)], ["a"], out / "q.png")
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+before = run(small)  # what is imported and allocated once
+print(run(path) - before)
+"""
+
+
+def test_one_volume_and_one_slab_are_in_memory(tmp_path):
+    """ITK's reader of NIfTI needs two volumes, and so does its reorientation."""
+    big = sitk.Image((256, 256, 256), sitk.sitkFloat64)
+    big[10:20, 10:20, 10:20] = 7
+    paths = [save(image, tmp_path / name) for image, name in ((big, "a.nii"), (big[:40, :40, :40], "b.nii"))]
+    done = subprocess.run(
+        [sys.executable, "-c", MEMORY, *map(str, paths), str(tmp_path)], capture_output=True, text=True, check=True
+    )
+    assert int(done.stdout.split()[-1]) < 1.5 * 256**3 * 8  # uint8 is an eighth; slabs are 16 MB
 
 
 def test_every_bad_file_is_listed_and_nothing_remains(raw, groups):

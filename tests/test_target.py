@@ -7,13 +7,16 @@ import os
 import shutil
 from pathlib import Path
 
+import nibabel
 import numpy as np
 import pytest
 from conftest import draw_case, write_volume
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from PIL import Image
 
 from nnunet_uda.commands import preprocess
 from nnunet_uda.data import target
+from nnunet_uda.data.case import preprocess_case
 from nnunet_uda.errors import UDAError
 
 
@@ -157,6 +160,7 @@ def test_folds_of_the_target_follow_the_raw_datasets_file(dataset):
     [
         (lambda image: np.where(image > 600, np.nan, image), "NaN or infinite"),
         (np.zeros_like, "every voxel is"),
+        (lambda image: np.where(image > 600, np.finfo(np.float32).min, image), "intensities from -3.403e.38"),
     ],
 )
 def test_bad_images_are_named(dataset, damage, words):
@@ -165,6 +169,79 @@ def test_bad_images_are_named(dataset, damage, words):
     write_volume(raw / "imagesTu" / "ct_Tu02_0000.nii.gz", damage(image).astype(np.float32))
     with pytest.raises(UDAError, match=rf"ct_Tu02_0000\.nii\.gz.*{words}"):
         run(dataset)
+
+
+@pytest.mark.parametrize("spacing", [(1000, 1000, 3000), (1e-3, 1e-3, 3), (0.02, 0.02, 3), (50, 50, 50)])
+def test_spacing_of_another_order_is_refused_before_resampling(dataset, monkeypatch, spacing):
+    image, _ = draw_case(np.random.default_rng(1), False, (10, 36, 36))
+    write_volume(dataset[0] / "imagesTu" / "ct_Tu02_0000.nii.gz", image, spacing)
+    with pytest.raises(UDAError, match=r"ct_Tu02_0000\.nii\.gz: its voxels are .*36 x 36.* of them"):
+        run(dataset)
+
+
+def test_what_resampling_may_make_is_bounded(dataset):
+    dataset[2].plans["configurations"]["2d"]["spacing"] = [0.001, 0.001]
+    dataset[2].get_configuration.cache_clear()
+    with pytest.raises(UDAError, match=r"ct_Tu00_0000\.nii\.gz: .*resampled to them it would have 5\.2e\+10 voxels"):
+        run(dataset)
+
+
+@pytest.mark.parametrize("reader", ["SimpleITKIOWithReorient", "NibabelIOWithReorient", "NibabelIO"])
+def test_two_geometries_are_refused_whatever_the_reader(dataset, reader):
+    path = dataset[0] / "imagesTu" / "ct_Tu02_0000.nii.gz"
+    image = nibabel.load(path)
+    mirrored = nibabel.Nifti1Image(np.asanyarray(image.dataobj), image.affine)
+    mirrored.set_qform(image.affine, 1)
+    mirrored.set_sform(image.affine @ np.diag([-1.0, 1, 1, 1]), 1)
+    nibabel.save(mirrored, path)
+    dataset[2].plans["image_reader_writer"] = reader
+    with pytest.raises(UDAError, match=r"ct_Tu02_0000\.nii\.gz: .*two geometries"):
+        run(dataset)
+
+
+def sheared(raw: Path) -> None:
+    """The target's axes at no right angles, which ITK refuses and nnU-Net's readers by nibabel take."""
+    for path in (raw / "imagesTu").iterdir():
+        image = nibabel.load(path)
+        affine = image.affine.copy()
+        affine[0, 1] += 0.2
+        changed = nibabel.Nifti1Image(np.asanyarray(image.dataobj), affine)
+        changed.set_qform(None, 0)
+        nibabel.save(changed, path)
+
+
+@pytest.mark.parametrize("reader", ["NibabelIO", "NibabelIOWithReorient"])
+def test_the_datasets_own_reader_reads_the_target(dataset, reader):
+    raw, _, plans, dataset_json = dataset
+    sheared(raw)
+    with pytest.raises(UDAError, match="at right angles"):
+        run(dataset)
+    plans.plans["image_reader_writer"] = reader
+    folder = run(dataset)
+    manager = plans.get_configuration("2d")
+    image = str(raw / "imagesTu" / "ct_Tu01_0000.nii.gz")
+    data, _, _ = manager.preprocessor_class(verbose=False).run_case([image], None, plans, manager, dataset_json)
+    np.testing.assert_array_equal(target.TargetDataset(str(folder)).load_case("ct_Tu01")[0][:], data)
+    (raw / "imagesTu" / "ct_Tu01_0000.nii.gz").write_bytes(b"no image")
+    with pytest.raises(UDAError, match=r"ct_Tu01_0000\.nii\.gz: cannot be read"):
+        run(dataset)
+
+
+def test_pictures_are_read_by_the_reader_of_pictures(dataset, tmp_path):
+    _, _, plans, dataset_json = dataset
+    manager = plans.get_configuration("2d")
+    plans.plans["image_reader_writer"] = "NaturalImage2DIO"
+    plans.plans["original_median_spacing_after_transp"] = [999.0, 1.0, 1.0]
+    manager.configuration["spacing"] = [1.0, 1.0]
+    path = tmp_path / "a_0000.png"
+    Image.fromarray(np.random.default_rng(0).integers(1, 200, (6000, 8), np.uint8)).save(path)  # 6000 mm if it had mm
+    assert preprocess_case([path], plans, manager, dataset_json)[0].shape == (1, 1, 6000, 8)
+    Image.fromarray(np.full((30, 40), 7, np.uint8)).save(path)
+    with pytest.raises(UDAError, match=r"a_0000\.png: every voxel is 7"):
+        preprocess_case([path], plans, manager, dataset_json)
+    path.write_bytes(path.read_bytes()[:60])
+    with pytest.raises(UDAError, match=r"a_0000\.png: cannot be read .* expected an image for NaturalImage2DIO"):
+        preprocess_case([path], plans, manager, dataset_json)
 
 
 def test_a_truncated_image_is_named(dataset):
