@@ -13,8 +13,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import draw_case, make_trainer, same_weights, weights, write_volume
+from nnunetv2.training.logging.nnunet_logger import LocalLogger
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnunet_uda.errors import UDAError
+from nnunet_uda.training.checkpoint import plain
 from nnunet_uda.training.uda_trainer import clip_gradients
 
 
@@ -84,6 +87,29 @@ def test_continuing_ends_where_an_uninterrupted_run_ends(in_workspace, monkeypat
     resumed.run_training()
     assert same_weights(whole, weights(resumed))
     assert [len(values) for values in resumed.loss_history.values()] == [3] * len(resumed.loss_history)
+
+
+def test_the_running_mean_goes_on_to_the_last_bit_after_any_epoch(in_workspace, monkeypatch):
+    values = np.random.default_rng(0).random(40).astype(np.float32)  # as nnU-Net logs them; a checkpoint has Python's
+
+    def log(self, _):
+        self.logger.log("mean_fg_dice", values[self.current_epoch], self.current_epoch)
+
+    monkeypatch.setattr(nnUNetTrainer, "on_validation_epoch_end", log)
+    trainer = make_trainer("SourceOnlyTrainer")
+    trainer.batch_size = 1
+    monkeypatch.setattr(trainer.model_choice, "add", lambda *_, **__: {})
+
+    def means(stop: int) -> list[float]:
+        trainer.logger.local_logger = LocalLogger()
+        for trainer.current_epoch in range(len(values)):
+            trainer.on_validation_epoch_end([])
+            if trainer.current_epoch == stop:
+                trainer.logger.load_checkpoint(plain(trainer.logger.get_checkpoint()))
+        return plain(trainer.logger.get_value("ema_fg_dice", None))
+
+    whole = means(-1)
+    assert all(means(stop) == whole for stop in range(39))
 
 
 def test_a_checkpoint_with_a_plain_adam_goes_on_fused(in_workspace):
