@@ -44,6 +44,8 @@ import pandas as pd
 from calibrate import PLAIN, step_seconds
 from tasks import PLANS, TASKS, add_task_arguments, chosen_tasks, make_task
 
+import nnunet_uda
+from nnunet_uda import dataset_conversion
 from nnunet_uda.commands.compare import LOWER, UPPER
 from nnunet_uda.commands.configure import parse_assignment
 from nnunet_uda.commands.demo import Demo
@@ -83,7 +85,6 @@ RATES = {
 MODES = {"time": "Equal time: every training takes that of {} steps of a plain network",
          "iterations": "Equal iterations: every training has {} steps"}  # fmt: skip
 CRITERIA = {"pseudo_dice": True, **HIGHER_IS_BETTER}
-CODE = ("nnunet_uda", "trainers", "dataset_conversion")
 NOTES = (
     "Dice and ASSD (mm): mean over structures, then over test cases, as in nnUNetUDA_evaluate; then mean ± sample "
     "deviation over seeds. ASSD is undefined where exactly one of prediction and reference is empty: such distances "
@@ -150,9 +151,8 @@ class Run:
     def jobs(self, folder: Path, device: str, ratio: float) -> list[Job]:
         """Write the plans; returns the trainings."""
         task, jobs, uda = TASKS[self.task], [], self.uda(ratio)
-        digest = hashlib.sha256(json.dumps([uda, self.line.code], sort_keys=True).encode()).hexdigest()[:8]
         steps = EPOCHS * uda["iterations_per_epoch"]
-        name = f"{self.line.label.replace(' ', '_')}_{steps}_seed_{self.seed}_{digest}"
+        name = f"{self.line.label.replace(' ', '_')}_{steps}_seed_{self.seed}_{digest([uda, self.line.code])}"
         upper = self.line.label == UPPER
         for number in task.bounds if upper else (task.dataset,):
             raw, fold = find_raw_dataset(str(number)), "all" if upper and len(task.bounds) > 1 else task.fold
@@ -162,6 +162,11 @@ class Run:
                             task.configuration, fold, self.line.trainer, plans, test, raw / test.images, device, 1)
                         )  # fmt: skip
         return jobs
+
+
+def digest(content: Any) -> str:
+    """A short name of JSON content."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def write_plans(dataset: str, configuration: str, name: str, uda: dict[str, Any]) -> str:
@@ -175,13 +180,16 @@ def write_plans(dataset: str, configuration: str, name: str, uda: dict[str, Any]
 
 
 def code_now() -> dict[str, str]:
-    """A digest of the product's code, and git's name of it, with a + where files differ from that."""
-    root = Path(__file__).resolve().parents[1]
-    files = sorted(path for part in CODE for path in (root / part).rglob("*.py"))
-    digest = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:12]
-    git = subprocess.run(["git", "-C", root, "describe", "--always", "--exclude=*", "--dirty=+"], capture_output=True,
-                         text=True, check=False)  # fmt: skip
-    return {"code": digest, "revision": git.stdout.strip()}
+    """A digest of the code of package, converters and trainers, and git's name of it, with a + where files differ."""
+    package = Path(nnunet_uda.__file__).parent
+    folders = [package, Path(dataset_conversion.__file__).parent, *os.environ["nnUNet_extTrainer"].split(os.pathsep)]
+    files = sorted(
+        {path for folder in folders for path in Path(folder).rglob("*.py")}, key=lambda path: path.parts[-2:]
+    )
+    content = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:12]
+    git = subprocess.run(["git", "-C", package, "describe", "--always", "--exclude=*", "--dirty=+"], check=False,
+                         capture_output=True, text=True)  # fmt: skip
+    return {"code": content, "revision": git.stdout.strip()}
 
 
 def machine(device: str) -> str:
@@ -213,7 +221,8 @@ class RecordingEngine(LocalEngine):
 def calibrate(runs: Sequence[Run], folder: Path, device: str) -> dict[tuple[str, str], float]:
     """Times that a step of each line takes a plain network's, by label and configuration; measured where not known.
 
-    Measured on the first of the tasks: a step takes hardly longer on other scans.
+    Measured on the first of the tasks: a step takes hardly longer on other scans. Known is what was measured here with
+    the same settings, by whatever code unless the line is to be trained by the present one.
     """
     path, here, ratios = folder / "calibration.json", f"{machine(device)}, {device}", {}
     known = read_json(path) if path.exists() else {}
@@ -222,8 +231,9 @@ def calibrate(runs: Sequence[Run], folder: Path, device: str) -> dict[tuple[str,
         if run.equal != "time" or key in ratios:
             continue
         uda = run.line.uda(run.task)
-        entry = known.setdefault(here, {}).get(" ".join(key), {})
-        if entry.get("settings") != uda or entry.get("trainer") != run.line.trainer:
+        name = f"{' '.join(key)} {digest([run.line.trainer, uda])}"
+        entry = known.setdefault(here, {}).get(name)
+        if entry is None or run.line.code not in ("", entry["code"]):
             dataset = find_raw_dataset(str(task.dataset)).name
             base = read_json(environment_folder("nnUNet_preprocessed") / dataset / f"{PLANS}.json")
             plans = derive_plans(base, task.configuration, "Calibration", uda)
@@ -232,7 +242,7 @@ def calibrate(runs: Sequence[Run], folder: Path, device: str) -> dict[tuple[str,
             ((plain, own),) = as_done(step_seconds, [asked], 1)
             entry = {"trainer": run.line.trainer, "settings": uda, "task": run.task, "plain_seconds": plain,
                      "seconds": own, **code_now()}  # fmt: skip
-            known[here][" ".join(key)] = entry
+            known[here][name] = entry
             write_json(known, path)
         ratios[key] = entry["seconds"] / entry["plain_seconds"]
         print(f"A step of {' in '.join(key)} takes {ratios[key]:.2f} times a plain network's "
@@ -258,8 +268,8 @@ def record_of(run: Run, jobs: Sequence[Job], ratio: float) -> dict[str, Any]:
         "task": run.task, "label": run.line.label, "trainer": run.line.trainer, "seed": run.seed, "equal": run.equal,
         "budget": run.budget, "settings": run.line.uda(run.task), "steps": EPOCHS * uda["iterations_per_epoch"],
         "step_ratio": round(ratio, 3), "trainings": len(jobs), "transductive": jobs[0].test.transductive,
-        "minutes": mean([cost["cpu_seconds"] if whole else score.seconds
-                         for cost, score in zip(costs, scores, strict=True)]) / 60,
+        "minutes": mean([(cost["cpu_seconds"] if whole else score.seconds) / 60
+                         for cost, score in zip(costs, scores, strict=True)]),
         "training_seconds": mean([score.seconds for score in scores]),
         "peak_memory_gib": max(score.memory for score in scores),
         "peak_device_memory_gib": max(score.device_memory for score in scores),
@@ -457,7 +467,10 @@ def write_table(folder: Path, records: Records, tasks: Sequence[str], budget: in
             blocks += mode_tables(mode, budget, rows, labels)
             plotted = plotted or (mode, rows)
     codes = sorted({code for record in chosen for code in record["code"]})
-    blocks += [criteria_table(runs), task_notes(runs), *NOTES, f"Trained by {len(codes)} state(s) of the code."]
+    others = sum(record["task"] in tasks for record in records.all.values()) - len(chosen)
+    blocks += [criteria_table(runs), task_notes(runs), *NOTES,
+               f"Trained by {len(codes)} state(s) of the code. {others} finished run(s) of these tasks with other "
+               "settings or another budget are left out."]  # fmt: skip
     markdown = "\n\n".join(blocks) + "\n"
     folder.mkdir(parents=True, exist_ok=True)
     with whole_file(folder / "table.md") as temporary:
@@ -575,7 +588,10 @@ def main(argv: list[str] | None = None) -> None:
     if args.budget < EPOCHS or args.jobs < 1:
         raise UDAError(f"-budget must be at least {EPOCHS} and -jobs 1, found {args.budget} and {args.jobs}")
     folder, tasks = args.o.resolve(), chosen_tasks(args)
+    further = os.environ.get("nnUNet_extTrainer")
     os.environ.update(Demo(folder).variables)
+    if further:  # trainers of the user's own
+        os.environ["nnUNet_extTrainer"] += os.pathsep + further
     for name, value in (("OMP_NUM_THREADS", "1"), ("nnUNet_n_proc_DA", "0")):
         os.environ.setdefault(name, value)
     lines = chosen_lines(args)
