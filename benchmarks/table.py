@@ -183,10 +183,8 @@ def code_now() -> dict[str, str]:
     """A digest of the code of package, converters and trainers, and git's name of it, with a + where files differ."""
     package = Path(nnunet_uda.__file__).parent
     folders = [package, Path(dataset_conversion.__file__).parent, *os.environ["nnUNet_extTrainer"].split(os.pathsep)]
-    files = sorted(
-        {path for folder in folders for path in Path(folder).rglob("*.py")}, key=lambda path: path.parts[-2:]
-    )
-    content = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:12]
+    files = {path for folder in folders for path in Path(folder).rglob("*.py")}
+    content = hashlib.sha256(b"".join(sorted(path.read_bytes() for path in files))).hexdigest()[:12]
     git = subprocess.run(["git", "-C", package, "describe", "--always", "--exclude=*", "--dirty=+"], check=False,
                          capture_output=True, text=True)  # fmt: skip
     return {"code": content, "revision": git.stdout.strip()}
@@ -588,10 +586,9 @@ def main(argv: list[str] | None = None) -> None:
     if args.budget < EPOCHS or args.jobs < 1:
         raise UDAError(f"-budget must be at least {EPOCHS} and -jobs 1, found {args.budget} and {args.jobs}")
     folder, tasks = args.o.resolve(), chosen_tasks(args)
-    further = os.environ.get("nnUNet_extTrainer")
-    os.environ.update(Demo(folder).variables)
-    if further:  # trainers of the user's own
-        os.environ["nnUNet_extTrainer"] += os.pathsep + further
+    own, further = Demo(folder).variables, os.environ.get("nnUNet_extTrainer", "").split(os.pathsep)
+    trainers = dict.fromkeys([own["nnUNet_extTrainer"], *filter(None, further)])  # the user's own, too
+    os.environ.update(own | {"nnUNet_extTrainer": os.pathsep.join(trainers)})
     for name, value in (("OMP_NUM_THREADS", "1"), ("nnUNet_n_proc_DA", "0")):
         os.environ.setdefault(name, value)
     lines = chosen_lines(args)

@@ -326,6 +326,20 @@ def test_what_is_2d_only_has_no_row_in_3d(trained):
     assert cisfa == {"generator_width": 8, "generator_blocks": 4, "discriminator_width": 16}
 
 
+def test_a_trainer_of_the_user_s_own_is_a_line(trained, table, tmp_path, monkeypatch):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "mine.py").write_text(
+        "from nnunet_uda.trainers.source_only import SourceOnlyTrainer\n\n\nclass MineTrainer(SourceOnlyTrainer):\n"
+        '    """Mine."""\n'
+    )
+    monkeypatch.setenv("nnUNet_extTrainer", str(tmp_path / "mine"))
+    text = trained.main("-tasks", "heart", "-tr", "MineTrainer", "-seeds", "0")
+    assert "MineTrainer" in overview(text)
+    before = table.code_now()["code"]
+    (tmp_path / "mine" / "more.py").write_text("x = 1\n")
+    assert table.code_now()["code"] != before
+
+
 def test_real_tasks_are_the_default_and_phantoms_are_called_so(trained, table):
     text = trained.main("-tr", "-seeds", "0")
     assert overview(text)["trainer"] == [name for name, task in table.TASKS.items() if not task.made]
