@@ -6,7 +6,7 @@ import pytest
 
 from nnunet_uda.commands import configure
 from nnunet_uda.errors import UDAError
-from nnunet_uda.plans import derive_plans
+from nnunet_uda.plans import derive_plans, plane_warning
 
 
 @pytest.fixture
@@ -28,6 +28,17 @@ def test_a_derived_plan_keeps_the_data_and_changes_the_network(plans):
     assert len(kwargs["n_conv_per_stage_decoder"]) == 2
     assert chosen["data_identifier"] == plans["configurations"]["2d"]["data_identifier"]
     assert "uda" not in plans, "the base is left alone"
+
+
+@pytest.mark.parametrize(("shape", "wrong"), [([48, 1, 48], True), ([48, 48, 5], True), ([1, 48, 48], False)])
+def test_slices_that_are_rows_are_warned_of_in_2d_alone(shape, wrong):
+    plans = {
+        "original_median_shape_after_transp": shape,
+        "configurations": {"2d": {"patch_size": [8, 48]}, "3d_fullres": {"patch_size": [8, 48, 48]}},
+    }
+    warning = plane_warning(plans, "2d")
+    assert ("nnUNetUDA_configure -plane" in warning) if wrong else warning is None
+    assert plane_warning(plans, "3d_fullres") is None
 
 
 def test_a_slice_size_resamples_the_median_slice(plans):

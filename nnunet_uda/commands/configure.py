@@ -15,6 +15,7 @@ from nnunet_uda.plans import (
     PROTOCOLS,
     derive_plans,
     merge_uda,
+    plane_warning,
     replan_plane,
 )
 from nnunet_uda.settings import UDASettings, describe_settings
@@ -114,6 +115,8 @@ def main(argv: list[str] | None = None) -> None:
     write_json(plans, path)
 
     chosen = plans["configurations"][args.c]
+    if warning := plane_warning(plans, args.c):
+        print(f"WARNING: {warning}")
     print(f"Wrote {path}: patch {chosen['patch_size']}, batch {chosen['batch_size']}, uda {json.dumps(uda)}")
     if chosen["data_identifier"] != base["configurations"][args.c]["data_identifier"]:
         print(f"Its images are preprocessed differently. Next: nnUNetv2_preprocess -d {args.d} -plans_name {args.p} -c "

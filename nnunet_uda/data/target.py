@@ -34,6 +34,7 @@ from nnunet_uda.data.convention import (
 )
 from nnunet_uda.errors import UDAError, system_fault
 from nnunet_uda.files import LOCK, cannot_write, exclusive, sha256, sync, sync_folder, write_json
+from nnunet_uda.plans import plane_warning
 from nnunet_uda.workers import as_done
 
 MANIFEST = "manifest.json"
@@ -79,6 +80,8 @@ def preprocess_target(
     configuration = plans.get_configuration(configuration_name)
     folder = target_folder(preprocessed, configuration)
     settings = _preprocessing_settings(plans, configuration)
+    if warning := plane_warning(plans.plans, configuration_name):
+        log(f"WARNING: {warning}")
     raw_dataset = Path(nnUNet_raw.get()) / plans.dataset_name if nnUNet_raw.is_set() else None
 
     try:
