@@ -16,6 +16,7 @@ from nnunetv2.experiment_planning.experiment_planners.network_topology import ge
 from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
 from nnunetv2.utilities.json_export import recursive_fix_for_json_export
 
+from nnunet_uda.data.convention import check_splits, read_json
 from nnunet_uda.errors import UDAError
 from nnunet_uda.methods import check_uda
 
@@ -38,13 +39,36 @@ def merge_uda(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def cisfa_protocol(fingerprint: dict[str, Any], slice_axis: int) -> tuple[dict[str, Any], dict[str, Any]]:
+def training_share(folder: Path, fingerprint: dict[str, Any]) -> float:
+    """The share of the labelled cases that a fold trains on, the mean over the folds of a preprocessed dataset.
+
+    Without ``splits_final.json`` nnU-Net will draw five folds, where there are five cases.
+
+    Raises:
+        UDAError: a splits file without folds.
+    """
+    path, number = folder / "splits_final.json", len(fingerprint["shapes_after_crop"])
+    if not path.exists():
+        return 0.8 if number >= 5 else 1.0
+    folds = check_splits(read_json(path), None, path, disjoint=False)
+    return float(np.mean([len(fold["train"]) for fold in folds])) / number
+
+
+def cisfa_protocol(
+    fingerprint: dict[str, Any], slice_axis: int, share: float = 1.0
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Section 4.2 of CISFA: ``(uda settings, options for derive_plans)``.
 
-    Adam 2e-4 with betas (0.5, 0.999), constant; batch 4; 200 epochs over all source slices; no augmentation; Dice; a
-    U-Net of 4 stages; slices resampled to 160 x 160.
+    Adam 2e-4 with betas (0.5, 0.999), constant; batch 4; 200 epochs over all slices that a fold trains on; no
+    augmentation; Dice; a U-Net of "4 resolution stages", in the authors' code four contractions and a bottom of 1024
+    channels, which are 5 stages in nnU-Net's words; slices resampled to 160 x 160.
+
+    Args:
+        fingerprint: nnU-Net's of the labelled cases.
+        slice_axis: the slices' axis in it.
+        share: ``training_share``.
     """
-    slices = sum(shape[slice_axis] for shape in fingerprint["shapes_after_crop"])
+    slices = share * sum(shape[slice_axis] for shape in fingerprint["shapes_after_crop"])
     uda = {
         "num_epochs": 200,
         "iterations_per_epoch": max(1, round(slices / 4)),
@@ -59,10 +83,12 @@ def cisfa_protocol(fingerprint: dict[str, Any], slice_axis: int) -> tuple[dict[s
         "foreground_oversampling": 0.0,
         "cisfa": {"segmenter_adversarial_weight": 1.0},
     }
-    return uda, {"batch_size": 4, "stages": 4, "base_features": 64, "max_features": 1024, "slice_size": (160, 160)}
+    return uda, {"batch_size": 4, "stages": 5, "base_features": 64, "max_features": 1024, "slice_size": (160, 160)}
 
 
-def uuds_protocol(fingerprint: dict[str, Any], slice_axis: int) -> tuple[dict[str, Any], dict[str, Any]]:
+def uuds_protocol(
+    fingerprint: dict[str, Any], slice_axis: int, share: float = 1.0
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Section 4.1 of UUDS: ``(uda settings, options for derive_plans)``.
 
     Adam 1e-4 with weight decay 0.01 and all weights 1 are the defaults of ``uda.uuds``. Batch, epochs, slice size and
@@ -70,20 +96,20 @@ def uuds_protocol(fingerprint: dict[str, Any], slice_axis: int) -> tuple[dict[st
     supervision. Schwannoma data are normalised by mean and deviation, as nnU-Net does it. For BraTS the paper clips
     each image to its 5th to 95th percentile and maps it to [-1, 1]: its converter does so, and prediction to new scans.
     """
-    uda, _ = cisfa_protocol(fingerprint, slice_axis)
+    uda, _ = cisfa_protocol(fingerprint, slice_axis, share)
     del uda["cisfa"], uda["segmenter_optimizer"], uda["segmenter_learning_rate"], uda["segmenter_weight_decay"]
     return uda, {"batch_size": 4, "slice_size": (160, 160)}
 
 
 def similarity_prototypes_protocol(
-    fingerprint: dict[str, Any], slice_axis: int
+    fingerprint: dict[str, Any], slice_axis: int, share: float = 1.0
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The prototypes' schedule, which the paper leaves open: CISFA's, for both do the same task on the same data.
 
     CycleGAN's weight of the cycle and its generator without a skip to the output; the paper's loss weights, dictionary
     and temperature are the defaults of ``uda.similarity_prototypes``.
     """
-    uda, options = cisfa_protocol(fingerprint, slice_axis)
+    uda, options = cisfa_protocol(fingerprint, slice_axis, share)
     del uda["cisfa"]
     return uda | {"similarity_prototypes": {"cycle_weight": 10.0, "residual_translation": False}}, options
 

@@ -29,6 +29,9 @@ class UDASettings:
     patches (rounded up to whole batches; 0 measures nothing). Agreement ranked checkpoints best (docs/results.md). A
     trainer that trains without target images opens none for this either: there it is pseudo Dice. Every ``keep_every``
     epochs (0: never) a checkpoint_epoch_XXXX.pth, with the number of finished epochs, is kept.
+
+    ``mirror`` is nnU-Net's mirroring, in training and prediction; with ``auto`` not along the axis from left to right
+    where two structures' names differ in the side alone (left_kidney, right_kidney): it would exchange them.
     """
 
     num_epochs: int = 200
@@ -41,7 +44,7 @@ class UDASettings:
     segmentation_loss: Literal["dice_ce", "dice"] = "dice_ce"
     deep_supervision: bool = True
     augmentation: Literal["nnunet", "spatial", "none"] = "nnunet"
-    mirror: bool = True
+    mirror: bool | Literal["auto"] = "auto"
     foreground_oversampling: float = 0.33
     save_every: int = 10
     keep_every: int = 0

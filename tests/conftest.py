@@ -189,8 +189,18 @@ def in_workspace(planned: Workspace, monkeypatch: pytest.MonkeyPatch, tmp_path: 
     return planned
 
 
-def make_trainer(name: str, plans: str = "tiny", configuration: str = "2d", fold: int | str = 0, **uda: object):
-    """A trainer of this process, found as nnU-Net finds it; ``uda`` changes settings of the plans on the way."""
+def make_trainer(
+    name: str,
+    plans: str = "tiny",
+    configuration: str = "2d",
+    fold: int | str = 0,
+    labels: dict[str, int] | None = None,
+    **uda: object,
+):
+    """A trainer of this process, found as nnU-Net finds it; ``uda`` changes settings of the plans on the way.
+
+    ``labels`` takes the place of those in dataset.json.
+    """
     from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
     from nnunet_uda.plans import merge_uda
@@ -200,6 +210,7 @@ def make_trainer(name: str, plans: str = "tiny", configuration: str = "2d", fold
     content["uda"] = merge_uda(content.get("uda", {}), {key.replace("__", "."): value for key, value in uda.items()})
     content["continue_training"] = False
     dataset = json.loads((folder / "dataset.json").read_text())
+    dataset["labels"] = labels or dataset["labels"]
     trainer_class = recursive_find_trainer_class_by_name(name)
     return trainer_class(content, configuration, fold, dataset, torch.device("cpu"))
 

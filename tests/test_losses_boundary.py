@@ -24,6 +24,8 @@ def reference(probabilities, label, width) -> float:
                 )
                 soft = [probabilities[(b, k, *p)].item() for p in window]
                 hard = [float(label[(b, 0, *p)] == k) for p in window]
+                if any(label[(b, 0, *p)] < 0 for p in window):
+                    continue
                 p, y = max(soft) - min(soft), max(hard) - min(hard)
                 overlap, total, length = overlap + p * y, total + p + y, length + y
         if length > 0:
@@ -81,11 +83,25 @@ def test_classes_without_a_boundary_take_no_part() -> None:
         assert boundary_loss(probabilities, torch.full_like(label, value)).item() == 0
 
 
-def test_values_outside_the_classes_belong_to_none() -> None:
+def test_values_above_the_classes_belong_to_none() -> None:
     label = blobs((8, 7))
     probabilities = torch.randn(2, 4, 8, 7, generator=torch.Generator().manual_seed(0)).softmax(1)
-    other = torch.where(label == 0, torch.tensor([-1, 0, 9, 0, 0, 0, 0]), label)
+    other = torch.where(label == 0, torch.tensor([0, 0, 9, 0, 0, 0, 0]), label)
     assert torch.equal(boundary_loss(probabilities, label), boundary_loss(probabilities, other))
+
+
+@pytest.mark.parametrize("shape", [(8, 7), (3, 8, 7)])
+@pytest.mark.parametrize("width", [1, 2])
+def test_where_nothing_is_known_nothing_counts(shape: tuple[int, ...], width: int) -> None:
+    logits = torch.randn(2, 4, *shape, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    label = blobs(shape)
+    label[..., 5:, 4:] = -1
+    loss = boundary_loss(logits.softmax(1), label, width)
+    assert loss.item() == pytest.approx(reference(logits.detach().softmax(1), label, width), rel=1e-5)
+    loss.backward()
+    assert not logits.grad[..., 5:, 4:].any() and logits.grad[..., :2, :2].any()
+    cut = torch.where(label == 1, -1, torch.zeros_like(label))  # the structure's own edge is that of what is labelled
+    assert boundary_loss(logits.softmax(1), cut, width).item() == 0
 
 
 def test_gradient_lowers_it_and_is_finite() -> None:

@@ -54,6 +54,25 @@ def test_absent_class() -> None:
     assert torch.isfinite(empty)
 
 
+@pytest.mark.parametrize("shape", [(7, 6), (3, 7, 6)])
+@pytest.mark.parametrize("include_background", [False, True])
+def test_ignored_positions_take_no_part(shape: tuple[int, ...], include_background: bool) -> None:
+    torch.manual_seed(0)
+    logits = (3 * torch.randn(2, 4, *shape)).requires_grad_()
+    target = torch.randint(0, 5, (2, 1, *shape), dtype=torch.int16)  # 4 is the ignore label
+    loss = soft_dice_loss(logits, target, include_background, ignore_label=4)
+    known = (target != 4)[:, 0]
+    rest = [logits.detach().movedim(1, -1)[known].T[None], target[:, 0][known][None, None]]  # the others as one line
+    assert loss.item() == pytest.approx(reference(*rest, include_background), rel=1e-5)
+    loss.backward()
+    where = logits.grad.abs().sum(1)
+    assert not where[~known].any() and (where[known] > 0).all()
+    nothing = soft_dice_loss(logits, torch.full_like(target, 4), ignore_label=4)
+    assert nothing.item() == pytest.approx(0, abs=1e-6)
+    with pytest.raises(RuntimeError, match="out of bounds"):  # a value that is neither
+        soft_dice_loss(logits, target + 1, ignore_label=4)
+
+
 def test_gradient_raises_the_right_class() -> None:
     torch.manual_seed(0)
     target = torch.randint(0, 3, (2, 1, 6, 6))

@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from nnunet_uda.errors import UDAError
-from nnunet_uda.losses.patch_nce import PatchNCELoss, position_weights
+from nnunet_uda.losses.patch_nce import PatchNCELoss, layers_patch_nce, position_weights
 from nnunet_uda.networks.patch_projector import PatchProjector
 
 
@@ -174,6 +174,25 @@ def test_position_weights_follow_the_nearest_label(size: tuple[int, ...], featur
     small = F.interpolate(label.float(), size=feature_shape, mode="nearest").flatten(1)
     expected = torch.where(small[:, positions] <= 0, 1.0, 2.5)
     assert torch.equal(position_weights(label, feature_shape, positions, 2.5), expected)
+
+
+def test_what_is_not_labelled_has_no_foreground_weight() -> None:
+    label = torch.tensor([[[[0, 1, 2, -1]]]])
+    assert position_weights(label, (1, 4), torch.arange(4), 2.0).tolist() == [[1.0, 2.0, 2.0, 1.0]]
+
+
+def test_layers_that_are_left_out_have_no_head_and_no_share() -> None:
+    torch.manual_seed(0)
+    features = [torch.randn(2, channels, 6, 6) for channels in (1, 2, 3)]
+    other = [torch.randn_like(feature) for feature in features]
+    projector = PatchProjector([1, 2, 3], 8, 36, first=2)
+    assert len(projector.heads) == 1 and projector.heads[0][0].in_features == 3
+    label = torch.zeros(2, 1, 6, 6)
+    loss = layers_patch_nce(PatchNCELoss(), projector, features, other, label, 2.0)
+    alone = PatchProjector([3], 8, 36)
+    alone.load_state_dict(projector.state_dict())
+    expected = layers_patch_nce(PatchNCELoss(), alone, features[2:], other[2:], label, 2.0)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_wrong_settings_are_named() -> None:

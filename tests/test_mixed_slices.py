@@ -11,7 +11,8 @@ from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 
 from nnunet_uda.data.mixed_slices import MixedSliceLoader, empty_slices, is_mixed
 
-LABELS = SimpleNamespace(all_labels=[1, 2], has_ignore_label=False)
+LABELS = SimpleNamespace(all_labels=[1, 2], has_ignore_label=False, foreground_labels=[1, 2], ignore_label=None)
+IGNORING = SimpleNamespace(all_labels=[0, 1], has_ignore_label=True, foreground_labels=[1], ignore_label=2)
 
 
 class Cases:
@@ -90,6 +91,37 @@ def test_what_counts_is_the_patch_that_is_seen():
 
     mixed = loader(Cases({"a": range(10, 20)}), transforms=lose)
     assert all(is_mixed(next(mixed)["target"]) for _ in range(30))
+
+
+class PartlyLabelled(Cases):
+    """In slices 10 to 15 a half is not labelled."""
+
+    def load_case(self, identifier):
+        data, seg, previous, _ = super().load_case(identifier)
+        seg[0, 10:16, :12] = 2
+        places, annotated = (np.insert(np.argwhere(where), 0, 0, 1) for where in (seg[0] == 1, seg[0] < 2))
+        return data, seg, previous, {"class_locations": {1: places, (-1, 0, 1): annotated}}
+
+
+def test_ignored_voxels_are_no_object_and_a_slice_with_them_is_not_empty():
+    empty, full = empty_slices(PartlyLabelled({"a": range(3, 5), "b": range(0)}), 2)
+    assert full == ["a"], "b has ignored voxels alone"
+    assert empty["a"].tolist() == [0, 1, 2, *range(5, 10), *range(16, 20)]
+    label = torch.zeros(2, 1, 4, 4, dtype=torch.int16)
+    label[0, 0, 0, 0] = 2
+    assert is_mixed(label) and not is_mixed(label, 2)
+    label[1, 0, 0, 0] = 1
+    assert not is_mixed(label, 2), "the other one may hold the object"
+    np.random.seed(0)
+    cases = PartlyLabelled({"a": range(3, 5), "b": range(0)})
+    mixed = MixedSliceLoader(nnUNetDataLoader(cases, 4, (24, 24), (24, 24), IGNORING), IGNORING, lambda text: None)
+    for _ in range(20):
+        batch = next(mixed)
+        assert is_mixed(batch["target"], 2) and not (batch["target"][0] > 0).any() and (batch["target"][-1] == 1).any()
+    mixed.empty = {}  # where no slice lacks the object: places beside it, among what is labelled
+    upper = np.array([11, 24, 24])
+    assert not mixed._holds_location([10, 0, 0], upper, cases.load_case("b")[-1]["class_locations"])
+    assert mixed._holds_location([3, 0, 0], [4, 24, 24], cases.load_case("a")[-1]["class_locations"])
 
 
 def test_a_seed_decides_the_batches():

@@ -6,7 +6,7 @@ import pytest
 
 from nnunet_uda.commands import configure
 from nnunet_uda.errors import UDAError
-from nnunet_uda.plans import derive_plans, plane_warning
+from nnunet_uda.plans import PROTOCOLS, derive_plans, plane_warning, training_share
 
 
 @pytest.fixture
@@ -82,9 +82,36 @@ def test_cisfa_protocol_writes_section_4_2(in_workspace):
     uda, chosen = written["uda"], written["configurations"]["2d"]
     assert (uda["segmenter_optimizer"], uda["segmenter_learning_rate"], uda["num_epochs"]) == ("adam", 2e-4, 200)
     assert uda["segmentation_loss"] == "dice" and uda["augmentation"] == "none"
-    assert uda["iterations_per_epoch"] == round(5 * 10 / 4), "all slices of 5 cases of 10, 4 at a time"
+    assert uda["iterations_per_epoch"] == round(4 * 10 / 4), "4 of 5 cases of 10 slices in a fold, 4 at a time"
     assert chosen["batch_size"] == 4 and chosen["patch_size"] == [160, 160]
-    assert chosen["architecture"]["arch_kwargs"]["features_per_stage"] == [64, 128, 256, 512]
+    kwargs = chosen["architecture"]["arch_kwargs"]
+    assert kwargs["features_per_stage"] == [64, 128, 256, 512, 1024], "four contractions and the bottom"
+    assert kwargs["strides"] == [[1, 1], *[[2, 2]] * 4]
+    configure.main(["-d", "501", "-p", "paper196", "-protocol", "cisfa", "-slice_size", "196", "196"])
+    written = json.loads((in_workspace.preprocessed / "Dataset501_Blobs" / "paper196.json").read_text())
+    assert written["configurations"]["2d"]["patch_size"] == [208, 208], "as docs/reproduce.md says"
+
+
+@pytest.mark.parametrize(
+    ("folds", "iterations"),
+    [
+        ([[4, 4], [3, 5], [2, 6], [3, 5]], 30 / 4),  # 3 of 5 cases on average
+        ([[2, 3]], 20 / 4),
+        (None, 40 / 4),  # nnU-Net draws five folds
+    ],
+)
+def test_an_epoch_is_all_slices_that_a_fold_trains_on(tmp_path, folds, iterations):
+    fingerprint = {"shapes_after_crop": [[30, 10, 30]] * 5}
+    if folds is not None:
+        splits = [{"train": [f"t{i}" for i in range(n)], "val": [f"v{i}" for i in range(m)]} for n, m in folds]
+        (tmp_path / "splits_final.json").write_text(json.dumps(splits))
+    share = training_share(tmp_path, fingerprint)
+    for protocol in PROTOCOLS.values():
+        assert protocol(fingerprint, 1, share)[0]["iterations_per_epoch"] == round(iterations)
+    assert training_share(tmp_path / "few", {"shapes_after_crop": [[3, 3, 3]] * 4}) == 1, "fold all"
+    (tmp_path / "splits_final.json").write_text('[{"train": "all"}]')
+    with pytest.raises(UDAError, match=r"splits_final\.json: fold 0 must hold two lists"):
+        training_share(tmp_path, fingerprint)
 
 
 def test_the_prototypes_protocol_is_cisfas_schedule(in_workspace):

@@ -244,6 +244,11 @@ def test_shares_and_what_the_source_holds():
     assert state.source_shares.tolist() == [0.5, 0.25, 0.25]
     state.observe_source(torch.tensor([[[[0, 0], [0, 0]]]]))
     torch.testing.assert_close(state.source_shares, torch.tensor([0.525, 0.2375, 0.2375]))
+    state.observe_source(torch.tensor([[[[-1, -1], [-1, -1]]]]))  # nothing is known
+    torch.testing.assert_close(state.source_shares, torch.tensor([0.525, 0.2375, 0.2375]))
+    state = SelfTraining(3, confidence=0.9, start=0.7, ramp_epochs=2)
+    state.observe_source(torch.tensor([[[[0, -1], [-1, 2]]]]))
+    assert state.source_shares.tolist() == [0.5, 0.0, 0.5]
 
 
 def test_a_state_dict_holds_everything():

@@ -117,6 +117,60 @@ def test_large_images_go_through_the_generators_update_in_parts_of_the_same_grad
             torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
 
 
+def test_the_image_and_the_stem_can_be_left_out_of_the_patch_contrast(in_workspace):
+    projector = started("CISFATrainer").networks["patch_projector"]
+    assert [head[0].in_features for head in projector.heads] == [1, 4, 8, 16, 16], "published: image, stem and behind"
+    trainer = started("CISFATrainer", cisfa__patch_layers="deep")
+    assert [head[0].in_features for head in trainer.networks["patch_projector"].heads] == [8, 16, 16]
+    assert trainer.train_step(next(trainer.dataloader_train))["patch_contrastive"] > 0
+
+
+def scores(discriminator, *images):
+    with torch.no_grad():
+        return [discriminator(each).mean().item() for each in images]
+
+
+def test_the_image_discriminator_learns_to_tell_target_images_from_translations(trainer):
+    source, _, target = batch(trainer)
+    with torch.no_grad():
+        translated = trainer.translate(source)
+    network = trainer.networks["image_discriminator"]
+    for _ in range(5):
+        trainer.update_discriminators(translated, target)
+    real, fake = scores(network, target, translated)
+    for _ in range(10):
+        trainer.update_discriminators(translated, target)
+    later, fake_later = scores(network, target, translated)
+    assert later - fake_later > real - fake + 0.01, "1 is real"
+
+
+def test_the_segmentation_discriminator_takes_target_images_for_real(trainer, monkeypatch):
+    source, _, target = batch(trainer)
+    maps = {True: torch.zeros(2, 3, 32, 32), False: torch.zeros(2, 3, 32, 32)}
+    maps[True][:, 1], maps[False][:, 2] = 5, 5  # logits, far apart
+    monkeypatch.setattr(trainer, "segment", lambda images: maps[images is target])
+    network, images = trainer.networks["segmentation_discriminator"], [maps[kind].softmax(1) for kind in (True, False)]
+    real, fake = scores(network, *images)
+    for _ in range(10):
+        trainer.update_discriminators(source, target)
+    later, fake_later = scores(network, *images)
+    assert later - fake_later > real - fake + 0.01, "1 is real"
+
+
+def test_the_generator_makes_translations_that_the_discriminator_takes_for_real(in_workspace):
+    trainer = started("CISFATrainer", cisfa__patch_contrastive_weight=0.0)
+    source, label, target = batch(trainer)
+    network = trainer.networks["image_discriminator"]
+    before = trainer.generator_terms(source, label[0], target)["generator_adversarial"].item()
+    with torch.no_grad():
+        distance = (network(trainer.translate(source)) - 1).square().mean().item()
+    assert before == pytest.approx(distance, rel=1e-4), "as far as the discriminator is from saying real"
+    for _ in range(10):
+        trainer.update_generator(source, label[0], target)
+    with torch.no_grad():
+        assert (network(trainer.translate(source)) - 1).square().mean().item() < distance
+
+
 @pytest.mark.parametrize("kind", ["translated", "target", "both"])
 def test_the_segmenter_opposes_its_discriminator(in_workspace, monkeypatch, kind):
     trainer = started("CISFATrainer", cisfa__segmenter_adversarial=kind)

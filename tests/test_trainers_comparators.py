@@ -210,6 +210,37 @@ def test_cuts_own_choices(in_workspace, monkeypatch):
     torch.testing.assert_close(trainer._terms["generator_adversarial"], expected, atol=1e-4, rtol=1e-3)
 
 
+def test_cuts_players_pull_in_opposite_directions(in_workspace):
+    """The discriminator learns that 1 is a target image; the generator is as far from its aim as from that."""
+    trainer = started("CUTTrainer", cut__patch_contrastive_weight=0.0, cut__identity_weight=0.0)
+    source, _, target = batch(trainer)
+    generator, discriminator = trainer.networks["generator"], trainer.networks["discriminator"]
+
+    def scores():
+        with torch.no_grad():
+            return discriminator(target).mean().item(), discriminator(generator(source)).mean().item()
+
+    still = trainer.optimizers["generator"].param_groups
+    for group in still:
+        group["lr"] = 0.0
+    before = scores()
+    for _ in range(15):
+        trainer.update_generator(source, target)
+    real, fake = scores()
+    assert real - fake > before[0] - before[1] + 0.01
+    for group in trainer.optimizers["discriminator"].param_groups:
+        group["lr"] = 0.0
+    for group in still:
+        group["lr"] = 1e-3
+    with torch.no_grad():
+        distance = (discriminator(generator(source)) - 1).square().mean().item()
+    trainer.update_generator(source, target)
+    assert trainer._terms["generator_adversarial"].item() == pytest.approx(distance, rel=1e-3)
+    for _ in range(10):
+        trainer.update_generator(source, target)
+    assert trainer._terms["generator_adversarial"].item() < distance
+
+
 def test_cut_without_identity_leaves_the_targets_images_out(in_workspace):
     losses, _ = step(started("CUTTrainer", cut__identity_weight=0.0))
     assert set(losses) == TRANSLATION - {"identity"} | {"loss"}

@@ -12,6 +12,7 @@ from conftest import make_trainer, same_weights, weights
 
 from nnunet_uda.errors import UDAError
 from nnunet_uda.losses.adversarial import lsgan_loss
+from nnunet_uda.trainers.similarity_prototypes import Passes
 from nnunet_uda.training.embedding_picture import load_embeddings, principal_plane
 
 TINY = {"embedding_dim": 8, "discriminator_width": 4, "dictionary_size": 6, "top_k": 2, "min_positions": 1}
@@ -112,6 +113,75 @@ def test_the_generators_oppose_the_discriminators(trainer):
     image = trainer.image_adversarial_loss(passes)
     for output in (passes.source, passes.target):
         assert torch.autograd.grad(image, output.image, retain_graph=True)[0].abs().sum() > 0
+
+
+class Mean(torch.nn.Module):
+    """A discriminator of two numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.slope, self.offset = torch.nn.Parameter(torch.zeros(())), torch.nn.Parameter(torch.full((), 0.5))
+
+    def forward(self, maps):
+        return self.slope * maps[:, -1].mean((1, 2)) + self.offset
+
+
+def trained_discriminators(trainer, kind, update):
+    """The slopes of both domains' ``Mean`` after an update: the scores rise with what is in its place positive."""
+    for domain in ("source", "target"):
+        trainer.networks[f"{domain}_{kind}_discriminator"] = Mean()
+    found = trainer.discriminators(kind)
+    trainer.optimizers[f"{kind}_discriminators"] = torch.optim.SGD([p for n in found for p in n.parameters()], 0.1)
+    update()
+    return [network.slope.item() for network in found]
+
+
+def test_discriminators_take_images_of_their_domain_for_real(trainer):
+    shape = (2, 1, 32, 32)
+    bright, dark = torch.ones(shape), -torch.ones(shape)
+    passes = trainer.run_generators(bright, bright)
+    fake = Passes(*(output._replace(image=dark) for output in passes))
+
+    def update():
+        trainer.update_image_discriminators(bright, bright, fake)
+
+    assert min(trained_discriminators(trainer, "image", update)) > 0
+    mixed = Passes(*(output._replace(image=bright) for output in passes))
+    slopes = trained_discriminators(trainer, "image", lambda: trainer.update_image_discriminators(bright, dark, mixed))
+    by_domain = dict(
+        zip([name for name in trainer.networks if name.endswith("image_discriminator")], slopes, strict=True)
+    )
+    assert by_domain["target_image_discriminator"] < 0, "bright translations are not dark target images"
+    assert by_domain["source_image_discriminator"] == pytest.approx(0, abs=1e-6), "both are bright"
+
+
+def test_discriminators_take_segmentations_learned_from_labels_for_real(trainer):
+    passes = trainer.run_generators(*batch(trainer)[::2])
+    full, empty = torch.zeros(2, 3, 32, 32), torch.zeros(2, 3, 32, 32)
+    full[:, 2], empty[:, 0] = 9, 9
+    learned, other = passes.source._replace(segmentation=full), passes.source._replace(segmentation=empty)
+    both = Passes(source=learned, source_to_target=learned, target=other, target_to_source=other)
+    slopes = trained_discriminators(trainer, "segmentation", lambda: trainer.update_segmentation_discriminators(both))
+    assert min(slopes) > 0
+
+
+def test_translations_are_to_look_real_to_the_other_domains_discriminator(trainer):
+    passes = trainer.run_generators(*batch(trainer)[::2])
+    for name in ("source", "target"):
+        trainer.networks[f"{name}_image_discriminator"] = ForegroundShare()
+    values = {"source": 0.7, "target": 0.2}  # a score of 1 is real
+    images = {name: torch.full((2, 1, 8, 8), value) for name, value in values.items()}
+    seen = passes._replace(**{name: getattr(passes, name)._replace(image=image) for name, image in images.items()})
+    expected = (0.7 - 1) ** 2 + (0.2 - 1) ** 2
+    assert trainer.image_adversarial_loss(seen).item() == pytest.approx(expected)
+    trainer.networks["source_image_discriminator"] = torch.nn.Flatten(0)  # of x_{t->s}
+    trainer.networks["target_image_discriminator"] = Constant()
+    assert trainer.image_adversarial_loss(seen).item() == pytest.approx((0.2 - 1) ** 2)
+
+
+class Constant(torch.nn.Module):
+    def forward(self, maps):
+        return torch.ones(1)
 
 
 class ForegroundShare(torch.nn.Module):

@@ -163,7 +163,9 @@ class CASTTrainer(UDATrainer):
         return {
             "trial": Trial(),
             "generator": generator,
-            "patch_projector": PatchProjector(generator.feature_channels, settings.patch_features, settings.patches),
+            "patch_projector": PatchProjector(
+                generator.feature_channels, settings.patch_features, settings.patches, settings.first_patch_layer
+            ),
             "image_discriminator": PatchDiscriminator(
                 channels, len(patch_size), patch_size, settings.discriminator_width, settings.discriminator_layers
             ),
@@ -302,7 +304,7 @@ class CASTTrainer(UDATrainer):
             if settings.patch_contrastive_weight > 0:
                 loss = layers_patch_nce(
                     self.patch_contrastive, self.networks["patch_projector"], features, generator.encode(translated),
-                    self.finest(label), settings.foreground_weight,
+                    self.known(label), settings.foreground_weight,
                 )  # fmt: skip
                 terms["patch_contrastive"] = settings.patch_contrastive_weight * loss
             if settings.style_codes and settings.style_diversity_weight > 0:
@@ -322,7 +324,7 @@ class CASTTrainer(UDATrainer):
     ) -> None:
         """Learn source labels on source images and translations, and pseudo labels on target images if there are."""
         if self.own_settings.self_training:
-            self.networks["self_training"].observe_source(self.finest(label))
+            self.networks["self_training"].observe_source(self.known(label))
         images = self.labelled_images(source, translated, self.finest(label))
         weight = 0.0 if target is None else self.self_training_weight
         seen, pseudo_label = target, None

@@ -88,7 +88,9 @@ class CISFATrainer(UDATrainer):
         self.global_contrastive = GlobalContrastiveLoss(settings.global_contrastive_temperature)
         return {
             "generator": generator,
-            "patch_projector": PatchProjector(generator.feature_channels, settings.patch_features, settings.patches),
+            "patch_projector": PatchProjector(
+                generator.feature_channels, settings.patch_features, settings.patches, settings.first_patch_layer
+            ),
             "projection_head": ProjectionHead(bottleneck),
             "image_discriminator": PatchDiscriminator(channels, **discriminator),
             "segmentation_discriminator": PatchDiscriminator(
@@ -114,7 +116,7 @@ class CISFATrainer(UDATrainer):
         return self.networks["generator"](source)
 
     def train_on(self, source: Tensor, label: Tensor | list[Tensor], target: Tensor | None) -> None:
-        self.update_generator(source, self.finest(label), target)
+        self.update_generator(source, self.known(label), target)
         with torch.no_grad(), self.autocast():
             translated = self.networks["generator"](source)  # with the new weights (section 3.4)
         self.update_segmenter(source, translated, label, target)

@@ -98,7 +98,9 @@ class CUTTrainer(UDATrainer):
         self.patch_contrastive = PatchNCELoss(settings.temperature, negatives="input")
         return {
             "generator": generator,
-            "patch_projector": PatchProjector(generator.feature_channels, settings.patch_features, settings.patches),
+            "patch_projector": PatchProjector(
+                generator.feature_channels, settings.patch_features, settings.patches, settings.first_patch_layer
+            ),
             "discriminator": PatchDiscriminator(
                 channels, len(patch_size), patch_size, settings.discriminator_width, settings.discriminator_layers
             ),

@@ -264,7 +264,7 @@ class SimilarityPrototypesTrainer(CompositeTrainer):
                     adversarial = self.segmentation_adversarial_loss(passes)
                     terms["segmentation_adversarial"] = settings.segmentation_adversarial_weight * adversarial
             if settings.boundary_weight > 0:
-                boundary = [boundary_loss(self.probabilities(output), self.finest(label)) for output in passes[:2]]
+                boundary = [boundary_loss(self.probabilities(output), self.known(label)) for output in passes[:2]]
                 terms["boundary"] = settings.boundary_weight * torch.stack(boundary).sum()
             found = self.find_prototypes(passes, label) if self.uses_prototypes else []
             if settings.similarity_weight > 0:
@@ -329,7 +329,7 @@ class SimilarityPrototypesTrainer(CompositeTrainer):
         warm-up, the generator's own prediction where it is confident. G_S fills the source's dictionary, G_T the
         target's.
         """
-        known = labels_at(self.finest(label), passes.source.embedding.shape[2:])
+        known = labels_at(self.known(label), passes.source.embedding.shape[2:])
         labelled = [
             ("source_dictionary", passes.source.embedding, known),
             ("target_dictionary", passes.source_to_target.embedding, known),
@@ -392,7 +392,7 @@ class SimilarityPrototypesTrainer(CompositeTrainer):
     def draw_pictures(self, path: Path) -> None:
         super().draw_pictures(path)
         if self.uses_prototypes and self._embeddings_before.exists():
-            names = ["background", *(str(name) for name in self.dataset_json["labels"] if name != "background")]
+            names = ["background", *self.structures]
             picture = path.with_name(f"embeddings_{path.name}")
             write_embedding_picture(picture, load_embeddings(self._embeddings_before), self.sample_embeddings(), names)
 

@@ -58,7 +58,8 @@ class UUDSSettings:
     looks at x^{t->s}, x_g^t and T^d are taken as they are. Trained along, they soon tell any translation from x^t, and
     L_DD is nothing. ``adversarial`` makes the encoder an opponent, which the paper does without: it learns to tell
     reconstructed source images from translations by L_DD, and the generator, by eq. 2 with the reconstruction in the
-    place of x_g^t, to have them mistaken (a relativistic GAN). ``content_weight`` keeps the translation like its image.
+    place of x_g^t, to have them mistaken (a relativistic GAN). ``content_weight`` keeps the translation like its image;
+    ``content_layers`` ``deep`` leaves the image itself and CLIP's stem out of that comparison.
 
     ``clip_config`` describes a ResNet CLIP that open_clip has no name for, as open_clip's own JSON files do; it takes
     the place of ``clip_model``. ``clip_weights`` is a tag of the hub, a file, a folder, or ``random``.
@@ -94,6 +95,7 @@ class UUDSSettings:
     content_weight: float = 0.0
     content_temperature: float = 0.2
     content_patches: int = 256
+    content_layers: Literal["all", "deep"] = "all"
     structure_bound: float = 0.2
     optimizer: Literal["adam", "adamw"] = "adam"
     learning_rate: float = 1e-4
@@ -196,10 +198,8 @@ class UUDSTrainer(CompositeTrainer):
         super().initialize()
         domains = read_domains(self.dataset_json)
         prompt = settings.domain_prompt.format(source=domains.source, target=domains.target)
-        names = {value: name for name, value in self.dataset_json["labels"].items()}
-        classes = [str(names[label]) for label in self.label_manager.foreground_labels]
-        self.plain_network.set_prompts(prompt, classes, state)
-        self.print_to_log_file(f"Domain prompt: {prompt!r}; segmentation prompts end in {classes}")
+        self.plain_network.set_prompts(prompt, self.structures, state)
+        self.print_to_log_file(f"Domain prompt: {prompt!r}; segmentation prompts end in {self.structures}")
 
     def _refuse_unsupported(self) -> None:
         super()._refuse_unsupported()
@@ -221,7 +221,8 @@ class UUDSTrainer(CompositeTrainer):
             networks["contrastive_head"] = ProjectionHead(network.channels)
         if settings.content_weight > 0:
             channels = [self.num_input_channels, *network.encoder.channels[:4]]
-            networks["patch_projector"] = PatchProjector(channels, num_patches=settings.content_patches)
+            first = 2 if settings.content_layers == "deep" else 0
+            networks["patch_projector"] = PatchProjector(channels, num_patches=settings.content_patches, first=first)
             self.patch_contrastive = PatchNCELoss(settings.content_temperature)
         return networks
 
@@ -271,7 +272,7 @@ class UUDSTrainer(CompositeTrainer):
                 terms |= self.translation_terms(target, both, reconstructed, translated, domain)
             segmented = network.segment(both.part(slice(count)), generated.part(slice(count)), classes)
             if settings.use_segmentation_prompt:
-                terms["contrastive"] = self.contrastive_loss(segmented.pooled, self.finest(label))  # eq. 4
+                terms["contrastive"] = self.contrastive_loss(segmented.pooled, self.known(label))  # eq. 4
             segmentation = self.loss(segmented.logits, label)
             terms["segmentation"] = settings.segmentation_weight * segmentation
             if settings.use_uncertainty:
@@ -332,15 +333,17 @@ class UUDSTrainer(CompositeTrainer):
 
         Args:
             pooled: ``(B, K, c)``, what each class's prompt attends to in the source slices.
-            label: ``(B, 1, H, W)``; a slice holds a class where it has a pixel of it.
+            label: ``(B, 1, H, W)``; a slice holds a class where it has a pixel of it. One that has none, but negative
+                pixels, where nothing is known, takes no part.
         """
         settings = self.own_settings
         holds = torch.stack([(label == value).flatten(1).any(1) for value in self.label_manager.foreground_labels], 1)
+        certain = holds | (label >= 0).flatten(1).all(1)[:, None]
         vectors = self.networks["contrastive_head"](pooled.flatten(0, 1)[:, :, None]).unflatten(0, pooled.shape[:2])
         losses = [
             supervised_contrastive_loss(
-                vectors[:, k], holds[:, k], settings.contrastive_temperature, settings.contrastive_negatives,
-                settings.contrastive_reduction,
+                vectors[certain[:, k], k], holds[certain[:, k], k], settings.contrastive_temperature,
+                settings.contrastive_negatives, settings.contrastive_reduction,
             )
             for k in range(holds.shape[1])
         ]  # fmt: skip
@@ -420,8 +423,7 @@ class UUDSTrainer(CompositeTrainer):
             [("target", middle, None), ("translated", made[1], None), ("prediction", middle, predicted[1])],
         ]
         write_panels(path, rows, len(self.label_manager.foreground_labels))
-        names = [name for name, value in self.dataset_json["labels"].items() if value != 0]
-        prompts = names if self.own_settings.use_segmentation_prompt else ["none"]
+        prompts = self.structures if self.own_settings.use_segmentation_prompt else ["none"]
         write_prompt_maps(
             path.with_name(f"prompts_{path.name}"), targets[:, 0].cpu().numpy(), made[1:], predicted[1:],
             attention[1:], ["domain prompt", *(f"prompt: {name}" for name in prompts)], entropy[1:],

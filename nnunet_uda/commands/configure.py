@@ -17,6 +17,7 @@ from nnunet_uda.plans import (
     merge_uda,
     plane_warning,
     replan_plane,
+    training_share,
 )
 from nnunet_uda.settings import UDASettings, describe_settings
 
@@ -97,7 +98,8 @@ def main(argv: list[str] | None = None) -> None:
     uda, options = base.get("uda", {}), {}
     if args.protocol:
         fingerprint = read_json(folder / "dataset_fingerprint.json")
-        protocol, options = PROTOCOLS[args.protocol](fingerprint, plans["transpose_forward"][0])
+        share = training_share(folder, fingerprint)
+        protocol, options = PROTOCOLS[args.protocol](fingerprint, plans["transpose_forward"][0], share)
         uda = uda | protocol
     given = {
         "patch_size": args.patch_size,

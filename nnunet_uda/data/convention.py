@@ -245,9 +245,11 @@ def target_cases(raw_dataset: Path, dataset_json: dict[str, Any]) -> dict[str, l
     return cases
 
 
-def check_splits(splits: Any, known: set[str], where: Path | str, disjoint: bool = True) -> list[dict[str, list[str]]]:
-    """Check the form of a splits file, that its ids exist in ``known``, and unless told otherwise that folds' two
-    lists have no case in common."""
+def check_splits(
+    splits: Any, known: set[str] | None, where: Path | str, disjoint: bool = True
+) -> list[dict[str, list[str]]]:
+    """Check the form of a splits file, that its ids exist in ``known`` if that is given, and unless told otherwise that
+    folds' two lists have no case in common."""
     if not isinstance(splits, list) or not splits:
         raise UDAError(f"{where} must hold a list of folds, each with 'train' and 'val'")
     for fold, split in enumerate(splits):
@@ -255,9 +257,9 @@ def check_splits(splits: Any, known: set[str], where: Path | str, disjoint: bool
             isinstance(split.get(key), list) and all(isinstance(i, str) for i in split[key]) for key in ("train", "val")
         ):
             raise UDAError(f"{where}: fold {fold} must hold two lists of case ids, 'train' and 'val'")
-        missing = sorted((set(split["train"]) | set(split["val"])) - known)
+        missing = set() if known is None else (set(split["train"]) | set(split["val"])) - known
         if missing:
-            raise UDAError(f"{where}: fold {fold} names cases that do not exist: {missing[:5]}")
+            raise UDAError(f"{where}: fold {fold} names cases that do not exist: {sorted(missing)[:5]}")
         both = sorted(set(split["train"]) & set(split["val"]))
         if both and disjoint:
             raise UDAError(f"{where}: fold {fold} has cases in both 'train' and 'val': {both[:5]}")

@@ -12,15 +12,22 @@ from torch import Tensor
 ATTEMPTS = 20
 
 
-def empty_slices(dataset: nnUNetBaseDataset) -> tuple[dict[str, np.ndarray], list[str]]:
-    """The indices of the slices without foreground of every case that has such; and the cases that have foreground."""
+def empty_slices(
+    dataset: nnUNetBaseDataset, ignore_label: int | None = None
+) -> tuple[dict[str, np.ndarray], list[str]]:
+    """The indices of the slices without foreground of every case that has such; and the cases that have foreground.
+
+    Ignored voxels are no foreground; but a slice with such may hold the object, and is not without it.
+    """
     empty, with_foreground = {}, []
     for identifier in dataset.identifiers:
         _, seg, _, _ = dataset.load_case(identifier)
-        holds = (seg[:] > 0).any((0, 2, 3))
-        if not holds.all():
-            empty[identifier] = np.flatnonzero(~holds)
-        if holds.any():
+        seg = seg[:]
+        ignored = np.zeros(seg.shape, bool) if ignore_label is None else seg == ignore_label
+        lacks = (seg <= 0).all((0, 2, 3))
+        if lacks.any():
+            empty[identifier] = np.flatnonzero(lacks)
+        if ((seg > 0) & ~ignored).any():
             with_foreground.append(identifier)
     return empty, with_foreground
 
@@ -44,7 +51,8 @@ class MixedSliceLoader(nnUNetDataLoader):
             loader._data, loader.batch_size, loader.patch_size[1:], loader.final_patch_size[1:], label_manager,
             oversample_foreground_percent=loader.oversample_foreground_percent, transforms=loader.transforms,
         )  # fmt: skip
-        self.empty, self.with_foreground = empty_slices(self._data)
+        self.foreground_labels, self.ignore_label = label_manager.foreground_labels, label_manager.ignore_label
+        self.empty, self.with_foreground = empty_slices(self._data, self.ignore_label)
         self.get_do_oversample = self._oversample_last
         self.drawing = 0
         if not self.empty:
@@ -80,22 +88,22 @@ class MixedSliceLoader(nnUNetDataLoader):
             lower, upper = super().get_bbox(data_shape, False, class_locations, overwrite_class, verbose)
         return lower, upper
 
-    @staticmethod
-    def _holds_location(lower, upper, class_locations: dict) -> bool:
+    def _holds_location(self, lower, upper, class_locations: dict) -> bool:
+        found = (class_locations.get(label, ()) for label in self.foreground_labels)
         return any(
-            len(places) and ((places[:, 1:] >= lower) & (places[:, 1:] < upper)).all(1).any()
-            for places in class_locations.values()
+            len(places) and ((places[:, 1:] >= lower) & (places[:, 1:] < upper)).all(1).any() for places in found
         )
 
     def generate_train_batch(self) -> dict:
         for _ in range(ATTEMPTS if self.empty and self.batch_size > 1 else 1):
             batch = super().generate_train_batch()
-            if is_mixed(batch["target"][0] if isinstance(batch["target"], list) else batch["target"]):
+            label = batch["target"][0] if isinstance(batch["target"], list) else batch["target"]
+            if is_mixed(label, self.ignore_label):
                 break
         return batch
 
 
-def is_mixed(label: Tensor) -> bool:
-    """Whether some labels of ``[B, 1, H, W]`` hold foreground and others none."""
-    holds = (label > 0).flatten(1).any(1)
-    return bool(holds.any() and not holds.all())
+def is_mixed(label: Tensor, ignore_label: int | None = None) -> bool:
+    """Whether some labels of ``[B, 1, H, W]`` hold foreground and others none, nor ignored pixels."""
+    holds = ((label > 0) & (label != (0 if ignore_label is None else ignore_label))).flatten(1).any(1)
+    return bool(holds.any() and (label <= 0).flatten(1).all(1).any())

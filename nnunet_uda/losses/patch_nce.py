@@ -106,7 +106,7 @@ def position_weights(
     """w_p of eq 3: 1 where the label, downsampled by nearest to the feature map, is background, else w.
 
     Args:
-        label: [B, 1, *S] integer classes of the input image; background is <= 0.
+        label: [B, 1, *S] integer classes of the input image; background, or negative where nothing is known, is <= 0.
         feature_shape: spatial shape *s of the layer's feature map.
         positions: [P] int64, flat positions in ``feature_shape``, last axis fastest.
         foreground_weight: w, 2 in the paper.
@@ -132,14 +132,14 @@ def layers_patch_nce(
     label: Tensor,
     foreground_weight: float,
 ) -> Tensor:
-    """Mean over the encoder's layers of the weighted loss at freshly drawn positions (eqs 2 to 4).
+    """Mean over the layers that ``projector`` takes of the weighted loss at freshly drawn positions (eqs 2 to 4).
 
     Args:
         loss: PatchNCE of one layer.
         projector: samples and projects vectors.
         features: one [B, C, *s] map per layer, of the input image.
         of_translated: the same layers of its translation.
-        label: [B, 1, *S] integer classes of the input image.
+        label: [B, 1, *S] integer classes of the input image, see :func:`position_weights`.
         foreground_weight: w of eq 3.
 
     Returns:
@@ -148,7 +148,7 @@ def layers_patch_nce(
     positions = projector.sample_positions(features)
     keys, queries = projector(features, positions), projector(of_translated, positions)
     losses = []
-    for feature, position, key, query in zip(features, positions, keys, queries, strict=True):
+    for feature, position, key, query in zip(projector.chosen(features), positions, keys, queries, strict=True):
         weights = position_weights(label, feature.shape[2:], position, foreground_weight)
         losses.append(loss(query, key, weights))
     return torch.stack(losses).mean()

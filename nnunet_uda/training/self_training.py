@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from nnunet_uda.losses.pseudo_label import agreed_labels, class_thresholds
-from nnunet_uda.training.distributed import global_sum, world_size
+from nnunet_uda.training.distributed import global_sum
 
 MOMENTUM = 0.95
 """Of the running means over batches: class shares and class confidences."""
@@ -78,8 +78,16 @@ class SelfTraining(nn.Module):
 
     @torch.no_grad()
     def observe_source(self, label: Tensor) -> None:
-        """Remember how much of the labelled patches each class fills; ``label`` is [B, 1, *S] integer."""
-        shares = global_sum(class_shares(label.flatten(), len(self.source_shares))) / world_size()
+        """Remember how much of the labelled patches each class fills.
+
+        Args:
+            label: [B, 1, *S] integer, negative where nothing is known.
+        """
+        known = label[label >= 0].long()
+        counts = global_sum(torch.bincount(known, minlength=len(self.source_shares)))
+        if not counts.any():
+            return
+        shares = counts / counts.sum()
         new = MOMENTUM * self.source_shares + (1 - MOMENTUM) * shares
         self.source_shares.copy_(torch.where(self.source_shares < 0, shares, new))
 

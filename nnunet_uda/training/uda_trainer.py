@@ -6,8 +6,9 @@ import dataclasses
 import math
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,11 +45,13 @@ from nnunet_uda.data.convention import (
 )
 from nnunet_uda.data.damage import refuse_damaged
 from nnunet_uda.data.new_scans import check_prediction, treating_new_scans
+from nnunet_uda.data.sides import paired_names
 from nnunet_uda.data.target import TargetDataset, preprocess_target, target_identifiers
 from nnunet_uda.devices import open_device
 from nnunet_uda.errors import UDAError, print_without_traceback
 from nnunet_uda.files import write_json
 from nnunet_uda.losses.dice import soft_dice_loss
+from nnunet_uda.losses.prototypes import IGNORED
 from nnunet_uda.methods import check_trainer, refuse_unknown_methods
 from nnunet_uda.networks.instance_norm import use_fast_instance_norm
 from nnunet_uda.networks.recomputed import use_slim_blocks
@@ -167,7 +170,8 @@ class UDATrainer(StoppableTrainer):
 
         Args:
             source: ``(B, C, *patch)`` z-scored source images.
-            label: ``(B, 1, *patch)`` integer labels; with deep supervision a list from fine to coarse.
+            label: ``(B, 1, *patch)`` integer labels; with deep supervision a list from fine to coarse. The dataset's
+                ignore label, if any, is in there: ``self.loss`` leaves it out, other losses take ``self.known(label)``.
             target: ``(B, C, *patch)`` z-scored target images without labels, unrelated to ``source``.
         """
         raise NotImplementedError
@@ -270,11 +274,12 @@ class UDATrainer(StoppableTrainer):
     def _build_loss(self):
         if self.settings.segmentation_loss == "dice_ce":
             return super()._build_loss()
+        loss = partial(soft_dice_loss, ignore_label=self.label_manager.ignore_label)
         if not self.enable_deep_supervision:
-            return soft_dice_loss
+            return loss
         weights = np.array([1 / 2**level for level in range(len(self._get_deep_supervision_scales()))])
         weights[-1] = 0
-        return DeepSupervisionWrapper(soft_dice_loss, weights / weights.sum())
+        return DeepSupervisionWrapper(loss, weights / weights.sum())
 
     # -- data ----------------------------------------------------------------------------------------------------
 
@@ -282,11 +287,28 @@ class UDATrainer(StoppableTrainer):
         rotation, dummy_2d, initial_patch_size, mirror_axes = (
             super().configure_rotation_dummyDA_mirroring_and_inital_patch_size()
         )
-        if not self.settings.mirror:
-            mirror_axes = self.inference_allowed_mirroring_axes = None
+        mirror_axes = self.inference_allowed_mirroring_axes = self._allowed_mirroring(mirror_axes)
         if self.settings.augmentation == "none":
             initial_patch_size = np.array(self.configuration_manager.patch_size)
         return rotation, dummy_2d, initial_patch_size, mirror_axes
+
+    def _allowed_mirroring(self, axes: Sequence[int] | None) -> tuple[int, ...] | None:
+        """Of nnU-Net's axes those that the setting ``mirror`` leaves; None is no mirroring."""
+        if not self.settings.mirror or axes is None:
+            return None
+        pairs = paired_names(self.structures)
+        if self.settings.mirror is True or not pairs:
+            return tuple(axes)
+        left = ()
+        if self.plans_manager.plans["image_reader_writer"] == "SimpleITKIOWithReorient":
+            axis = self.plans_manager.transpose_forward.index(2)  # its arrays' last axis goes from left to right
+            in_patch = axis - (3 - len(self.configuration_manager.patch_size))
+            left = tuple(each for each in axes if each != in_patch)
+        self.print_to_log_file(
+            f"Mirroring along the axes {list(left)} of {list(axes)} alone: it would exchange {' and '.join(pairs[0])} "
+            "(setting mirror=auto)"
+        )
+        return left or None
 
     def get_training_transforms(self, *args, **kwargs):
         """nnU-Net's pipeline, less what the setting ``augmentation`` turns off; reproducible where a seed is set."""
@@ -348,8 +370,8 @@ class UDATrainer(StoppableTrainer):
 
     def _refuse_empty_labels(self, dataset: nnUNetBaseDataset) -> None:
         for identifier in dataset.identifiers:
-            properties = dataset.load_case(identifier)[-1]
-            if any(len(places) for places in properties["class_locations"].values()):
+            places = dataset.load_case(identifier)[-1]["class_locations"]
+            if any(len(places.get(label, ())) for label in self.label_manager.foreground_labels):
                 return
         raise UDAError(
             f"{self.preprocessed_dataset_folder}: none of the {len(dataset.identifiers)} labelled training cases of "
@@ -610,14 +632,15 @@ class UDATrainer(StoppableTrainer):
         """The patch around the middle of the first case, or around its slice with most label: ``(1, C, *patch)``."""
         data, seg, _, _ = dataset.load_case(dataset.identifiers[0])
         seg = seg[:]
-        index = int((seg[0] > 0).sum((1, 2)).argmax()) if by_label else seg.shape[1] // 2
+        held = np.isin(seg[0], self.label_manager.foreground_labels)
+        index = int(held.sum((1, 2)).argmax()) if by_label else seg.shape[1] // 2
         patch = [1, *self.configuration_manager.patch_size][-3:]
         centre = [index, seg.shape[2] // 2, seg.shape[3] // 2]
         box = [[c - size // 2, c - size // 2 + size] for c, size in zip(centre, patch, strict=True)]
         tensors = [torch.from_numpy(crop_and_pad_nd(array, box, 0)).float()[None] for array in (data[:], seg)]
         if len(self.configuration_manager.patch_size) == 2:
             tensors = [tensor[:, :, 0] for tensor in tensors]
-        return tensors[0].to(self.device), tensors[1].to(self.device)
+        return tensors[0].to(self.device), self.known(tensors[1].to(self.device))
 
     def _segmentation(self, images: Tensor) -> Tensor:
         with self.autocast():
@@ -703,11 +726,21 @@ class UDATrainer(StoppableTrainer):
                 f"{path} was written with other plans ({written['plans']['plans_name']}, {written['configuration']}) "
                 f"than the present ones ({self.plans_manager.plans_name}, {self.configuration_name}). {advice}"
             )
-        old, new = checkpoint["uda"]["settings"], self.settings_dict()
+        old, new = self._completed(checkpoint["uda"]["settings"]), self.settings_dict()
         changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
         if changed:
             before, now = ({key: settings.get(key) for key in changed} for settings in (old, new))
             raise UDAError(f"{path} was written with other settings: {before}, now {now}. {advice}")
+
+    def _completed(self, written: dict[str, Any]) -> dict[str, Any]:
+        """A checkpoint's settings, with the defaults of those that came later."""
+        completed = dataclasses.asdict(UDASettings()) | written
+        if self.own_settings is not None:
+            own = dataclasses.asdict(self.method_settings(**self.fixed_settings))
+            completed[self.method] = own | written.get(self.method, {})
+        if completed["mirror"] is True and self.settings.mirror == "auto":
+            completed["mirror"] = "auto"  # the default was true
+        return completed
 
     def perform_actual_validation(self, save_probabilities: bool = False):
         """nnU-Net's final validation; where the method translates, on translated source volumes."""
@@ -736,6 +769,12 @@ class UDATrainer(StoppableTrainer):
         with self.autocast():
             return self.translate(source)
 
+    @property
+    def structures(self) -> list[str]:
+        """The names of the foreground classes, in the order of their values."""
+        names = {value: name for name, value in self.dataset_json["labels"].items()}
+        return [str(names[label]) for label in self.label_manager.foreground_labels]
+
     # -- segmenter -----------------------------------------------------------------------------------------------
 
     def segment(self, images: Tensor) -> list[Tensor] | Tensor:
@@ -745,6 +784,11 @@ class UDATrainer(StoppableTrainer):
     def finest(self, outputs: list[Tensor] | Tensor) -> Tensor:
         """The full-resolution map of what ``segment`` or the loader's labels hold."""
         return outputs[0] if isinstance(outputs, (list, tuple)) else outputs
+
+    def known(self, label: Tensor | list[Tensor]) -> Tensor:
+        """The loader's label at full resolution, ``IGNORED`` (-1) where it is the dataset's ignore label."""
+        label, ignored = self.finest(label), self.label_manager.ignore_label
+        return label if ignored is None else label.masked_fill(label == ignored, IGNORED)
 
 
 def without_stopwatch(pipeline: ComposeTransforms) -> ComposeTransforms:
