@@ -181,6 +181,24 @@ def test_what_is_not_labelled_has_no_foreground_weight() -> None:
     assert position_weights(label, (1, 4), torch.arange(4), 2.0).tolist() == [[1.0, 2.0, 2.0, 1.0]]
 
 
+def test_layers_have_equal_shares_and_the_gradient_reaches_the_translation_alone() -> None:
+    torch.manual_seed(0)
+    projector = PatchProjector([2, 3], dim=8, num_patches=100)  # every position of both maps
+    source = [torch.randn(2, 2, 4, 4, requires_grad=True), torch.randn(2, 3, 2, 2, requires_grad=True)]
+    translated = [torch.randn_like(feature, requires_grad=True) for feature in source]
+    label = torch.randint(-1, 2, (2, 1, 4, 4))
+    loss = layers_patch_nce(PatchNCELoss(), projector, source, translated, label, 3.0)
+    expected = []
+    for layer, size in enumerate([(4, 4), (2, 2)]):
+        everywhere = torch.arange(size[0] * size[1])
+        positions = [everywhere if i == layer else torch.zeros(1, dtype=torch.int64) for i in range(2)]
+        queries, keys = (projector(maps, positions)[layer].detach() for maps in (translated, source))
+        expected.append(reference(queries, keys, position_weights(label, size, everywhere, 3.0)))
+    assert loss.item() == pytest.approx(sum(expected) / 2, rel=1e-4)
+    loss.backward()
+    assert all(feature.grad is None for feature in source) and all(feature.grad.any() for feature in translated)
+
+
 def test_layers_that_are_left_out_have_no_head_and_no_share() -> None:
     torch.manual_seed(0)
     features = [torch.randn(2, channels, 6, 6) for channels in (1, 2, 3)]

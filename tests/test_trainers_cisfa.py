@@ -118,8 +118,10 @@ def test_large_images_go_through_the_generators_update_in_parts_of_the_same_grad
 
 
 def test_the_image_and_the_stem_can_be_left_out_of_the_patch_contrast(in_workspace):
-    projector = started("CISFATrainer").networks["patch_projector"]
-    assert [head[0].in_features for head in projector.heads] == [1, 4, 8, 16, 16], "published: image, stem and behind"
+    published = make_trainer("CISFATrainer")
+    published.initialize()
+    heads = published.networks["patch_projector"].heads
+    assert [head[0].in_features for head in heads] == [1, 4, 8, 16, 16], "the image, the stem and what is behind"
     trainer = started("CISFATrainer", cisfa__patch_layers="deep")
     assert [head[0].in_features for head in trainer.networks["patch_projector"].heads] == [8, 16, 16]
     assert trainer.train_step(next(trainer.dataloader_train))["patch_contrastive"] > 0
