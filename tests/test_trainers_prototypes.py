@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -242,6 +243,32 @@ def test_prototype_losses_reach_the_embeddings_alone_and_never_the_dictionaries(
     assert of_head is None  # pseudo labels pass no gradient
     assert of_projection.abs().sum() > 0 and of_encoder.abs().sum() > 0
     assert not any(buffer.requires_grad for buffer in trainer.networks["source_dictionary"].buffers())
+
+
+def test_every_loss_has_its_weight(trainer, monkeypatch):
+    data, seen = batch(trainer), []
+    monkeypatch.setattr(trainer, "update", lambda name, terms: seen.append(terms))
+    trainer.networks["source_dictionary"].enqueue(torch.eye(3, 8), torch.arange(3))
+    for dictionary in (trainer.networks[f"{domain}_dictionary"] for domain in ("source", "target")):
+        monkeypatch.setattr(dictionary, "enqueue", lambda *_: None)
+    factors = {"cycle": 3.0, "image_adversarial": 5.0, "segmentation_adversarial": 7.0, "similarity": 11.0,
+               "contrastive": 13.0}  # fmt: skip
+    ones = dataclasses.replace(trainer.own_settings, **{f"{name}_weight": 1.0 for name in factors})
+    for changes in ({}, {f"{name}_weight": value for name, value in factors.items()}):
+        trainer.own_settings = dataclasses.replace(ones, **changes)
+        trainer.update_generators(*data)
+    for name, factor in factors.items():
+        assert seen[1][name].item() == pytest.approx(factor * seen[0][name].item(), rel=1e-3) != 0, name
+
+
+def test_the_cycle_compares_an_image_with_its_translation_back(trainer):
+    source, _, target = batch(trainer)
+    passes = trainer.run_generators(source, target)
+    back = passes._replace(
+        source_to_target=passes.source_to_target._replace(image=source + 0.5),
+        target_to_source=passes.target_to_source._replace(image=target - 0.25),
+    )
+    assert trainer.cycle_loss(source, target, back).item() == pytest.approx(0.75, rel=1e-4)
 
 
 def test_dictionaries_are_filled_after_the_loss(trainer, monkeypatch):
