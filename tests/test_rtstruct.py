@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -166,6 +167,16 @@ def test_contours_beside_each_other_overlapping_or_drawn_twice_are_united():
     assert area(apart, image) == pytest.approx(2 * math.pi * 16, rel=0.03)
     assert area([ring(image, 14), *apart], image) == pytest.approx(math.pi * (196 - 32), rel=0.03)
     assert rasterise([left, right], image, Path("r.dcm"))[1] == []
+
+
+def test_many_contours_of_one_plane_take_the_memory_of_one():
+    image = grid()
+    outlines = [ring(image, 20 - 0.05 * number, corners=12) for number in range(60)]
+    tracemalloc.start()
+    rasterise(outlines, image, Path("r.dcm"))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 8e5  # the indices of all their pixels at once take 2 MB
 
 
 def test_a_hole_with_a_keyhole_and_planes_nearest_to_one_slice():

@@ -28,7 +28,7 @@ from nnunet_uda.data.listing import files_in, folders_below
 from nnunet_uda.data.reading import readable
 from nnunet_uda.errors import UDAError, printable, shown
 
-NOT_SLICES = ("RTSTRUCT", "RTPLAN", "RTDOSE", "SEG", "SR", "PR", "KO", "REG")
+NOT_SLICES = ("RTSTRUCT", "RTPLAN", "RTDOSE", "RTRECORD", "SEG", "SR", "PR", "KO", "REG", "DOC", "FID", "RWV", "ANN")
 """Modalities of objects that may lie beside a series' slices; taken from a folder, they are passed over."""
 ENDINGS = (".dcm", ".dicom", ".dic", ".ima")
 """Of files that are DICOM by their name; others are if they say so at byte 128."""

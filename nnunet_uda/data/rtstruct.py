@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -142,8 +143,7 @@ def rasterise(contours: Sequence[Contour], image: sitk.Image, path: Path) -> tup
                 f"{path}: a contour lies outside the image, around voxel ({place}) of ({box}); expected it inside. It "
                 "belongs to another scan: find the image that it was drawn on."
             )
-        rows, columns = polygon(y, x, (size[1], size[0]))
-        drawn.append((float(z.mean()), np.sort(rows * size[0] + columns), contour.xor))
+        drawn.append((float(z.mean()), np.stack([y, x]), contour.xor))
     drawn.sort(key=lambda contour: contour[0])
     heights = [height for height, _, _ in drawn]
     mask = np.zeros(size[::-1], np.uint8)
@@ -152,12 +152,11 @@ def rasterise(contours: Sequence[Contour], image: sitk.Image, path: Path) -> tup
         end = bisect_right(heights, heights[at] + SAME_PLANE)
         z = round(sum(heights[at:end]) / (end - at))
         off = max(off, *(abs(height - z) * spacing[2] for height in heights[at:end]))
-        plain = [area for _, area, xor in drawn[at:end] if not xor]
-        filled, cut = _even_odd(plain, size[0] * size[1])
-        for _, area, xor in drawn[at:end]:
+        filled, cut = _even_odd([outline for _, outline, xor in drawn[at:end] if not xor], mask.shape[1:])
+        for _, outline, xor in drawn[at:end]:
             if xor:
-                filled[area] ^= 1
-        mask[z] |= filled.reshape(size[1], size[0])
+                filled[polygon(*outline, filled.shape)] ^= 1
+        mask[z] |= filled
         holes, at = holes + cut, end
     # a tenth of a slice is rounding, and changes no voxel
     notes = [f"contours up to {off:.2f} mm off the slices, drawn on the nearest"] if off > 0.1 * spacing[2] else []
@@ -166,18 +165,23 @@ def rasterise(contours: Sequence[Contour], image: sitk.Image, path: Path) -> tup
     return mask, notes
 
 
-def _even_odd(areas: Sequence[np.ndarray], pixels: int) -> tuple[np.ndarray, int]:
-    """A plane (uint8, ``pixels`` long) with ``areas`` (indices of pixels) filled or cut out, and how many are holes.
+def _even_odd(outlines: Sequence[np.ndarray], shape: tuple[int, int]) -> tuple[np.ndarray, int]:
+    """A plane (uint8) of ``shape`` with ``outlines`` ((2, points): y, x) filled or cut out, and how many are holes.
 
-    An area is a hole where an odd number of larger ones lies around it. Areas of the same pixels count as one: what was
-    drawn twice is no hole.
+    One is a hole where an odd number of larger ones lies around it. Those around the same pixels count as one: what was
+    drawn twice is no hole. Pixels of one outline at a time are held, as a file may have any number of them.
     """
-    plane, layers = np.zeros(pixels, np.uint8), np.zeros(pixels, np.int32)
-    distinct = {area.tobytes(): area for area in areas if area.size}
-    holes = 0
-    for area in sorted(distinct.values(), key=len, reverse=True):
-        hole = int(layers[area].min()) % 2
-        layers[area] += 1
-        plane[area] = 1 - hole
+    plane, layers = np.zeros(shape, np.uint8), np.zeros(shape, np.int32)
+    sizes = [len(polygon(*outline, shape)[0]) for outline in outlines]
+    holes, seen = 0, set()
+    for number in sorted(range(len(outlines)), key=sizes.__getitem__, reverse=True):
+        inside = polygon(*outlines[number], shape)
+        pixels = hashlib.sha256(np.sort(np.ravel_multi_index(inside, shape))).digest()
+        if not sizes[number] or pixels in seen:
+            continue
+        seen.add(pixels)
+        hole = int(layers[inside].min()) % 2
+        layers[inside] += 1
+        plane[inside] = 1 - hole
         holes += hole
     return plane, holes
