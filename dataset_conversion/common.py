@@ -46,13 +46,13 @@ from nnunet_uda.data.intensities import (
 from nnunet_uda.data.listing import entries
 from nnunet_uda.data.nifti import GEOMETRIES, nifti_geometry, remarks
 from nnunet_uda.data.reading import LabelMap, check_image, check_whole, read_image, read_label
+from nnunet_uda.data.slices import AXES, FILE, MIXED, REMEDY, REORIENTED, Grid, SliceOrder, odd_tests, slice_order
 from nnunet_uda.dataset_conversion.quicklook import draw_quicklook
 from nnunet_uda.errors import UDAError, command, system_fault
 from nnunet_uda.files import cannot_write, go_on_without_locks, put_back, whole_folder, write_json
 from nnunet_uda.workers import end_with
 
 ENDING = ".nii.gz"
-AXES = ("left-right", "posterior-anterior", "inferior-superior")
 AXIS_PLANES = ("sagittal", "coronal", "axial")
 QUICKLOOK = "quicklook.png"
 """Lies beside dataset.json, where nnU-Net does not look."""
@@ -141,6 +141,7 @@ class CaseReport:
     spacing: tuple[float, ...]
     orientation: str
     zero_share: float
+    grid: Grid
     volumes_ml: list[float] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     """Repairs."""
@@ -324,13 +325,15 @@ def _write(image: sitk.Image, path: Path) -> None:
 
 def _describe(identifier: str, image: sitk.Image) -> CaseReport:
     code = sitk.DICOMOrientImageFilter.GetOrientationFromDirectionCosines(image.GetDirection())
-    order = [next(i for i, letter in enumerate(code) if letter in pair) for pair in ("LR", "PA", "IS")]
+    grid = Grid.of(image)
+    order = [grid.body.index(axis) for axis in range(len(AXES))]
     return CaseReport(
         identifier,
         tuple(image.GetSize()[i] for i in order),
         tuple(image.GetSpacing()[i] for i in order),
         code,
         float(np.mean([np.mean(plane == 0) for plane in sitk.GetArrayViewFromImage(image)])),
+        grid,
     )
 
 
@@ -464,6 +467,7 @@ def write_dataset(
         _check_structures(by_folder["imagesTr"], reports["imagesTr"], structures)
         _check_outside(by_folder["imagesTr"], reports["imagesTr"], structures, clippings["imagesTr"], warnings)
         _record(dataset_json, clippings, adaptation)
+        order = _choose_order(dataset_json, reports, warnings)
         write_json(dataset_json, temporary / "dataset.json")
         if source_splits is not None:
             write_json(source_splits, temporary / "splits_final.json")
@@ -471,8 +475,41 @@ def write_dataset(
             write_json(target_splits, temporary / "splits_target.json")
         rows = [_example(group, reports[group.images], temporary, clippings[group.images]) for group in groups]
         draw_quicklook(rows, structures, temporary / QUICKLOOK)
-    _summarise(final, groups, reports, structures, warnings, adaptation, clippings)
+    _summarise(final, groups, reports, structures, warnings, adaptation, clippings, order)
     return final
+
+
+def _choose_order(
+    dataset_json: dict[str, Any], reports: dict[str, list[CaseReport]], warnings: list[str]
+) -> SliceOrder:
+    """The order in which nnU-Net is to read the axes, in ``dataset.json``; with warnings of cases that do not agree."""
+    grids = {folder: {report.identifier: report.grid for report in seen} for folder, seen in reports.items()}
+    training = [grids[folder] for folder in ("imagesTr", "imagesTu") if folder in grids]
+    order = slice_order(training)
+    dataset_json["overwrite_image_reader_writer"] = order.reader
+    if order.order != REORIENTED:
+        dataset_json["uda"] = {**dataset_json.get("uda", {}), "slices": order.to_json()}
+    if order.order == MIXED:
+        warnings.append(
+            f"the thick slices of {_some(order.odd)} lie along another axis than those of the other scans, in the "
+            f"files' order and in the body's: training in 2D will be refused. {REMEDY}"
+        )
+    if order.mirrored:
+        listed = [f"{name} ({how})" for name, how in order.mirrored.items()]
+        warnings.append(
+            f"axes of {_some(listed)} do not run as in most other scans: they are seen mirrored or turned beside them. "
+            "Flip these files, or train with mirroring"
+        )
+    if order.order != MIXED and (odd := odd_tests(order, training, grids.get("imagesTs", {}))):
+        warnings.append(
+            f"the thick slices of the test scans {_some(odd)} lie along another axis than in training: a 2D network "
+            "sees cuts across them"
+        )
+    return order
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
 
 
 def _record(dataset_json: dict[str, Any], clippings: dict[str, Clipping], adaptation: bool) -> None:
@@ -718,6 +755,7 @@ def _summarise(
     warnings: list[str],
     adaptation: bool,
     clippings: dict[str, Clipping],
+    order: SliceOrder,
 ) -> None:
     print(f"\n{folder}\n  look at {folder / QUICKLOOK}: letters on its edges must agree with the anatomy")
     for group in groups:
@@ -743,10 +781,13 @@ def _summarise(
         warnings += _single_slices(group, seen)
     repairs = [f"{r.identifier}: {note}" for seen in reports.values() for r in seen for note in r.notes]
     warnings += [f"{r.identifier}: {warning}" for seen in reports.values() for r in seen for warning in r.warnings]
+    if order.order == FILE:
+        print("  axes: kept in the files' order (SimpleITKIO in dataset.json), as these scans are oblique: after "
+              "reorientation their thick slices would lie along different axes of the body")  # fmt: skip
     print("  repaired: " + ("\n    ".join(["", *repairs]) if repairs else "nothing"))
     if adaptation:
         source, target = reports["imagesTr"], reports["imagesTu"] + reports.get("imagesTs", [])
-        warnings += _domain_warnings(source, target)
+        warnings += _domain_warnings(source, target, order)
     for warning in warnings:
         print(f"WARNING: {warning}")
 
@@ -780,11 +821,11 @@ def _single_slices(group: Group, reports: Sequence[CaseReport]) -> list[str]:
     return warnings
 
 
-def _domain_warnings(source: Sequence[CaseReport], target: Sequence[CaseReport]) -> list[str]:
+def _domain_warnings(source: Sequence[CaseReport], target: Sequence[CaseReport], order: SliceOrder) -> list[str]:
     warnings = []
     spacings = [np.median([r.spacing for r in reports], axis=0) for reports in (source, target)]
     thick = [int(np.argmax(s)) if np.max(s) > 1.2 * np.median(s) else None for s in spacings]
-    if None not in thick and thick[0] != thick[1]:
+    if order.order == REORIENTED and None not in thick and thick[0] != thick[1]:
         warnings.append(
             f"the thick slices lie along {AXES[thick[0]]} in the source and along {AXES[thick[1]]} in the target "
             f"(median spacings {_short(spacings[0])} and {_short(spacings[1])} mm): a 2D network trained in the "

@@ -16,7 +16,8 @@ from nnunetv2.experiment_planning.experiment_planners.network_topology import ge
 from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
 from nnunetv2.utilities.json_export import recursive_fix_for_json_export
 
-from nnunet_uda.data.convention import check_splits, read_json
+from nnunet_uda.data.convention import check_splits, environment_folder, read_json
+from nnunet_uda.data.slices import FILE, order_of, refuse_mixed_slices
 from nnunet_uda.errors import UDAError
 from nnunet_uda.methods import check_uda
 
@@ -217,6 +218,13 @@ def replan_plane(dataset: str, plans: dict[str, Any], plane: str, name: str) -> 
     """
     import nnunetv2
 
+    content = read_json(environment_folder("nnUNet_preprocessed") / dataset / "dataset.json")
+    refuse_mixed_slices(content, f"-plane {plane}: dataset.json of {dataset}")
+    if order_of(content) == FILE:
+        raise UDAError(
+            f"-plane {plane}: the scans of {dataset} are oblique and lie differently in the body, so their axes are "
+            "kept in the files' order and the slices are the scanner's. Leave -plane out, or train 3d_fullres"
+        )
     if plans["image_reader_writer"] != "SimpleITKIOWithReorient":
         raise UDAError(
             f"a plane can only be chosen when images are reoriented on reading, but the plans use "

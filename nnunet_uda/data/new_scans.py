@@ -31,6 +31,7 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
 from nnunet_uda.data.intensities import NoContrastError, not_hounsfield, read_intensities
+from nnunet_uda.data.slices import elsewhere
 from nnunet_uda.errors import UDAError
 
 VARIABLE = "NNUNET_UDA_DOMAIN"
@@ -49,6 +50,13 @@ class NewScans:
         if not isinstance(dataset_json, dict):
             dataset_json = load_json(dataset_json)
         data = clip_scan(data, dataset_json, self._files)
+        if reason := elsewhere(
+            properties["spacing"],
+            plans_manager.original_median_spacing_after_transp,
+            plans_manager.transpose_forward,
+            len(configuration_manager.patch_size) == 2,
+        ):
+            print(f"WARNING: {self._files[0]}: {reason}. Its prediction is likely to be worse")
         return super().run_case_npy(data, seg, properties, plans_manager, configuration_manager, dataset_json)
 
 

@@ -46,6 +46,7 @@ from nnunet_uda.data.convention import (
 from nnunet_uda.data.damage import refuse_damaged
 from nnunet_uda.data.new_scans import check_prediction, treating_new_scans
 from nnunet_uda.data.sides import paired_names
+from nnunet_uda.data.slices import refuse_mixed_slices
 from nnunet_uda.data.target import TargetDataset, preprocess_target, target_identifiers
 from nnunet_uda.devices import open_device
 from nnunet_uda.errors import UDAError, print_without_traceback
@@ -235,6 +236,8 @@ class UDATrainer(StoppableTrainer):
         name = type(self).__name__
         if self.is_cascaded:
             raise UDAError(f"{name} does not support cascades: train the configuration 2d or 3d_fullres")
+        if len(self.configuration_manager.patch_size) == 2:
+            refuse_mixed_slices(self.dataset_json, f"dataset.json of {self.plans_manager.dataset_name}")
         if self.label_manager.has_regions:
             raise UDAError(
                 f"{name} does not support region-based labels (dataset.json, 'labels'): give each structure one integer"
