@@ -119,9 +119,9 @@ def test_every_group_has_a_row_and_no_label_is_shown_that_was_not_written(datase
     monkeypatch.setattr(common, "draw_quicklook", lambda rows, *rest: (seen.extend(rows), draw_quicklook(rows, *rest)))
     out = write_dataset(7, "Tiny", dataset, ["organ", "other"], ["intensity"], processes=1)
     assert [(title, image.name, label.name if label else None) for title, image, label in seen] == [
-        ("imagesTr: MR, many", "many_0000.nii.gz", "many.nii.gz"),
-        ("imagesTu: CT, u", "u_0000.nii.gz", None),
-        ("imagesTs: CT, t", "t_0000.nii.gz", "t.nii.gz"),
+        ("imagesTr: MR, many, percentiles 0.5 to 99.5 of the nonzero voxels", "many_0000.nii.gz", "many.nii.gz"),
+        ("imagesTu: CT, u, window -160 to 240 HU", "u_0000.nii.gz", None),
+        ("imagesTs: CT, t, window -160 to 240 HU", "t_0000.nii.gz", "t.nii.gz"),
     ]
     assert all(Path(out).name not in str(image) for _, image, _ in seen)  # drawn before the dataset appears
     assert imread(out / "quicklook.png").shape[1] > 900

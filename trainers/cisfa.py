@@ -113,12 +113,12 @@ class CISFATrainer(UDATrainer):
         self.set_rate(rate, "generator", "image_discriminator", "segmentation_discriminator")
 
     def translate(self, source: Tensor) -> Tensor:
-        return self.networks["generator"](source)
+        return self.restore_background(self.networks["generator"](source), source)
 
     def train_on(self, source: Tensor, label: Tensor | list[Tensor], target: Tensor | None) -> None:
         self.update_generator(source, self.known(label), target)
         with torch.no_grad(), self.autocast():
-            translated = self.networks["generator"](source)  # with the new weights (section 3.4)
+            translated = self.translate(source)  # with the new weights (section 3.4)
         self.update_segmenter(source, translated, label, target)
         self.update_discriminators(translated, target)
 
@@ -145,10 +145,11 @@ class CISFATrainer(UDATrainer):
         with self.autocast(), frozen(self.networks["image_discriminator"]):
             if settings.patch_contrastive_weight > 0:
                 translated, features = generator.forward_with_features(source)
+                translated = self.restore_background(translated, source)
                 loss = self.patch_contrastive_loss(features, generator.encode(translated), label)  # eqs 2 and 3
                 terms["patch_contrastive"] = settings.patch_contrastive_weight * loss
             else:
-                translated = generator(source)
+                translated = self.translate(source)
             if settings.identity_weight > 0:  # not in the paper: a target image should stay as it is
                 same, features = generator.forward_with_features(target)
                 terms["identity"] = settings.identity_weight * self.patch_contrastive_loss(

@@ -126,7 +126,7 @@ class CUTTrainer(UDATrainer):
         return self.generator_learns
 
     def translate(self, source: Tensor) -> Tensor:
-        return self.networks["generator"](source)
+        return self.restore_background(self.networks["generator"](source), source)
 
     def train_on(self, source: Tensor, label: Tensor | list[Tensor], target: Tensor | None) -> None:
         if self.generator_learns:
@@ -141,6 +141,7 @@ class CUTTrainer(UDATrainer):
         with self.autocast():
             images = torch.cat([source, target]) if settings.identity_weight > 0 else source
             outputs, features = generator.forward_with_features(images)
+            outputs = self.restore_background(outputs, images)
             translated = outputs[:number]
             loss = lsgan_loss(discriminator(target), is_real=True)
             loss = loss + lsgan_loss(discriminator(translated.detach()), is_real=False)
@@ -156,7 +157,7 @@ class CUTTrainer(UDATrainer):
 
     def update_segmenter(self, source: Tensor, label: Tensor | list[Tensor]) -> None:
         with torch.no_grad(), self.autocast():
-            translated = self.networks["generator"](source)
+            translated = self.translate(source)
         with self.autocast():
             loss = self.loss(self.segment(translated), label)
         self.update("segmenter", {"segmentation": loss}, max_norm=12)

@@ -237,7 +237,8 @@ class SimilarityPrototypesTrainer(CompositeTrainer):
         labelled = heads | {"deep_supervision": self.enable_deep_supervision}
         if not self.needs_target:
             of_source = self.source_generator(source, image=False, **labelled)
-            return Passes(of_source, self.target_generator(random_convolution(source), **labelled))
+            restyled = self.restore_background(random_convolution(source), source)
+            return Passes(of_source, self.target_generator(restyled, **labelled))
         of_source = self.source_generator(source, **labelled)
         of_target = self.target_generator(target, **heads)
         return Passes(

@@ -185,6 +185,36 @@ class UDATrainer(StoppableTrainer):
         """Source images as the segmenter is to see them at validation; here unchanged. ``(B, C, *patch)``."""
         return source
 
+    def outside_mask(self, reference: Tensor) -> Tensor | None:
+        """Where ``reference`` lies outside of nnU-Net's nonzero mask: the brain, where the skull is stripped.
+
+        Args:
+            reference: ``(B, C, *patch)`` images as ``train_on`` gets them, before anything is done to them. nnU-Net
+                sets voxels outside of the mask to exactly 0, in channels that have ``use_mask_for_norm`` in the plans.
+
+        Returns:
+            Bool of the same shape, or None where no channel is masked: nothing is to be done then.
+        """
+        masked = self.configuration_manager.use_mask_for_norm
+        if not any(masked):
+            return None
+        channels = torch.tensor(masked, device=reference.device).view(1, -1, *[1] * (reference.ndim - 2))
+        return (reference == 0) & channels
+
+    def restore_background(self, images: Tensor, reference: Tensor) -> Tensor:
+        """``images``, made of ``reference`` by a restyling or translation, with 0 where that lies outside of the mask.
+
+        At prediction these voxels are 0, in source and target alike, so a segmenter must see them so in training. Call
+        it last: on what a generator or ``RandomStyle`` returns, and behind every shift, scale and clip of it, before
+        the image is segmented or discriminated, and in ``translate``. Gradients flow through the other voxels.
+
+        Args:
+            images: ``(B, C, *patch)``.
+            reference: the images that they were made of, see ``outside_mask``; of the same grid.
+        """
+        outside = self.outside_mask(reference)
+        return images if outside is None else images.masked_fill(outside, 0)
+
     @property
     def translates(self) -> bool:
         """Whether ``translate`` changes images."""
