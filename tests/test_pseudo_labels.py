@@ -86,6 +86,14 @@ def add_speck(label: np.ndarray) -> np.ndarray:
     return label
 
 
+def test_what_is_done_to_scans_stays(dataset):
+    content = json.loads((dataset / "dataset.json").read_text())
+    content["uda"] |= {"intensities": {"source": None, "target": {"window": [-900, 250]}}, "slices": {"order": "file"}}
+    (dataset / "dataset.json").write_text(json.dumps(content))
+    made = json.loads((run(dataset) / "dataset.json").read_text())["uda"]
+    assert made == {key: content["uda"][key] for key in ("intensities", "slices")}
+
+
 def test_the_dataset_is_source_and_filtered_predictions(dataset, capsys):
     shutil.rmtree(dataset / "labelsTs")  # no target label is needed
     change(dataset, "ct_Tu01", lambda label: np.where(label == 1, 0, label))

@@ -194,6 +194,10 @@ def _add_source(request: Request, kept: list[str], folder: Path) -> None:
         name = f"{identifier}{request.ending}"
         _link(request.raw / "labelsTr" / name, folder / "labelsTr" / name)
     content = {key: value for key, value in request.dataset_json.items() if key != "uda"}
+    uda = request.dataset_json["uda"]
+    of_scans = {key: uda[key] for key in ("intensities", "slices") if key in uda}
+    if of_scans:  # new scans of the target are predicted with it
+        content["uda"] = of_scans
     write_json(content | {"numTraining": len(cases) + len(kept), "pseudo_labelled": kept}, folder / "dataset.json")
     splits_file = request.raw / SPLITS
     if splits_file.exists():
