@@ -246,6 +246,7 @@ def test_prototype_losses_reach_the_embeddings_alone_and_never_the_dictionaries(
 
 
 def test_every_loss_has_its_weight(trainer, monkeypatch):
+    trainer.train_step(next(trainer.dataloader_train))  # the translation leaves the identity
     data, seen = batch(trainer), []
     monkeypatch.setattr(trainer, "update", lambda name, terms: seen.append(terms))
     trainer.networks["source_dictionary"].enqueue(torch.eye(3, 8), torch.arange(3))
