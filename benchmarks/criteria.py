@@ -34,8 +34,14 @@ import SimpleITK as sitk
 import torch
 from scipy.stats import spearmanr
 
-from nnunet_uda.commands.evaluate_unsupervised import COLUMNS, add_model_arguments, model_folders, open_device
+from nnunet_uda.commands.evaluate_unsupervised import (
+    COLUMNS,
+    add_model_arguments,
+    model_folders,
+    names_of,
+)
 from nnunet_uda.data.convention import TARGET_FOLDER, case_files, read_json
+from nnunet_uda.devices import open_device
 from nnunet_uda.errors import UDAError, command
 from nnunet_uda.evaluation.criteria import HIGHER_IS_BETTER
 from nnunet_uda.evaluation.metrics import check_geometry, read_segmentation
@@ -51,6 +57,7 @@ from nnunet_uda.evaluation.unsupervised import (
 )
 from nnunet_uda.experiments.job import TargetTest, find_target_test
 from nnunet_uda.files import write_json
+from nnunet_uda.names import spreadsheet_cell
 from nnunet_uda.training.model_choice import running_means
 
 IN_TRAINING = " (training)"
@@ -108,7 +115,7 @@ def score(
     """One row of the table."""
     values, checkpoint = measure(model, volumes, device)
     history = checkpoint.get("uda", {}).get("criteria", {})
-    trainer, plans, _ = model.folder.name.split("__")
+    trainer, plans = names_of(model.folder)
     row = {"trainer": trainer, "plans": plans, "fold": model.fold, "checkpoint": model.checkpoint,
            "epochs": checkpoint["current_epoch"], "dice": true_dice(model, raw, test, device), **values}  # fmt: skip
     for name in COLUMNS:
@@ -193,7 +200,7 @@ def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 def draw(path: Path, rows: list[dict[str, Any]]) -> None:
     """Dice against each criterion, a colour a trainer."""
-    from nnunet_uda.training.pictures import plt, save_figure
+    from nnunet_uda.figures import plt, save_figure
 
     figure, axes = plt.subplots(3, 4, figsize=(15, 10), sharey=True, squeeze=False)
     for axis, (name, higher) in zip(axes.flat, CRITERIA.items(), strict=False):
@@ -255,7 +262,7 @@ def main(argv: list[str] | None = None) -> None:
     with open(arguments.o / "criteria.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows({name: spreadsheet_cell(value) for name, value in row.items()} for row in rows)
     rows += others
     text = markdown_table(summarise(rows)) + "\n"
     (arguments.o / "criteria.md").write_text(text, encoding="utf-8")

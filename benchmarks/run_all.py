@@ -182,7 +182,7 @@ def report(plans: list[str], all_parts: dict[str, Part], records: dict[str, dict
 
 def draw(path: Path, records: dict[str, dict[str, Any]]) -> None:
     """Step times, their overheads, and growth; a panel without figures stays empty."""
-    from nnunet_uda.training.pictures import plt, save_figure
+    from nnunet_uda.figures import plt, save_figure
 
     figure, (times, overheads, cases, patches) = plt.subplots(1, 4, figsize=(20, 5))
     if "steps" in records:
@@ -203,6 +203,7 @@ def draw(path: Path, records: dict[str, dict[str, Any]]) -> None:
                 values = [run[key] / runs[0][key] for run in runs]
                 cases.plot(factors, values, style, color=f"C{index}", label=f"{trainer}, {what}")
         cases.set(xscale="log", xlabel="times the cases", ylabel="times the first")
+        cases.xaxis.set_major_formatter("{x:g}")
         cases.set_ylim(0, 1.2 * cases.get_ylim()[1])
         cases.legend(fontsize=8)
     if "patches" in records:
@@ -212,6 +213,7 @@ def draw(path: Path, records: dict[str, dict[str, Any]]) -> None:
             last = 1e3 * runs[-1]["median"]
             patches.plot(edges, [last * (edge / edges[-1]) ** 2 for edge in edges], ":", color=f"C{index}")
         patches.set(xscale="log", yscale="log", xlabel="patch edge (dotted: 4 times for twice the edge)", ylabel="ms")
+        patches.yaxis.set_major_formatter("{x:g}")
         patches.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
         patches.set_xticks(edges, [str(edge) for edge in edges])
         patches.legend(fontsize=8)

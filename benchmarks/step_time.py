@@ -361,7 +361,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.o:
         args.o.write_text(json.dumps({"convolution_peak": conv_peak, "runs": figures}, indent=1))
     if args.plot:
-        from nnunet_uda.training.pictures import plt, save_figure
+        from nnunet_uda.figures import plt, save_figure
 
         figure, axis = plt.subplots(figsize=(7, 1 + 0.4 * len(figures)))
         draw_steps(axis, figures)

@@ -37,6 +37,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -154,6 +155,8 @@ def find_domain(
             raise UDAError(f"{patient}: the same patient number as {other}; expected each once. Remove one of them.")
         patients[int(patient.name)] = patient
     greys = CT_GREYS if sequence == "ct" else MR_GREYS
+    in_files = {grey: label_map.values[index] for values, index in greys.items() for grey in values}
+    label_map = replace(label_map, files=in_files)
     cases = {}
     for number, patient in sorted(patients.items()):
         if not ((patient / slices).is_dir() and entries(patient / slices)):

@@ -29,7 +29,14 @@ import numpy as np
 import SimpleITK as sitk
 from tqdm import tqdm
 
-from nnunet_uda.data.convention import Domains, environment_folder, is_ct, normalisation_warning
+from nnunet_uda.data.convention import (
+    LABEL_VALUES,
+    OTHER_LABEL_VALUES,
+    Domains,
+    environment_folder,
+    is_ct,
+    normalisation_warning,
+)
 from nnunet_uda.data.geometry import check_against_source, check_same_geometry
 from nnunet_uda.data.intensities import (
     DEFAULT,
@@ -50,6 +57,7 @@ from nnunet_uda.data.slices import AXES, FILE, MIXED, REMEDY, REORIENTED, Grid, 
 from nnunet_uda.dataset_conversion.quicklook import draw_quicklook
 from nnunet_uda.errors import UDAError, command, system_fault
 from nnunet_uda.files import cannot_write, go_on_without_locks, put_back, whole_folder, write_json
+from nnunet_uda.names import check_name
 from nnunet_uda.workers import end_with
 
 ENDING = ".nii.gz"
@@ -438,7 +446,10 @@ def write_dataset(
         **(information or {}),
     }
     warnings = [] if warnings is None else warnings
-    if adaptation:
+    values = _label_values(groups, structures)
+    if not adaptation:
+        dataset_json |= values
+    else:
         source, target = by_folder["imagesTr"], by_folder["imagesTu"]
         dataset_json["uda"] = {
             "source_domain": source.domain,
@@ -446,6 +457,7 @@ def write_dataset(
             "numSource": len(source.cases),
             "numTarget": len(target.cases),
             "numTest": len(by_folder["imagesTs"].cases) if "imagesTs" in by_folder else 0,
+            **values,
             **dataset_json.get("uda", {}),
         }
         if warning := normalisation_warning(dataset_json, Domains(source.domain, target.domain)):
@@ -521,6 +533,43 @@ def _record(dataset_json: dict[str, Any], clippings: dict[str, Clipping], adapta
         dataset_json["uda"] = {**dataset_json.get("uda", {}), "intensities": entries}
 
 
+def _label_values(groups: Sequence[Group], structures: Sequence[str]) -> dict[str, Any]:
+    """What the values in the label files of each domain mean, so that evaluation can read these files too."""
+    names = ("background", *structures)
+    by_domain: dict[str, dict[str, list[int]]] = {}
+    others = False
+    for group in groups:
+        for label_map in (case.label_map for case in group.cases if case.label and case.label_map):
+            others = others or label_map.ignore_other
+            by_name = by_domain.setdefault(group.domain, {})
+            for value, index in (label_map.values if label_map.files is None else label_map.files).items():
+                listed = by_name.setdefault(names[index], [])
+                if value not in listed:
+                    listed.append(value)
+    return {LABEL_VALUES: by_domain} | ({OTHER_LABEL_VALUES: "background"} if others else {})
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Raise ``UDAError`` for what ``add_common_arguments`` let through, before any file is listed or read."""
+    _check_options(args.d, args.name, args.channel or (), args.np)
+    if not 0 <= args.seed < 2**32:
+        raise UDAError(f"-seed {args.seed}: expected a number from 0 to {2**32 - 1}.")
+    environment_folder("nnUNet_raw")
+
+
+def _check_options(dataset_id: int, name: str | None, channels: Sequence[str], processes: int) -> None:
+    if not 1 <= dataset_id <= 999:
+        raise UDAError(f"-d {dataset_id}: expected a dataset id from 1 to 999.")
+    if name is not None:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
+            raise UDAError(f"-name {name!r}: expected letters, digits, _ and - only. Choose such a name.")
+        check_name(name, "-name", file=True)
+    for channel in channels:
+        check_name(channel, "-channel")
+    if processes < 1:
+        raise UDAError(f"-np {processes}: expected at least one process.")
+
+
 def _check_request(
     dataset_id: int,
     name: str,
@@ -530,12 +579,10 @@ def _check_request(
     adaptation: bool,
     processes: int,
 ) -> None:
-    if not 1 <= dataset_id <= 999:
-        raise UDAError(f"-d {dataset_id}: expected a dataset id from 1 to 999.")
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
-        raise UDAError(f"-name {name!r}: expected letters, digits, _ and - only. Choose such a name.")
-    if processes < 1:
-        raise UDAError(f"-np {processes}: expected at least one process.")
+    _check_options(dataset_id, name, channels, processes)
+    for what, names in (("a structure", structures), ("a domain", [group.domain for group in groups])):
+        for one in names:
+            check_name(one, what)
     wrong = [s for s, n in Counter(structures).items() if n > 1 or not s or s.lower() in ("background", "ignore")]
     if wrong or not structures:
         raise UDAError(
@@ -554,6 +601,7 @@ def _check_request(
                 raise UDAError(
                     f"{case.images[0]}: case id {case.identifier!r}; expected letters, digits, _ and - only."
                 )
+            check_name(case.identifier, f"{case.images[0]}: the case id")
             if other := seen_ids.get(case.identifier.lower()):
                 raise UDAError(
                     f"{case.images[0]}: its case id {case.identifier} is already that of {other.images[0]}; expected "
@@ -936,6 +984,7 @@ def script(
         parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
         add_arguments(parser)
         args = parser.parse_args(argv)
+        check_arguments(args)
         recover(args.d)
         convert(args)
 

@@ -52,6 +52,7 @@ from nnunet_uda.data.reading import ENDINGS, LabelMap, check_same_geometry, read
 from nnunet_uda.dataset_conversion import common
 from nnunet_uda.dataset_conversion.common import Case, Group
 from nnunet_uda.errors import UDAError
+from nnunet_uda.names import check_name
 
 
 def read_scan(path: Path) -> sitk.Image:
@@ -269,7 +270,7 @@ def parse_labels(arguments: Sequence[str]) -> dict[str, tuple[int, ...]]:
         match = re.fullmatch(r"([^=]+)=(-?\d{1,6}(?:,-?\d{1,6})*)", text)
         if not match:
             raise UDAError(f"-labels {text}: expected name=value or name=value,value with whole numbers, as liver=5.")
-        name, values = match[1].strip(), tuple(int(v) for v in match[2].split(","))
+        name, values = check_name(match[1].strip(), "-labels"), tuple(int(v) for v in match[2].split(","))
         if name in structures:
             raise UDAError(f"-labels {text}: {name} is named twice; give all its values at once, as {name}=2,3.")
         for value in values:
@@ -319,7 +320,8 @@ def convert(args: argparse.Namespace, warnings: list[str]) -> None:
         names={value: name for name, values in structures.items() for value in values},
         hint="Add them to -labels, or use --ignore_other_labels to make them background.",
     )
-    for domain in (args.source, args.target):
+    for option, domain in (("-source", args.source), ("-target", args.target)):
+        check_name(domain, option)
         if not re.search(r"[A-Za-z0-9]", domain):
             raise UDAError(f"domain name {domain!r}: expected a name like CT.")
     prefixes = [re.sub(r"[^A-Za-z0-9]+", "_", domain).strip("_") for domain in (args.source, args.target)]

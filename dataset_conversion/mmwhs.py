@@ -141,7 +141,10 @@ def convert(args: argparse.Namespace, warnings: list[str]) -> None:
         raise UDAError(f"-source and -target are both {args.source}; expected mr and ct, or ct and mr.")
     unknown_advice = "Correct the label file: only 421 and pieces on the border are repaired."
     classes = {VALUES[name]: args.structures.index(name) + 1 if name in args.structures else 0 for name in VALUES}
-    label_map = LabelMap(classes, names={value: name for name, value in VALUES.items()}, hint=unknown_advice)
+    label_map = LabelMap(
+        classes, names={value: name for name, value in VALUES.items()}, hint=unknown_advice,
+        files={**classes, 421: classes[420]},
+    )  # fmt: skip
     source, target = (
         Domain(
             modality.upper(), find_cases(args.i, modality, label_map), SIFA_TEST[modality], args.i / f"{modality}_train"

@@ -90,9 +90,9 @@ def draw_quicklook(rows: Sequence[tuple[str, Path, Path | None]], structures: Se
 
     One volume is in memory at a time. Label files hold 1, 2, ... in the order of ``structures``.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
     from matplotlib.patches import Patch
+
+    from nnunet_uda.figures import legend_label, new_figure
 
     labels = {structure: i for i, structure in enumerate(structures, 1)}
     colours = label_colours(labels)
@@ -100,8 +100,7 @@ def draw_quicklook(rows: Sequence[tuple[str, Path, Path | None]], structures: Se
     gap, top, bottom = 28, 66, 30
     heights = [top + max(panel.shape[0] for panel in panels.values()) + gap for _, panels in pictures]
     width, height = 3 * (PANEL + gap) + gap, sum(heights) + bottom
-    figure = Figure(figsize=(width / 100, height / 100), dpi=100, facecolor="white")
-    FigureCanvasAgg(figure)
+    figure = new_figure(width, height)
     y = height
     for (title, panels), row in zip(pictures, heights, strict=True):
         figure.text(gap / width, (y - 8) / height, title, fontsize=9, va="top", linespacing=1.4)
@@ -123,6 +122,8 @@ def draw_quicklook(rows: Sequence[tuple[str, Path, Path | None]], structures: Se
                 plane, (0, 1), (0, 4), xycoords="axes fraction", textcoords="offset pixels", fontsize=8, color="#444"
             )
         y -= row
-    patches = [Patch(color=[part / 255 for part in colours[value]], label=name) for name, value in labels.items()]
+    patches = [
+        Patch(color=[part / 255 for part in colours[value]], label=legend_label(name)) for name, value in labels.items()
+    ]
     figure.legend(handles=patches, loc="lower center", ncols=min(len(patches), 8), frameon=False, fontsize=8)
     figure.savefig(path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import reprlib
 import select
@@ -103,15 +104,24 @@ def nested_deeper(value: Any, limit: int) -> bool:
     return bool(level)
 
 
+def escaped(text: str) -> str:
+    """``text`` with everything but line breaks that a terminal does not print, or obeys, as an escape sequence."""
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+
+
 def command(main: Callable[..., None]) -> Callable[..., None]:
     """Turn a ``main(argv=None)`` into a console entry point: what users can mend ends in one message.
 
     ``UDAError`` and what the system refuses become that message and exit status 1. Ctrl-C ends with status 130, and a
     reader of the output that has gone (``| head``) with 141, as shells have it for programs that a signal ended.
+    What the terminal's encoding lacks is printed as an escape sequence, and ends no command.
     """
 
     @wraps(main)
     def entry_point(argv: list[str] | None = None) -> None:
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")
         try:
             main(argv)
             print(end="", flush=True)
@@ -125,7 +135,7 @@ def command(main: Callable[..., None]) -> Callable[..., None]:
         except (UDAError, OSError, MemoryError) as error:
             if (text := message_of(error)) is None:
                 raise
-            print(f"ERROR: {text}", file=sys.stderr)
+            print(f"ERROR: {escaped(text)}", file=sys.stderr)
             raise SystemExit(1) from None
 
     return entry_point
@@ -149,6 +159,6 @@ def _reader_is_gone() -> bool:
 def print_without_traceback(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
     """An ``excepthook`` for programs that are not ours, such as ``nnUNetv2_train``: as ``command``, one message."""
     if (text := message_of(error)) is not None:
-        print(f"ERROR: {text}", file=sys.stderr)
+        print(f"ERROR: {escaped(text)}", file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, traceback)

@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import os
 from copy import deepcopy
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from nnunetv2.experiment_planning.experiment_planners.network_topology import get_pool_and_conv_props
-from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
 from nnunetv2.utilities.json_export import recursive_fix_for_json_export
 
 from nnunet_uda.data.convention import check_splits, environment_folder, read_json
 from nnunet_uda.data.slices import FILE, order_of, refuse_mixed_slices
 from nnunet_uda.errors import UDAError
+from nnunet_uda.foreign_plans import find_in_nnunet
 from nnunet_uda.methods import check_uda
 
 PLANES = {"axial": [0, 1, 2], "coronal": [1, 0, 2], "sagittal": [2, 0, 1]}
@@ -216,8 +215,6 @@ def replan_plane(dataset: str, plans: dict[str, Any], plane: str, name: str) -> 
     Raises:
         UDAError: unless ``dataset.json`` asks for the reader that reorients to RAS: else planes differ between files.
     """
-    import nnunetv2
-
     content = read_json(environment_folder("nnUNet_preprocessed") / dataset / "dataset.json")
     refuse_mixed_slices(content, f"-plane {plane}: dataset.json of {dataset}")
     if order_of(content) == FILE:
@@ -231,11 +228,7 @@ def replan_plane(dataset: str, plans: dict[str, Any], plane: str, name: str) -> 
             f'{plans["image_reader_writer"]}. Set "overwrite_image_reader_writer": "SimpleITKIOWithReorient" in '
             f"{dataset}'s raw dataset.json and plan again"
         )
-    planner_class = recursive_find_python_class(
-        str(Path(nnunetv2.__path__[0], "experiment_planning")),
-        plans["experiment_planner_used"],
-        current_module="nnunetv2.experiment_planning",
-    )
+    planner_class = find_in_nnunet("experiment_planner_used", plans["experiment_planner_used"], f"plans of {dataset}")
     if os.environ.get("nnUNet_n_proc_DA") == "0":
         raise UDAError("nnU-Net cannot plan with nnUNet_n_proc_DA=0: unset it, and set it again for training")
     forward = PLANES[plane]

@@ -20,10 +20,13 @@ import torch
 from conftest import make_raw_dataset
 from matplotlib.image import imread
 
+from nnunet_uda import figures
 from nnunet_uda.commands import compare, train
 from nnunet_uda.commands.compare import LOWER, UPPER, Method, Row, method_table, plan_rows, run_record, write_tables
 from nnunet_uda.errors import UDAError
+from nnunet_uda.evaluation import compare_plot
 from nnunet_uda.evaluation.runs import Labels
+from nnunet_uda.evaluation.sweep_plot import OverSeeds
 from nnunet_uda.evaluation.tables import Volume
 from nnunet_uda.experiments import engines, job
 from nnunet_uda.experiments.engines import LocalEngine, run_jobs
@@ -119,6 +122,16 @@ def test_the_plot_shows_every_run(tmp_path):
     compare.draw_comparison(tmp_path / "many.png", many, "title")
     one, two = imread(tmp_path / "plot.png"), imread(tmp_path / "many.png")
     assert two.shape[0] == 2 * one.shape[0] and two[one.shape[0] :].std() > 0
+
+
+def test_the_dice_axis_is_not_a_magnifying_glass(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(figures, "save_figure", lambda figure, path: drawn.extend(figure.axes))
+    bars = [compare_plot.Bar(test, label, OverSeeds(dice, 0.001, 2), OverSeeds(60, 1, 2), [dice])
+            for test in ("a", "b") for label, dice in (("A", 0.003), ("B", 0.019))]  # fmt: skip
+    compare_plot.draw_comparison(tmp_path / "c.png", bars, "title")
+    dice, assd = drawn[:2], drawn[2:4]
+    assert all(axis.get_ylim() == (0, 1) for axis in dice) and all(axis.get_ylim()[0] == 0 for axis in assd)
 
 
 # --- what is planned -------------------------------------------------------------------------------------------------

@@ -80,6 +80,12 @@ def test_ct_to_mr(trees):
     assert "CC BY-SA 4.0" in content["licence"] and "Synapse" in content["licence"]
     assert content["uda"] == {
         "source_domain": "CT", "target_domain": "MR", "numSource": 3, "numTarget": 3, "numTest": 3,
+        "label_values": {
+            "CT": {"spleen": [1], "right_kidney": [2], "left_kidney": [3], "liver": [6],
+                   "background": [4, 5, *range(7, 14)]},
+            "MR": {"liver": [*range(55, 71)], "right_kidney": [*range(110, 136)], "left_kidney": [*range(175, 201)],
+                   "spleen": [*range(240, 256)]},
+        },
     }  # fmt: skip
     for number in (2, 21, 40):
         assert (load(out / f"imagesTr/ct_{number:04d}_0000.nii.gz") == btcv.scan(number)).all()

@@ -168,6 +168,7 @@ def test_groups_folders_and_folds(tree, capsys):
     assert content["channel_names"] == {"0": "intensity"}
     assert content["uda"] == {
         "source_domain": "FLAIR", "target_domain": "T2", "numSource": 4, "numTarget": 3, "numTest": 1,
+        "label_values": {domain: {"whole tumour": [1, 2, 4]} for domain in ("FLAIR", "T2")},
     }  # fmt: skip
     assert "BraTS 2020" in content["description"]
     text = capsys.readouterr().out

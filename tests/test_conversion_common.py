@@ -266,6 +266,7 @@ def test_verify_dataset_integrity_and_reader(raw, groups, capfd):
         "numSource": 2,
         "numTarget": 2,
         "numTest": 0,
+        "label_values": {"MR": {"organ": [7]}},
     }
     assert content["overwrite_image_reader_writer"] == "SimpleITKIOWithReorient"
 

@@ -88,7 +88,11 @@ def test_sifa_split_both_directions(tree):
         "numSource": 4,
         "numTarget": 4,
         "numTest": 2,
-    }
+        "label_values": {
+            domain: {"myocardium": [205], "LA": [420, 421], "LV": [500], "AA": [820], "background": [550, 600, 850]}
+            for domain in ("MR", "CT")
+        },
+    }  # fmt: skip
     splits = json.loads((out / "splits_final.json").read_text())
     assert sorted(i for fold in splits for i in fold["val"]) == names(out / "imagesTr") and len(splits) == 4
     assert not (out / "splits_target.json").exists()

@@ -85,6 +85,23 @@ def test_gap_closed_of_runs():
     assert "undefined distance" in gap["ours"]["a"]["ASSD"]["note"]
 
 
+@pytest.mark.parametrize(("run", "percent"), [(2.0, 100), (10.0, 0), (12.0, -25), (1.0, 112.5), (6.0, 50)])
+def test_less_distance_is_better(run, percent):
+    """ASSD falls from 10 mm of the lower bound to 2 mm of the upper."""
+    assert gap_closed(run, 10.0, 2.0, "ASSD") == (pytest.approx(percent), "")
+    assert "no better" in gap_closed(run, 2.0, 10.0, "ASSD")[1] and "no better" in gap_closed(run, 2.0, 2.0, "ASSD")[1]
+    by_run = {"lower": (0.2, 10.0), "ours": (0.5, run), "upper": (0.8, 2.0)}
+    runs = {name: [volume("1", (dice,), (assd,))] for name, (dice, assd) in by_run.items()}
+    comparison = compare_runs(runs, "lower", "upper")
+    for row in ("a", MEAN):
+        assert comparison["gap_closed"]["ours"][row]["ASSD"]["percent"] == pytest.approx(percent)
+    comparison["bounds"] = {"lower": "lower", "upper": "upper"}
+    table = next(table for table in summary_tables(runs, comparison) if table["caption"].startswith("Gap closed"))
+    assert table["rows"] == [
+        [metric, "ours", shown, shown] for metric, shown in (("Dice", "50.0 %"), ("ASSD", f"{percent:.1f} %"))
+    ]
+
+
 def test_wilcoxon_by_hand():
     """Six pairs, all of one sign: the exact two-sided p is 2 / 2**6."""
     a = [volume(str(i), (0.5 + 0.01 * (i + 1),)) for i in range(6)]

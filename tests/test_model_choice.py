@@ -51,10 +51,11 @@ def test_means_on_target_patches_are_shorter() -> None:
 
 
 def test_a_segmenter_that_disagrees_with_itself_is_warned_of() -> None:
-    assert "agreement with itself is only 0.40" in choice_of("agreement", [0.9, 0.1, 0.3]).warning  # 0.9, 0.5, 0.4
-    assert choice_of("agreement", [0.8, 0.9, 0.95]).warning is None  # 0.8, 0.85, 0.9
-    assert choice_of("agreement", [math.nan]).warning is None
-    assert choice_of("pseudo_dice", [0.1, 0.2]).warning is None
+    low = choice_of("agreement", [0.9, 0.1, 0.3])  # 0.9, 0.5, 0.4
+    assert "agreement with itself is only 0.40" in low.warning(True) and "if translations keep" in low.warning(True)
+    assert "agreement with itself is only 0.40" in low.warning(False) and "transl" not in low.warning(False)
+    for fine in (("agreement", [0.8, 0.9, 0.95]), ("agreement", [math.nan]), ("pseudo_dice", [0.1, 0.2])):
+        assert choice_of(*fine).warning(True) is choice_of(*fine).warning(False) is None
 
 
 def test_agreement_is_followed_where_there_are_target_patches() -> None:
@@ -192,7 +193,8 @@ def test_measuring_leaves_training_alone_and_chooses_its_checkpoint(in_workspace
     log = next(Path(folder).glob("training_log*.txt")).read_text()
     assert "checkpoint_best follows entropy" in log and log.count("criteria: {'pseudo_dice'") == 3
     assert Path(folder, "criteria.png").read_bytes()[:4] == b"\x89PNG"
-    assert trainer.model_choice.warning and trainer.model_choice.warning in log, "three tiny epochs adapt nothing"
+    warning = trainer.model_choice.warning(True)
+    assert warning and warning in log, "three tiny epochs adapt nothing"
 
     resumed = make_trainer("CISFATrainer", **options)
     resumed.load_checkpoint(str(Path(folder, "checkpoint_epoch_0002.pth")))

@@ -12,9 +12,12 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 from conftest import litter, make_raw_dataset, write_volume
+from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
 from nnunet_uda.commands.pseudo_labels import main
+from nnunet_uda.data import convention
 from nnunet_uda.data.pseudo_labels import implausible_structures, keep_components, structure_volumes
+from nnunet_uda.errors import UDAError
 
 
 def test_small_components_become_background():
@@ -178,3 +181,67 @@ def test_a_bad_name_is_refused(dataset, capsys):
     with pytest.raises(SystemExit):
         run(dataset, name="../Dataset601_Second")
     assert "DatasetXXX_NAME" in capsys.readouterr().err
+
+
+# -- a list of files in dataset.json ---------------------------------------------------------------------------------
+
+
+def listed(raw: Path, cases: dict) -> None:
+    """Write nnU-Net's key ``dataset``, its list of labelled cases."""
+    content = json.loads((raw / "dataset.json").read_text())
+    (raw / "dataset.json").write_text(json.dumps(content | {"dataset": cases}))
+
+
+def files_of(case: str, folder: str = "") -> dict:
+    return {"images": [f"{folder}imagesTr/{case}_0000.nii.gz"], "label": f"{folder}labelsTr/{case}.nii.gz"}
+
+
+def test_pseudo_labelled_cases_are_seen_beside_a_list_of_files(dataset, tmp_path, monkeypatch):
+    """One listed case lies elsewhere, behind a variable and under another name; one in imagesTr is not listed."""
+    monkeypatch.setenv("ELSEWHERE", str(tmp_path / "elsewhere"))
+    for kind in ("imagesTr", "labelsTr"):
+        (tmp_path / "elsewhere" / kind).mkdir(parents=True)
+    shutil.move(dataset / "imagesTr/mr_Tr01_0000.nii.gz", tmp_path / "elsewhere/imagesTr/scan_0000.nii.gz")
+    shutil.move(dataset / "labelsTr/mr_Tr01.nii.gz", tmp_path / "elsewhere/labelsTr/scan.nii.gz")
+    listed(dataset, {"mr_Tr00": files_of("mr_Tr00"), "mr_Tr01": files_of("scan", "$ELSEWHERE/")})
+    main(["-d", "501", "-i", str(tmp_path / "predictions"), "-o", "Dataset502_Second"])
+    new = tmp_path / "raw" / "Dataset502_Second"
+    seen = get_filenames_of_train_images_and_targets(str(new))
+    assert sorted(seen) == ["mr_Tr00", "mr_Tr01", *(f"pseudo_ct_Tu{i:02d}" for i in range(4))]
+    assert all(Path(path).is_file() for case in seen.values() for path in (*case["images"], case["label"]))
+    assert Path(seen["mr_Tr01"]["images"][0]).resolve().name == "scan_0000.nii.gz"
+    content = json.loads((new / "dataset.json").read_text())
+    assert content["numTraining"] == 6 and "dataset" not in content
+    known = {case for split in json.loads((new / "splits_final.json").read_text()) for case in split["val"]}
+    assert known == {"mr_Tr00", "mr_Tr01"}
+
+
+@pytest.mark.parametrize(
+    ("cases", "words"),
+    [
+        ([], "'dataset' must be like"),
+        ({}, "'dataset' must be like"),
+        ({"a": []}, "'dataset' must be like"),
+        ({"a": {"images": "a", "label": "b"}}, "'dataset' must be like"),
+        ({"a": {"images": [3], "label": "b"}}, "'dataset' must be like"),
+        ({"../a": files_of("mr_Tr00")}, "cannot be a name"),
+        ({"a": files_of("absent")}, "absent_0000.nii.gz does not exist"),
+        ({"a": {"images": ["imagesTr/mr_Tr00_0000.nii.gz"], "label": "dataset.json"}}, "expected a file that ends in"),
+        ({"ct_Tu00": files_of("mr_Tr00")}, "must not see a target label"),
+        ({"a": {"images": ["imagesTu/ct_Tu00_0000.nii.gz"], "label": "labelsTr/mr_Tr00.nii.gz"}}, "lies in imagesTu"),
+    ],
+)
+def test_a_list_of_files_that_is_none_or_shows_target_labels_is_refused(dataset, tmp_path, capsys, cases, words):
+    listed(dataset, cases)
+    with pytest.raises(SystemExit):
+        main(["-d", "501", "-i", str(tmp_path / "predictions"), "-o", "Dataset502_Second"])
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "raw" / "Dataset502_Second").exists()
+
+
+def test_training_sees_no_target_label_by_a_list_of_files(dataset):
+    listed(dataset, {"a": {"images": ["imagesTu/ct_Tu00_0000.nii.gz"], "label": "labelsTs/ct_Tu00.nii.gz"}})
+    content = convention.read_json(dataset / "dataset.json")
+    convention.check_dataset_json(content, "dataset.json")
+    with pytest.raises(UDAError, match="lists a with a label for training, but .* lies in imagesTu"):
+        convention.target_cases(dataset, content)

@@ -14,12 +14,14 @@ import torch
 from conftest import make_raw_dataset
 from matplotlib.image import imread
 
+from nnunet_uda import figures
 from nnunet_uda.commands import sweep
 from nnunet_uda.commands.sweep import Value, plan_runs, write_tables
 from nnunet_uda.errors import UDAError
+from nnunet_uda.evaluation import sweep_plot
 from nnunet_uda.evaluation.metrics import evaluate_folder
 from nnunet_uda.evaluation.runs import Labels
-from nnunet_uda.evaluation.sweep_plot import OverSeeds, over_seeds
+from nnunet_uda.evaluation.sweep_plot import OverSeeds, Point, over_seeds
 from nnunet_uda.evaluation.tables import Volume
 from nnunet_uda.experiments.job import Score, TargetTest, find_target_test, find_trainer, lay_out_images
 
@@ -72,7 +74,7 @@ def test_a_sweep_goes_on_where_it_stopped_and_a_failing_run_stops_no_other(in_wo
         assert float(row["validation_pseudo_dice"]) == pytest.approx(logging["mean_fg_dice"][-1])
     assert imread(out / "sweep.png").std() > 0
     text = (out / "sweep.md").read_text()
-    assert sweep.WARNING in text and sweep.PSEUDO_DICE in text and f"- {bad}: ERROR: the loss term" in text
+    assert sweep.WARNING in text and sweep.CRITERIA in text and f"- {bad}: ERROR: the loss term" in text
 
     results = tmp_path / "results" / DATASET
     fold = results / f"SourceOnlyTrainer__{base}__2d" / "fold_0"
@@ -201,11 +203,15 @@ def test_tables_against_values_by_hand(tmp_path):
     nan = math.nan
     scores = {
         # volumes' means: Dice 0.7 and 0.9, ASSD 3 and 1; over cases 0.8 and 2
-        "a_1": Score([volume("x", (0.6, 4), (0.8, 2)), volume("y", (0.9, 1), (0.9, 1))], 0.5),
+        "a_1": Score(
+            [volume("x", (0.6, 4), (0.8, 2)), volume("y", (0.9, 1), (0.9, 1))], 0.5, criteria={"agreement": 0.8}
+        ),
         # an empty prediction: Dice 0, no distance. Volumes' means: 0.4 and 0.8, 2 and 4; over cases 0.6 and 3
-        "a_2": Score([volume("x", (0, nan), (0.8, 2)), volume("y", (0.8, 4), (0.8, 4))], 0.7),
+        "a_2": Score(
+            [volume("x", (0, nan), (0.8, 2)), volume("y", (0.8, 4), (0.8, 4))], 0.7, criteria={"agreement": 0.6}
+        ),
         # nothing found anywhere: no distance at all
-        "b_1": Score([volume("x", (0, nan), (0, nan)), volume("y", (0, nan), (0, nan))], nan),
+        "b_1": Score([volume("x", (0, nan), (0, nan)), volume("y", (0, nan), (0, nan))], nan, criteria={"snd": 1.5}),
     }
     sweeps = {"method.setting": [Value(0.7, "0.7", False, ["a_1", "a_2"]), Value(0.9, "0.9", True, ["b_1", "b_2"])]}
     runs = {f"{letter}_{seed}": sweep.Run(f"{letter}_{seed}", {}, seed) for seed in (1, 2) for letter in "ab"}
@@ -223,9 +229,14 @@ def test_tables_against_values_by_hand(tmp_path):
     text = (tmp_path / "sweep.md").read_text()
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| 0")]
     assert rows == [
-        ["0.7", "0.700 ± 0.141", "2.50 ± 0.71 (1 undefined)", "0.600 ± 0.141", "2"],
-        ["0.9 (as in the plans)", "0.000", "– (n = 0, 4 undefined)", "– (n = 0)", "1 of 2"],
+        ["0.7", "0.700 ± 0.141", "2.50 ± 0.71 (1 undefined)", "0.700 ± 0.141", "– (n = 0)", "0.600 ± 0.141", "2"],
+        ["0.9 (as in the plans)", "0.000", "– (n = 0, 4 undefined)", "– (n = 0)", "1.500", "– (n = 0)", "1 of 2"],
     ]
+    [header] = [line for line in text.splitlines() if line.startswith("| value")]
+    assert [cell.strip() for cell in header.split("|")[2:-1]] == [
+        "target Dice", "target ASSD (mm)", "agreement ↑", "snd ↑", "validation pseudo Dice", "n",
+    ]  # fmt: skip
+    assert "chosen here, then by agreement" in text and "chosen by it" not in text
     assert "- b_2: it broke (log: L)" in text and "- a_1" not in text
 
     rows = {row["plans"]: row for row in read_csv(tmp_path / "sweep.csv")}
@@ -234,6 +245,7 @@ def test_tables_against_values_by_hand(tmp_path):
         [0.6, 3, 0.4, 4]
     )
     assert (rows["a_2"]["seed"], rows["a_2"]["value"], rows["a_2"]["distances_undefined"]) == ("2", "0.7", "1")
+    assert [rows[name]["agreement"] for name in rows] == ["0.8", "0.6", "", ""] and rows["b_1"]["snd"] == "1.5"
     assert rows["b_1"]["assd_mm"] == rows["b_1"]["validation_pseudo_dice"] == rows["b_2"]["dice"] == ""
 
 
@@ -288,3 +300,15 @@ def test_test_images_and_references_must_belong_together(tmp_path):
     image.rename(tmp_path / image.name)
     with pytest.raises(UDAError, match=r"no image in .*imagesTs for the reference\(s\) ct_Ts01"):
         find_target_test(raw, "0")
+
+
+def test_the_dice_axis_is_not_a_magnifying_glass(tmp_path, monkeypatch):
+    axes = {}
+    monkeypatch.setattr(figures, "save_figure", lambda figure, path: axes.update(enumerate(figure.axes)))
+    small = [OverSeeds(value, 0.001, 2) for value in (0.003, 0.019)]
+    points = [Point(i, str(i), cell, OverSeeds(60 + i, 1, 2), cell, 0, {"agreement": cell})
+              for i, cell in enumerate(small)]  # fmt: skip
+    sweep_plot.draw_sweeps(tmp_path / "s.png", {"setting": points}, "title", "note")
+    upper, lower = axes.values()
+    assert upper.get_ylim() == (0, 1) and lower.get_ylim()[0] == 0
+    assert [text.get_text() for text in upper.figure.legends[0].texts][1] == "agreement (needs none)"

@@ -17,6 +17,7 @@ from nnunetv2.training.logging.nnunet_logger import LocalLogger
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnunet_uda.errors import UDAError
+from nnunet_uda.training import uda_trainer
 from nnunet_uda.training.checkpoint import plain
 from nnunet_uda.training.uda_trainer import clip_gradients
 
@@ -287,6 +288,26 @@ def test_augmentation_settings_choose_transforms(in_workspace, augmentation):
     assert ("RandomTransform" in names) == (augmentation == "nnunet")
     assert "SpatialTransform" in names and next(loader)["data"].shape == (2, 1, 32, 32)
     assert (trainer.inference_allowed_mirroring_axes is None) == (augmentation != "nnunet")
+
+
+@pytest.mark.parametrize(
+    ("name", "titles"),
+    [("CISFATrainer", ["source", "translated", "label", "prediction"]),
+     ("SourceOnlyTrainer", ["source", "label", "prediction"]),
+     ("CASTTrainer", ["source", "label", "prediction"])],
+)  # fmt: skip
+def test_no_unchanged_source_is_called_translated(in_workspace, monkeypatch, tmp_path, name, titles):
+    trainer = make_trainer(name)
+    trainer.on_train_start()
+    if name == "CASTTrainer":
+        assert trainer.translates
+        trainer.networks["trial"].failed.fill_(True)
+    rows = []
+    monkeypatch.setattr(uda_trainer, "write_panels", lambda path, panels, classes: rows.extend(panels))
+    trainer.draw_pictures(tmp_path / "pictures" / "epoch_0000.png")
+    assert [title for title, _, _ in rows[0]] == titles
+    source, *_, prediction = (image for _, image, _ in rows[0])
+    assert (source == prediction).all() == (name != "CISFATrainer"), "the picture that was segmented"
 
 
 def test_source_only_needs_no_target(own_copy):

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nnunet_uda.data.random_convolution import random_convolution
+from nnunet_uda.foreign_plans import check_before_building
 from nnunet_uda.losses.adversarial import lsgan_loss
 from nnunet_uda.losses.boundary import boundary_loss
 from nnunet_uda.losses.prototype_contrast import PrototypeDictionary, prototype_contrastive_loss
@@ -158,6 +159,7 @@ class SimilarityPrototypesTrainer(CompositeTrainer):
     def build_network_architecture(
         plans_manager, configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision=True
     ) -> nn.Module:
+        check_before_building(plans_manager.plans)
         where = f"plans {plans_manager.plans_name!r}, key 'uda'"
         _, own = split_settings(plans_manager.plans.get("uda", {}), SimilarityPrototypesTrainer.method, where)
         settings = parse_settings(SimilarityPrototypesSettings, own, where)

@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from nnunet_uda.data.convention import read_domains
 from nnunet_uda.data.mixed_slices import MixedSliceLoader
 from nnunet_uda.errors import UDAError
+from nnunet_uda.foreign_plans import check_before_building
 from nnunet_uda.losses.domain_discrepancy import domain_discrepancy_loss
 from nnunet_uda.losses.patch_nce import PatchNCELoss
 from nnunet_uda.losses.structure import shared_information
@@ -168,6 +169,7 @@ class UUDSTrainer(CompositeTrainer):
     def build_network_architecture(
         cls, plans_manager, configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision=True
     ) -> nn.Module:
+        check_before_building(plans_manager.plans)
         where = f"plans {plans_manager.plans_name!r}, key 'uda'"
         _, own = split_settings(plans_manager.plans.get("uda", {}), cls.method, where)
         settings = parse_settings(cls.method_settings, own | cls.fixed_settings, f"{where}.{cls.method}")

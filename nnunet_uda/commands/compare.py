@@ -13,18 +13,20 @@ from pathlib import Path
 from typing import Any
 
 from nnunet_uda.commands.sweep import settings_in_force
-from nnunet_uda.data.convention import environment_folder, mend_results, read_json
-from nnunet_uda.errors import UDAError, command
+from nnunet_uda.data.convention import environment_folder, is_fold, mend_results, read_json
+from nnunet_uda.errors import UDAError, command, shown
 from nnunet_uda.evaluation.compare_plot import Bar, draw_comparison
 from nnunet_uda.evaluation.metrics import METRICS
 from nnunet_uda.evaluation.report import DIGITS, jsonable, markdown_table
 from nnunet_uda.evaluation.runs import find_raw_dataset
 from nnunet_uda.evaluation.sweep_plot import OverSeeds, over_seeds
 from nnunet_uda.evaluation.tables import MEAN, gap_closed, summarise
-from nnunet_uda.experiments.engines import add_engine_arguments, make_engine, run_jobs
+from nnunet_uda.experiments.engines import add_engine_arguments, check_engine_arguments, make_engine, run_jobs
 from nnunet_uda.experiments.job import TRANSDUCTIVE, Job, Score, find_target_test, find_trainer, lay_out_images
 from nnunet_uda.files import exclusive, whole_file, write_json
+from nnunet_uda.foreign_plans import read_plans
 from nnunet_uda.methods import check_uda
+from nnunet_uda.names import check_name, spreadsheet_cell
 from nnunet_uda.plans import derive_plans, merge_uda
 
 SETUP = "setup.json"
@@ -110,8 +112,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         if len(set(values)) != len(values):
             raise UDAError(f"-{name}: a value is given twice in {values}")
     for fold in arguments.f:
-        if fold != "all" and not fold.isdigit():
-            raise UDAError(f"-f takes folds' numbers or 'all', found {fold!r}")
+        if not is_fold(fold):
+            raise UDAError(f"-f takes folds' numbers or 'all', found {shown(fold)}")
+    check_engine_arguments(arguments)
     for name in ("lower", "upper"):
         if len(getattr(arguments, name)) not in (0, 1, len(arguments.d)):
             raise UDAError(
@@ -158,14 +161,10 @@ def plan_plans(methods: Sequence[Method], arguments: argparse.Namespace) -> dict
     found: dict[tuple[str, int | None], dict] = {}
     for method in methods:
         folder = environment_folder("nnUNet_preprocessed") / method.dataset
-        path = folder / f"{arguments.p}.json"
-        if not path.exists():
-            raise UDAError(f"{path} does not exist: make the plans {arguments.p} of {method.dataset} first, with "
-                           "nnUNetUDA_configure")  # fmt: skip
-        base = read_json(path)
+        base, where = read_plans(folder, arguments.p), f"{folder / arguments.p}.json, key 'uda'"
         uda = base.get("uda", {})
-        check_uda(uda, f"{path}, key 'uda'")
-        settings_in_force(find_trainer(method.trainer), uda, f"{path}, key 'uda'")
+        check_uda(uda, where)
+        settings_in_force(find_trainer(method.trainer), uda, where)
         for seed in arguments.seeds or [None]:
             name = arguments.p if seed is None else f"{arguments.p}_seed_{seed}"
             plans = derive_plans(base, arguments.c, name, uda if seed is None else merge_uda(uda, {"seed": seed}))
@@ -182,6 +181,17 @@ def plan_plans(methods: Sequence[Method], arguments: argparse.Namespace) -> dict
     return found
 
 
+def job_name(method: Method, plans_name: str, fold: str) -> str:
+    """Names a run's folder.
+
+    Raises:
+        UDAError: if no folder can have so long a name.
+    """
+    trained = "" if method.dataset == method.test else f"_on_{method.dataset}"
+    name = f"{method.test}__{method.trainer}{trained}__{plans_name}__fold_{fold}"
+    return check_name(name, "the name of a run, made of dataset, trainer, plans and fold", file=True)
+
+
 def plan_rows(
     methods: Sequence[Method], plans: dict[tuple[str, int | None], dict], arguments: argparse.Namespace, out: Path
 ) -> list[Row]:
@@ -195,8 +205,7 @@ def plan_rows(
                 if (method.test, fold) not in images:
                     images[method.test, fold] = lay_out_images(raw, test, out / f"images_{method.test}_fold_{fold}")
                 name = plans[method.dataset, seed]["plans_name"]
-                trained = "" if method.dataset == method.test else f"_on_{method.dataset}"
-                job = f"{method.test}__{method.trainer}{trained}__{name}__fold_{fold}"
+                job = job_name(method, name, fold)
                 rows.append(Row(method, fold, seed, Job(
                     job, out / "runs" / job, method.dataset, arguments.c, fold, method.trainer, name, test,
                     images[method.test, fold], arguments.device, arguments.np,
@@ -319,7 +328,10 @@ def write_runs(
     with whole_file(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(dict.fromkeys(name for record in records for name in record)))
         writer.writeheader()
-        writer.writerows({name: "" if value is None else value for name, value in record.items()} for record in records)
+        writer.writerows(
+            {name: "" if value is None else spreadsheet_cell(value) for name, value in record.items()}
+            for record in records
+        )
     return records
 
 
@@ -386,6 +398,10 @@ def main(argv: list[str] | None = None) -> None:
         for fold in arguments.f:
             find_target_test(find_raw_dataset(method.test), fold)
     plans = plan_plans(methods, arguments)
+    for method in methods:
+        for seed in arguments.seeds or [None]:
+            for fold in arguments.f:
+                job_name(method, plans[method.dataset, seed]["plans_name"], fold)
     check_results(methods, plans, arguments.c, results)
     engine = make_engine(arguments, out)
 

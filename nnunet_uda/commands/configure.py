@@ -9,7 +9,9 @@ from typing import Any
 from nnunet_uda.data.convention import dataset_name, environment_folder, read_json
 from nnunet_uda.errors import UDAError, command
 from nnunet_uda.files import write_json
+from nnunet_uda.foreign_plans import read_plans
 from nnunet_uda.methods import find_methods
+from nnunet_uda.names import check_name
 from nnunet_uda.plans import (
     PLANES,
     PROTOCOLS,
@@ -87,20 +89,13 @@ def main(argv: list[str] | None = None) -> None:
 
     dataset = dataset_name(args.d)
     folder = environment_folder("nnUNet_preprocessed") / dataset
-    path = folder / f"{args.p}.json"
-    if args.p == args.base or args.p != path.stem or "/" in args.p:
-        raise UDAError(
-            f"-p must be a new name without a path: planning again would drop settings from {args.base}.json"
-        )
+    path = folder / f"{check_name(args.p, '-p', file=True)}.json"
+    if args.p == args.base:
+        raise UDAError(f"-p must be a new name: planning again would drop settings from {args.base}.json")
+    if "__" in args.p:
+        raise UDAError(f"-p {args.p}: nnU-Net tells trainer, plans and configuration apart at '__'. Take another name")
     former = read_json(path) if path.exists() and not args.overwrite else None
-    base = read_json(folder / f"{args.base}.json")
-    plans = replan_plane(dataset, base, args.plane, args.p) if args.plane else base
-    uda, options = base.get("uda", {}), {}
-    if args.protocol:
-        fingerprint = read_json(folder / "dataset_fingerprint.json")
-        share = training_share(folder, fingerprint)
-        protocol, options = PROTOCOLS[args.protocol](fingerprint, plans["transpose_forward"][0], share)
-        uda = uda | protocol
+    base = read_plans(folder, args.base)
     given = {
         "patch_size": args.patch_size,
         "batch_size": args.batch_size,
@@ -109,8 +104,21 @@ def main(argv: list[str] | None = None) -> None:
         "stages": args.stages,
         "slice_size": args.slice_size,
     }
-    options |= {key: value for key, value in given.items() if value is not None}
-    uda = merge_uda(uda, dict(parse_assignment(text) for text in args.set))
+    given = {key: value for key, value in given.items() if value is not None}
+    for key, value in given.items():
+        if min(value if isinstance(value, list) else [value]) < 1:
+            raise UDAError(f"-{key} must be at least 1, found {value}")
+    settings = dict(parse_assignment(text) for text in args.set)
+    # planning for another plane takes minutes: what is wrong with the rest is said before
+    derive_plans(base, args.c, args.p, merge_uda(base.get("uda", {}), settings), **given)
+    plans = replan_plane(dataset, base, args.plane, args.p) if args.plane else base
+    uda, options = base.get("uda", {}), {}
+    if args.protocol:
+        fingerprint = read_json(folder / "dataset_fingerprint.json")
+        share = training_share(folder, fingerprint)
+        protocol, options = PROTOCOLS[args.protocol](fingerprint, plans["transpose_forward"][0], share)
+        uda = uda | protocol
+    uda, options = merge_uda(uda, settings), options | given
     plans = derive_plans(plans, args.c, args.p, uda, **options)
     if former not in (None, plans):
         raise UDAError(f"{path} exists, with other content: choose another name, or replace it with --overwrite")

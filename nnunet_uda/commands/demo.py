@@ -59,10 +59,16 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("-o", type=Path, default=Path("demo_run"), help="output folder, new or empty [demo_run]")
     parser.add_argument("-seed", type=int, default=0, help="phantoms and network weights [0]")
-    parser.add_argument("-device", default="cpu", help="device for training and prediction: cpu, cuda or mps [cpu]")
+    parser.add_argument(
+        "-device", choices=["cpu", "cuda", "mps"], default="cpu", help="for training and prediction [cpu]"
+    )
     args = parser.parse_args(argv)
     open_device(args.device)
     folder = args.o.resolve()
+    if not 0 <= args.seed < 2**32:
+        raise UDAError(f"-seed is from 0 to {2**32 - 1}, found {args.seed}")
+    if folder.exists() and not folder.is_dir():
+        raise UDAError(f"{folder} is a file: give a folder with -o")
     if folder.exists() and any(folder.iterdir()):
         raise UDAError(f"{folder} is not empty: remove it, or give another folder with -o (make demo RUN=...)")
     folder.mkdir(parents=True, exist_ok=True)

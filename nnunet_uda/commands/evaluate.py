@@ -11,9 +11,18 @@ from pathlib import Path
 from typing import Any
 
 from nnunet_uda import files
+from nnunet_uda.data.convention import read_json
 from nnunet_uda.errors import UDAError, command
 from nnunet_uda.evaluation.metrics import evaluate_case, parallel
 from nnunet_uda.evaluation.overlays import PLANES, OverlayTask, draw_case, label_colours
+from nnunet_uda.evaluation.reference_values import (
+    Reading,
+    describe,
+    exchanged,
+    named_values,
+    read_by,
+    recorded_values,
+)
 from nnunet_uda.evaluation.report import (
     markdown_table,
     summary_markdown,
@@ -34,7 +43,7 @@ from nnunet_uda.evaluation.runs import (
     parse_runs,
     read_labels,
 )
-from nnunet_uda.evaluation.tables import Volume, compare_runs
+from nnunet_uda.evaluation.tables import Volume, check_bounds, compare_runs
 
 REPORT = "evaluation.json"
 MAX_PANELS = 1000
@@ -54,6 +63,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
                         "{fold} in FOLDER stands for the fold's number")  # fmt: skip
     parser.add_argument("-o", metavar="FOLDER", required=True, help="output folder; a former evaluation is replaced")
     parser.add_argument("-r", metavar="FOLDER", help="references (default: the dataset's labelsTs)")
+    parser.add_argument("-labels", metavar="NAME=VALUE", nargs="+", help="what the references' values mean, as in "
+                        "nnUNetUDA_convert folders, and for a dataset that it has not made (default: the dataset's "
+                        "classes, or what dataset.json says of the files that were converted)")  # fmt: skip
     parser.add_argument("-i", metavar="FOLDER", help="images for the overlays (default: the dataset's imagesTs, or "
                         "imagesTu)")  # fmt: skip
     parser.add_argument("-djfile", metavar="FILE", help="dataset.json with the labels (default: the dataset's)")
@@ -76,21 +88,31 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return arguments
 
 
+def check_output(target: Path, report: str = REPORT) -> None:
+    """Raise ``UDAError`` if ``target`` holds something else than a former evaluation (``report``)."""
+    if target.exists() and not (target.is_dir() and ((target / report).is_file() or not any(target.iterdir()))):
+        raise UDAError(f"{target} exists and holds no former evaluation ({report}): choose another folder with -o")
+
+
 @contextmanager
 def whole_folder(target: Path, report: str = REPORT) -> Iterator[Path]:
     """``files.whole_folder`` for an evaluation, which may replace a former one and nothing else.
 
     Raises:
-        UDAError: if ``target`` holds something else than a former evaluation (``report``), or cannot be written.
+        UDAError: as ``check_output``, or if the folder cannot be written.
     """
-    if target.exists() and not (target.is_dir() and ((target / report).is_file() or not any(target.iterdir()))):
-        raise UDAError(f"{target} exists and holds no former evaluation ({report}): choose another folder with -o")
+    check_output(target, report)
     with files.whole_folder(target) as temporary:
         yield temporary
 
 
 def score_runs(
-    runs: Sequence[Run], volumes: Sequence[tuple[int | None, str]], reference: Path, labels: Labels, num_processes: int
+    runs: Sequence[Run],
+    volumes: Sequence[tuple[int | None, str]],
+    reference: Path,
+    labels: Labels,
+    reading: Reading,
+    num_processes: int,
 ) -> dict[str, list[Volume]]:
     """Scores of every run's volumes, in the order of ``volumes``."""
     tasks = [
@@ -99,6 +121,7 @@ def score_runs(
             run.folder_of(fold) / f"{case}{labels.file_ending}",
             labels.structures,
             labels.ignore,
+            reading.maps.get(case),
         )
         for run in runs
         for fold, case in volumes
@@ -114,6 +137,7 @@ def draw_overlays(
     reference: Path,
     images: dict[str, Path],
     labels: Labels,
+    reading: Reading,
     plane: str | None,
     n_slices: int,
     num_processes: int,
@@ -129,9 +153,48 @@ def draw_overlays(
             title = run.name if run.name not in ("image", "reference") else f"run {run.name}"
             segmentations[title] = run.folder_of(fold) / file
         name = case if fold is None else f"fold_{fold}_{case}"
-        tasks.append((OverlayTask(name, images[case], segmentations, labels.structures, folder, n_slices, plane),))
+        label_map = reading.maps.get(case)
+        task = OverlayTask(name, images[case], segmentations, labels.structures, folder, n_slices, plane, label_map)
+        tasks.append((task,))
     drawn = parallel(draw_case, tasks, num_processes, "Overlays")
     return [{"volume": name, "slices": slices} for name, slices in zip(names, drawn, strict=True)]
+
+
+def read_references(
+    arguments: argparse.Namespace,
+    dataset_json: Path,
+    labels: Labels,
+    cases: Sequence[str],
+    reference: Path,
+    raw: Path | None,
+) -> Reading:
+    """What the references' values mean: as ``-labels`` says, else as their values and ``dataset.json`` tell."""
+    if arguments.labels:
+        named = named_values(arguments.labels, labels)
+        return Reading(dict.fromkeys(cases, named), [f"The references are read as -labels says: {describe(named)}."])
+    recorded = recorded_values(read_json(dataset_json), labels, dataset_json)
+    if recorded is None:
+        return Reading({}, [])
+    return read_by(recorded, labels, cases, reference, raw, arguments.np)
+
+
+def exchanged_structures(
+    runs: Sequence[Run],
+    volumes: Sequence[tuple[int | None, str]],
+    reference: Path,
+    labels: Labels,
+    reading: Reading,
+    scores: dict[str, list[Volume]],
+    num_processes: int,
+) -> list[str]:
+    """Warnings for runs whose structures would be found under each other's values."""
+    warnings = []
+    for run in runs:
+        names = [(fold, f"{case}{labels.file_ending}") for fold, case in volumes]
+        files = [(reference / name, run.folder_of(fold) / name) for fold, name in names]
+        if warning := exchanged(run.name, scores[run.name], files, labels, reading, num_processes):
+            warnings.append(f"WARNING: {warning}")
+    return warnings
 
 
 @command
@@ -148,12 +211,12 @@ def main(argv: list[str] | None = None) -> None:
     for option, value in (("-r", arguments.r), ("-djfile", arguments.djfile)):
         if raw is None and value is None:
             raise UDAError(f"without -d, {option} is needed too: -d DATASET, or -r REFERENCES -djfile dataset.json")
-    labels = read_labels(Path(arguments.djfile) if arguments.djfile else raw / "dataset.json")
+    dataset_json = Path(arguments.djfile) if arguments.djfile else raw / "dataset.json"
+    labels = read_labels(dataset_json)
     reference = Path(arguments.r) if arguments.r else raw / "labelsTs"
     runs = parse_runs(arguments.p)
-    for option, name in (("-lower", arguments.lower), ("-upper", arguments.upper)):
-        if name is not None and name not in [run.name for run in runs]:
-            raise UDAError(f"{option} {name} is not among the runs: {', '.join(run.name for run in runs)}")
+    check_bounds([run.name for run in runs], arguments.lower, arguments.upper)
+    check_output(Path(arguments.o))
     fold_cases = None
     if arguments.f is not None:
         if raw is None and arguments.splits is None:
@@ -180,8 +243,10 @@ def main(argv: list[str] | None = None) -> None:
             "seen from the feet, all others with the head up. The same pictures lie in the folder overlays."
         )
 
+    reading = read_references(arguments, dataset_json, labels, sorted({case for _, case in volumes}), reference, raw)
     with whole_folder(Path(arguments.o)) as folder:
-        scores = score_runs(runs, volumes, reference, labels, arguments.np)
+        scores = score_runs(runs, volumes, reference, labels, reading, arguments.np)
+        notes = [*reading.notes, *exchanged_structures(runs, volumes, reference, labels, reading, scores, arguments.np)]
         comparison = compare_runs(scores, arguments.lower, arguments.upper)
         comparison["bounds"] = {"lower": arguments.lower, "upper": arguments.upper}
         setup = {
@@ -190,19 +255,20 @@ def main(argv: list[str] | None = None) -> None:
             "runs": {run.name: run.folder for run in runs},
             "structures": labels.structures,
             "scored_folds": None if fold_cases is None else list(fold_cases),
+            "notes": notes,
         }
         overlays = []
         if images:
             overlays = draw_overlays(
-                folder / "overlays", runs, volumes, reference, images, labels, arguments.plane, n_slices, arguments.np
-            )
+                folder / "overlays", runs, volumes, reference, images, labels, reading, arguments.plane, n_slices,
+                arguments.np,
+            )  # fmt: skip
         tables = summary_tables(scores, comparison)
         text = summary_markdown(setup, tables)
         write_json(folder / REPORT, setup, scores, comparison)
         write_csv(folder / "evaluation.csv", scores)
-        (folder / "evaluation.md").write_text(
-            text + "\n" + markdown_table(volume_table(scores)) + "\n", encoding="utf-8"
-        )
+        volumes_text = markdown_table(volume_table(scores))
+        (folder / "evaluation.md").write_text(f"{text}\n{volumes_text}\n", "utf-8", "backslashreplace")
         colours = label_colours(labels.structures)
         by_name = {name: colours[value] for name, value in labels.structures.items()}
         write_html(folder / "evaluation.html", setup, scores, tables, overlays, by_name, note)

@@ -10,7 +10,7 @@ from itertools import groupby, product
 from pathlib import Path
 from typing import Any
 
-from nnunet_uda.commands.evaluate import whole_folder
+from nnunet_uda.commands.evaluate import check_output, whole_folder
 from nnunet_uda.commands.trainers import trainers_folder
 from nnunet_uda.data.convention import TARGET_FOLDER, dataset_name, environment_folder
 from nnunet_uda.devices import open_device
@@ -27,6 +27,7 @@ from nnunet_uda.evaluation.unsupervised import (
     unlabelled_images,
 )
 from nnunet_uda.files import put_back, write_json
+from nnunet_uda.names import spreadsheet_cell
 
 REPORT = "criteria.json"
 COLUMNS = {"pseudo_dice": True, **HIGHER_IS_BETTER}
@@ -61,22 +62,24 @@ def model_folders(arguments: argparse.Namespace) -> list[tuple[Path, str]]:
     return [(results / f"{trainer}__{plans}__{arguments.c}", fold) for trainer, plans in names for fold in arguments.f]
 
 
+def names_of(folder: Path) -> tuple[str, str]:
+    """Trainer and plans of nnU-Net's results folder ``TRAINER__PLANS__CONFIGURATION``."""
+    trainer, _, rest = folder.name.partition("__")
+    return trainer, rest.rpartition("__")[0]
+
+
 def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown, the best value of each criterion in bold."""
+    """Markdown, the best value of each criterion in bold, unless what is shown of all is the same."""
     header = ["trainer", "plans", "fold", "checkpoint", "epochs"]
     header += [f"{name} {'↑' if higher else '↓'}" for name, higher in COLUMNS.items()]
-    best = {}
+    lines = [[str(row[key]) for key in header[:5]] for row in rows]
     for name, higher in COLUMNS.items():
-        defined = [row[name] for row in rows if not math.isnan(row[name])]
-        best[name] = (max if higher else min)(defined, default=math.nan)
-    lines = []
-    for row in rows:
-        cells = ["–" if math.isnan(row[name]) else f"{row[name]:.4f}" for name in COLUMNS]
-        marked = [
-            f"**{cell}**" if len(rows) > 1 and row[name] == best[name] else cell
-            for name, cell in zip(COLUMNS, cells, strict=True)
-        ]
-        lines.append([*(str(row[key]) for key in header[:5]), *marked])
+        values = [row[name] for row in rows]
+        texts = ["–" if math.isnan(value) else f"{value:.4f}" for value in values]
+        best = (max if higher else min)((v for v in values if not math.isnan(v)), default=math.nan)
+        differ = len(set(texts)) > 1
+        for line, text in zip(lines, texts, strict=True):
+            line.append(f"**{text}**" if differ and text == f"{best:.4f}" else text)
     return markdown_table({"caption": f"{len(rows)} checkpoint(s)", "header": header, "rows": lines})
 
 
@@ -94,6 +97,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("-o", metavar="FOLDER", required=True, help="output folder; a former result is replaced")
     arguments = parser.parse_args(argv)
     put_back(Path(arguments.o))
+    check_output(Path(arguments.o), REPORT)
     device = open_device(arguments.device)
     models = [
         TrainedModel(folder, fold, checkpoint)
@@ -113,7 +117,7 @@ def main(argv: list[str]) -> None:
             with preprocessed(same_plans[0], cases, device) as volumes:
                 for model in same_plans:
                     values, checkpoint = measure(model, volumes, device)
-                    trainer, plans, _ = folder.name.split("__")
+                    trainer, plans = names_of(folder)
                     row = {"trainer": trainer, "plans": plans, "fold": model.fold, "checkpoint": model.checkpoint}
                     row |= {"epochs": checkpoint["current_epoch"], "pseudo_dice": pseudo_dice(checkpoint), **values}
                     rows.append(row)
@@ -124,7 +128,7 @@ def main(argv: list[str]) -> None:
         with open(output / "criteria.csv", "w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, list(rows[0]))
             writer.writeheader()
-            writer.writerows(rows)
+            writer.writerows({name: spreadsheet_cell(value) for name, value in row.items()} for row in rows)
         (output / "criteria.md").write_text(text, encoding="utf-8")
     print(text)
     print(f"Written to {arguments.o}: {REPORT}, criteria.csv, criteria.md")

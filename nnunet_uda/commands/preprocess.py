@@ -9,13 +9,13 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_uda.data.convention import (
     check_dataset_json,
-    check_plans_names,
     dataset_name,
     environment_folder,
     read_json,
 )
 from nnunet_uda.data.target import preprocess_target
 from nnunet_uda.errors import UDAError, command
+from nnunet_uda.foreign_plans import read_plans
 
 
 @command
@@ -30,9 +30,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("-p", default="nnUNetPlans", help="plans identifier [nnUNetPlans]")
     parser.add_argument("-np", type=int, default=default_num_processes, help="number of processes")
     args = parser.parse_args(argv)
+    if args.np < 1:
+        raise UDAError(f"-np must be at least 1, found {args.np}")
+    checked = []
     for dataset in args.d:
         folder = environment_folder("nnUNet_preprocessed") / dataset_name(dataset)
-        plans = PlansManager(check_plans_names(read_json(folder / f"{args.p}.json"), folder / f"{args.p}.json"))
+        plans = PlansManager(read_plans(folder, args.p))
         dataset_json = read_json(folder / "dataset.json")
         check_dataset_json(dataset_json, folder / "dataset.json")
         for configuration in args.c:
@@ -41,7 +44,9 @@ def main(argv: list[str] | None = None) -> None:
                     f"{folder / args.p}.json has no configuration {configuration!r}. It has: "
                     f"{', '.join(plans.available_configurations)}"
                 )
-            print(f"Target ready: {preprocess_target(plans, configuration, dataset_json, args.np)}")
+            checked.append((plans, configuration, dataset_json))
+    for plans, configuration, dataset_json in checked:
+        print(f"Target ready: {preprocess_target(plans, configuration, dataset_json, args.np)}")
 
 
 if __name__ == "__main__":

@@ -15,19 +15,22 @@ import SimpleITK as sitk
 from tqdm import tqdm
 
 from nnunet_uda.data.convention import (
-    case_files,
+    LABEL_VALUES,
+    OTHER_LABEL_VALUES,
+    check_dataset_json,
     check_splits,
     dataset_name,
     environment_folder,
     read_domains,
     read_json,
+    source_cases,
     target_cases,
 )
-from nnunet_uda.data.listing import files_in
 from nnunet_uda.data.pseudo_labels import implausible_structures, keep_components, structure_volumes
 from nnunet_uda.data.reading import LabelMap, check_whole, read_image, read_label
-from nnunet_uda.errors import UDAError, command
+from nnunet_uda.errors import UDAError, command, shown
 from nnunet_uda.files import cannot_write, whole_folder, write_json
+from nnunet_uda.names import check_name
 
 PREFIX = "pseudo_"
 SPLITS = "splits_final.json"
@@ -114,11 +117,12 @@ def main(argv: list[str] | None = None) -> None:
 def _request(args: argparse.Namespace, raw: Path) -> Request:
     if not 0 <= args.component_share <= 1:
         raise UDAError(f"-component_share must be between 0 and 1, found {args.component_share}")
-    if args.volume_factor < 1:
+    if not args.volume_factor >= 1:
         raise UDAError(f"-volume_factor must be at least 1, found {args.volume_factor}")
     if not args.i.is_dir():
         raise UDAError(f"{args.i} (-i) is no folder; expected the output of nnUNetv2_predict on imagesTu")
     dataset_json = read_json(raw / "dataset.json")
+    check_dataset_json(dataset_json, raw / "dataset.json")
     read_domains(dataset_json, str(raw / "dataset.json"))
     labels = {name: value for name, value in dataset_json["labels"].items() if name not in ("background", "ignore")}
     if sorted(map(str, labels.values())) != sorted(map(str, range(1, len(labels) + 1))):
@@ -128,9 +132,10 @@ def _request(args: argparse.Namespace, raw: Path) -> Request:
 
 
 def _new_dataset(root: Path, name: str) -> Path:
-    match = re.fullmatch(r"Dataset(\d{3})_[\w-]+", name)
+    match = re.fullmatch(r"Dataset([0-9]{3})_[A-Za-z0-9_-]+", name)
     if not match:
-        raise UDAError(f"-o takes the new dataset's name, DatasetXXX_NAME, found {name!r}")
+        raise UDAError(f"-o takes the new dataset's name, DatasetXXX_NAME, found {shown(name)}")
+    check_name(name, "-o", file=True)
     taken = sorted(path.name for path in root.glob(f"Dataset{match[1]}_*"))
     if taken:
         raise UDAError(f"{root / taken[0]} exists: give a dataset id that is free, or remove it. Nothing was written")
@@ -141,14 +146,15 @@ def _source_volumes(request: Request) -> np.ndarray:
     """``(N, structures)`` volumes of the labelled cases, in cubic mm."""
     label_map = replace(request.label_map, values=request.label_map.values | _ignored(request.dataset_json))
     volumes = []
-    for path in files_in(request.raw / "labelsTr"):
-        if not path.name.endswith(request.ending):
-            continue
+    for images, path in source_cases(request.raw, request.dataset_json).values():
+        other = [file for file in (*images, path) if not file.name.endswith(request.ending)]
+        if other:
+            raise UDAError(f"{other[0]}: expected a file that ends in {request.ending}, as 'file_ending' says")
         label = read_image(path)
         array = label_map.apply(label, path)
         volumes.append(structure_volumes(array, len(request.structures), label.GetSpacing()))
     if not volumes:
-        raise UDAError(f"{request.raw / 'labelsTr'} holds no label; expected files ending in {request.ending}")
+        raise UDAError(f"{request.raw / 'imagesTr'} holds no image; expected files like CASE_0000{request.ending}")
     return np.array(volumes)
 
 
@@ -187,14 +193,15 @@ def _write_label(label: sitk.Image, path: Path) -> None:
 
 def _add_source(request: Request, kept: list[str], folder: Path) -> None:
     """The source's cases, ``dataset.json`` and the splits: pseudo labels are trained on in every fold, never tested."""
-    cases = case_files(request.raw / "imagesTr", request.ending)
-    for identifier, images in cases.items():
-        for image in images:
-            _link(image, folder / "imagesTr" / image.name)
-        name = f"{identifier}{request.ending}"
-        _link(request.raw / "labelsTr" / name, folder / "labelsTr" / name)
-    content = {key: value for key, value in request.dataset_json.items() if key != "uda"}
+    cases = source_cases(request.raw, request.dataset_json)
+    for identifier, (images, label) in cases.items():
+        for channel, image in enumerate(images):
+            _link(image, folder / "imagesTr" / f"{identifier}_{channel:04d}{request.ending}")
+        _link(label, folder / "labelsTr" / f"{identifier}{request.ending}")
+    # without the key "dataset", a list of files, nnU-Net takes all that lies in imagesTr
+    content = {key: value for key, value in request.dataset_json.items() if key not in ("uda", "dataset")}
     uda = request.dataset_json["uda"]
+    content |= {key: uda[key] for key in (LABEL_VALUES, OTHER_LABEL_VALUES) if key in uda}
     of_scans = {key: uda[key] for key in ("intensities", "slices") if key in uda}
     if of_scans:  # new scans of the target are predicted with it
         content["uda"] = of_scans

@@ -17,11 +17,12 @@ import torch
 from torch import distributed
 
 from nnunet_uda.commands.trainers import trainers_folder
-from nnunet_uda.data.convention import read_json
-from nnunet_uda.errors import UDAError, command
-from nnunet_uda.experiments.job import COST
+from nnunet_uda.data.convention import dataset_name, environment_folder, is_fold, read_json
+from nnunet_uda.errors import UDAError, command, shown
+from nnunet_uda.experiments.job import COST, find_any_trainer
 from nnunet_uda.files import write_json
-from nnunet_uda.training.checkpoint import BEST, read_checkpoint
+from nnunet_uda.foreign_plans import read_plans
+from nnunet_uda.training.checkpoint import BEST, FINAL, read_checkpoint
 from nnunet_uda.training.distributed import StoppedWithOthersError, rank, world_size
 from nnunet_uda.workers import end_with_starter, tied, usable_cores
 
@@ -58,8 +59,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--val_best", action="store_true", help="final validation with checkpoint_best")
     parser.add_argument("--disable_checkpointing", action="store_true", help="write no checkpoint")
     arguments = parser.parse_args(argv)
-    if arguments.fold != "all" and not arguments.fold.isdigit():
-        raise UDAError(f"the fold is a number or 'all', found {arguments.fold!r}")
+    if not is_fold(arguments.fold):
+        raise UDAError(f"the fold is a number or 'all', found {shown(arguments.fold)}")
     if arguments.num_processes < 1:
         raise UDAError(f"-num_processes must be at least 1, found {arguments.num_processes}")
     for pair in (("--c", "--val"), ("--c", "-pretrained_weights"), ("--val_best", "--disable_checkpointing")):
@@ -189,9 +190,19 @@ def train(arguments: argparse.Namespace, device: torch.device) -> None:
     from torch.backends import cudnn
 
     fold = arguments.fold if arguments.fold == "all" else int(arguments.fold)
+    plans = read_plans(environment_folder("nnUNet_preprocessed") / dataset_name(arguments.dataset), arguments.p)
+    if arguments.configuration not in plans["configurations"]:
+        raise UDAError(
+            f"the plans {arguments.p} have no configuration {arguments.configuration!r}; they have "
+            f"{', '.join(plans['configurations'])}"
+        )
+    find_any_trainer(arguments.tr)
     trainer = get_trainer_from_args(
         arguments.dataset, arguments.configuration, fold, arguments.tr, arguments.p, arguments.c, device
     )
+    for name in [FINAL] * arguments.val + [BEST] * (arguments.val and arguments.val_best):
+        if not (needed := Path(trainer.output_folder, name)).is_file():
+            raise UDAError(f"--val needs {needed}, which does not exist: train first, or continue with --c")
     trainer.disable_checkpointing = arguments.disable_checkpointing
     if arguments.pretrained_weights is not None:
         trainer.initialize()

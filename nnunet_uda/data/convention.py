@@ -20,9 +20,15 @@ from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_datas
 from nnunet_uda.data.listing import entries
 from nnunet_uda.errors import UDAError, nested_deeper, shown, system_fault
 from nnunet_uda.files import write_json
+from nnunet_uda.names import check_name, is_name, is_plain_name
 
 TARGET_FOLDER = "imagesTu"
 SPLITS_TARGET = "splits_target.json"
+LABEL_VALUES = "label_values"
+"""In ``dataset.json``, under ``uda`` if it has that: domain -> structure or ``background`` -> values in the label files
+that were converted."""
+OTHER_LABEL_VALUES = "other_label_values"
+"""Beside it, ``background`` where all values that are not listed became background."""
 _VARIABLES = {"nnUNet_raw": nnUNet_raw, "nnUNet_preprocessed": nnUNet_preprocessed, "nnUNet_results": nnUNet_results}
 
 
@@ -40,8 +46,8 @@ def environment_folder(variable: str) -> Path:
 def dataset_name(name_or_id: str | int) -> str:
     """``DatasetXXX_NAME`` of an id or a name, as nnU-Net resolves it."""
     if str(name_or_id).startswith("Dataset"):
-        return str(name_or_id)
-    if not str(name_or_id).isdigit():
+        return check_name(str(name_or_id), "-d", file=True)
+    if not re.fullmatch("[0-9]{1,9}", str(name_or_id)):
         raise UDAError(f"-d takes a dataset's id or its full name (DatasetXXX_NAME), found {name_or_id!r}")
     if not any(path.is_set() for path in _VARIABLES.values()):
         environment_folder("nnUNet_raw")
@@ -91,17 +97,6 @@ def _json_or_none(path: Path) -> Any:
         return None
 
 
-def is_plain_name(name: Any) -> bool:
-    """Whether ``name`` can be (the main part of) a file's name in a folder, and nothing outside that folder."""
-    return (
-        isinstance(name, str)
-        and name not in ("", ".", "..")
-        and len(name) <= 200
-        and name.isprintable()
-        and not set(name) & set("/\\")
-    )
-
-
 def check_dataset_json(content: Any, where: Path | str) -> None:
     """Check of a ``dataset.json`` what nnU-Net and everything here take for granted; ``uda`` is ``read_domains``'s.
 
@@ -117,17 +112,63 @@ def check_dataset_json(content: Any, where: Path | str) -> None:
         raise UDAError(f'{where}: \'channel_names\' must be like {{"0": "intensity"}}, found {shown(channels)}')
     if not isinstance(labels, dict) or labels.get("background") != 0 or isinstance(labels["background"], bool):
         raise UDAError(f'{where}: \'labels\' must be like {{"background": 0, "liver": 1}}, found {shown(labels)}')
-    for name in (*channels.values(), *labels):
-        if not isinstance(name, str) or not name or not name.isprintable():
-            raise UDAError(f"{where}: channels and labels need names that can be printed, found {shown(name)}")
+    for key, names in (("channel_names", channels.values()), ("labels", labels)):
+        for name in names:
+            check_name(name, f"{where}, '{key}'")
     values = [value for value in labels.values() if not isinstance(value, list)]  # lists are nnU-Net's regions
     if not all(isinstance(value, int) and not isinstance(value, bool) for value in values):
         raise UDAError(f"{where}: the values of 'labels' must be integers, found {shown(labels)}")
     if len(values) == len(labels) and sorted(values) != list(range(len(values))):
         raise UDAError(f"{where}: the values of 'labels' must be 0, 1, 2, ... without gaps, found {shown(labels)}")
+    if "dataset" in content:
+        _check_listed(content["dataset"], where)
     number = content.get("numTraining")
     if not isinstance(number, int) or isinstance(number, bool) or number < 0:
         raise UDAError(f"{where}: 'numTraining' must be the number of labelled cases, found {shown(number)}")
+
+
+def source_cases(raw_dataset: Path, dataset_json: dict[str, Any]) -> dict[str, tuple[list[Path], Path]]:
+    """Images and label of each labelled case, by id, as nnU-Net finds them: by the key ``dataset`` of
+    ``dataset.json``, where there is one, else in ``imagesTr`` and ``labelsTr``.
+
+    Raises:
+        UDAError: a file that does not exist.
+    """
+    ending = dataset_json["file_ending"]
+    if "dataset" in dataset_json:
+        cases = {
+            identifier: ([_listed(raw_dataset, file) for file in files["images"]], _listed(raw_dataset, files["label"]))
+            for identifier, files in _check_listed(dataset_json["dataset"], raw_dataset / "dataset.json").items()
+        }
+    else:
+        cases = {
+            identifier: (images, raw_dataset / "labelsTr" / f"{identifier}{ending}")
+            for identifier, images in case_files(raw_dataset / "imagesTr", ending).items()
+        }
+    for images, label in cases.values():
+        for path in (*images, label):
+            if not path.is_file():
+                raise UDAError(f"{path} does not exist; expected an image and a label of every labelled case")
+    return cases
+
+
+def _listed(raw_dataset: Path, file: str) -> Path:
+    """A file of the key ``dataset``: relative to the raw dataset, and with variables, as nnU-Net reads it."""
+    return Path(os.path.abspath(raw_dataset / os.path.expandvars(file)))
+
+
+def _check_listed(listed: Any, where: Path | str) -> dict[str, dict[str, Any]]:
+    """The key ``dataset`` of a ``dataset.json``, once it has nnU-Net's form."""
+    example = '{"CASE": {"images": ["imagesTr/CASE_0000.nii.gz"], "label": "labelsTr/CASE.nii.gz"}}'
+    if not isinstance(listed, dict) or not listed:
+        raise UDAError(f"{where}: 'dataset' must be like {example}, found {shown(listed)}")
+    for identifier, files in listed.items():
+        check_name(identifier, f"{where}, 'dataset'", file=True)
+        images = files.get("images") if isinstance(files, dict) else None
+        listed_files = [*images, files.get("label")] if isinstance(images, list) and images else [None]
+        if not all(isinstance(file, str) and file.isprintable() for file in listed_files):
+            raise UDAError(f"{where}: 'dataset' must be like {example}, found {shown({identifier: files})}")
+    return listed
 
 
 def check_plans_names(plans: Any, where: Path | str) -> dict[str, Any]:
@@ -171,8 +212,11 @@ def read_domains(dataset_json: dict[str, Any], where: str = "dataset.json") -> D
             f"Make it with nnUNetUDA_convert, or add {example} and the folder {TARGET_FOLDER}"
         )
     for key in ("source_domain", "target_domain"):
-        if not isinstance(uda.get(key), str) or not uda[key] or not uda[key].isprintable():
-            raise UDAError(f"{where}: 'uda' needs the name of the domain '{key}', for instance {example}")
+        if not is_name(uda.get(key)):
+            raise UDAError(
+                f"{where}: 'uda' needs the name of the domain '{key}', that can be printed, for instance {example}; "
+                f"found {shown(uda.get(key))}"
+            )
     return Domains(uda["source_domain"], uda["target_domain"])
 
 
@@ -196,13 +240,17 @@ def normalisation_warning(dataset_json: dict[str, Any], domains: Domains) -> str
 
 
 def case_files(folder: Path, file_ending: str) -> dict[str, list[Path]]:
-    """Image files of each case in ``folder``, by id, channels in order (``ID_0000.nii.gz``, ``ID_0001.nii.gz``)."""
-    pattern = re.compile(rf"(.+)_(\d{{4}}){re.escape(file_ending)}")
+    """Image files of each case in ``folder``, by id, channels in order (``ID_0000.nii.gz``, ``ID_0001.nii.gz``).
+
+    Raises:
+        UDAError: for an id that is no name.
+    """
+    pattern = re.compile(rf"(.+)_(\d{{4}}){re.escape(file_ending)}", re.DOTALL)
     cases: dict[str, list[Path]] = {}
     for path in entries(folder) if folder.is_dir() else []:
         match = pattern.fullmatch(path.name)
         if match:
-            cases.setdefault(match.group(1), []).append(path)
+            cases.setdefault(check_name(match.group(1), f"{folder}: a case"), []).append(path)
     return cases
 
 
@@ -233,6 +281,15 @@ def target_cases(raw_dataset: Path, dataset_json: dict[str, Any]) -> dict[str, l
                     f"{path} belongs to a target case ({identifier} lies in {TARGET_FOLDER}): "
                     "training must not see a target label. Remove it, or rename the case if it is a source case"
                 )
+    listed = _check_listed(dataset_json["dataset"], "dataset.json") if "dataset" in dataset_json else {}
+    for identifier, files in listed.items():
+        inside = [file for file in files["images"] if _listed(raw_dataset, file).parent == folder.absolute()]
+        if identifier in cases or inside:
+            raise UDAError(
+                f"{raw_dataset / 'dataset.json'}: its key 'dataset' lists {identifier} with a label for training, but "
+                f"{inside[0] if inside else identifier} lies in {TARGET_FOLDER}: training must not see a target label. "
+                "Take it out of the list, or rename the case if it is a source case"
+            )
     channels = len(dataset_json["channel_names"])
     for identifier, paths in cases.items():
         expected = [f"{identifier}_{channel:04d}{ending}" for channel in range(channels)]
@@ -266,6 +323,11 @@ def check_splits(
         if not split["train"]:
             raise UDAError(f"{where}: fold {fold} has no training case")
     return splits
+
+
+def is_fold(text: str) -> bool:
+    """Whether ``text`` is a fold's number or ``all``."""
+    return text == "all" or re.fullmatch("[0-9]{1,6}", text) is not None
 
 
 def fold_of(splits: list[dict[str, list[str]]], fold: int, where: Path | str) -> dict[str, list[str]]:

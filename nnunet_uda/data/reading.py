@@ -220,12 +220,14 @@ class LabelMap:
         ignore_other: other values become background; otherwise they are refused.
         names: vendor value -> name, for messages only.
         hint: what to do about a value outside the map.
+        files: value in a vendor's file -> class, where these are not the values that the converter's reader returns.
     """
 
     values: Mapping[int, int]
     ignore_other: bool = False
     names: Mapping[int, str] = field(default_factory=dict)
     hint: str = "Correct the label file."
+    files: Mapping[int, int] | None = None
 
     def apply(self, label: sitk.Image, path: Path) -> np.ndarray:
         """uint8 classes, axes (z, y, x). Raises ``UDAError`` for non-integer values and values outside the map."""

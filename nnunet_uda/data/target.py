@@ -28,12 +28,12 @@ from nnunet_uda.data.convention import (
     check_splits,
     environment_folder,
     fold_of,
-    is_plain_name,
     read_json,
     target_cases,
 )
 from nnunet_uda.errors import UDAError, system_fault
 from nnunet_uda.files import LOCK, cannot_write, exclusive, sha256, sync, sync_folder, write_json
+from nnunet_uda.names import is_plain_name
 from nnunet_uda.plans import plane_warning
 from nnunet_uda.workers import as_done
 

@@ -35,11 +35,11 @@ class Bar:
 
 
 def draw_comparison(path: Path, bars: Sequence[Bar], title: str) -> None:
-    """Write ``path`` (PNG): a column a test, Dice above and ASSD below, deviations over runs, each run as a point.
+    """Write ``path`` (PNG): a column a test, Dice (from 0 to 1) above and ASSD below, deviations, each run as a point.
 
     More than four tests go on in further rows.
     """
-    from nnunet_uda.training.pictures import plt, save_figure
+    from nnunet_uda.figures import plt, save_figure
 
     of_test: dict[str, list[Bar]] = {}
     for bar in bars:
@@ -70,6 +70,8 @@ def draw_comparison(path: Path, bars: Sequence[Bar], title: str) -> None:
             labels = [bar.label.removesuffix("Trainer") for bar in shown]
             lower.set_xticks(x, labels, rotation=60, ha="right", fontsize=8)
             lower.set_xlim(-0.7, max(len(shown), 3) - 0.3)
+        axes[0, 0].set_ylim(0, 1)
+        axes[1, 0].set_ylim(bottom=0)
         axes[0, 0].set_ylabel("Dice on the target")
         axes[1, 0].set_ylabel("ASSD on the target (mm)")
     figure.suptitle(title, fontsize=10)

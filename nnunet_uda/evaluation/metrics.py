@@ -29,34 +29,60 @@ from tqdm import tqdm
 
 from nnunet_uda.data.geometry import check_same_geometry
 from nnunet_uda.data.listing import files_in
-from nnunet_uda.data.reading import read_image
+from nnunet_uda.data.reading import LabelMap, read_image
 from nnunet_uda.errors import UDAError
+from nnunet_uda.names import check_name
 from nnunet_uda.workers import end_with
 
 METRICS = ("Dice", "ASSD", "HD95")
 
 
-def read_segmentation(path: Path, labels: dict[str, int], ignore_label: int | None = None) -> sitk.Image:
-    """Read a label map whose values are 0, those of ``labels`` or ``ignore_label``.
+def read_segmentation(
+    path: Path, labels: dict[str, int], ignore_label: int | None = None, label_map: LabelMap | None = None
+) -> sitk.Image:
+    """Read a label map whose values, once ``label_map`` is applied, are 0, those of ``labels`` or ``ignore_label``.
 
     Raises:
         UDAError: as ``read_image``, and for a value that is not an integer or not among the labels.
     """
-    image = read_image(path, (2, 3))
-    array = sitk.GetArrayViewFromImage(image)
-    values = np.unique(array)
-    broken = values[~np.isfinite(values) | (values != np.round(values))]
-    if broken.size:
-        raise UDAError(f"{path} holds the non-integer label {broken[0]}, expected integer labels only")
+    image = read_reference(path, label_map)
     known = {0, *labels.values()} | (set() if ignore_label is None else {ignore_label})
-    unknown = [int(value) for value in values if int(value) not in known]
+    unknown = [value for value in _integers(image, path) if value not in known]
     if unknown:
         listed = ", ".join(f"{value} {name}" for name, value in labels.items())
         raise UDAError(
             f"{path} holds the label(s) {', '.join(map(str, unknown[:5]))}, which the dataset does not have "
-            f"(it has {listed}). Map the labels to the dataset's, or use the dataset.json that belongs to them"
+            f"(it has {listed}). nnUNetUDA_evaluate -labels NAME=VALUE ... says what a "
+            "reference's values mean. Else use the dataset.json that belongs to the file"
         )
     return image
+
+
+def read_reference(path: Path, label_map: LabelMap | None = None) -> sitk.Image:
+    """``read_image``, with the file's values mapped to the dataset's classes."""
+    image = read_image(path, (2, 3))
+    if label_map is None:
+        return image
+    classes = sitk.GetImageFromArray(label_map.apply(image, path))
+    classes.CopyInformation(image)
+    return classes
+
+
+def integer_values(path: Path) -> list[int]:
+    """The values of a label file, in order.
+
+    Raises:
+        UDAError: as ``read_image``, and for a value that is not an integer.
+    """
+    return _integers(read_image(path, (2, 3)), path)
+
+
+def _integers(image: sitk.Image, path: Path) -> list[int]:
+    values = np.unique(sitk.GetArrayViewFromImage(image))
+    broken = values[~np.isfinite(values) | (values != np.round(values))]
+    if broken.size:
+        raise UDAError(f"{path} holds the non-integer label {broken[0]}, expected integer labels only")
+    return [int(value) for value in values]
 
 
 def surface_distances(
@@ -103,7 +129,11 @@ def evaluate_masks(reference: np.ndarray, prediction: np.ndarray, spacing: Seque
 
 
 def evaluate_case(
-    reference: Path, prediction: Path, labels: dict[str, int], ignore_label: int | None = None
+    reference: Path,
+    prediction: Path,
+    labels: dict[str, int],
+    ignore_label: int | None = None,
+    label_map: LabelMap | None = None,
 ) -> dict[str, dict[str, float]]:
     """Scores of one volume: ``{structure: {"Dice", "ASSD", "HD95", "n_reference", "n_prediction"}}``.
 
@@ -112,11 +142,12 @@ def evaluate_case(
         prediction: file of the predicted label map, on the same voxel grid.
         labels: value of each structure; a value of 0 is background and is left out.
         ignore_label: voxels with this value in the reference are background in both.
+        label_map: the reference's values to those of ``labels``, where they differ.
 
     Raises:
         UDAError: for an unreadable file, different voxel grids or an unknown label; it names the file(s).
     """
-    reference_image = read_segmentation(reference, labels, ignore_label)
+    reference_image = read_segmentation(reference, labels, ignore_label, label_map)
     prediction_image = read_segmentation(prediction, labels)
     check_same_geometry(reference_image, reference, prediction_image, prediction)
     reference_array = sitk.GetArrayFromImage(reference_image)
@@ -137,7 +168,7 @@ def list_cases(folder: Path, file_ending: str) -> list[str]:
     """Sorted ids of the segmentations in ``folder``.
 
     Raises:
-        UDAError: if the folder is missing or holds no file with this ending.
+        UDAError: if the folder is missing or holds no file with this ending, and for an id that is no name.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -146,6 +177,8 @@ def list_cases(folder: Path, file_ending: str) -> list[str]:
     cases = sorted(name[: -len(file_ending)] for name in names if name.endswith(file_ending))
     if not cases:
         raise UDAError(f"{folder} holds no segmentation: expected files named like CASE{file_ending}")
+    for case in cases:
+        check_name(case, f"{folder}: a case")
     return cases
 
 

@@ -15,7 +15,8 @@ import SimpleITK as sitk
 from scipy.ndimage import binary_erosion, zoom
 
 from nnunet_uda.data.geometry import check_same_geometry
-from nnunet_uda.data.reading import read_image
+from nnunet_uda.data.reading import LabelMap, read_image
+from nnunet_uda.evaluation.metrics import read_reference
 
 _COLOURS = (
     (239, 71, 61),
@@ -99,6 +100,8 @@ class OverlayTask:
     folder: Path
     n_slices: int
     plane: str | None = None
+    label_map: LabelMap | None = None
+    """The reference's values to those of ``labels``, where they differ."""
 
 
 def draw_case(task: OverlayTask) -> list[dict[str, Any]]:
@@ -112,9 +115,12 @@ def draw_case(task: OverlayTask) -> list[dict[str, Any]]:
         UDAError: if the image lies on another grid than the reference.
     """
     image = read_image(task.image, (2, 3))
-    reference_path = next(iter(task.segmentations.values()))
-    segmentations = {title: read_image(path, (2, 3)) for title, path in task.segmentations.items()}
-    check_same_geometry(next(iter(segmentations.values())), reference_path, image, task.image)
+    (first, reference_path), *_ = task.segmentations.items()
+    segmentations = {
+        title: read_reference(path, task.label_map if title == first else None)
+        for title, path in task.segmentations.items()
+    }
+    check_same_geometry(segmentations[first], reference_path, image, task.image)
     if image.GetDimension() == 3:
         image = sitk.DICOMOrient(image, "LPS")
         segmentations = {title: sitk.DICOMOrient(segmentation, "LPS") for title, segmentation in segmentations.items()}
@@ -201,9 +207,9 @@ def _save_figure(
     colours: dict[int, tuple[int, int, int]],
 ) -> None:
     """All panels side by side, each with its title, and the legend, at one picture pixel a figure pixel."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
     from matplotlib.patches import Patch
+
+    from nnunet_uda.figures import legend_label, new_figure
 
     height, width, _ = next(iter(panels.values())).shape
     structures = [(name, value) for name, value in labels.items() if value != 0]
@@ -212,8 +218,7 @@ def _save_figure(
     columns = max(1, min(len(structures), total // 130))
     bottom = 22 * -(-len(structures) // columns) + 10
     figure_height = top + height + bottom
-    figure = Figure(figsize=(total / 100, figure_height / 100), dpi=100, facecolor="white")
-    FigureCanvasAgg(figure)
+    figure = new_figure(total, figure_height)
     figure.text(gap / total, 1 - 16 / figure_height, title, fontsize=9, color="#333", va="center")
     for i, (name, panel) in enumerate(panels.items()):
         box = ((gap + i * (width + gap)) / total, bottom / figure_height, width / total, height / figure_height)
@@ -221,6 +226,8 @@ def _save_figure(
         axes.imshow(panel, interpolation="nearest", aspect="auto")
         axes.set_title(name, fontsize=9, pad=4)
         axes.axis("off")
-    patches = [Patch(color=[part / 255 for part in colours[value]], label=name) for name, value in structures]
+    patches = [
+        Patch(color=[part / 255 for part in colours[value]], label=legend_label(name)) for name, value in structures
+    ]
     figure.legend(handles=patches, loc="lower center", ncols=columns, frameon=False, fontsize=8, borderaxespad=0.2)
     figure.savefig(path)

@@ -13,6 +13,7 @@ from typing import Any
 from nnunet_uda.evaluation.metrics import METRICS
 from nnunet_uda.evaluation.page import PAGE
 from nnunet_uda.evaluation.tables import MEAN, Volume
+from nnunet_uda.names import spreadsheet_cell
 
 UNITS = {"Dice": "Dice", "ASSD": "ASSD (mm)", "HD95": "HD95 (mm)"}
 DIGITS = {"Dice": 3, "ASSD": 2, "HD95": 2}
@@ -53,7 +54,9 @@ def write_json(path: Path, setup: dict[str, Any], runs: dict[str, list[Volume]],
         for name, run in runs.items()
     }
     content = jsonable({**setup, "rules": RULES, "volumes": volumes, **comparison})
-    path.write_text(json.dumps(content, indent=2, allow_nan=False, ensure_ascii=False) + "\n", encoding="utf-8")
+    path.write_text(
+        json.dumps(content, indent=2, allow_nan=False, ensure_ascii=False) + "\n", "utf-8", "backslashreplace"
+    )
 
 
 def write_csv(path: Path, runs: dict[str, list[Volume]]) -> None:
@@ -69,7 +72,7 @@ def write_csv(path: Path, runs: dict[str, list[Volume]]) -> None:
                     values = ["" if math.isnan(scores[metric]) else repr(scores[metric]) for metric in METRICS]
                     fold = "" if volume.fold is None else volume.fold
                     counts = [scores["n_reference"], scores["n_prediction"]]
-                    writer.writerow([name, fold, volume.case, structure, *values, *counts])
+                    writer.writerow(map(spreadsheet_cell, [name, fold, volume.case, structure, *values, *counts]))
 
 
 # --- tables: a caption, a header and rows of text, rendered as Markdown or HTML -------------------------------------
@@ -214,7 +217,8 @@ def markdown_table(table: dict[str, Any]) -> str:
 
 def summary_markdown(setup: dict[str, Any], tables: Sequence[dict[str, Any]]) -> str:
     """Title, what was scored, the summary tables and the rules."""
-    blocks = [f"# {_title(setup)}", _description(setup), *(markdown_table(table) for table in tables)]
+    notes = [f"**{note}**" for note in setup["notes"]]
+    blocks = [f"# {_title(setup)}", _description(setup), *notes, *(markdown_table(table) for table in tables)]
     return "\n\n".join([*blocks, *RULES]) + "\n"
 
 
@@ -266,7 +270,7 @@ def write_html(
 
     Args:
         path: the file to write.
-        setup: what was scored: ``dataset``, ``reference``, ``runs``, ``folds``.
+        setup: what was scored: ``dataset``, ``reference``, ``runs``, ``folds``, and ``notes`` to be shown with it.
         runs: volumes of each run.
         tables: ``summary_tables``'s result.
         overlays: ``{"volume", "slices"}`` for each volume, slices as ``draw_case`` returns them.
@@ -298,7 +302,7 @@ def write_html(
     )
     parts = {
         "TITLE": html.escape(_title(setup)),
-        "DESCRIPTION": html.escape(_description(setup)),
+        "DESCRIPTION": "<br>".join(html.escape(text) for text in (_description(setup), *setup["notes"])),
         "TABLES": "".join(html_table(table) for table in tables),
         "VOLUMES": html_table(volume_table(runs)),
         "RULES": "".join(f"<p>{html.escape(rule)}</p>" for rule in RULES),
@@ -309,4 +313,4 @@ def write_html(
     }
     pieces = PAGE.split("@@")  # text, name, text, name, ..., text
     text = "".join(parts[piece] if i % 2 else piece for i, piece in enumerate(pieces))
-    path.write_text(text, encoding="utf-8")
+    path.write_text(text, "utf-8", "backslashreplace")

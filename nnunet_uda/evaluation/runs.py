@@ -14,11 +14,12 @@ from nnunet_uda.data.convention import (
     dataset_name,
     environment_folder,
     fold_of,
-    is_plain_name,
     read_json,
 )
 from nnunet_uda.errors import UDAError, shown
 from nnunet_uda.evaluation.metrics import check_cases
+from nnunet_uda.evaluation.tables import MEAN
+from nnunet_uda.names import check_name, is_plain_name
 
 FOLD = "{fold}"
 
@@ -70,8 +71,9 @@ def read_labels(dataset_json: Path) -> Labels:
     if not is_plain_name(content["file_ending"]):
         raise UDAError(f"{dataset_json}: 'file_ending' must be like .nii.gz, found {shown(content['file_ending'])}")
     for name, value in labels.items():
-        if not name or not name.isprintable():
-            raise UDAError(f"{dataset_json}: a label needs a name that can be printed, found {shown(name)}")
+        check_name(name, f"{dataset_json}, 'labels'")
+        if name == MEAN:
+            raise UDAError(f"{dataset_json}: a label is called '{MEAN}', as a row of every table is. Rename it")
         if isinstance(value, list):
             raise UDAError(
                 f"{dataset_json}: label '{name}' is a region ({shown(value)}); only plain labels are supported"
@@ -101,6 +103,7 @@ def parse_runs(arguments: Sequence[str]) -> list[Run]:
                 raise UDAError(f"-p {argument}: give the run a name, NAME={argument}")
         if not name or not folder:
             raise UDAError(f"-p takes NAME=FOLDER or FOLDER, found {argument!r}")
+        check_name(name, "-p, the run's name (NAME=FOLDER)")
         if name in [run.name for run in runs]:
             raise UDAError(f"-p: two runs are called {name}; give them different names, NAME=FOLDER")
         runs.append(Run(name, folder))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,9 @@ def over_seeds(values: Sequence[float]) -> OverSeeds:
     return OverSeeds(mean, float(np.std(defined, ddof=1)) if len(defined) > 1 else math.nan, len(defined))
 
 
+NONE = over_seeds([])
+
+
 @dataclass(frozen=True)
 class Point:
     """One value of a setting.
@@ -41,6 +44,7 @@ class Point:
         assd: likewise, in mm.
         pseudo_dice: on source validation images, as training sees it.
         undefined: number of distances, over seeds, cases and structures, that are missing from ``assd``.
+        criteria: what needs no label (``nnunet_uda.evaluation.criteria``), by name, on target patches.
     """
 
     value: Any
@@ -49,27 +53,30 @@ class Point:
     assd: OverSeeds
     pseudo_dice: OverSeeds
     undefined: int
+    criteria: dict[str, OverSeeds] = field(default_factory=dict)
 
 
 def draw_sweeps(path: Path, sweeps: dict[str, list[Point]], title: str, note: str) -> None:
-    """Write ``path`` (PNG): a column a sweep, Dice above and ASSD in mm below, error bars over seeds.
+    """Write ``path`` (PNG): a column a sweep, Dice (from 0 to 1) above and ASSD in mm below, error bars over seeds.
 
     Args:
         sweeps: points by the setting's name.
         note: printed under the panels.
     """
-    from nnunet_uda.training.pictures import plt, save_figure
+    from nnunet_uda.figures import plt, save_figure
 
     width = max(4.4 * len(sweeps), 7)
     figure, axes = plt.subplots(2, len(sweeps), figsize=(width, 7.2), sharex="col", sharey="row", squeeze=False)
     for (setting, points), (upper, lower) in zip(sweeps.items(), axes.T, strict=True):
         _draw_sweep(upper, lower, points)
         lower.set_xlabel(setting)
+    axes[0, 0].set_ylim(0, 1)
+    axes[1, 0].set_ylim(bottom=0)
     axes[0, 0].set_ylabel("Dice")
     axes[1, 0].set_ylabel("ASSD in mm")
     figure.suptitle(title, fontsize=10)
     handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="upper center", bbox_to_anchor=(0.5, 0.965), ncols=2, fontsize=8, frameon=False)
+    figure.legend(handles, labels, loc="upper center", bbox_to_anchor=(0.5, 0.965), ncols=3, fontsize=8, frameon=False)
     figure.text(0.5, 0.01, note, ha="center", va="bottom", fontsize=8, wrap=True)
     figure.tight_layout(rect=(0, 0.07, 1, 0.96))
     save_figure(figure, path)
@@ -91,7 +98,8 @@ def _draw_sweep(upper: Any, lower: Any, unsorted: Sequence[Point]) -> None:
     solid, dashed = ("-", "--") if numbers else ("", "")
     for axis, cells, style, label in (
         (upper, [point.dice for point in points], f"C0o{solid}", "target test (needs target labels)"),
-        (upper, [point.pseudo_dice for point in points], f"C1s{dashed}", "source validation pseudo Dice (needs none)"),
+        (upper, [point.criteria.get("agreement", NONE) for point in points], f"C2^{solid}", "agreement (needs none)"),
+        (upper, [point.pseudo_dice for point in points], f"C1s{dashed}", "validation pseudo Dice (misleads)"),
         (lower, [point.assd for point in points], f"C0o{solid}", None),
     ):
         bars = np.nan_to_num([cell.std for cell in cells])

@@ -96,7 +96,7 @@ def gap_closed(run: float, lower: float, upper: float, metric: str) -> tuple[flo
             math.nan,
             f"undefined: the upper bound's {metric} ({upper:.4g}) is no better than the lower's ({lower:.4g})",
         )
-    return 100 * (run - lower) / (upper - lower), ""
+    return 100 * (run - lower) / (upper - lower) + 0.0, ""  # no -0.0
 
 
 def wilcoxon(a: Sequence[Volume], b: Sequence[Volume]) -> dict[str, Any]:
@@ -131,6 +131,15 @@ def wilcoxon(a: Sequence[Volume], b: Sequence[Volume]) -> dict[str, Any]:
     return result
 
 
+def check_bounds(names: Sequence[str], lower: str | None, upper: str | None) -> None:
+    """Raise ``UDAError`` for an unknown bound, only one bound, or the same run for both."""
+    for option, name in (("lower", lower), ("upper", upper)):
+        if name is not None and name not in names:
+            raise UDAError(f"-{option} {name} is not among the runs: {', '.join(names)}")
+    if (lower is None) != (upper is None) or (lower is not None and lower == upper):
+        raise UDAError("the gap closed needs two bounds: give -lower and -upper, each the name of another run")
+
+
 def compare_runs(
     runs: dict[str, Sequence[Volume]], lower: str | None = None, upper: str | None = None
 ) -> dict[str, Any]:
@@ -149,11 +158,7 @@ def compare_runs(
     Raises:
         UDAError: for an unknown bound, only one bound, or runs over different volumes.
     """
-    for option, name in (("lower", lower), ("upper", upper)):
-        if name is not None and name not in runs:
-            raise UDAError(f"-{option} {name} is not among the runs: {', '.join(runs)}")
-    if (lower is None) != (upper is None) or (lower is not None and lower == upper):
-        raise UDAError("the gap closed needs two bounds: give -lower and -upper, each the name of another run")
+    check_bounds(list(runs), lower, upper)
     keys = {name: {volume.key for volume in volumes} for name, volumes in runs.items()}
     first = next(iter(runs))
     for name in runs:

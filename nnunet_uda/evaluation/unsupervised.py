@@ -19,6 +19,7 @@ from nnunet_uda.data.case import preprocess_case
 from nnunet_uda.data.convention import case_files, read_json
 from nnunet_uda.errors import UDAError
 from nnunet_uda.evaluation.criteria import TargetCriteria, look_twice
+from nnunet_uda.foreign_plans import check_plans
 from nnunet_uda.training.checkpoint import read_checkpoint
 
 
@@ -69,6 +70,7 @@ def open_model(model: TrainedModel, device: torch.device) -> tuple[nnUNetPredict
         UDAError: no or no whole checkpoint, a trainer that is not to be found, region-based labels.
     """
     require_checkpoint(model)
+    check_plans(read_json(model.folder / "plans.json"), model.folder / "plans.json")
     checkpoint = read_checkpoint(model.path)
     predictor = nnUNetPredictor(use_mirroring=False, device=device, allow_tqdm=False)
     try:

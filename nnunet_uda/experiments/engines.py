@@ -51,10 +51,21 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
                        "such as account=mine qos=long")  # fmt: skip
 
 
+def check_engine_arguments(arguments: argparse.Namespace) -> None:
+    """Raise ``UDAError`` for numbers out of range, a device that is none, or options of sbatch without a value."""
+    for name, least in (("np", 1), ("jobs", 1), ("time", 1), ("cpus", 1), ("mem", 1), ("gpus", 0)):
+        value = getattr(arguments, name)
+        if value is not None and value < least:
+            raise UDAError(f"-{name} must be at least {least}, found {value}")
+    if arguments.device not in ("cpu", "cuda", "mps"):
+        raise UDAError(f"-device takes cpu, cuda or mps, found {arguments.device!r}")
+    for word in arguments.slurm:
+        if not all(word.partition("=")):
+            raise UDAError(f"-slurm takes KEY=VALUE, found {word!r}")
+
+
 def make_engine(arguments: argparse.Namespace, out: Path) -> LocalEngine | SubmititEngine:
     """The engine that ``add_engine_arguments`` asked for."""
-    if arguments.jobs is not None and arguments.jobs < 1:
-        raise UDAError(f"-jobs must be at least 1, found {arguments.jobs}")
     if arguments.engine == "local":
         open_device(arguments.device)
         return LocalEngine(arguments.jobs or 1, arguments.device)

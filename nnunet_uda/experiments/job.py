@@ -298,19 +298,30 @@ def find_trainer(name: str) -> type:
     Raises:
         UDAError: no such trainer, or one that does not read the settings in the plans.
     """
-    from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
-
     from nnunet_uda.training.uda_trainer import UDATrainer
+
+    trainer = find_any_trainer(name)
+    if not issubclass(trainer, UDATrainer):
+        raise UDAError(f"-tr {name}: it does not read the settings under 'uda' in the plans, so none can be varied")
+    return trainer
+
+
+def find_any_trainer(name: str) -> type:
+    """The trainer class, nnU-Net's own or another.
+
+    Raises:
+        UDAError: no such trainer.
+    """
+    from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
     os.environ.setdefault("nnUNet_extTrainer", str(trainers_folder()))
     try:
         with redirect_stdout(io.StringIO()):  # nnU-Net says which files it looks into
-            trainer = recursive_find_trainer_class_by_name(name)
+            return recursive_find_trainer_class_by_name(name)
     except RuntimeError as error:
         raise UDAError(f"-tr {name}: {error}") from error
-    if not issubclass(trainer, UDATrainer):
-        raise UDAError(f"-tr {name}: it does not read the settings under 'uda' in the plans, so none can be varied")
-    return trainer
+    except (AssertionError, TypeError) as error:  # what nnU-Net makes of another class, or of what is no class
+        raise UDAError(f"-tr {name} is no trainer ({error})") from error
 
 
 def last_error(log: Path, start: int, otherwise: str) -> str:

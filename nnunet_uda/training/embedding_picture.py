@@ -6,13 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import matplotlib
-
-matplotlib.use("agg")
-import matplotlib.pyplot as plt
 import numpy as np
 
-from nnunet_uda.training.pictures import save_figure
+from nnunet_uda.figures import legend_label, plt, save_figure
 
 MARKERS = {"source": "o", "target": "x"}
 
@@ -74,7 +70,7 @@ def write_embedding_picture(
         axis.set_xticks([])
         axis.set_yticks([])
     handles = [
-        plt.Line2D([], [], color=colours(index), marker="s", linestyle="", label=name)
+        plt.Line2D([], [], color=colours(index), marker="s", linestyle="", label=legend_label(name))
         for index, name in enumerate(class_names)
     ]
     for domain in after:

@@ -77,16 +77,23 @@ class ModelChoice:
         """Running mean of the agreement on target patches after the last epoch; NaN where it was never measured."""
         return (running_means("agreement", self.history.get("agreement", [])) or [math.nan])[-1]
 
-    @property
-    def warning(self) -> str | None:
-        """What to say at the end of a training whose segmenter disagrees with itself on target images."""
+    def warning(self, translates: bool) -> str | None:
+        """What to say at the end of a training whose segmenter disagrees with itself on target images.
+
+        Args:
+            translates: whether the trainer translated to the end; else nothing is said of translations.
+        """
         if not self.agreement < LOW_AGREEMENT:
             return None
+        advice = "Look at pictures/ before you trust the model: a longer schedule may do better, or another trainer"
+        if translates:
+            advice = (
+                "Look at pictures/: if translations keep the source's contrast, a trainer without any may do better "
+                "(RandomStyleTrainer, with a longer schedule), and so may a longer schedule of this one"
+            )
         return (
             f"WARNING: on target images the segmenter's agreement with itself is only {self.agreement:.2f} (trainings "
-            "that adapted had over 0.9). Look at pictures/: if translations keep the source's contrast, a trainer "
-            "without any may do better (RandomStyleTrainer, with a longer schedule), and so may a longer schedule of "
-            "this one"
+            f"that adapted had over 0.9). {advice}"
         )
 
     def checkpoints(self) -> list[str]:

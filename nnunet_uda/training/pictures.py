@@ -4,13 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("agg")
-import matplotlib.pyplot as plt
 import numpy as np
 
-from nnunet_uda.files import whole_file
+from nnunet_uda.figures import plt, save_figure
 
 Panel = tuple[str, np.ndarray, np.ndarray | None]
 """Title, image ``(H, W)`` and, where it is drawn, an integer segmentation ``(H, W)``."""
@@ -48,10 +44,3 @@ def plot_losses(path: Path | str, history: dict[str, list[float]]) -> None:
         axis.set_xlabel("epoch", fontsize=8)
     figure.tight_layout()
     save_figure(figure, path)
-
-
-def save_figure(figure: plt.Figure, path: Path | str) -> None:
-    """Write a figure as PNG, whole or not at all, and close it."""
-    with whole_file(path) as temporary:
-        figure.savefig(temporary, dpi=90, format="png")
-    plt.close(figure)

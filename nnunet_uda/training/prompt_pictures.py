@@ -5,13 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("agg")
-import matplotlib.pyplot as plt
 import numpy as np
 
-from nnunet_uda.training.pictures import save_figure
+from nnunet_uda.figures import plt, save_figure
 
 COLOURS = {"source": "tab:blue", "target": "tab:orange", "translated": "tab:green"}
 

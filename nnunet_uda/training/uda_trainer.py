@@ -34,7 +34,6 @@ from torch._dynamo import OptimizedModule
 
 from nnunet_uda.data.convention import (
     check_dataset_json,
-    check_plans_names,
     check_splits,
     environment_folder,
     fold_of,
@@ -51,6 +50,7 @@ from nnunet_uda.data.target import TargetDataset, preprocess_target, target_iden
 from nnunet_uda.devices import open_device
 from nnunet_uda.errors import UDAError, print_without_traceback
 from nnunet_uda.files import write_json
+from nnunet_uda.foreign_plans import check_before_building, check_plans
 from nnunet_uda.losses.dice import soft_dice_loss
 from nnunet_uda.losses.prototypes import IGNORED
 from nnunet_uda.methods import check_trainer, refuse_unknown_methods
@@ -116,7 +116,7 @@ class UDATrainer(StoppableTrainer):
         for variable in ("nnUNet_preprocessed", "nnUNet_results"):
             environment_folder(variable)
         open_device(str(device))
-        check_plans_names(plans, "the plans file")
+        check_plans(plans, "the plans file")
         check_dataset_json(dataset_json, f"dataset.json of {plans['dataset_name']}")
         where = f"plans {plans['plans_name']!r}, key 'uda'"
         shared, own = split_settings(plans.get("uda", {}), self.method, where)
@@ -234,7 +234,8 @@ class UDATrainer(StoppableTrainer):
         plans_manager, configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision=True
     ) -> nn.Module:
         """nnU-Net's network from the plans, for training and prediction; its instance norms faster on the CPU, and with
-        fewer maps kept for the gradient."""
+        fewer maps kept for the gradient. Prediction comes here with plans that no trainer has looked at."""
+        check_before_building(plans_manager.plans)
         network = nnUNetTrainer.build_network_architecture(
             plans_manager, configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision
         )
@@ -633,14 +634,17 @@ class UDATrainer(StoppableTrainer):
 
     def on_train_end(self):
         super().on_train_end()
-        if warning := self.model_choice.warning:
+        if warning := self.model_choice.warning(self.translates):
             self.print_to_log_file(warning)
         if self.local_rank == 0:
             Path(self.output_folder, PREVIOUS).unlink(missing_ok=True)
 
     @torch.no_grad()
     def draw_pictures(self, path: Path) -> None:
-        """Always the same slices: source | translated | label | prediction, and target | prediction."""
+        """Always the same slices: source | translated | label | prediction, and target | prediction.
+
+        Where nothing is translated there is no such panel.
+        """
         path.parent.mkdir(exist_ok=True)
         self.network.eval()
         self.networks.eval()
@@ -650,7 +654,7 @@ class UDATrainer(StoppableTrainer):
         rows = [
             [
                 ("source", middle_slice(source), None),
-                ("translated", seen, None),
+                *([("translated", seen, None)] if self.translates else []),
                 ("label", seen, middle_slice(label)),
                 ("prediction", seen, middle_slice(self._segmentation(translated))),
             ]

@@ -1,0 +1,183 @@
+"""Plans of others are data: what a plans file names is looked up among what nnU-Net's planners write, and nowhere else.
+
+nnU-Net imports and calls whatever a plans file names as its network, its layers, its reader and so on. Here every such
+name is checked before: networks and blocks are those of ``dynamic_network_architectures``, layers those of
+``torch.nn``, and all else is found in nnU-Net itself.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import re
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import nnunetv2
+from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
+from torch import nn
+from torch.nn.modules import activation, batchnorm, conv, dropout, instancenorm, normalization, pooling
+
+from nnunet_uda.data.convention import check_plans_names, read_json
+from nnunet_uda.errors import UDAError, print_without_traceback, shown
+from nnunet_uda.names import check_name
+
+ARCHITECTURES = "dynamic_network_architectures.architectures"
+BLOCKS = "dynamic_network_architectures.building_blocks"
+LAYERS = {
+    "conv_op": (conv,),
+    "norm_op": (batchnorm, instancenorm, normalization),
+    "dropout_op": (dropout,),
+    "nonlin": (activation,),
+}
+"""Arguments of a network that are classes, and the modules of torch that define what they may be."""
+_ANY_LAYER = (conv, batchnorm, instancenorm, normalization, dropout, activation, pooling)
+_IN_NNUNET = {
+    "image_reader_writer": "imageio",
+    "label_manager": "utilities.label_handling",
+    "preprocessor_name": "preprocessing",
+    "normalization_schemes": "preprocessing.normalization",
+    "resampling_fn_data": "preprocessing.resampling",
+    "resampling_fn_seg": "preprocessing.resampling",
+    "resampling_fn_probabilities": "preprocessing.resampling",
+    "experiment_planner_used": "experiment_planning",
+}
+"""Keys of plans, and the part of nnU-Net where their values are to be found."""
+_ADVICE = "Plans that nnUNetv2_plan_experiment has not written are not run here: plan again, or correct the file"
+
+
+def read_plans(folder: Path, name: str) -> dict[str, Any]:
+    """The checked plans ``name`` in a dataset's preprocessed folder.
+
+    Raises:
+        UDAError: no name, no such file, or plans that ``check_plans`` refuses.
+    """
+    path = folder / f"{check_name(name, '-p', file=True)}.json"
+    if not path.is_file():
+        there = sorted(other.stem for other in folder.glob("*lans*.json"))
+        raise UDAError(
+            f"{path} does not exist. nnUNetv2_plan_and_preprocess makes nnUNetPlans, nnUNetUDA_configure plans of "
+            f"another name. There are: {', '.join(there) or 'none'}"
+        )
+    return check_plans(read_json(path), path)
+
+
+def check_plans(plans: Any, where: Path | str) -> dict[str, Any]:
+    """``plans``, once everything that they name is what it should be. Nothing is called.
+
+    Raises:
+        UDAError: for the first name that is none, or that names something else than what nnU-Net writes there.
+    """
+    check_plans_names(plans, where)
+    for key in ("image_reader_writer", "label_manager"):
+        if key in plans:
+            find_in_nnunet(key, plans[key], where)
+    planner = plans.get("experiment_planner_used", "ExperimentPlanner")
+    if not _is_identifier(planner):
+        raise UDAError(f"{where}: 'experiment_planner_used' must be a class's name, found {shown(planner)}. {_ADVICE}")
+    for name, configuration in plans["configurations"].items():
+        check_configuration(configuration, f"{where}, configuration {shown(name)}")
+    return plans
+
+
+def check_before_building(plans: dict[str, Any]) -> None:
+    """What every ``build_network_architecture`` asks first: ``nnUNetv2_predict`` starts no trainer before.
+
+    Raises:
+        UDAError: as ``check_plans``; printed without a traceback, whatever program this is.
+    """
+    sys.excepthook = print_without_traceback
+    check_plans(plans, "the plans file")
+
+
+def check_configuration(configuration: dict[str, Any], where: Path | str) -> None:
+    """What ``check_plans`` asks of one configuration.
+
+    Raises:
+        UDAError: see there.
+    """
+    for key in ("preprocessor_name", "resampling_fn_data", "resampling_fn_seg", "resampling_fn_probabilities"):
+        if key in configuration:
+            find_in_nnunet(key, configuration[key], where)
+    schemes = configuration.get("normalization_schemes", [])
+    if not isinstance(schemes, (list, tuple)):
+        raise UDAError(f"{where}: 'normalization_schemes' must be a list, found {shown(schemes)}. {_ADVICE}")
+    for scheme in schemes:
+        find_in_nnunet("normalization_schemes", scheme, where)
+    if "architecture" not in configuration:  # inherited, or of an old nnU-Net, which names one of two networks
+        old = configuration.get("UNet_class_name", "PlainConvUNet")
+        if old not in ("PlainConvUNet", "ResidualEncoderUNet"):
+            raise UDAError(f"{where}: 'UNet_class_name' is {shown(old)}, which nnU-Net never wrote. {_ADVICE}")
+        return
+    architecture = configuration["architecture"]
+    parts = ("network_class_name", "arch_kwargs", "_kw_requires_import")
+    if not isinstance(architecture, dict) or not set(parts) <= set(architecture):
+        raise UDAError(f"{where}: 'architecture' must be an object with {', '.join(parts)}. {_ADVICE}")
+    network, arguments, imported = (architecture[part] for part in parts)
+    if _class_of(network, ARCHITECTURES) is None:
+        raise UDAError(
+            f"{where}: the network is {shown(network)}; expected one of {ARCHITECTURES}, as {ARCHITECTURES}.unet."
+            f"PlainConvUNet. {_ADVICE}"
+        )
+    if not isinstance(arguments, dict) or not isinstance(imported, (list, tuple)):
+        raise UDAError(f"{where}: 'arch_kwargs' must be an object and '_kw_requires_import' a list. {_ADVICE}")
+    for key in imported:
+        if not isinstance(key, str) or key not in arguments:
+            raise UDAError(f"{where}: '_kw_requires_import' names {shown(key)}, which 'arch_kwargs' lacks. {_ADVICE}")
+        value = arguments[key]
+        if value is not None and not _is_layer(value, LAYERS.get(key)):
+            expected = "a layer of torch.nn" + ("" if key in LAYERS else f" or a class of {BLOCKS}")
+            raise UDAError(f"{where}: {shown(key)} is {shown(value)}; expected {expected} of that kind. {_ADVICE}")
+
+
+@cache
+def _found(part: str, name: str) -> Any:
+    folder = Path(nnunetv2.__path__[0], *part.split("."))
+    return recursive_find_python_class(str(folder), name, current_module=f"nnunetv2.{part}")
+
+
+def find_in_nnunet(key: str, name: Any, where: Path | str) -> Any:
+    """The class or function of nnU-Net that the plans' ``key`` names.
+
+    Raises:
+        UDAError: nothing of that name is defined in nnU-Net's part for it.
+    """
+    found = _found(_IN_NNUNET[key], name) if _is_identifier(name) else None
+    fits = inspect.isfunction(found) if key.startswith("resampling_fn") else inspect.isclass(found)
+    if not fits or not found.__module__.startswith("nnunetv2."):
+        raise UDAError(f"{where}: '{key}' is {shown(name)}; nnunetv2.{_IN_NNUNET[key]} has no such one. {_ADVICE}")
+    return found
+
+
+def _is_identifier(name: Any) -> bool:
+    return isinstance(name, str) and re.fullmatch(r"[A-Za-z_]\w{0,99}", name, re.ASCII) is not None
+
+
+def _class_of(path: Any, package: str) -> type[nn.Module] | None:
+    """The network class at ``package.module.Class``, None where there is none."""
+    match = re.fullmatch(rf"({re.escape(package)}\.\w+)\.(\w+)", path, re.ASCII) if isinstance(path, str) else None
+    if match is None:
+        return None
+    # the module's former name, which nnU-Net itself still puts into the plans that it takes over from old versions
+    module = match[1].replace(".residual_unet", ".unet")
+    try:
+        found = getattr(importlib.import_module(module), match[2], None)
+    except ImportError:
+        return None
+    ours = inspect.isclass(found) and issubclass(found, nn.Module)
+    return found if ours and found.__module__.startswith("dynamic_network_architectures.") else None
+
+
+def _is_layer(path: Any, modules: tuple | None) -> bool:
+    """Whether ``path`` names a layer of torch that ``modules`` define; for None any layer or a block."""
+    match = re.fullmatch(r"torch\.nn(\.modules\.\w+)?\.(\w+)", path, re.ASCII) if isinstance(path, str) else None
+    if match is None:
+        return modules is None and _class_of(path, BLOCKS) is not None
+    layer = getattr(nn, match[2], None)
+    return (
+        inspect.isclass(layer)
+        and layer.__module__ in [module.__name__ for module in modules or _ANY_LAYER]
+        and match[1] in (None, layer.__module__.removeprefix("torch.nn"))
+    )

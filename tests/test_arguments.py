@@ -1,0 +1,136 @@
+"""Every argument of every command is looked at before work begins."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+from conftest import TRAINERS
+from test_foreign_plans import plans
+
+from nnunet_uda.commands import (
+    compare,
+    configure,
+    convert,
+    demo,
+    evaluate,
+    evaluate_unsupervised,
+    preprocess,
+    pseudo_labels,
+    sweep,
+    train,
+)
+
+JSON = {"channel_names": {"0": "x"}, "labels": {"background": 0, "a": 1}, "numTraining": 1, "file_ending": ".nii.gz",
+        "uda": {"source_domain": "A", "target_domain": "B"}}  # fmt: skip
+
+
+@pytest.fixture
+def work(tmp_path, monkeypatch) -> Path:
+    """A dataset with plans, a reference and predictions; nothing may be scored, read, planned, trained or written."""
+    for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
+        monkeypatch.setenv(name, str(tmp_path / name))
+        dataset = tmp_path / name / "Dataset501_Blobs"
+        dataset.mkdir(parents=True)
+        (dataset / "dataset.json").write_text(json.dumps(JSON))
+        (dataset / "P.json").write_text(json.dumps(plans()))
+        (dataset / "P_2d").mkdir()
+    monkeypatch.setenv("nnUNet_extTrainer", str(TRAINERS))
+    raw = tmp_path / "nnUNet_raw" / "Dataset501_Blobs"
+    for path in (raw / "imagesTu/b_0000.nii.gz", raw / "imagesTs/c_0000.nii.gz", raw / "labelsTs/c.nii.gz",
+                 tmp_path / "one/c.nii.gz", tmp_path / "two/c.nii.gz", tmp_path / "taken/file.txt"):  # fmt: skip
+        path.parent.mkdir(exist_ok=True)
+        if path.suffix == ".gz":
+            sitk.WriteImage(sitk.GetImageFromArray(np.ones((2, 3, 4), np.uint8)), str(path))
+        else:
+            path.touch()
+
+    def no_work(*_: object, **__: object) -> None:
+        pytest.fail("work has begun")
+
+    for module, name in (
+        (evaluate, "score_runs"), (evaluate, "read_references"), (evaluate_unsupervised, "preprocessed"),
+        (preprocess, "preprocess_target"), (configure, "replan_plane"), (configure, "write_json"), (demo.Demo, "run"),
+        (sweep, "run_jobs"), (sweep, "lay_out_images"), (compare, "run_jobs"), (compare, "plan_rows"),
+        (pseudo_labels, "_source_volumes"), (train, "load_pretrained"),
+    ):  # fmt: skip
+        monkeypatch.setattr(module, name, no_work)
+    for converter in convert.CONVERTERS.values():
+        monkeypatch.setattr(converter, "convert", no_work)
+    return tmp_path
+
+
+TWO = ["-d", "501", "-p", "one=one", "two=two", "--no_overlays", "-o", "out"]
+FOLDERS = ["folders", "-source", "A", "-target", "B", "-source_images", "s", "-source_labels", "l", "-target_images",
+           "t", "-labels", "a=1"]  # fmt: skip
+MMWHS = ["mmwhs", "-i", "tree", "-source", "mr", "-target", "ct"]
+SWEEP = ["-d", "501", "-p", "P", "-tr", "CISFATrainer", "-vary", "mirror", "true", "-o", "out"]
+COMPARE = ["-d", "501", "-p", "P", "-tr", "CISFATrainer", "-o", "out"]
+EXPERIMENTS = ((sweep.main, SWEEP), (compare.main, COMPARE))
+PSEUDO = ["-d", "501", "-i", "one", "-o", "Dataset502_X"]
+CASES: list[tuple[Callable[..., None], list[str], str]] = [
+    (evaluate.main, [*TWO, "-lower", "one"], "needs two bounds"),
+    (evaluate.main, [*TWO, "-upper", "two"], "needs two bounds"),
+    (evaluate.main, [*TWO, "-lower", "one", "-upper", "one"], "needs two bounds"),
+    (evaluate.main, [*TWO, "-lower", "one", "-upper", "three"], "-upper three is not among the runs"),
+    (evaluate.main, [*TWO, "-np", "0"], "at least 1"),
+    (evaluate.main, [*TWO, "-slices", "0"], "at least 1"),
+    (evaluate.main, [*TWO[:-1], "taken"], "holds no former evaluation"),
+    (evaluate.main, [*TWO, "-splits", "x.json"], "-splits is of use with -f only"),
+    (evaluate.main, ["--unsupervised", "-d", "501", "-tr", "T", "-o", "taken"], "holds no former evaluation"),
+    (evaluate.main, ["--unsupervised", "-d", "501", "-tr", "T", "-o", "out", "-device", "tpu"], "-device tpu"),
+    (preprocess.main, ["-d", "501", "-p", "P", "-np", "0"], "-np must be at least 1"),
+    (preprocess.main, ["-d", "501", "-p", "P", "-c", "2d", "3d_lowres"], "no configuration '3d_lowres'"),
+    (preprocess.main, ["-d", "501", "Dataset777_Absent", "-p", "P"], "Dataset777_Absent/P.json does not exist"),
+    *((configure.main, ["-d", "501", "-p", "Q", "-from", "P", "-plane", "coronal", *words], text) for words, text in (
+        (["-stages", "0"], "-stages must be at least 1"),
+        (["-base_features", "-4"], "-base_features must be at least 1"),
+        (["-max_features", "0"], "-max_features must be at least 1"),
+        (["-batch_size", "0"], "-batch_size must be at least 1"),
+        (["-patch_size", "32", "0"], "-patch_size must be at least 1"),
+        (["-slice_size", "0", "9"], "-slice_size must be at least 1"),
+        (["-patch_size", "32"], "has 2 numbers"),
+        (["-c", "3d_lowres"], "no configuration '3d_lowres'"),
+        (["-set", "num_epochs"], "-set takes NAME=VALUE"),
+        (["-set", "num_epochs=0"], "'num_epochs' must be at least 1"),
+        (["-set", "cisfa.nothing=0"], "unknown setting 'nothing'"),
+    )),
+    (configure.main, ["-d", "501", "-p", "Q__2d", "-from", "P"], "'__'"),
+    *((main, [*words, *more], text) for main, words in EXPERIMENTS for more, text in (
+        (["-np", "0"], "-np must be at least 1"), (["-jobs", "0"], "-jobs must be at least 1"),
+        (["-device", "tpu"], "-device takes cpu, cuda or mps"), (["-time", "0"], "-time must be at least 1"),
+        (["-gpus", "-1"], "-gpus must be at least 0"), (["-mem", "0"], "-mem must be at least 1"),
+        (["-cpus", "0"], "-cpus must be at least 1"), (["-slurm", "account"], "-slurm takes KEY=VALUE"),
+        (["-f", "x"], "-f takes"), (["-o", "taken"], "is not empty"),
+    )),
+    (compare.main, [*COMPARE, "-lower", ":501"], "-tr :"),
+    *((convert.main, [*words, *more], text) for words in (FOLDERS, MMWHS) for more, text in (
+        (["-d", "0"], "-d 0: expected a dataset id"), (["-d", "5", "-np", "0"], "-np 0"),
+        (["-d", "5", "-name", "a b"], "-name 'a b'"), (["-d", "5", "-seed", "-1"], "-seed -1"),
+        (["-d", "5", "-channel", "a\nb"], "-channel: 'a\\nb' cannot be a name"),
+    )),
+    (pseudo_labels.main, [*PSEUDO, "-volume_factor", "nan"], "-volume_factor must be at least 1"),
+    (pseudo_labels.main, [*PSEUDO, "-component_share", "nan"], "-component_share must be between"),
+    (pseudo_labels.main, [*PSEUDO[:-1], "Dataset501_X"], "give a dataset id that is free"),
+    (train.main, ["501", "3d_lowres", "0", "-tr", "CISFATrainer", "-p", "P", "-device", "cpu"], "no configuration"),
+    (train.main, ["501", "2d", "0", "-tr", "Nope", "-p", "P", "-device", "cpu"], "-tr Nope"),
+    (train.main, ["501", "2d", "0", "-tr", "np", "-p", "P", "-device", "cpu"], "-tr np"),
+    (train.main, ["501", "2d", "first", "-tr", "CISFATrainer"], "the fold is a number or 'all'"),
+    (demo.main, ["-o", "taken/file.txt"], "is a file"),
+    (demo.main, ["-o", "out", "-seed", "-1"], "-seed is from 0"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("main", "words", "text"), CASES, ids=[f"{w[0]} {w[-2:]}" for _, w, _ in CASES])
+def test_an_argument_is_refused_before_work_begins(work, monkeypatch, capsys, main, words, text):
+    monkeypatch.chdir(work)
+    before = sorted(work.rglob("*"))
+    with pytest.raises(SystemExit) as stopped:
+        main(words)
+    error = capsys.readouterr().err
+    assert stopped.value.code == 1 and text in error and "Traceback" not in error, error
+    assert sorted(work.rglob("*")) == before
