@@ -41,10 +41,11 @@ from nnunet_uda.commands.evaluate_unsupervised import (
     names_of,
 )
 from nnunet_uda.data.convention import TARGET_FOLDER, case_files, read_json
+from nnunet_uda.data.geometry import check_same_geometry
 from nnunet_uda.devices import open_device
 from nnunet_uda.errors import UDAError, command
 from nnunet_uda.evaluation.criteria import HIGHER_IS_BETTER
-from nnunet_uda.evaluation.metrics import check_geometry, read_segmentation
+from nnunet_uda.evaluation.metrics import read_segmentation
 from nnunet_uda.evaluation.report import jsonable, markdown_table
 from nnunet_uda.evaluation.runs import find_raw_dataset
 from nnunet_uda.evaluation.unsupervised import (
@@ -94,7 +95,7 @@ def true_dice(model: TrainedModel, raw: Path, test: TargetTest, device: torch.de
         for name in (f"{case}{test.labels.file_ending}" for case in test.cases):
             paths = test.reference / name, Path(output, name)
             images = [read_segmentation(path, test.labels.structures, test.labels.ignore) for path in paths]
-            check_geometry(*images, *paths)
+            check_same_geometry(images[0], paths[0], images[1], paths[1])
             reference, predicted = (sitk.GetArrayFromImage(image) for image in images)
             known = reference != test.labels.ignore
             volumes.append(mean_dice(reference[known], predicted[known], test.labels.structures.values()))
