@@ -216,7 +216,10 @@ def test_plans_that_are_not_there(tmp_path, name):
         read_plans(tmp_path, name)
 
 
-def test_a_planner_that_nnunet_lacks_plans_no_plane():
+def test_a_planner_that_nnunet_lacks_plans_no_plane(tmp_path, monkeypatch):
+    monkeypatch.setenv("nnUNet_preprocessed", str(tmp_path))
+    (tmp_path / "Dataset501_Blobs").mkdir()
+    (tmp_path / "Dataset501_Blobs" / "dataset.json").write_text("{}")
     content = plans() | {"image_reader_writer": "SimpleITKIOWithReorient", "experiment_planner_used": "MyOwnPlanner"}
     with pytest.raises(UDAError, match="'MyOwnPlanner'; nnunetv2.experiment_planning has no such one"):
         replan_plane("Dataset501_Blobs", copy.deepcopy(content), "coronal", "Q")
