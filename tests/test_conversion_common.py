@@ -411,12 +411,14 @@ def test_channels_within_the_tolerance_share_one_geometry(raw, tmp_path, groups)
 MEMORY = """
 import resource, sys
 from pathlib import Path
-from nnunet_uda.dataset_conversion.common import Case, convert_case
+from nnunet_uda.data.intensities import Intensities
+from nnunet_uda.dataset_conversion.common import Case, Clipping, convert_case
 from nnunet_uda.dataset_conversion.quicklook import draw_quicklook
-path, small, out = map(Path, sys.argv[1:])
+path, small, out = map(Path, sys.argv[1:4])
+clipping = Clipping(eval(sys.argv[4]))
 
 def run(path):
-    convert_case(Case("x", (path,)), out, None, 1)
+    convert_case(Case("x", (path,)), out, None, 1, clipping)
     draw_quicklook([("x", out / "x_0000.nii.gz", None)], ["a"], out / "q.png")
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
@@ -425,13 +427,16 @@ print(run(path) - before)
 """
 
 
-def test_one_volume_and_one_slab_are_in_memory(tmp_path):
-    """ITK's reader of NIfTI needs two volumes, and so does its reorientation."""
-    big = sitk.Image((256, 256, 256), sitk.sitkFloat64)
-    big[10:20, 10:20, 10:20] = 7
+@pytest.mark.parametrize("clipping", ["None", "Intensities((0.5, 99.5))", "Intensities(window=(-100, 5))"])
+def test_one_volume_and_one_slab_are_in_memory(tmp_path, clipping):
+    """ITK's reader of NIfTI needs two volumes, and so does its reorientation; numpy's clip a second one, too."""
+    big = sitk.GetImageFromArray(np.arange(256**3, dtype=np.float64).reshape(256, 256, 256) % 1000)
     paths = [save(image, tmp_path / name) for image, name in ((big, "a.nii"), (big[:40, :40, :40], "b.nii"))]
     done = subprocess.run(
-        [sys.executable, "-c", MEMORY, *map(str, paths), str(tmp_path)], capture_output=True, text=True, check=True
+        [sys.executable, "-c", MEMORY, *map(str, paths), str(tmp_path), clipping],
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert int(done.stdout.split()[-1]) < 1.5 * 256**3 * 8  # uint8 is an eighth; slabs are 16 MB
 

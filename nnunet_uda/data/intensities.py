@@ -11,7 +11,7 @@ Clipping is idempotent: a scan that went through it can go through it again, and
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,8 @@ PERCENTILES = (0.5, 99.5)
 """Of a domain that is not CT."""
 DEFAULT = "default"
 """Stands for intensities that a converter is to choose by the domain."""
+SLAB = 2**21
+"""Voxels that are looked at or clipped at a time: a volume may be 1 GiB."""
 FORMS = f"two numbers (a window in HU), {', '.join(PRESETS)}, percentiles LOW HIGH, or none"
 
 
@@ -90,16 +92,21 @@ class Intensities:
         """The values at which ``voxels``, an array of any shape, are clipped; both 0 if all are 0."""
         if self.window is not None:
             return self.window
-        values = voxels[voxels != 0]
-        if values.dtype.kind == "f":
-            values = values[np.isfinite(values)]
-        if not values.size:
+        count = sum(len(values) for values in _nonzero(voxels))
+        if not count:
             return 0.0, 0.0
         # values of the scan: between two of them, they would move each time that a scan is clipped again
-        share = (values.size - 1) / 100
-        places = math.floor(self.percentiles[0] * share), math.ceil(self.percentiles[1] * share)
-        values.partition(places)
-        return float(values[places[0]]), float(values[places[1]])
+        share = (count - 1) / 100
+        below, above = math.floor(self.percentiles[0] * share) + 1, count - math.ceil(self.percentiles[1] * share)
+        lowest = highest = np.empty(0, voxels.dtype)
+        for values in _nonzero(voxels):  # the two tails alone are kept
+            lowest = np.concatenate((lowest, values))
+            highest = np.concatenate((highest, values))
+            if len(lowest) > below:
+                lowest = np.partition(lowest, below - 1)[:below]
+            if len(highest) > above:
+                highest = np.partition(highest, len(highest) - above)[-above:]
+        return float(lowest.max()), float(highest.min())
 
     def clip(self, voxels: np.ndarray, where: Path | str) -> np.ndarray:
         """``voxels`` (any shape) clipped: of the same type, or float32 where they are scaled. A new array.
@@ -114,6 +121,9 @@ class Intensities:
         """
         if self.scale is not None and self._is_scaled(voxels):
             return voxels.astype(np.float32)
+        return self._clipped(voxels, *self._checked_bounds(voxels, where))
+
+    def _checked_bounds(self, voxels: np.ndarray, where: Path | str) -> tuple[float, float]:
         low, high = self.bounds(voxels)
         if self.window is not None:
             bottom, top = (float(end) for end in (voxels.min(), voxels.max()))
@@ -128,6 +138,9 @@ class Intensities:
                 f"{np.count_nonzero(voxels)} nonzero voxels are both {low:g}; expected an image with contrast. "
                 "Leave this scan out, or clip less."
             )
+        return low, high
+
+    def _clipped(self, voxels: np.ndarray, low: float, high: float) -> np.ndarray:
         foreground = None if self.window is not None else voxels != 0
         if self.scale is not None:
             background, top = self.scale
@@ -155,10 +168,17 @@ class Intensities:
         return at_top >= (1 - high) * expected - 2 and at_bottom >= low * expected - 2
 
     def apply(self, image: sitk.Image, path: Path) -> sitk.Image:
-        """``image`` as ``clip`` makes it, on the same grid."""
-        clipped = sitk.GetImageFromArray(self.clip(sitk.GetArrayViewFromImage(image), path))
-        clipped.CopyInformation(image)
-        return clipped
+        """``image`` as ``clip`` makes it, on the same grid; a volume that keeps its type is changed in place."""
+        voxels = sitk.GetArrayViewFromImage(image)
+        if self.scale is not None or voxels.ndim != 3:
+            clipped = sitk.GetImageFromArray(self.clip(voxels, path))
+            clipped.CopyInformation(image)
+            return clipped
+        bounds, step = self._checked_bounds(voxels, path), max(1, SLAB // voxels[0].size)
+        for first in range(0, len(voxels), step):
+            part = self._clipped(sitk.GetArrayViewFromImage(image)[first : first + step], *bounds)
+            image[:, :, first : first + len(part)] = sitk.GetImageFromArray(part)
+        return image
 
     def to_json(self) -> dict[str, Any]:
         """What ``dataset.json`` holds of a domain under ``uda``, ``intensities``."""
@@ -171,6 +191,15 @@ class Intensities:
             "range": scale,
             "from": self.origin,
         }
+
+
+def _nonzero(voxels: np.ndarray) -> Iterator[np.ndarray]:
+    """The finite values of ``voxels`` other than 0, at most ``SLAB`` at a time."""
+    flat = voxels.reshape(-1)
+    for first in range(0, len(flat), SLAB):
+        part = flat[first : first + SLAB]
+        part = part[part != 0]
+        yield part[np.isfinite(part)] if part.dtype.kind == "f" else part
 
 
 # --- command lines ----------------------------------------------------------------------------------------------------
