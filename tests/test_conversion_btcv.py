@@ -85,7 +85,7 @@ def test_round_trip_of_all_organs(tree):
     assert not (out / "imagesTu").exists() and not (out / "imagesTs").exists()
     content = json.loads((out / "dataset.json").read_text())
     assert content["labels"] == {"background": 0, **VALUES} and content["channel_names"] == {"0": "CT"}
-    assert "uda" not in content and "registration" in content["licence"]
+    assert "target_domain" not in content.get("uda", {}) and "registration" in content["licence"]
     for number in MADE:
         before = sitk.ReadImage(str(tree / f"RawData/Training/img/img{number:04d}.nii.gz"))
         image = sitk.ReadImage(str(out / f"imagesTr/ct_{number:04d}_0000.nii.gz"))

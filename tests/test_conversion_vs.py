@@ -323,7 +323,8 @@ def test_integrity_as_nnunet_sees_it(root, pristine, capfd):
 
 def test_upper_bound(root, pristine):
     out = convert(pristine("converted"), "--upper_bound")
-    assert out.name == "Dataset507_VS_hrT2_upper_bound" and "uda" not in json.loads((out / "dataset.json").read_text())
+    assert out.name == "Dataset507_VS_hrT2_upper_bound"
+    assert "target_domain" not in json.loads((out / "dataset.json").read_text()).get("uda", {})
     assert names(out / "imagesTr") == names(out / "labelsTr") == ids("target", "validation", weighting="t2")
     assert names(out / "imagesTs") == ids("test", weighting="t2") and not (out / "imagesTu").exists()
     assert folds(out) == [{"train": ids("target", weighting="t2"), "val": ids("validation", weighting="t2")}]

@@ -21,7 +21,7 @@ from conftest import differences, make_trainer, same_weights, weights
 from nnunetv2.training.logging.nnunet_logger import LocalLogger
 
 from nnunet_uda import files
-from nnunet_uda.commands import clip, configure, convert, fold_images, preprocess
+from nnunet_uda.commands import configure, convert, fold_images, intensities, preprocess
 from nnunet_uda.data.damage import refuse_damaged
 from nnunet_uda.data.target import MANIFEST, TargetDataset
 from nnunet_uda.errors import UDAError
@@ -490,8 +490,8 @@ def test_a_folder_of_images_is_whole_after_a_kill_and_the_same_command(own_copy,
     splits = [{"train": ["ct_Tu00", "ct_Tu01"], "val": ["ct_Tu02", "ct_Tu03"]}]
     (raw / "splits_target.json").write_text(json.dumps(splits))
     if name == "clip":
-        main, command = clip.main, ["-percentiles", "5", "95", "-i", str(raw / "imagesTs"), "-o", str(out)]
-        module, function = clip.sitk, "WriteImage"
+        main, command = intensities.main, ["-percentiles", "5", "95", "-i", str(raw / "imagesTs"), "-o", str(out)]
+        module, function = intensities.sitk, "WriteImage"
     else:
         main, command = fold_images.main, ["-d", "501", "-f", "0", "-o", str(out)]
         module, function = os, "symlink"

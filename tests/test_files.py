@@ -226,5 +226,6 @@ def run_command(body: str, *, shell: str = "{}") -> subprocess.CompletedProcess:
 def test_a_reader_that_goes_away_and_ctrl_c_end_a_command_without_a_traceback():
     done = run_command("[print(i) for i in range(100000)]", shell="{} | head -n 1")
     assert done.stdout.split() == ["0", str(128 + signal.SIGPIPE)] and done.stderr == ""
-    done = run_command("import os, signal, time; os.kill(os.getpid(), signal.SIGINT); time.sleep(9)")
+    interrupted = "signal.signal(signal.SIGINT, signal.default_int_handler); os.kill(os.getpid(), signal.SIGINT)"
+    done = run_command(f"import os, signal, time; {interrupted}; time.sleep(9)")  # a background shell ignores SIGINT
     assert done.stdout.split() == [str(128 + signal.SIGINT)] and done.stderr.strip() == "Interrupted"

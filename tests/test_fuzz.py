@@ -22,7 +22,7 @@ import SimpleITK as sitk
 from conftest import make_trainer
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 
-from nnunet_uda.commands import clip, configure, evaluate, fold_images, preprocess
+from nnunet_uda.commands import configure, evaluate, fold_images, intensities, preprocess
 from nnunet_uda.data import convention
 from nnunet_uda.data.geometry import Grid
 from nnunet_uda.data.intensities import read_intensities
@@ -287,7 +287,7 @@ def test_commands_and_trainers(dataset, tmp_path, capsys):
         (dataset / "splits_target.json", lambda: fold_images.main(["-d", "501", "-f", "1", "-o", str(out)])),
         (dataset / "dataset.json", lambda: evaluate.main([*evaluation, f"a={predictions}"])),
         (dataset / "splits_target.json", lambda: evaluate.main([*evaluation, f"a={fold}", "-f", "0"])),
-        (dataset / "dataset.json", lambda: clip.main(["-d", "501", "-i", str(scans), "-o", str(out)])),
+        (dataset / "dataset.json", lambda: intensities.main(["-d", "501", "-i", str(scans), "-o", str(out)])),
         (preprocessed / "dataset.json", lambda: preprocess.main(["-d", "501", "-np", "1"])),
         (dataset / "splits_target.json", lambda: preprocess.main(["-d", "501", "-np", "1"])),
         (preprocessed / "dataset.json", train),

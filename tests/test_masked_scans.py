@@ -16,6 +16,7 @@ def bare(trainer_class: type, *masked: bool):
     """A trainer without anything but its plans' masks, and a generator that moves every voxel."""
     trainer = object.__new__(trainer_class)
     trainer.configuration_manager = SimpleNamespace(use_mask_for_norm=list(masked))
+    trainer.label_manager = SimpleNamespace(ignore_label=None)
     trainer.networks = {"generator": lambda images: 2 * images + 0.5}
     trainer.device = torch.device("cpu")
     return trainer

@@ -15,12 +15,12 @@ import pytest
 from conftest import make_raw_dataset, make_trainer
 
 from nnunet_uda.commands import (
-    clip,
     compare,
     configure,
     convert,
     evaluate,
     fold_images,
+    intensities,
     preprocess,
     pseudo_labels,
     sweep,
@@ -102,7 +102,7 @@ def light_commands(root: Path) -> dict[str, tuple]:
             "-target_images", str(raw / "imagesTu"),
         ]),
         "fold_images": (fold_images.main, ["-d", "501", "-f", "0", "-o", out]),
-        "clip": (clip.main, ["-percentiles", "5", "95", "-i", str(raw / "imagesTs"), "-o", out]),
+        "clip": (intensities.main, ["-percentiles", "5", "95", "-i", str(raw / "imagesTs"), "-o", out]),
         "pseudo_labels": (pseudo_labels.main, ["-d", "501", "-i", str(root / "predictions"), "-o", "Dataset601_S"]),
         "evaluate": (evaluate.main, ["-d", "501", "-p", str(raw / "labelsTs"), "-o", out, "-np", "1",
                                      "--no_overlays"]),
