@@ -6,6 +6,7 @@ SEED ?= 0
 RUN ?= demo_run
 KILLS ?= 50
 MINUTES ?= 120
+JOBS ?= 2
 
 .PHONY: demo test test-slow soak lint clean
 
@@ -13,7 +14,7 @@ demo: $(VENV)/installed
 	$(VENV)/bin/nnUNetUDA_demo -o $(RUN) -seed $(SEED)
 
 test: $(VENV)/installed
-	$(VENV)/bin/python -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m "not slow" -n $(JOBS) --dist loadfile
 
 test-slow: $(VENV)/installed
 	$(VENV)/bin/python -m pytest -m slow
