@@ -43,7 +43,7 @@ TRAINERS = ("nnUNetTrainer", "SourceOnlyTrainer", "RandomStyleTrainer", "EntMinT
             "CISFATrainer", "SimilarityPrototypesTrainer", "UUDSTrainer", "UUDSAdversarialTrainer",
             "CASTTrainer")  # fmt: skip
 SMALL = {
-    **{f"{method}.{name}": value for method in ("cisfa", "cut", "cast")
+    **{f"{method}.{name}": value for method in ("cisfa", "cut")
        for name, value in (("generator_width", 16), ("generator_blocks", 4), ("discriminator_width", 32))},
     "advent.discriminator_width": 32, "similarity_prototypes.discriminator_width": 32, "uuds.clip_weights": "random",
     "uuds.clip_config": CLIP,

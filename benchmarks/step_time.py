@@ -55,9 +55,6 @@ def make_trainer(
     trainer.on_train_start()
     if last_epoch:
         trainer.current_epoch = trainer.num_epochs - 1
-        networks = getattr(trainer, "networks", {})
-        if "self_training" in networks:
-            networks["self_training"].ramp.fill_(networks["self_training"].ramp_epochs)
     trainer.on_train_epoch_start()
     return trainer
 

@@ -22,7 +22,7 @@ class UDASettings:
     """Schedule, data stream and segmenter: shared by every trainer, so that bounds and methods are comparable.
 
     The segmenter's Adam is the papers' choice; nnU-Net's own SGD (``sgd``, learning rate 0.01) learned too slowly from
-    translations that change under it (docs/results.md).
+    translations that change under it (docs/phantom.md).
 
     ``checkpoint_best`` follows ``checkpoint_criterion``: pseudo Dice on (translated) source validation patches, or what
     ``nnunet_uda.evaluation.criteria`` measures once an epoch on always the same ``criterion_patches`` unlabelled target

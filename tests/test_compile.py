@@ -10,7 +10,7 @@ from test_trainers_uuds import write_plans
 PASSES = {
     "CISFATrainer": {"encode", "decode"},
     "CUTTrainer": {"encode", "decode"},
-    "CASTTrainer": {"encode", "decode"},
+    "CASTTrainer": set(),
     "SimilarityPrototypesTrainer": set(),
     "UUDSAdversarialTrainer": {"find_levels", "generate", "segment"},
 }

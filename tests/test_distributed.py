@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 import os
@@ -206,9 +205,7 @@ PROTOTYPES = {"similarity_prototypes__" + name: value for name, value in {
 UUDS = {"uuds__clip_config": CLIP, "uuds__clip_weights": "random", "uuds__warmup_epochs": 0, "uuds__threshold": 1.0,
         "uuds__clip_batch_statistics": "frozen"}  # fmt: skip
 CUT = {"cut__generator_width": 4, "cut__generator_blocks": 1, "cut__discriminator_width": 4, "cut__patches": 16}
-CAST = {"cast__generator_width": 4, "cast__generator_blocks": 1, "cast__discriminator_width": 4, "cast__patches": 16,
-        "cast__random_styles": False, "cast__style_codes": False, "cast__views": 1,
-        "cast__confidence": 0.0}  # fmt: skip
+CAST = {"cast__start_share": 0.0, "cast__confidence": 0.0}
 FAMILIES = {
     "source": ("SourceOnlyTrainer", {}),
     "dice": ("SourceOnlyTrainer", {"segmentation_loss": "dice"}),
@@ -244,9 +241,6 @@ def steps(rank: int, name: str, options: dict[str, Any], number: int = 1) -> dic
     trainer = make_trainer(name, "four", **options)
     trainer.initialize()
     trainer.start_together(trainer.plain_network, trainer.networks)
-    if name == "CASTTrainer":
-        trainer.networks["self_training"].ramp += 1  # self-training has begun
-        trainer.draw_codes = lambda number: torch.zeros(number, 8)  # leaves the random state to the patch positions
     before = {key: value.clone() for key, value in weights(trainer).items()}
     for key, optimizer in trainer.optimizers.items():  # Adam would enlarge rounding where a gradient is nothing else
         trainer.optimizers[key] = torch.optim.SGD([{"params": g["params"]} for g in optimizer.param_groups], lr=0.002)
@@ -263,12 +257,13 @@ def steps(rank: int, name: str, options: dict[str, Any], number: int = 1) -> dic
         label = torch.zeros(4, 1, 32, 32)
         label[0, :, 4:20, 4:20], label[1, :, 10:25, 8:30], label[2, :, 5:9, 5:9] = 1, 2, 1  # class 2 on one rank only
         source += 2 * label
+        if name == "CASTTrainer":  # as they are, and restyled
+            target = torch.cat((target, 0.5 * target), 1)
         labels = label[share]
         if trainer.enable_deep_supervision:
             sizes = [[round(32 * scale) for scale in scales] for scales in trainer._get_deep_supervision_scales()]
             labels = [F.interpolate(label[share], size, mode="nearest") for size in sizes]
         batch = {"data": source[share], "target": labels}
-        trainer.dataloader_train = itertools.repeat(batch)  # CAST's step takes two
         trainer.dataloader_target = iter([{"data": target[share]}])
         torch.manual_seed(step)  # the same patch positions everywhere
         losses.append(trainer.train_step(batch))

@@ -19,8 +19,7 @@ NAMES = [
     "PrototypesBaselineTrainer", "PrototypesNoSimilarityTrainer", "PrototypesNoContrastTrainer",
     "UUDSTrainer", "UUDSAdversarialTrainer", "UUDSNoDomainPromptTrainer", "UUDSNoSegmentationPromptTrainer",
     "UUDSNoUncertaintyTrainer",
-    "CASTTrainer", "CASTNoTranslationTrainer", "CASTNoSemanticTrainer", "CASTNoStyleTrainer",
-    "CASTNoRandomStyleTrainer", "CASTNoSelfTrainingTrainer", "RandomStyleTrainer", "CUTTrainer", "EntMinTrainer",
+    "CASTTrainer", "CASTNoSelfTrainingTrainer", "RandomStyleTrainer", "CUTTrainer", "EntMinTrainer",
     "ADVENTTrainer",
 ]  # fmt: skip
 FIND = f"""

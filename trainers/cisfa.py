@@ -36,7 +36,7 @@ class CISFASettings(TranslationSettings):
 
     ``segmenter_adversarial_weight`` is 1 in eq. 6; ``-protocol cisfa`` writes that. It is lower here because a
     segmenter that starts with nothing but background on the target is otherwise rewarded for staying there
-    (docs/results.md).
+    (docs/phantom.md).
     """
 
     image_adversarial_weight: float = 1.0

@@ -1,7 +1,7 @@
 """RandomStyle: labelled source images alone, in random styles.
 
-nnU-Net's own augmentation plus random convolutions (GIN), interventional pseudo-correlation (Ouyang et al. 2022) and
-SLAug's global and class-level location-scale augmentation (Su et al. 2023): the baseline that needs no target image.
+nnU-Net's own augmentation plus cluster contrasts (after SynthSeg), SLAug's global location-scale augmentation (Su et
+al. 2023), random convolutions (GIN) and interventional pseudo-correlation (Ouyang et al. 2022): needs no target image.
 """
 
 from __future__ import annotations
@@ -28,8 +28,7 @@ class RandomStyleTrainer(UDATrainer):
 
     def get_training_transforms(self, *args, **kwargs):
         pipeline = super().get_training_transforms(*args, **kwargs)
-        styles = style_transforms(self.own_settings, self.label_manager.foreground_labels)
-        insert_after_spatial(pipeline, styles)
+        insert_after_spatial(pipeline, style_transforms(self.own_settings))
         return pipeline
 
     def train_on(self, source: Tensor, label: Tensor | list[Tensor], target: Tensor | None) -> None:

@@ -56,7 +56,7 @@ class SimilarityPrototypesSettings:
     counts as its label. Both generators always use Adam; the shared ``segmenter_schedule`` is theirs too.
 
     CycleGAN's ``cycle_weight`` of 10 is meant for intensities in [-1, 1] and generators without a skip to the output;
-    on z-scored images it holds the translation at the identity that it starts from (docs/results.md).
+    on z-scored images it holds the translation at the identity that it starts from (docs/phantom.md).
     """
 
     embedding_dim: int = 256

@@ -126,7 +126,7 @@ class UUDSSettings:
 
 @dataclass(frozen=True)
 class UUDSAdversarialSettings(UUDSSettings):
-    """The same settings under ``uda.uuds`` with other defaults: those with which UUDS translates (docs/results.md).
+    """The same settings under ``uda.uuds`` with other defaults: those with which UUDS translates (docs/phantom.md).
 
     The generator sees CLIP's finer maps, the encoder opposes it, the content is constrained, L_DD weighs less and L_id
     more. ``threshold`` is high because trusting the surest pixels alone, which are background, ended in background.

@@ -2,7 +2,8 @@
 
 GIN and interventional pseudo-correlation are of Ouyang et al. 2022 (Causality-inspired Single-source Domain
 Generalization for Medical Image Segmentation), location-scale augmentation of Su et al., AAAI 2023 (SLAug, Rethinking
-Data Augmentation for Single-source Domain Generalization in Medical Image Segmentation). Any trainer may use them::
+Data Augmentation for Single-source Domain Generalization in Medical Image Segmentation), cluster contrasts are our own,
+after SynthSeg. Any trainer may use them::
 
     pipeline = nnUNetTrainer.get_training_transforms(...)
     pipeline.transforms.insert(1, RandomConvolutionTransform())  # after SpatialTransform
@@ -22,116 +23,88 @@ from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
 from batchgeneratorsv2.transforms.utils.random import RandomTransform
 from torch import Tensor
 
+from nnunet_uda.data.cluster_contrast import cluster_contrast
 from nnunet_uda.data.random_convolution import random_convolution
 from nnunet_uda.settings import require
 
-KEPT = -1
-"""The region of positions whose value stays: nnU-Net's label outside of the scan and of its non-zero mask."""
-AIR = 0.01
 CURVE_POINTS = 256
 SAMPLED_POSITIONS = 2**16
 
 
 @dataclass(frozen=True)
 class StyleAugmentationSettings:
-    """Which random styles a training image gets; each part is off at probability 0.
+    """Which random styles a training image gets, one after the other; each part is off at probability 0.
 
-    Layers and channels of the random networks are the authors'. ``pseudo_correlation_probability`` is the share of
-    random convolutions that blend two networks.
+    ``pseudo_correlation_probability`` is the share of random convolutions that blend two networks. Layers and channels
+    of the random networks are the authors'. SLAug's curves by class are not here: they paint the label into the image,
+    and on real scans segmenters were better without (docs/results.md).
     """
 
-    random_convolution_probability: float = 1.0
+    cluster_contrast_probability: float = 0.75
+    global_location_scale_probability: float = 0.5
+    random_convolution_probability: float = 0.5
     random_convolution_layers: int = 4
     random_convolution_channels: int = 2
     pseudo_correlation_probability: float = 0.5
-    global_location_scale_probability: float = 0.5
-    class_location_scale_probability: float = 0.5
     keep_statistics: bool = True
 
     def __post_init__(self) -> None:
         for name in (
-            "random_convolution_probability", "pseudo_correlation_probability", "global_location_scale_probability",
-            "class_location_scale_probability",
+            "cluster_contrast_probability", "global_location_scale_probability", "random_convolution_probability",
+            "pseudo_correlation_probability",
         ):  # fmt: skip
             require(0 <= getattr(self, name) <= 1, name, "between 0 and 1", getattr(self, name))
         for name in ("random_convolution_layers", "random_convolution_channels"):
             require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
 
 
-def style_transforms(settings: StyleAugmentationSettings, foreground_labels: Collection[int]) -> ComposeTransforms:
-    """The chain that ``settings`` describe: location-scale by class, then as a whole, then random convolutions.
-
-    Args:
-        settings: probabilities and sizes.
-        foreground_labels: the structures; only used where classes have curves of their own. Without any, no transform
-            reads the segmentation.
-    """
+def style_transforms(settings: StyleAugmentationSettings) -> ComposeTransforms:
+    """The chain that ``settings`` describe: cluster contrasts, a random curve, random convolutions."""
     keep = settings.keep_statistics
+    convolution = RandomConvolutionTransform(
+        layers=settings.random_convolution_layers,
+        hidden_channels=settings.random_convolution_channels,
+        p_pseudo_correlation=settings.pseudo_correlation_probability,
+        keep_statistics=keep,
+    )
     chain = [
+        (settings.cluster_contrast_probability, ClusterContrastTransform(keep_statistics=keep)),
         (settings.global_location_scale_probability, LocationScaleTransform(keep_statistics=keep)),
-        (
-            settings.random_convolution_probability,
-            RandomConvolutionTransform(
-                layers=settings.random_convolution_layers,
-                hidden_channels=settings.random_convolution_channels,
-                p_pseudo_correlation=settings.pseudo_correlation_probability,
-                keep_statistics=keep,
-            ),
-        ),
+        (settings.random_convolution_probability, convolution),
     ]
-    if foreground_labels:
-        by_class = LocationScaleTransform(foreground_labels, p_decreasing=0.5, keep_statistics=keep)
-        chain.insert(0, (settings.class_location_scale_probability, by_class))
     return ComposeTransforms([RandomTransform(transform, share) for share, transform in chain if share > 0])
 
 
-def restyle_batch(transform: BasicTransform, images: Tensor, labels: Tensor | None = None) -> Tensor:
-    """Each image of a batch through ``transform`` by itself, on the batch's device.
+class _StyleTransform(BasicTransform):
+    """Changes the image within the scan, and can keep each channel's mean and deviation.
+
+    Where the segmentation is negative (nnU-Net's padding, and the outside of its non-zero mask) the image stays as it
+    is, for it does so at prediction.
 
     Args:
-        images: [B, C, *patch] float, z-scored; left as it is.
-        labels: [B, 1, *patch] integer, for transforms that read it.
-
-    Returns:
-        [B, C, *patch], without a graph.
+        keep_statistics: give each channel its mean and standard deviation back; scans are z-scored at prediction too.
     """
-    with torch.no_grad():
-        restyled = [
-            transform(image=image, segmentation=None if labels is None else labels[index])["image"]
-            for index, image in enumerate(images)
-        ]
-    return torch.stack(restyled)
 
-
-class _StyleTransform(BasicTransform):
-    """Changes the image alone, may read the segmentation, and can keep each channel's mean and deviation."""
-
-    def __init__(self, keep_statistics: bool):
+    def __init__(self, keep_statistics: bool = True):
         super().__init__()
         self.keep_statistics = keep_statistics
 
-    def restyle(self, image: Tensor, segmentation: Tensor | None, generator: torch.Generator) -> Tensor:
-        """[C, *S] to [C, *S]; ``segmentation`` is [1 or more, *S] integer."""
+    def restyle(self, image: Tensor, generator: torch.Generator) -> Tensor:
+        """[C, *S] to [C, *S]."""
         raise NotImplementedError
 
-    def movable(self, segmentation: Tensor | None) -> Tensor | None:
-        """[*S] bool, the positions that ``restyle`` may change; None is all."""
-        return None
-
     def apply(self, data_dict: dict, **params) -> dict:
-        image = data_dict["image"]
+        image, segmentation = data_dict["image"], data_dict.get("segmentation")
         generator = torch.Generator().manual_seed(int(np.random.randint(2**31)))
-        segmentation = data_dict.get("segmentation")
-        styled = self.restyle(image, segmentation, generator)
+        inside = None if segmentation is None or (segmentation[0] >= 0).all() else segmentation[0] >= 0
+        styled = self.restyle(image, generator)
         if self.keep_statistics:
-            styled = with_statistics_of(image, styled, self.movable(segmentation))
-        return data_dict | {"image": styled}
+            styled = with_statistics_of(image, styled, inside)
+        return data_dict | {"image": styled if inside is None else torch.where(inside, styled, image)}
 
 
 class RandomConvolutionTransform(_StyleTransform):
     """GIN: the image through a random shallow network (:func:`random_convolution`), a new one each time.
-
-    Everything is changed alike, air and padding too.
 
     Args:
         layers: convolutions of the network.
@@ -152,7 +125,7 @@ class RandomConvolutionTransform(_StyleTransform):
         self.layers, self.hidden_channels = layers, hidden_channels
         self.p_pseudo_correlation = p_pseudo_correlation
 
-    def restyle(self, image: Tensor, segmentation: Tensor | None, generator: torch.Generator) -> Tensor:
+    def restyle(self, image: Tensor, generator: torch.Generator) -> Tensor:
         blend = torch.rand(1, generator=generator).item() < self.p_pseudo_correlation
         images = image[None].expand(2 if blend else 1, *image.shape)
         styled = random_convolution(
@@ -165,67 +138,28 @@ class RandomConvolutionTransform(_StyleTransform):
 
 
 class LocationScaleTransform(_StyleTransform):
-    """SLAug's location-scale augmentation: intensities along a random curve, then scaled and shifted.
+    """SLAug's global location-scale augmentation (:func:`location_scale`)."""
 
-    Args:
-        foreground_labels: the structures that get a curve of their own, the class-level variant; None is the global
-            one, a single curve for the whole image. What has another label (background, nnU-Net's ignore label) shares
-            one curve, so that nothing can be learned from where labels are missing. Negative labels (outside of the
-            scan or of its non-zero mask) keep their value at class level; so does air, the lowest hundredth of the
-            intensities, until ``keep_statistics`` scales everything within the scan.
-        p_decreasing: how often a curve falls instead of rising. SLAug: 0 for the global variant; at class level 0.5 for
-            the structures and 1 for the background.
-        keep_statistics: give each channel its mean and standard deviation back; scans are z-scored at prediction too.
-    """
-
-    def __init__(
-        self,
-        foreground_labels: Collection[int] | None = None,
-        p_decreasing: float = 0.0,
-        keep_statistics: bool = True,
-    ):
-        super().__init__(keep_statistics)
-        self.foreground_labels = None if foreground_labels is None else tuple(foreground_labels)
-        self.p_decreasing = p_decreasing
-
-    def restyle(self, image: Tensor, segmentation: Tensor | None, generator: torch.Generator) -> Tensor:
-        if self.foreground_labels is None:
-            return location_scale(image, p_decreasing=self.p_decreasing, generator=generator)
-        if segmentation is None:
-            raise ValueError("LocationScaleTransform with foreground_labels needs a segmentation beside the image")
-        regions = label_regions(segmentation[0], self.foreground_labels)
-        return location_scale(image, regions, p_decreasing=self.p_decreasing, keep_air=True, generator=generator)
-
-    def movable(self, segmentation: Tensor | None) -> Tensor | None:
-        return None if self.foreground_labels is None else segmentation[0] >= 0
+    def restyle(self, image: Tensor, generator: torch.Generator) -> Tensor:
+        return location_scale(image, generator=generator)
 
 
-def label_regions(segmentation: Tensor, foreground_labels: Collection[int]) -> Tensor:
-    """[*S] regions of a segmentation [*S]: a structure's label, 0 for everything else, ``KEPT`` where negative."""
-    labels = torch.as_tensor(tuple(foreground_labels), device=segmentation.device)
-    regions = torch.where(torch.isin(segmentation, labels), segmentation, 0)
-    return regions.masked_fill(segmentation < 0, KEPT)
+class ClusterContrastTransform(_StyleTransform):
+    """The tissues that an image shows in new, random contrasts (:func:`cluster_contrast`)."""
+
+    def restyle(self, image: Tensor, generator: torch.Generator) -> Tensor:
+        return cluster_contrast(image, generator=generator)
 
 
-def location_scale(
-    image: Tensor,
-    regions: Tensor | None = None,
-    *,
-    p_decreasing: float,
-    keep_air: bool = False,
-    generator: torch.Generator,
-) -> Tensor:
-    """Each channel and region along its own random curve, times N(1, 0.1) in [0.9, 1.1], plus N(0, 0.5).
+def location_scale(image: Tensor, *, generator: torch.Generator) -> Tensor:
+    """Each channel along a random rising curve, times N(1, 0.1) in [0.9, 1.1], plus N(0, 0.5).
 
-    Numbers are in units of the channel's range (its 0.5 and 99.5 percentiles). The curve is over the region's own
-    range, the shift is limited so that the region's 20th percentile does not fall under the range nor its 80th over it,
-    and the result is clipped to the channel's least and greatest value.
+    Numbers are in units of the channel's range (its 0.5 and 99.5 percentiles). The shift is limited so that the 20th
+    percentile does not fall under the range nor the 80th over it, and the result is clipped to the channel's least and
+    greatest value.
 
     Args:
         image: [C, *S] float.
-        regions: [*S] integer; None is a single region. Negative ones keep their values.
-        p_decreasing: how often a curve falls.
-        keep_air: values in the lowest hundredth of the range stay.
         generator: source of randomness.
 
     Returns:
@@ -234,34 +168,22 @@ def location_scale(
     result = image.float().clone()
     for channel in result:
         low, high = quantiles(channel, (0.005, 0.995))
-        if not low < high:
-            continue
-        unit = (channel - low) / (high - low)
-        bounds = (unit.min(), unit.max())
-        movable = unit > AIR if keep_air else torch.ones_like(unit, dtype=torch.bool)
-        found = [0] if regions is None else [region for region in regions.unique().tolist() if region >= 0]
-        for region in found:
-            mask = movable if regions is None else movable & (regions == region)
-            values = unit[mask]
-            if values.numel() > 0:
-                unit[mask] = _moved(values, p_decreasing, generator).clamp(*bounds)
-        changed = movable if regions is None else movable & (regions >= 0)
-        channel[changed] = (unit * (high - low) + low)[changed]
+        if low < high:
+            unit = (channel - low) / (high - low)
+            moved = _moved(unit.flatten(), generator).view_as(unit).clamp(unit.min(), unit.max())
+            channel.copy_(moved * (high - low) + low)
     return result.to(image.dtype)
 
 
-def _moved(values: Tensor, p_decreasing: float, generator: torch.Generator) -> Tensor:
-    """Values [N] of one region, in units of the channel's range, along a curve and to another place."""
+def _moved(values: Tensor, generator: torch.Generator) -> Tensor:
+    """Values [N], in units of the channel's range, along a curve and to another place."""
 
     def normal() -> float:
         return torch.randn(1, generator=generator).item()
 
     low, high = values.min(), values.max()
-    decreasing = torch.rand(1, generator=generator).item() < p_decreasing
     curve = bezier_curve(generator).to(values.device)
-    if high > low:
-        relative = (values - low) / (high - low)
-        values = low + (high - low) * look_up(curve, 1 - relative if decreasing else relative)
+    values = low + (high - low) * look_up(curve, (values - low) / (high - low))
     scale = min(max(1 + 0.1 * normal(), 0.9), 1.1)
     lower, upper = quantiles(values, (0.2, 0.8))
     shift = min(max(0.5 * normal(), -lower), 1 - upper)
@@ -287,12 +209,12 @@ def look_up(curve: Tensor, x: Tensor) -> Tensor:
     return torch.lerp(curve[index], curve[index + 1], place - index)
 
 
-def smooth_random_map(shape: Collection[int], control_points: int = 6, *, generator: torch.Generator) -> Tensor:
+def smooth_random_map(shape: Collection[int], control_points: int = 4, *, generator: torch.Generator) -> Tensor:
     """A cubic B-spline through uniform random control points, scaled to [0, 1].
 
     Args:
         shape: *S, 2D or 3D.
-        control_points: intervals between control points along the longest axis; about the authors' 6. Shorter axes
+        control_points: intervals between control points along the longest axis, the authors' 4. Shorter axes
             have the same distance between them.
         generator: source of randomness.
 
@@ -335,6 +257,18 @@ def quantiles(values: Tensor, shares: tuple[float, ...]) -> list[float]:
     flat = values.flatten()
     sample = flat[:: max(1, len(flat) // SAMPLED_POSITIONS)].float()
     return torch.quantile(sample, torch.tensor(shares, device=sample.device)).tolist()
+
+
+class TwoViewsTransform(BasicTransform):
+    """An image as it is and changed by ``transform``, one behind the other in the channels: [C, *S] to [2 C, *S]."""
+
+    def __init__(self, transform: Callable[..., dict]):
+        super().__init__()
+        self.transform = transform
+
+    def apply(self, data_dict: dict, **params) -> dict:
+        changed = self.transform(**data_dict)["image"]
+        return data_dict | {"image": torch.cat((data_dict["image"], changed))}
 
 
 def insert_after_spatial(pipeline: ComposeTransforms, transform: Callable[..., dict]) -> None:

@@ -1,4 +1,4 @@
-"""Pseudo labels that are confident and agreed upon, and the loss on them."""
+"""Pseudo labels that are confident enough, and the loss on them."""
 
 from __future__ import annotations
 
@@ -30,19 +30,18 @@ def class_thresholds(class_confidence: Tensor, confidence: float) -> Tensor:
     return (confidence * class_confidence / class_confidence.max()).clamp(min=min(MAJORITY, confidence))
 
 
-def agreed_labels(probabilities: Tensor, agreed: Tensor, thresholds: Tensor) -> Tensor:
-    """Pseudo labels where views agree and the confidence is over the class's threshold, else ``IGNORED``.
+def confident_labels(probabilities: Tensor, thresholds: Tensor) -> Tensor:
+    """Pseudo labels where the confidence is over the class's threshold, else ``IGNORED``.
 
     Args:
-        probabilities: [B, K, *S] float, mean over the views.
-        agreed: [B, *S] bool, all views have the same class.
+        probabilities: [B, K, *S] float.
         thresholds: [K] float.
 
     Returns:
         [B, *S] int64, without a graph.
     """
     confidence, label = probabilities.detach().float().max(dim=1)
-    return label.masked_fill(~(agreed & (confidence > thresholds[label])), IGNORED)
+    return label.masked_fill(confidence <= thresholds[label], IGNORED)
 
 
 def pseudo_label_loss(logits: Tensor, labels: Tensor) -> Tensor:

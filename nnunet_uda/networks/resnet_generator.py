@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -48,13 +49,13 @@ class ReflectConv(nn.Module):
         if bias:
             nn.init.zeros_(self.conv.bias)
 
-    def forward(self, *tensors: Tensor, before: Callable[..., Tensor] | None = None) -> Tensor:
-        """The convolution of one map, or of what ``before`` makes of ``tensors``, which is not kept (``conv_of``)."""
+    def forward(self, x: Tensor, before: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """The convolution of a map, or of what ``before`` makes of it, which is not kept (``conv_of``)."""
 
-        def prepare(*tensors: Tensor) -> Tensor:
-            return reflect_pad(tensors[0] if before is None else before(*tensors), self.padding)
+        def prepare(x: Tensor) -> Tensor:
+            return reflect_pad(x if before is None else before(x), self.padding)
 
-        return conv_of(self.conv, prepare, *tensors)
+        return conv_of(self.conv, prepare, x)
 
 
 class InstanceNorm(nn.Module):
@@ -99,7 +100,6 @@ class ResnetGenerator(nn.Module):
         num_blocks: residual blocks, at least 1.
         strides: one stride per axis for each strided convolution; None is two of stride 2 on every axis. Anisotropic
             3D, for instance: ((1, 2, 2), (2, 2, 2)).
-        skips: join every upsampled map with the encoder's map of its size, as in a U-Net; the paper's has none.
     """
 
     def __init__(
@@ -109,7 +109,6 @@ class ResnetGenerator(nn.Module):
         width: int = 64,
         num_blocks: int = 9,
         strides: Sequence[Sequence[int]] | None = None,
-        skips: bool = False,
     ) -> None:
         super().__init__()
         if dimension not in (2, 3):
@@ -130,8 +129,7 @@ class ResnetGenerator(nn.Module):
         self.stem = self._stage(num_channels, width, outer_kernel)
         self.down = nn.ModuleList(self._stage(low, high, kernel, stride) for low, high, stride in levels)
         self.blocks = nn.ModuleList(ResidualBlock(channels[-1], kernel) for _ in range(num_blocks))
-        self.skips = skips
-        self.up = nn.ModuleList(self._stage(high + skips * low, low, kernel) for low, high, _ in reversed(levels))
+        self.up = nn.ModuleList(self._stage(high, low, kernel) for low, high, _ in reversed(levels))
         self.head = ReflectConv(width, num_channels, outer_kernel, bias=True)
         self.feature_channels: list[int] = [num_channels, *channels, channels[-1]]
 
@@ -161,29 +159,14 @@ class ResnetGenerator(nn.Module):
             hidden = block(hidden)
         return [*features, hidden]
 
-    def late_stages(self, features: list[Tensor]) -> list[tuple[nn.Module, Tensor | None]]:
-        """What lies between ``encode``'s last feature and the head, each upsampling with the map of its size."""
-        blocks = [(block, None) for block in self.blocks[len(self.blocks) // 2 + 1 :]]
-        return blocks + list(zip(self.up, reversed(features[1:-2]), strict=True))
-
-    def late_stage(self, stage: nn.Module, hidden: Tensor, low: Tensor | None) -> Tensor:
-        """A late stage of ``hidden``, brought to the size of ``low`` and joined with it if there are skips."""
-        if low is None:
-            return stage(hidden)
-        conv, norm, activation = stage
-        size = low.shape[2:]
-
-        def larger(hidden: Tensor, *skips: Tensor) -> Tensor:
-            hidden = F.interpolate(hidden, size=size, mode="nearest")
-            return torch.cat((hidden, *skips), 1) if skips else hidden
-
-        return activation(norm(conv(hidden, *([low] if self.skips else []), before=larger)))
-
     def decode(self, features: list[Tensor]) -> Tensor:
         """The translation [B, num_channels, *S] of the image whose features ``encode`` returned."""
         hidden = features[-1]
-        for stage, low in self.late_stages(features):
-            hidden = self.late_stage(stage, hidden, low)
+        for block in self.blocks[len(self.blocks) // 2 + 1 :]:
+            hidden = block(hidden)
+        for (conv, norm, activation), low in zip(self.up, reversed(features[1:-2]), strict=True):
+            larger = partial(F.interpolate, size=low.shape[2:], mode="nearest")
+            hidden = activation(norm(conv(hidden, before=larger)))
         return self.head(hidden)
 
     def compile(self, *args: Any, **kwargs: Any) -> None:

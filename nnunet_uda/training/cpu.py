@@ -16,7 +16,7 @@ def prepare_process() -> None:
 
     Denormals made a step with a discriminator ten times slower. glibc gives large blocks back to the system as soon as
     they are freed, so that every step of a U-Net finds new pages in front of it, which the system must clear first: a
-    tenth of a step of UUDS with an opponent (docs/results.md). The most memory that a process ever held rose by 1.5 %.
+    tenth of a step of UUDS with an opponent (docs/speed.md). The most memory that a process ever held rose by 1.5 %.
     Blocks of more than 1 GiB, whole volumes and not a step's, go back as ever. Without glibc memory stays as it is.
     """
     torch.set_flush_denormal(True)

@@ -358,6 +358,10 @@ class UDATrainer(StoppableTrainer):
                     transform.p_rotation = transform.p_scaling = 0
         return pipeline if self.settings.seed is None else without_stopwatch(pipeline)
 
+    def get_target_transforms(self, *args, **kwargs):
+        """The pipeline of unlabelled target patches; takes what ``get_training_transforms`` takes."""
+        return self.get_training_transforms(*args, **kwargs)
+
     def do_split(self):
         """nnU-Net's split, but a fold outside the splits, cases that do not exist and too few cases are refused."""
         splits_file = Path(self.preprocessed_dataset_folder_base, "splits_final.json")
@@ -446,7 +450,7 @@ class UDATrainer(StoppableTrainer):
         rotation, dummy_2d, initial_patch_size, mirror_axes = (
             self.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
         )
-        transforms = self.get_training_transforms(
+        transforms = self.get_target_transforms(
             self.configuration_manager.patch_size, rotation, None, mirror_axes, dummy_2d,
             use_mask_for_norm=self.configuration_manager.use_mask_for_norm,
         )  # fmt: skip
@@ -528,11 +532,6 @@ class UDATrainer(StoppableTrainer):
         outputs = {"loss": first, **losses}
         self.step_done(outputs)
         return outputs
-
-    def next_source(self) -> tuple[Tensor, Tensor | list[Tensor]]:
-        """One more batch of source images and labels, for a step that takes several; as ``train_on`` gets them."""
-        batch = next(self.dataloader_train)
-        return self._to_device(batch["data"]), self._to_device(batch["target"])
 
     def update(self, name: str, terms: dict[str, Tensor], max_norm: float | None = None) -> None:
         """One step of the optimiser ``name`` on the sum of ``terms``, each of which is logged under its own name."""
