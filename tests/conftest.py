@@ -210,7 +210,8 @@ def make_trainer(
     content["uda"] = merge_uda(content.get("uda", {}), {key.replace("__", "."): value for key, value in uda.items()})
     content["continue_training"] = False
     dataset = json.loads((folder / "dataset.json").read_text())
-    dataset["labels"] = labels or dataset["labels"]
+    if labels is not None:
+        dataset["labels"] = labels
     trainer_class = recursive_find_trainer_class_by_name(name)
     return trainer_class(content, configuration, fold, dataset, torch.device("cpu"))
 

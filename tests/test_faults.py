@@ -212,9 +212,7 @@ def signalled(trainer, method: str, call: int, number: signal.Signals) -> None:
 
 TINY = {
     "CISFATrainer": {},
-    "CASTTrainer": {"cast__generator_width": 4, "cast__generator_blocks": 2, "cast__discriminator_width": 4,
-                    "cast__patches": 16, "cast__start_score": 0.0, "cast__confidence": 0.0,
-                    "cast__trial_agreement": 0.0},
+    "CASTTrainer": {"cast__start_share": 0.0, "cast__confidence": 0.0},
     "SimilarityPrototypesTrainer": {"similarity_prototypes__embedding_dim": 8, "similarity_prototypes__top_k": 2,
                                     "similarity_prototypes__discriminator_width": 4,
                                     "similarity_prototypes__dictionary_size": 6,

@@ -18,8 +18,6 @@ LABELS = {"background": 0, "left": 1, "ignore": 2}
 SETTINGS = {
     **{f"similarity_prototypes__{name}": value for name, value in PROTOTYPES.items()},
     **{f"uuds__{name}": value for name, value in UUDS.items()},
-    **{f"cast__{name}": 4 for name in ("generator_width", "discriminator_width", "patches")},
-    "cast__generator_blocks": 2,
 }
 
 

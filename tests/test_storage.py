@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from conftest import make_raw_dataset, make_trainer
+from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 
 from nnunet_uda.commands import (
     compare,
@@ -205,7 +206,9 @@ def test_with_plans_a_folder_without_permission_is_one_message(plans, capsys):
 
 def test_training_from_read_only_folders(plans):
     preprocess.main(["-d", "501", "-p", "tiny", "-np", "1"])
-    make_trainer("SourceOnlyTrainer").do_split()  # writes splits_final.json
+    trainer = make_trainer("SourceOnlyTrainer")
+    trainer.dataset_class = infer_dataset_class(trainer.preprocessed_dataset_folder)
+    trainer.do_split()  # writes splits_final.json
     folders = [path for name in ("raw", "preprocessed") for path in (plans / name).rglob("*") if path.is_dir()]
     with ordinary_user(), ExitStack() as stack:
         for path in folders:
