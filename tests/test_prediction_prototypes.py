@@ -44,7 +44,7 @@ def test_tiles_mirroring_and_folds(model_folder):
         device=torch.device("cpu"), allow_tqdm=False,
     )  # fmt: skip
     predictor.initialize_from_trained_model_folder(model_folder, (0, 1), "checkpoint_final.pth")
-    assert len(predictor.list_of_parameters) == 2 and tuple(predictor.allowed_mirroring_axes) == (0,)
+    assert len(predictor.list_of_parameters) == 2 and tuple(predictor.allowed_mirroring_axes) == (0, 1)
     torch.manual_seed(0)
     image = torch.randn(1, 2, 44, 38)
     ours = predictor.predict_logits_from_preprocessed_data(image).float()

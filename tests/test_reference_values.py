@@ -101,7 +101,9 @@ def test_the_mapping_is_kept(work):
 def test_an_upper_bound_keeps_it_too(work):
     out = work.convert(2, 1, "--upper_bound", "-target_labels", f"{work.root}/mrl")
     content = json.loads((out / "dataset.json").read_text())
-    assert "uda" not in content and content["label_values"] == {"MR": {"liver": [2], "spleen": [1]}}
+    assert "target_domain" not in content.get("uda", {}) and content["label_values"] == {
+        "MR": {"liver": [2], "spleen": [1]}
+    }
     assert dice(work.evaluate("mrl")) == 1
 
 

@@ -27,6 +27,7 @@ def dataset(in_workspace, monkeypatch, tmp_path):
         shutil.copytree(getattr(in_workspace, name), tmp_path / name)
         monkeypatch.setenv(f"nnUNet_{name}", str(tmp_path / name))
     raw, preprocessed = tmp_path / "raw" / "Dataset501_Blobs", tmp_path / "preprocessed" / "Dataset501_Blobs"
+    shutil.rmtree(preprocessed / "nnUNetPlans_2d_target", ignore_errors=True)  # of an earlier test
     plans = PlansManager(json.loads((preprocessed / "nnUNetPlans.json").read_text()))
     return raw, preprocessed, plans, json.loads((raw / "dataset.json").read_text())
 
