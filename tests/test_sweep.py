@@ -179,7 +179,7 @@ def test_equal_settings_are_one_run(in_workspace):
     assert sweeps["cisfa.foreground_weight"][1].runs == ["tiny_seed_7", "tiny_seed_8"], "the default, stated or not"
 
     del base["uda"]["seed"]
-    _, runs = plan_runs(base, "tiny", "2d", find_trainer("CISFATrainer"), [["mirror", "true", "false"]], None)
+    _, runs = plan_runs(base, "tiny", "2d", find_trainer("CISFATrainer"), [["mirror", "auto", "false"]], None)
     assert list(runs) == ["tiny_unchanged", "tiny_mirror_false"]
 
     def prompts(*texts: str) -> list[str]:
