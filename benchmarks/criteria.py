@@ -41,10 +41,8 @@ from nnunet_uda.commands.evaluate_unsupervised import (
     names_of,
 )
 from nnunet_uda.data.convention import TARGET_FOLDER, case_files, read_json
-from nnunet_uda.data.geometry import check_same_geometry
 from nnunet_uda.devices import open_device
 from nnunet_uda.errors import UDAError, command
-from nnunet_uda.evaluation.criteria import HIGHER_IS_BETTER
 from nnunet_uda.evaluation.metrics import read_segmentation
 from nnunet_uda.evaluation.report import jsonable, markdown_table
 from nnunet_uda.evaluation.runs import find_raw_dataset
@@ -58,7 +56,9 @@ from nnunet_uda.evaluation.unsupervised import (
 )
 from nnunet_uda.experiments.job import TargetTest, find_target_test
 from nnunet_uda.files import write_json
+from nnunet_uda.images.geometry import check_same_geometry
 from nnunet_uda.names import spreadsheet_cell
+from nnunet_uda.training.criteria import HIGHER_IS_BETTER
 from nnunet_uda.training.model_choice import running_means
 
 IN_TRAINING = " (training)"

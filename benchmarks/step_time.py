@@ -28,9 +28,9 @@ from memory import PROC, peak_resident
 from passes import convolution_peak, record_passes, synchronise
 from torch.utils.flop_counter import FlopCounterMode
 
-from nnunet_uda.commands.trainers import trainers_folder
 from nnunet_uda.data.convention import dataset_name, environment_folder, read_json
 from nnunet_uda.errors import UDAError, command
+from nnunet_uda.methods import trainers_folder
 from nnunet_uda.workers import as_done
 
 BATCHES = 4

@@ -52,7 +52,6 @@ from nnunet_uda.commands.demo import Demo
 from nnunet_uda.data.convention import environment_folder, is_plain_name, read_json
 from nnunet_uda.errors import UDAError, command
 from nnunet_uda.evaluation.compare_plot import Bar, draw_comparison
-from nnunet_uda.evaluation.criteria import HIGHER_IS_BETTER
 from nnunet_uda.evaluation.report import jsonable, markdown_table
 from nnunet_uda.evaluation.runs import find_raw_dataset
 from nnunet_uda.evaluation.sweep_plot import OverSeeds, over_seeds
@@ -62,6 +61,7 @@ from nnunet_uda.experiments.job import COST, Job, Score, find_target_test, find_
 from nnunet_uda.files import exclusive, whole_file, write_json
 from nnunet_uda.plans import derive_plans, merge_uda
 from nnunet_uda.settings import describe_settings
+from nnunet_uda.training.criteria import HIGHER_IS_BETTER
 from nnunet_uda.workers import as_done
 
 BOUNDS = {LOWER: PLAIN, UPPER: "SupervisedTrainer"}

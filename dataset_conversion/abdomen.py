@@ -33,7 +33,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from nnunet_uda.dataset_conversion import btcv, chaos, common, protocols
+from nnunet_uda.dataset_conversion import btcv, chaos, protocols
+from nnunet_uda.dataset_conversion.options import add_common_arguments, script, telling
 from nnunet_uda.errors import UDAError
 
 MR_SEQUENCES = ("t2spir", "t1in", "t1out")
@@ -67,10 +68,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"classes 1, 2, ... among {', '.join(chaos.STRUCTURES)} [all, in this order]",
     )  # fmt: skip
     protocols.add_arguments(parser, "13")
-    common.add_common_arguments(parser)
+    add_common_arguments(parser)
 
 
-@common.telling
+@telling
 def convert(args: argparse.Namespace, warnings: list[str]) -> None:
     """Run the conversion that ``args`` (of ``add_arguments``) describe."""
     if args.source == args.target:
@@ -84,10 +85,10 @@ def convert(args: argparse.Namespace, warnings: list[str]) -> None:
         "description": f"BTCV (CT) and CHAOS ({args.sequence}), {plan.description}",
         **{key: f"{chaos.INFORMATION[key]}; {btcv.INFORMATION[key]}" for key in chaos.INFORMATION},
     }
-    protocols.write_dataset("Abdomen", source, target, plan, args.structures, information, args, warnings, "abdomen")
+    protocols.write_arranged("Abdomen", source, target, plan, args.structures, information, args, warnings, "abdomen")
 
 
-main = common.script(__doc__, add_arguments, convert)
+main = script(__doc__, add_arguments, convert)
 
 if __name__ == "__main__":
     main()

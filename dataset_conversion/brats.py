@@ -63,14 +63,22 @@ from typing import Any
 
 import SimpleITK as sitk
 
-from nnunet_uda.data import reading
-from nnunet_uda.data.intensities import Intensities
-from nnunet_uda.data.listing import files_in, folders_below
-from nnunet_uda.data.reading import LabelMap
-from nnunet_uda.dataset_conversion import common
-from nnunet_uda.dataset_conversion.common import Case, Group, IntensityRequest
+from nnunet_uda.dataset_conversion.case import Case, Group
+from nnunet_uda.dataset_conversion.dataset import skip_or_refuse, write_dataset
+from nnunet_uda.dataset_conversion.options import (
+    add_common_arguments,
+    channel_names,
+    intensity_request,
+    script,
+    telling,
+)
 from nnunet_uda.dataset_conversion.protocols import split_patients
+from nnunet_uda.dataset_conversion.windows import IntensityRequest
 from nnunet_uda.errors import UDAError
+from nnunet_uda.images import reading
+from nnunet_uda.images.intensities import Intensities
+from nnunet_uda.images.listing import contents, files_in, folders_below
+from nnunet_uda.images.reading import LabelMap
 
 MODALITIES = {"t1": "T1", "t1ce": "T1ce", "t2": "T2", "flair": "FLAIR"}
 SEGMENTATION = "seg"
@@ -172,7 +180,7 @@ def find_visits(tree: Path) -> tuple[str, list[Visit]]:
             folder.name, match[1].lower(), folder, _files(images, folder, NAMINGS[year])
         )
     if not visits:
-        raise UDAError(f"{tree} holds no BraTS case (found: {common.contents(tree)}); expected {rule}. Check -i.")
+        raise UDAError(f"{tree} holds no BraTS case (found: {contents(tree)}); expected {rule}. Check -i.")
     return found_year, [visits[name] for name in sorted(visits)]
 
 
@@ -214,10 +222,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--upper_bound", action="store_true", help="write the supervised dataset of the target, WITH target labels"
     )
-    common.add_common_arguments(parser)
+    add_common_arguments(parser)
 
 
-@common.telling
+@telling
 def convert(args: argparse.Namespace, warnings: list[str]) -> None:
     """Run the conversion that ``args`` (of ``add_arguments``) describe."""
     if args.source == args.target:
@@ -281,7 +289,7 @@ def convert(args: argparse.Namespace, warnings: list[str]) -> None:
                 "-structures regions: nnU-Net's own trainers take regions, but the trainers of this package refuse "
                 "them. To adapt, convert with -structures whole"
             )
-    common.write_dataset(
+    write_dataset(
         args.d, name, dataset, classes, _channels(args, request, warnings),
         adaptation=not args.upper_bound, source_splits=source_splits, target_splits=target_splits,
         information=information, intensities=request, warnings=warnings, overwrite=args.overwrite, strict=args.strict,
@@ -299,7 +307,7 @@ def _intensities(args: argparse.Namespace) -> IntensityRequest:
     if args.range and not args.clip:
         raise UDAError("-range scales what -clip leaves; give -clip LOW HIGH too, as -clip 5 95.")
     if not (args.protocol or args.clip):
-        return common.intensity_request(args)
+        return intensity_request(args)
     both = UUDS_INTENSITIES
     if args.clip:
         both = Intensities(tuple(args.clip), tuple(args.range) if args.range else None, origin="-clip")
@@ -310,7 +318,7 @@ def _channels(args: argparse.Namespace, request: IntensityRequest, warnings: lis
     scaled = isinstance(request.target, Intensities) and request.target.scale is not None
     if scaled and not args.channel:
         return ["noNorm"]
-    channels = common.channel_names(args.channel, 1)
+    channels = channel_names(args.channel, 1)
     if scaled and channels[0].lower() != "nonorm":
         warnings.append(f"-channel {channels[0]}: nnU-Net normalises the scaled intensities again; noNorm keeps them")
     return channels
@@ -332,7 +340,7 @@ def _complete(visits: Sequence[Visit], args: argparse.Namespace, naming: Naming,
         missing = [modality for modality in (args.source, args.target) if modality not in visit.files]
         if missing:
             files = " and ".join(f"{visit.name}{naming.suffixes[modality]}.nii[.gz]" for modality in missing)
-            common.skip_or_refuse(f"{visit.folder}: there is no {files}", args.strict, warnings)
+            skip_or_refuse(f"{visit.folder}: there is no {files}", args.strict, warnings)
         else:
             complete.append(visit)
     return complete
@@ -353,7 +361,7 @@ def _one_fold(training: Sequence[Case], validation: Sequence[Case]) -> list[dict
     return [{"train": [case.identifier for case in training], "val": [case.identifier for case in validation]}]
 
 
-main = common.script(__doc__, add_arguments, convert)
+main = script(__doc__, add_arguments, convert)
 
 if __name__ == "__main__":
     main()

@@ -27,13 +27,23 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
-from nnunet_uda.data.intensities import DEFAULT
-from nnunet_uda.data.listing import files_in
-from nnunet_uda.data.reading import LabelMap
-from nnunet_uda.dataset_conversion import common, protocols
-from nnunet_uda.dataset_conversion.common import Case, Group, IntensityRequest
+from nnunet_uda.dataset_conversion import protocols
+from nnunet_uda.dataset_conversion.case import Case, Group
+from nnunet_uda.dataset_conversion.dataset import write_dataset
+from nnunet_uda.dataset_conversion.options import (
+    add_common_arguments,
+    channel_names,
+    intensity_request,
+    script,
+    telling,
+)
 from nnunet_uda.dataset_conversion.protocols import Domain
+from nnunet_uda.dataset_conversion.splits import source_folds
+from nnunet_uda.dataset_conversion.windows import IntensityRequest
 from nnunet_uda.errors import UDAError
+from nnunet_uda.images.intensities import DEFAULT
+from nnunet_uda.images.listing import contents, files_in
+from nnunet_uda.images.reading import LabelMap
 
 VALUES = {
     "spleen": 1, "right_kidney": 2, "left_kidney": 3, "gallbladder": 4, "oesophagus": 5, "liver": 6, "stomach": 7,
@@ -66,8 +76,7 @@ def find_domain(tree: Path, label_map: LabelMap) -> Domain:
     rule = "img/img<number>.nii.gz and label/label<number>.nii.gz, numbers 0001-0010 and 0021-0040"
     if training is None:
         raise UDAError(
-            f"{tree}: no img and label folder (found: {common.contents(tree)}); expected RawData/Training/{rule}. "
-            "Check -i."
+            f"{tree}: no img and label folder (found: {contents(tree)}); expected RawData/Training/{rule}. Check -i."
         )
     files: dict[str, dict[int, Path]] = {"img": {}, "label": {}}
     for kind, of_kind in files.items():
@@ -82,7 +91,7 @@ def find_domain(tree: Path, label_map: LabelMap) -> Domain:
     images, labels = files["img"], files["label"]
     if not images:
         folder = training / "img"
-        raise UDAError(f"{folder} holds no image (found: {common.contents(folder)}); expected {rule}. Check -i.")
+        raise UDAError(f"{folder} holds no image (found: {contents(folder)}); expected {rule}. Check -i.")
     for number, path in sorted({**labels, **images}.items()):
         if 11 <= number <= 20:
             raise UDAError(
@@ -114,22 +123,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-test_ids", nargs="+", type=protocols.number, metavar="NUMBER", help="test scans, e.g. 9 [none]"
     )
-    common.add_common_arguments(parser)
+    add_common_arguments(parser)
 
 
-@common.telling
+@telling
 def convert(args: argparse.Namespace, warnings: list[str]) -> None:
     """Run the conversion that ``args`` (of ``add_arguments``) describe."""
     domain = find_domain(args.i, classes(args.structures))
     test = protocols.named_cases(domain, args.test_ids) if args.test_ids else []
     training = [case for case in domain.cases.values() if case not in test]
     training = protocols.with_label(training, args.strict, warnings)
-    splits, few = common.source_folds([case.identifier for case in training], 5, args.seed)
+    splits, few = source_folds([case.identifier for case in training], 5, args.seed)
     warnings += few
-    common.write_dataset(
+    write_dataset(
         args.d, args.name or "BTCV",
         [Group("CT", training, "imagesTr", "labelsTr"), Group("CT", test, "imagesTs", "labelsTs")],
-        args.structures, common.channel_names(args.channel or ["CT"], 1), adaptation=False, source_splits=splits,
+        args.structures, channel_names(args.channel or ["CT"], 1), adaptation=False, source_splits=splits,
         information={"description": f"BTCV abdomen, supervised, seed {args.seed}", **INFORMATION},
         intensities=_intensities(args), warnings=warnings, overwrite=args.overwrite, strict=args.strict,
         processes=args.np, geometry=args.nifti_geometry,
@@ -138,11 +147,11 @@ def convert(args: argparse.Namespace, warnings: list[str]) -> None:
 
 def _intensities(args: argparse.Namespace) -> IntensityRequest:
     """``-source_intensities`` and ``-target_intensities`` are both of the one domain that there is."""
-    request = common.intensity_request(args, "abdomen")
+    request = intensity_request(args, "abdomen")
     return request if request.target != DEFAULT else replace(request, target=request.source)
 
 
-main = common.script(__doc__, add_arguments, convert)
+main = script(__doc__, add_arguments, convert)
 
 if __name__ == "__main__":
     main()

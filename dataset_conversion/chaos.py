@@ -45,13 +45,15 @@ import numpy as np
 import SimpleITK as sitk
 from PIL import Image
 
-from nnunet_uda.data.dicom import MOST_PIXELS, by_name, dicom_files, order_series, read_volume
-from nnunet_uda.data.listing import entries, files_in, folders_in
-from nnunet_uda.data.reading import LabelMap, readable
-from nnunet_uda.dataset_conversion import common, protocols
-from nnunet_uda.dataset_conversion.common import Case
+from nnunet_uda.dataset_conversion import protocols
+from nnunet_uda.dataset_conversion.case import Case
+from nnunet_uda.dataset_conversion.dataset import skip_or_refuse
+from nnunet_uda.dataset_conversion.options import add_common_arguments, script, telling
 from nnunet_uda.dataset_conversion.protocols import Domain
 from nnunet_uda.errors import UDAError
+from nnunet_uda.images.dicom import MOST_PIXELS, by_name, dicom_files, order_series, read_volume
+from nnunet_uda.images.listing import contents, entries, files_in, folders_in
+from nnunet_uda.images.reading import LabelMap, readable
 
 STRUCTURES = ("liver", "right_kidney", "left_kidney", "spleen")
 MR_GREYS = {range(55, 71): 1, range(110, 136): 2, range(175, 201): 3, range(240, 256): 4}
@@ -144,8 +146,7 @@ def find_domain(
     if train is None or not (train / modality).is_dir():
         folder = train or tree
         raise UDAError(
-            f"{folder}: no {modality} folder (found: {common.contents(folder)}); expected Train_Sets/{expected}. "
-            "Check -i."
+            f"{folder}: no {modality} folder (found: {contents(folder)}); expected Train_Sets/{expected}. Check -i."
         )
     patients: dict[int, Path] = {}
     for patient in by_name(folders_in(train / modality)):
@@ -160,7 +161,7 @@ def find_domain(
     cases = {}
     for number, patient in sorted(patients.items()):
         if not ((patient / slices).is_dir() and entries(patient / slices)):
-            common.skip_or_refuse(f"{patient}: {slices} is missing or empty", strict, warnings)
+            skip_or_refuse(f"{patient}: {slices} is missing or empty", strict, warnings)
             continue
         cases[str(number)] = Case(
             f"{prefix}_{number:02d}", (patient / slices,),
@@ -169,7 +170,7 @@ def find_domain(
         )  # fmt: skip
     if not cases:
         folder = train / modality
-        raise UDAError(f"{folder} holds no scan (found: {common.contents(folder)}); expected {expected}. Check -i.")
+        raise UDAError(f"{folder} holds no scan (found: {contents(folder)}); expected {expected}. Check -i.")
     return Domain(name, cases, SIFA_TEST if modality == "MR" else (), train / modality)
 
 
@@ -200,10 +201,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"classes 1, 2, ... among {', '.join(STRUCTURES)} [all; with ct liver, its only one]",
     )  # fmt: skip
     protocols.add_arguments(parser, "13")
-    common.add_common_arguments(parser)
+    add_common_arguments(parser)
 
 
-@common.telling
+@telling
 def convert(args: argparse.Namespace, warnings: list[str]) -> None:
     """Run the conversion that ``args`` (of ``add_arguments``) describe."""
     if args.source == args.target:
@@ -226,10 +227,10 @@ def convert(args: argparse.Namespace, warnings: list[str]) -> None:
     plan = protocols.arrange(source, target, args, warnings, skip_unlabelled=True)
     divided = "" if with_ct else ", patients divided between the sequences"
     information = {"description": f"CHAOS, {plan.description}{divided}", **INFORMATION}
-    protocols.write_dataset("CHAOS", source, target, plan, structures, information, args, warnings, "abdomen")
+    protocols.write_arranged("CHAOS", source, target, plan, structures, information, args, warnings, "abdomen")
 
 
-main = common.script(__doc__, add_arguments, convert)
+main = script(__doc__, add_arguments, convert)
 
 if __name__ == "__main__":
     main()

@@ -38,7 +38,18 @@ from pathlib import Path
 
 import SimpleITK as sitk
 
-from nnunet_uda.data.dicom import (
+from nnunet_uda.dataset_conversion.case import Case, Group
+from nnunet_uda.dataset_conversion.dataset import write_dataset
+from nnunet_uda.dataset_conversion.options import (
+    add_common_arguments,
+    channel_names,
+    intensity_request,
+    script,
+    telling,
+)
+from nnunet_uda.dataset_conversion.splits import folds_of, source_folds
+from nnunet_uda.errors import UDAError
+from nnunet_uda.images.dicom import (
     NOT_SLICES,
     dicom_files,
     dicom_in,
@@ -47,11 +58,8 @@ from nnunet_uda.data.dicom import (
     read_volume,
     series_folders,
 )
-from nnunet_uda.data.listing import files_in, folders_below, passed_over
-from nnunet_uda.data.reading import ENDINGS, LabelMap, check_same_geometry, read_image, read_label, stem
-from nnunet_uda.dataset_conversion import common
-from nnunet_uda.dataset_conversion.common import Case, Group
-from nnunet_uda.errors import UDAError
+from nnunet_uda.images.listing import contents, files_in, folders_below, passed_over
+from nnunet_uda.images.reading import ENDINGS, LabelMap, check_same_geometry, parse_labels, read_image, read_label, stem
 from nnunet_uda.names import check_name
 
 
@@ -139,7 +147,7 @@ def _in_folder(folder: Path, option: str) -> tuple[list[Path], list[Path]]:
         if others:
             raise UDAError(_single_dicom(others[0], option))
         raise UDAError(
-            f"{folder} ({option}) holds no image (found: {common.contents(folder)}); expected files ending in "
+            f"{folder} ({option}) holds no image (found: {contents(folder)}); expected files ending in "
             f"{', '.join(ENDINGS)}, or folders of DICOM slices. For other formats name the files, or a pattern."
         )
     return [], series
@@ -262,29 +270,6 @@ def _identifier(name: str, prefix: str) -> str:
     return clean if clean.lower().startswith(prefix.lower() + "_") else f"{prefix}_{clean}"
 
 
-def parse_labels(arguments: Sequence[str]) -> dict[str, tuple[int, ...]]:
-    """``["liver=5", "kidneys=2,3"]`` -> values by name, in order."""
-    structures: dict[str, tuple[int, ...]] = {}
-    owner: dict[int, str] = {}
-    for text in arguments:
-        match = re.fullmatch(r"([^=]+)=(-?\d{1,6}(?:,-?\d{1,6})*)", text)
-        if not match:
-            raise UDAError(f"-labels {text}: expected name=value or name=value,value with whole numbers, as liver=5.")
-        name, values = check_name(match[1].strip(), "-labels"), tuple(int(v) for v in match[2].split(","))
-        if name in structures:
-            raise UDAError(f"-labels {text}: {name} is named twice; give all its values at once, as {name}=2,3.")
-        for value in values:
-            if value == 0 or owner.setdefault(value, name) != name:
-                raise UDAError(
-                    f"-labels {text}: value {value} is already {owner.get(value, 'the background')}; expected every "
-                    "value in one structure, and 0 in none."
-                )
-        structures[name] = values
-    if len(structures) > 254:
-        raise UDAError(f"-labels: {len(structures)} structures; expected at most 254.")
-    return structures
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     for option, required, text in (
         ("-source_images", True, "labelled source images"),
@@ -307,10 +292,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--upper_bound", action="store_true", help="write the supervised dataset of the target, WITH target labels"
     )
-    common.add_common_arguments(parser)
+    add_common_arguments(parser)
 
 
-@common.telling
+@telling
 def convert(args: argparse.Namespace, warnings: list[str]) -> None:
     """Run the conversion that ``args`` (of ``add_arguments``) describe."""
     structures = parse_labels(args.labels)
@@ -346,13 +331,13 @@ def convert(args: argparse.Namespace, warnings: list[str]) -> None:
     labelled = target if args.upper_bound else source
     ids = [case.identifier for case in labelled]
     if args.folds is not None:
-        splits, few = common.folds_of(ids, args.folds, args.seed), []
+        splits, few = folds_of(ids, args.folds, args.seed), []
     else:
-        splits, few = common.source_folds(ids, 5, args.seed)
+        splits, few = source_folds(ids, 5, args.seed)
     warnings += few
     target_splits = None
     if args.target_folds:
-        target_splits = common.folds_of([case.identifier for case in target], args.target_folds, args.seed)
+        target_splits = folds_of([case.identifier for case in target], args.target_folds, args.seed)
     held_out = Group(args.target, test, "imagesTs", "labelsTs" if args.target_test_labels else None)
     if args.upper_bound:
         name, groups = f"{prefixes[1]}_upper_bound", [Group(args.target, target, "imagesTr", "labelsTr"), held_out]
@@ -360,16 +345,16 @@ def convert(args: argparse.Namespace, warnings: list[str]) -> None:
         unlabelled = Group(args.target, target, "imagesTu", "labelsTs" if args.target_labels else None)
         name = f"{prefixes[0]}2{prefixes[1]}"
         groups = [Group(args.source, source, "imagesTr", "labelsTr"), unlabelled, held_out]
-    common.write_dataset(
+    write_dataset(
         args.d, args.name or name, groups, list(structures),
-        common.channel_names(args.channel, len(labelled[0].images)), adaptation=not args.upper_bound,
-        intensities=common.intensity_request(args), source_splits=splits, target_splits=target_splits,
+        channel_names(args.channel, len(labelled[0].images)), adaptation=not args.upper_bound,
+        intensities=intensity_request(args), source_splits=splits, target_splits=target_splits,
         warnings=warnings, overwrite=args.overwrite, strict=args.strict, processes=args.np,
         geometry=args.nifti_geometry,
     )  # fmt: skip
 
 
-main = common.script(__doc__, add_arguments, convert)
+main = script(__doc__, add_arguments, convert)
 
 if __name__ == "__main__":
     main()

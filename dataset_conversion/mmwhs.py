@@ -42,12 +42,13 @@ import numpy as np
 import SimpleITK as sitk
 from scipy import ndimage
 
-from nnunet_uda.data.listing import files_in
-from nnunet_uda.data.reading import LabelMap, check_same_geometry, read_image
-from nnunet_uda.dataset_conversion import common, protocols
-from nnunet_uda.dataset_conversion.common import Case
+from nnunet_uda.dataset_conversion import protocols
+from nnunet_uda.dataset_conversion.case import Case
+from nnunet_uda.dataset_conversion.options import add_common_arguments, script, telling
 from nnunet_uda.dataset_conversion.protocols import Domain
 from nnunet_uda.errors import UDAError
+from nnunet_uda.images.listing import contents, files_in
+from nnunet_uda.images.reading import LabelMap, check_same_geometry, read_image
 
 VALUES = {"myocardium": 205, "LA": 420, "LV": 500, "RA": 550, "RV": 600, "AA": 820, "PA": 850}
 SIFA_TEST = {"ct": ("1003", "1008", "1014", "1019"), "mr": ("1007", "1009", "1018", "1019")}
@@ -102,9 +103,7 @@ def find_cases(tree: Path, modality: str, label_map: LabelMap) -> dict[str, Case
     folder = tree / f"{modality}_train"
     rule = f"{modality}_train_<number>_image.nii.gz and {modality}_train_<number>_label.nii.gz"
     if not folder.is_dir():
-        raise UDAError(
-            f"{folder} is missing (in {tree}: {common.contents(tree)}); expected it to hold {rule}. Check -i."
-        )
+        raise UDAError(f"{folder} is missing (in {tree}: {contents(tree)}); expected it to hold {rule}. Check -i.")
     files: dict[str, dict[str, Path]] = {"image": {}, "label": {}}
     for path in files_in(folder):
         match = re.fullmatch(rf"{modality}_train_(\d+)_(image|label)(?i:\.nii\.gz)", path.name)
@@ -113,7 +112,7 @@ def find_cases(tree: Path, modality: str, label_map: LabelMap) -> dict[str, Case
         elif path.name.lower().endswith((".nii", ".nii.gz")):
             raise UDAError(f"{path}: unexpected file; expected only {rule}. Rename or remove it.")
     if not files["image"]:
-        raise UDAError(f"{folder} holds no image (found: {common.contents(folder)}); expected {rule}. Check -i.")
+        raise UDAError(f"{folder} holds no image (found: {contents(folder)}); expected {rule}. Check -i.")
     for number in sorted(set(files["label"]) - set(files["image"])):
         raise UDAError(f"{files['label'][number]}: its image is missing; expected {rule}. Add it or remove the label.")
     return {
@@ -131,10 +130,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"classes 1, 2, ... among {', '.join(VALUES)} [myocardium LA LV AA]",
     )  # fmt: skip
     protocols.add_arguments(parser, "1003")
-    common.add_common_arguments(parser)
+    add_common_arguments(parser)
 
 
-@common.telling
+@telling
 def convert(args: argparse.Namespace, warnings: list[str]) -> None:
     """Run the conversion that ``args`` (of ``add_arguments``) describe."""
     if args.source == args.target:
@@ -157,10 +156,10 @@ def convert(args: argparse.Namespace, warnings: list[str]) -> None:
         "reference": "https://zmiclab.github.io/zxh/0/mmwhs/",
         "licence": "MM-WHS terms: research use after registration, not to be passed on",
     }
-    protocols.write_dataset("MMWHS", source, target, plan, args.structures, information, args, warnings, "heart")
+    protocols.write_arranged("MMWHS", source, target, plan, args.structures, information, args, warnings, "heart")
 
 
-main = common.script(__doc__, add_arguments, convert)
+main = script(__doc__, add_arguments, convert)
 
 if __name__ == "__main__":
     main()

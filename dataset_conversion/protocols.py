@@ -10,10 +10,12 @@ from typing import TypeVar
 
 import numpy as np
 
-from nnunet_uda.data.intensities import DEFAULT
-from nnunet_uda.dataset_conversion import common
-from nnunet_uda.dataset_conversion.common import Case, Group
+from nnunet_uda.dataset_conversion.case import Case, Group
+from nnunet_uda.dataset_conversion.dataset import skip_or_refuse, write_dataset
+from nnunet_uda.dataset_conversion.options import channel_names, intensity_request
+from nnunet_uda.dataset_conversion.splits import folds_of, source_folds
 from nnunet_uda.errors import UDAError
+from nnunet_uda.images.intensities import DEFAULT
 
 FOLDS = 4
 Patient = TypeVar("Patient", int, str)
@@ -38,7 +40,7 @@ class Domain:
 
 @dataclass(frozen=True)
 class Arrangement:
-    """Arguments of ``common.write_dataset``, and a few words on what the dataset is."""
+    """Arguments of ``write_dataset``, and a few words on what the dataset is."""
 
     groups: list[Group]
     source_splits: list[dict[str, list[str]]]
@@ -96,10 +98,10 @@ def arrange(
 
     target_splits = None
     if cisfa:
-        source_splits = common.folds_of([case.identifier for case in labelled], FOLDS, args.seed)
-        target_splits = common.folds_of([case.identifier for case in training], FOLDS, args.seed)
+        source_splits = folds_of([case.identifier for case in labelled], FOLDS, args.seed)
+        target_splits = folds_of([case.identifier for case in training], FOLDS, args.seed)
     else:
-        source_splits, few = common.source_folds([case.identifier for case in labelled], FOLDS, args.seed)
+        source_splits, few = source_folds([case.identifier for case in labelled], FOLDS, args.seed)
         warnings += few
 
     groups = [Group(source.name, labelled, "imagesTr", "labelsTr")]
@@ -118,7 +120,7 @@ def with_label(cases: list[Case], strict: bool, warnings: list[str]) -> list[Cas
     """The cases that have a label; for the others a warning, or a ``UDAError`` when ``strict``."""
     for case in cases:
         if case.label is None:
-            common.skip_or_refuse(f"{case.images[0]}: there is no label for this scan", strict, warnings)
+            skip_or_refuse(f"{case.images[0]}: there is no label for this scan", strict, warnings)
     return [case for case in cases if case.label is not None]
 
 
@@ -148,14 +150,14 @@ def _test_cases(target: Domain, args: argparse.Namespace, warnings: list[str]) -
             "scans with -test_ids."
         )
     if len(present) < len(target.test):
-        common.skip_or_refuse(
+        skip_or_refuse(
             f"{folder} holds only {', '.join(present)} of the fixed test set {wanted}",
             args.strict, warnings, "the others are left out",
         )  # fmt: skip
     return [target.cases[number] for number in present]
 
 
-def write_dataset(
+def write_arranged(
     prefix: str,
     source: Domain,
     target: Domain,
@@ -166,16 +168,16 @@ def write_dataset(
     warnings: list[str],
     preset: str,
 ) -> None:
-    """``common.write_dataset`` for what ``arrange`` arranged, named by ``prefix`` and direction unless ``-name`` is.
+    """``write_dataset`` for what ``arrange`` arranged, named by ``prefix`` and direction unless ``-name`` is.
 
     With ``-protocol`` the vendor's intensities are kept, as the papers' z-score is nnU-Net's; ``preset`` is the window
     of a CT without labels else.
     """
     default_name = f"{target.name}_upper_bound" if args.upper_bound else f"{source.name}2{target.name}"
-    common.write_dataset(
-        args.d, args.name or f"{prefix}_{default_name}", plan.groups, structures, common.channel_names(args.channel, 1),
+    write_dataset(
+        args.d, args.name or f"{prefix}_{default_name}", plan.groups, structures, channel_names(args.channel, 1),
         adaptation=not args.upper_bound, source_splits=plan.source_splits, target_splits=plan.target_splits,
-        information=information, intensities=common.intensity_request(args, preset, None if args.protocol else DEFAULT),
+        information=information, intensities=intensity_request(args, preset, None if args.protocol else DEFAULT),
         warnings=warnings, overwrite=args.overwrite, strict=args.strict, processes=args.np,
         geometry=args.nifti_geometry,
     )  # fmt: skip

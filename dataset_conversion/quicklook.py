@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import SimpleITK as sitk
 
-from nnunet_uda.data.reading import read_image
 from nnunet_uda.evaluation.overlays import PLANES, draw_overlay, label_colours
+from nnunet_uda.images.reading import read_image
 
 EDGES = {"axial": "APRL", "coronal": "SIRL", "sagittal": "SIAP"}
 """Letters at the top, bottom, left and right edge of each plane's picture."""

@@ -61,21 +61,29 @@ from pathlib import Path
 
 import SimpleITK as sitk
 
-from nnunet_uda.data.dicom import Header, by_name, dicom_in, read_header, read_series
-from nnunet_uda.data.intensities import DEFAULT
-from nnunet_uda.data.listing import files_in, folders_below, folders_in
-from nnunet_uda.data.reading import LabelMap
-from nnunet_uda.data.rtstruct import (
+from nnunet_uda.dataset_conversion.case import Case, Group
+from nnunet_uda.dataset_conversion.dataset import skip_or_refuse, write_dataset
+from nnunet_uda.dataset_conversion.options import (
+    add_common_arguments,
+    channel_names,
+    intensity_request,
+    script,
+    telling,
+)
+from nnunet_uda.dataset_conversion.protocols import split_patients
+from nnunet_uda.dataset_conversion.splits import source_folds
+from nnunet_uda.errors import UDAError
+from nnunet_uda.images.dicom import Header, by_name, dicom_in, read_header, read_series
+from nnunet_uda.images.intensities import DEFAULT
+from nnunet_uda.images.listing import contents, files_in, folders_below, folders_in
+from nnunet_uda.images.reading import LabelMap
+from nnunet_uda.images.rtstruct import (
     Structures,
     rasterise,
     read_contours_json,
     read_rtstruct,
     referenced_series,
 )
-from nnunet_uda.dataset_conversion import common
-from nnunet_uda.dataset_conversion.common import Case, Group
-from nnunet_uda.dataset_conversion.protocols import split_patients
-from nnunet_uda.errors import UDAError
 
 MODALITIES = {"cet1": "ceT1", "hrt2": "hrT2"}
 WEIGHTING = {"cet1": "t1", "hrt2": "t2"}
@@ -190,7 +198,7 @@ def recognise(tree: Path) -> tuple[str, list[Path]]:
         level = below
     if not found:
         raise UDAError(
-            f"{tree} holds no vestibular schwannoma data (found: {common.contents(tree)}); expected {RULE}. Check -i."
+            f"{tree} holds no vestibular schwannoma data (found: {contents(tree)}); expected {RULE}. Check -i."
         )
     if len(found) > 1:
         first, second = (f"{paths[0]} ({layout})" for layout, paths in list(found.items())[:2])
@@ -424,7 +432,7 @@ def _complete(patients: Patients, folders: Sequence[Path], args: argparse.Namesp
         if missing:
             own = (folder for folder in folders if _number(folder) == number)
             place = next((case.images[0] for case in cases.values()), next(own))
-            common.skip_or_refuse(
+            skip_or_refuse(
                 f"{place}: patient {number} has no {' and no '.join(missing)} scan", args.strict, warnings,
                 "this patient is left out",
             )  # fmt: skip
@@ -462,10 +470,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--upper_bound", action="store_true", help="write the supervised dataset of the target, WITH target labels"
     )
-    common.add_common_arguments(parser)
+    add_common_arguments(parser)
 
 
-@common.telling
+@telling
 def convert(args: argparse.Namespace, warnings: list[str]) -> None:
     """Run the conversion that ``args`` (of ``add_arguments``) describe."""
     if args.source == args.target:
@@ -486,11 +494,11 @@ def convert(args: argparse.Namespace, warnings: list[str]) -> None:
         "licence": "CC BY 4.0, Vestibular-Schwannoma-SEG of The Cancer Imaging Archive",
     }
     crossmoda = {"reference": "https://zenodo.org/records/6504722", "licence": "CC BY-NC-SA 4.0, crossMoDA"}
-    common.write_dataset(
-        args.d, args.name or name, groups, args.structures, common.channel_names(args.channel, 1),
+    write_dataset(
+        args.d, args.name or name, groups, args.structures, channel_names(args.channel, 1),
         adaptation=not args.upper_bound, source_splits=source_splits,
         information={"description": f"{what}, seed {args.seed}", **(crossmoda if layout == CROSSMODA else tcia)},
-        intensities=common.intensity_request(args, otherwise=None if args.protocol else DEFAULT),
+        intensities=intensity_request(args, otherwise=None if args.protocol else DEFAULT),
         warnings=warnings, overwrite=args.overwrite, strict=args.strict, processes=args.np,
         geometry=args.nifti_geometry,
     )  # fmt: skip
@@ -545,7 +553,7 @@ def _crossmoda(args: argparse.Namespace, layout: str, folders: Sequence[Path], w
     if args.exclude or args.test_ids:
         raise UDAError("-exclude and -test_ids go with -protocol uuds; crossMoDA's groups are the vendor's.")
     year, cases = find_crossmoda(folders, args.structures)
-    splits, few = common.source_folds([case.identifier for case in cases["source"]], FOLDS, args.seed)
+    splits, few = source_folds([case.identifier for case in cases["source"]], FOLDS, args.seed)
     warnings += few
     labelled = "labelsTs" if any(case.label for case in cases["validation"]) else None
     groups = [
@@ -556,7 +564,7 @@ def _crossmoda(args: argparse.Namespace, layout: str, folders: Sequence[Path], w
     return groups, splits, f"crossMoDA {year}, ceT1 to hrT2, the vendor's groups"
 
 
-main = common.script(__doc__, add_arguments, convert)
+main = script(__doc__, add_arguments, convert)
 
 if __name__ == "__main__":
     main()

@@ -8,6 +8,7 @@ import os
 import pkgutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,6 +19,7 @@ from nnunet_uda.errors import UDAError
 from nnunet_uda.settings import UDASettings, describe_settings, method_objects, parse_settings, split_settings
 
 EXTERNAL = "nnUNet_extTrainer"
+TRAINERS = "nnunet_uda.trainers"
 
 
 @dataclass(frozen=True)
@@ -52,12 +54,10 @@ def find_methods() -> Found:
     Raises:
         UDAError: for a trainer whose settings cannot be read from a plans file.
     """
-    from nnunet_uda.training.uda_trainer import UDATrainer
-
     found, unreadable = {}, {}
     for module in _modules(unreadable):
         for name, trainer in vars(module).items():
-            if isinstance(trainer, type) and issubclass(trainer, UDATrainer) and trainer.method_settings is not None:
+            if isinstance(trainer, type) and getattr(trainer, "method_settings", None) is not None:
                 check_trainer(trainer)
                 method = Method(trainer.method, trainer.method_settings, [])
                 trainers = found.setdefault((method.name, method.settings), method).trainers
@@ -68,11 +68,9 @@ def find_methods() -> Found:
 
 def _modules(unreadable: dict[str, str]) -> Iterator[ModuleType]:
     """This package's trainers, then what nnU-Net would search, imported as nnU-Net imports it."""
-    from nnunet_uda import trainers
-
-    own = Path(trainers.__file__).resolve().parent
-    for _, name, _ in pkgutil.iter_modules(trainers.__path__):
-        yield importlib.import_module(f"{trainers.__name__}.{name}")
+    own = trainers_folder().resolve()
+    for _, name, _ in pkgutil.iter_modules([str(own)]):
+        yield importlib.import_module(f"{TRAINERS}.{name}")
     for folder in external_folders():
         if folder.resolve() == own:
             continue
@@ -163,3 +161,11 @@ def check_uda(uda: dict[str, Any], where: str) -> None:
                 errors.append(error)
         else:
             raise errors[0]
+
+
+def trainers_folder() -> Path:
+    """The folder for ``nnUNet_extTrainer``, in a clone, an editable install or a wheel alike."""
+    spec = find_spec(TRAINERS)
+    if spec is None or spec.origin is None:
+        raise UDAError("the package nnunet_uda is not installed: run `pip install .` in its folder")
+    return Path(spec.origin).parent

@@ -24,9 +24,6 @@ from nnunet_uda.methods import check_uda
 PLANES = {"axial": [0, 1, 2], "coronal": [1, 0, 2], "sagittal": [2, 0, 1]}
 """``transpose_forward`` of images that nnU-Net's reader has reoriented to RAS, whose array axes are (S, A, R)."""
 
-LEAST = 8
-"""Voxels an axis, below which a slice is no picture."""
-
 
 def merge_uda(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     """``changes`` over ``base``, where keys are names of shared settings or ``method.name``."""
@@ -195,17 +192,6 @@ def _resize_stages(kwargs: dict[str, Any], number: int) -> None:
             values = list(kwargs[key])
             kwargs[key] = (values + [values[-1]] * length)[:length]
     kwargs["n_stages"] = number
-
-
-def plane_warning(plans: dict[str, Any], configuration: str) -> str | None:
-    """What is wrong with 2D slices that are rows across the image, as of scans of one slice; None where nothing is."""
-    size = plans.get("original_median_shape_after_transp", [])[1:]
-    if len(plans["configurations"][configuration].get("patch_size", [])) != 2 or min(size, default=LEAST) >= LEAST:
-        return None
-    return (
-        f"the slices of {configuration} are {' x '.join(f'{n:g}' for n in size)} voxels: the axis of the largest "
-        "spacing is not the one across the images, so they are cut wrong. Choose: nnUNetUDA_configure -plane"
-    )
 
 
 def replan_plane(dataset: str, plans: dict[str, Any], plane: str, name: str) -> dict[str, Any]:

@@ -25,7 +25,7 @@ class UDASettings:
     translations that change under it (docs/phantom.md).
 
     ``checkpoint_best`` follows ``checkpoint_criterion``: pseudo Dice on (translated) source validation patches, or what
-    ``nnunet_uda.evaluation.criteria`` measures once an epoch on always the same ``criterion_patches`` unlabelled target
+    ``nnunet_uda.training.criteria`` measures once an epoch on always the same ``criterion_patches`` unlabelled target
     patches (rounded up to whole batches; 0 measures nothing). Agreement ranked checkpoints best (docs/results.md). A
     trainer that trains without target images opens none for this either: there it is pseudo Dice. Every ``keep_every``
     epochs (0: never) a checkpoint_epoch_XXXX.pth, with the number of finished epochs, is kept.

@@ -348,7 +348,7 @@ def test_real_tasks_are_the_default_and_phantoms_are_called_so(trained, table):
 
 
 def test_every_setting_of_the_table_exists(table, monkeypatch):
-    from nnunet_uda.commands.trainers import trainers_folder
+    from nnunet_uda.methods import trainers_folder
     from nnunet_uda.plans import check_uda
 
     monkeypatch.setenv("nnUNet_extTrainer", str(trainers_folder()))

@@ -16,9 +16,9 @@ import SimpleITK as sitk
 from conftest import litter
 
 from nnunet_uda.commands.convert import main
-from nnunet_uda.data.intensities import Intensities, read_intensities
 from nnunet_uda.dataset_conversion.brats import NAMINGS, PATIENTS
 from nnunet_uda.dataset_conversion.protocols import split_patients
+from nnunet_uda.images.intensities import Intensities, read_intensities
 
 SHAPE = (6, 9, 10)
 LPS = (1.0, 0, 0, 0, 1.0, 0, 0, 0, 1.0)

@@ -18,9 +18,9 @@ from PIL import Image
 from test_dicom import DIRECTIONS, edit, shorter, write_series
 
 from nnunet_uda.commands.convert import main
-from nnunet_uda.data.dicom import by_name, read_volume
 from nnunet_uda.dataset_conversion.chaos import MR_GREYS, read_label
 from nnunet_uda.errors import UDAError
+from nnunet_uda.images.dicom import by_name, read_volume
 
 DATA = os.environ.get("NNUNET_UDA_TEST_DATA")
 REAL = Path(DATA or "", "CHAOS", "Train_Sets", "CT", "3")

@@ -21,11 +21,13 @@ import pytest
 import SimpleITK as sitk
 
 from nnunet_uda.commands import convert
-from nnunet_uda.data.geometry import Grid, check_against_source
-from nnunet_uda.data.reading import LabelMap, check_image, check_same_geometry, read_image
-from nnunet_uda.dataset_conversion import common
-from nnunet_uda.dataset_conversion.common import Case, Group, IntensityRequest, write_dataset
+from nnunet_uda.dataset_conversion.case import Case, Group
+from nnunet_uda.dataset_conversion.dataset import skip_or_refuse, write_dataset
+from nnunet_uda.dataset_conversion.splits import folds_of, source_folds
+from nnunet_uda.dataset_conversion.windows import IntensityRequest
 from nnunet_uda.errors import UDAError
+from nnunet_uda.images.geometry import Grid, check_against_source
+from nnunet_uda.images.reading import LabelMap, check_image, check_same_geometry, read_image
 
 MAP = LabelMap({7: 1})
 
@@ -207,20 +209,20 @@ def test_label_map_refuses_non_integers(value):
 
 def test_folds_are_a_seeded_partition():
     ids = [f"c{i:02d}" for i in range(20)]
-    folds = common.folds_of(ids, 4, 1)
+    folds = folds_of(ids, 4, 1)
     assert [len(fold["val"]) for fold in folds] == [5, 5, 5, 5]
     assert sorted(i for fold in folds for i in fold["val"]) == ids
     assert all(sorted(fold["train"] + fold["val"]) == ids for fold in folds)
-    assert folds == common.folds_of(ids[::-1], 4, 1) != common.folds_of(ids, 4, 2)
+    assert folds == folds_of(ids[::-1], 4, 1) != folds_of(ids, 4, 2)
     json.dumps(folds)
 
 
 def test_too_few_cases_for_the_folds():
     with pytest.raises(UDAError, match=r"4 folds were asked for, with 3 cases \(a, b, c\)"):
-        common.folds_of(["a", "b", "c"], 4, 0)
-    splits, warnings = common.source_folds(["a", "b", "c"], 4, 0)
+        folds_of(["a", "b", "c"], 4, 0)
+    splits, warnings = source_folds(["a", "b", "c"], 4, 0)
     assert len(splits) == 3 and "3 folds instead of 4" in warnings[0]
-    splits, warnings = common.source_folds(["a"], 4, 0)
+    splits, warnings = source_folds(["a"], 4, 0)
     assert splits == [{"train": ["a"], "val": ["a"]}] and "measures nothing" in warnings[0]
 
 
@@ -411,8 +413,7 @@ def test_channels_within_the_tolerance_share_one_geometry(raw, tmp_path, groups)
 MEMORY = """
 import resource, sys
 from pathlib import Path
-from nnunet_uda.data.intensities import Intensities
-from nnunet_uda.dataset_conversion.common import Case, Clipping, convert_case
+from nnunet_uda.images.intensities import Intensities
 from nnunet_uda.dataset_conversion.quicklook import draw_quicklook
 path, small, out = map(Path, sys.argv[1:4])
 clipping = Clipping(eval(sys.argv[4]))
@@ -626,10 +627,10 @@ def test_a_full_disk_is_noticed(raw, groups, tmp_path):
 
 def test_strict_refuses_what_is_otherwise_a_warning(raw, groups, capsys):
     warnings: list[str] = []
-    common.skip_or_refuse("a/b: there is no T2", False, warnings)
+    skip_or_refuse("a/b: there is no T2", False, warnings)
     assert warnings == ["a/b: there is no T2: this case is left out"]
     with pytest.raises(UDAError, match=r"a/b: there is no T2\. Complete the input; without --strict this case is left"):
-        common.skip_or_refuse("a/b: there is no T2", True, warnings)
+        skip_or_refuse("a/b: there is no T2", True, warnings)
 
     test = [Case("u", (save(image_of(scan(9)), raw.parent / "u.nii.gz"),))]
     unlabelled = [*groups, Group("CT", test, "imagesTs", "labelsTs")]

@@ -16,7 +16,7 @@ from test_dicom import DIRECTIONS, write_series
 from test_rtstruct import save_rtstruct
 
 from nnunet_uda.commands.convert import main
-from nnunet_uda.data.dicom import read_series
+from nnunet_uda.images.dicom import read_series
 
 SHAPE = (6, 8, 10)
 

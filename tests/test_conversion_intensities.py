@@ -13,7 +13,7 @@ from test_intensities import UUDS, body
 from test_reproduce import make_vendor_trees
 
 from nnunet_uda.commands.convert import main
-from nnunet_uda.data.intensities import Intensities, read_intensities
+from nnunet_uda.images.intensities import Intensities, read_intensities
 
 DATA = os.environ.get("NNUNET_UDA_TEST_DATA")
 SHAPE = (8, 20, 20)

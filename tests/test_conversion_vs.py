@@ -21,10 +21,10 @@ from pydicom.uid import ExplicitVRLittleEndian, MRImageStorage, generate_uid
 from test_rtstruct import DIRECTIONS, physical, save_rtstruct
 
 from nnunet_uda.commands.convert import main
-from nnunet_uda.data.rtstruct import Contour, Structures
 from nnunet_uda.dataset_conversion.protocols import split_patients
 from nnunet_uda.dataset_conversion.vs import PATIENTS, TUMOUR, choose_tumour
 from nnunet_uda.errors import UDAError
+from nnunet_uda.images.rtstruct import Contour, Structures
 
 DATA = os.environ.get("NNUNET_UDA_TEST_DATA")
 NUMBERS = (1, 2, 3, 4, 38, 40)  # 39 does not exist in the vendor's tree

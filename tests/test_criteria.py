@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from nnunet_uda.evaluation.criteria import (
+from nnunet_uda.training.criteria import (
     HIGHER_IS_BETTER,
     TargetCriteria,
     agreement,

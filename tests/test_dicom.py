@@ -21,8 +21,8 @@ from pydicom.uid import (
     generate_uid,
 )
 
-from nnunet_uda.data.dicom import by_name, dicom_files, order_series, read_series, series_folders
 from nnunet_uda.errors import UDAError
+from nnunet_uda.images.dicom import by_name, dicom_files, order_series, read_series, series_folders
 
 SHAPE = (6, 5, 7)
 ANGLE = np.deg2rad(25)

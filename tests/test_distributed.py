@@ -20,6 +20,7 @@ from conftest import make_trainer, same_weights, weights
 from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 
+from nnunet_uda import collectives as shared
 from nnunet_uda.commands import train
 from nnunet_uda.errors import UDAError
 from nnunet_uda.losses.boundary import boundary_loss
@@ -31,7 +32,6 @@ from nnunet_uda.losses.pseudo_label import pseudo_label_loss
 from nnunet_uda.losses.supervised_contrastive import supervised_contrastive_loss
 from nnunet_uda.losses.uncertainty import uncertain_segmentation_loss
 from nnunet_uda.plans import derive_plans
-from nnunet_uda.training import distributed as shared
 from nnunet_uda.training.uda_trainer import NonFiniteLossError
 
 DATASET = "Dataset501_Blobs"

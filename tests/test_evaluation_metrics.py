@@ -14,11 +14,11 @@ from monai.metrics import compute_average_surface_distance, compute_hausdorff_di
 from scipy.ndimage import gaussian_filter
 from scipy.spatial.distance import cdist
 
-from nnunet_uda.data.geometry import check_same_geometry
-from nnunet_uda.data.reading import read_image
 from nnunet_uda.errors import UDAError
 from nnunet_uda.evaluation import evaluate_case, evaluate_folder
 from nnunet_uda.evaluation.metrics import evaluate_masks
+from nnunet_uda.images.geometry import check_same_geometry
+from nnunet_uda.images.reading import read_image
 
 LABELS = {"background": 0, "organ": 1, "vessel": 2}
 ROTATION = np.array([[0.8, -0.6, 0], [0.6, 0.8, 0], [0, 0, 1]])

@@ -24,12 +24,12 @@ from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 
 from nnunet_uda.commands import configure, evaluate, fold_images, intensities, preprocess
 from nnunet_uda.data import convention
-from nnunet_uda.data.geometry import Grid
-from nnunet_uda.data.intensities import read_intensities
-from nnunet_uda.data.nifti import nifti_geometry
-from nnunet_uda.data.reading import check_image, check_whole, read_image
 from nnunet_uda.errors import UDAError
 from nnunet_uda.evaluation.runs import cases_of_folds, read_labels
+from nnunet_uda.images.geometry import Grid
+from nnunet_uda.images.intensities import read_intensities
+from nnunet_uda.images.nifti import nifti_geometry
+from nnunet_uda.images.reading import check_image, check_whole, read_image
 from nnunet_uda.methods import check_uda, find_methods
 from nnunet_uda.networks.clip import clip_shape
 from nnunet_uda.settings import UDASettings, describe_settings, parse_settings, split_settings

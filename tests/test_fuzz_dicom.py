@@ -18,10 +18,10 @@ import SimpleITK as sitk
 from test_fuzz import as_text, mutated, refused
 from test_rtstruct import RTSTRUCT, grid, ring
 
-from nnunet_uda.data.dicom import read_series
-from nnunet_uda.data.rtstruct import Structures, rasterise, read_contours_json, read_rtstruct
 from nnunet_uda.dataset_conversion.chaos import read_png
 from nnunet_uda.errors import UDAError
+from nnunet_uda.images.dicom import read_series
+from nnunet_uda.images.rtstruct import Structures, rasterise, read_contours_json, read_rtstruct
 
 COUNT = 2000
 MEMORY = 300 * 2**20

@@ -14,7 +14,8 @@ from conftest import litter
 
 from nnunet_uda.commands.convert import main as convert
 from nnunet_uda.commands.intensities import clip, main
-from nnunet_uda.data.intensities import (
+from nnunet_uda.errors import UDAError
+from nnunet_uda.images.intensities import (
     DEFAULT,
     Intensities,
     not_hounsfield,
@@ -24,7 +25,6 @@ from nnunet_uda.data.intensities import (
     structure_bounds,
     window_of_structures,
 )
-from nnunet_uda.errors import UDAError
 
 UUDS = Intensities((5, 95), (-1, 1))
 DIRECTION = (0.0, 0, 1.0, 1.0, 0, 0, 0, 1.0, 0)

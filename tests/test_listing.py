@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from conftest import litter
 
-from nnunet_uda.data.listing import entries, files_in, folders_below, folders_in, passed_over
 from nnunet_uda.errors import UDAError
+from nnunet_uda.images.listing import entries, files_in, folders_below, folders_in, passed_over
 
 
 def test_names_that_are_no_data():

@@ -13,8 +13,8 @@ from conftest import make_trainer, same_weights, weights
 from nnunetv2.training.logging.nnunet_logger import MetaLogger
 
 from nnunet_uda.errors import UDAError
-from nnunet_uda.evaluation.criteria import HIGHER_IS_BETTER, TargetCriteria, change_looks, look_twice
 from nnunet_uda.settings import UDASettings, parse_settings
+from nnunet_uda.training.criteria import HIGHER_IS_BETTER, TargetCriteria, change_looks, look_twice
 from nnunet_uda.training.model_choice import ModelChoice, criteria_on, fixed_patches
 
 

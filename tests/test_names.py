@@ -14,7 +14,8 @@ from matplotlib.image import imread
 
 from nnunet_uda.commands import evaluate, fold_images, pseudo_labels
 from nnunet_uda.data import convention
-from nnunet_uda.dataset_conversion import common
+from nnunet_uda.dataset_conversion.case import Case, Group
+from nnunet_uda.dataset_conversion.dataset import write_dataset
 from nnunet_uda.dataset_conversion.quicklook import draw_quicklook
 from nnunet_uda.errors import UDAError, command, escaped
 from nnunet_uda.evaluation.compare_plot import Bar, draw_comparison
@@ -138,19 +139,19 @@ def test_every_converter_refuses_what_is_no_name(bad, what, tmp_path, monkeypatc
     for variable in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
         monkeypatch.setenv(variable, str(tmp_path / variable))
     given = {"structures": "liver", "channels": "intensity", "domain": "MR", "name": "X", "case": "a"} | {what: bad}
-    cases = [common.Case(given["case"], (tmp_path / "a.nii.gz",), tmp_path / "l.nii.gz")]
-    groups = [common.Group(given["domain"], cases, "imagesTr", "labelsTr")]
+    cases = [Case(given["case"], (tmp_path / "a.nii.gz",), tmp_path / "l.nii.gz")]
+    groups = [Group(given["domain"], cases, "imagesTr", "labelsTr")]
     with pytest.raises(UDAError):
-        common.write_dataset(1, given["name"], groups, [given["structures"]], [given["channels"]], adaptation=False)
+        write_dataset(1, given["name"], groups, [given["structures"]], [given["channels"]], adaptation=False)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_name_that_fits_no_file_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("nnUNet_raw", str(tmp_path))
-    cases = [common.Case("a", (tmp_path / "a.nii.gz",), tmp_path / "l.nii.gz")]
-    groups = [common.Group("MR", cases, "imagesTr", "labelsTr")]
+    cases = [Case("a", (tmp_path / "a.nii.gz",), tmp_path / "l.nii.gz")]
+    groups = [Group("MR", cases, "imagesTr", "labelsTr")]
     with pytest.raises(UDAError, match=f"-name: .* cannot be a name. A name has 1 to {MOST_BYTES} bytes"):
-        common.write_dataset(1, "x" * 255, groups, ["liver"], ["intensity"], adaptation=False)
+        write_dataset(1, "x" * 255, groups, ["liver"], ["intensity"], adaptation=False)
 
 
 @pytest.mark.parametrize("name", [b"a\xff", b"a\x1b[31m", b"a\nb"])

@@ -19,9 +19,9 @@ from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPre
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
 from nnunet_uda.data import new_scans
-from nnunet_uda.data.intensities import Intensities
 from nnunet_uda.data.new_scans import NewScans, check_prediction, clip_scan, treat_new_scans
 from nnunet_uda.errors import UDAError
+from nnunet_uda.images.intensities import Intensities
 from nnunet_uda.training.uda_trainer import UDATrainer
 
 WINDOW = Intensities(window=(-100, 200), origin="preset abdomen")

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
-from nnunet_uda.data import nifti
-from nnunet_uda.data.nifti import nifti_geometry
-from nnunet_uda.data.reading import check_whole, read_image
 from nnunet_uda.errors import UDAError
+from nnunet_uda.images import nifti
+from nnunet_uda.images.nifti import nifti_geometry
+from nnunet_uda.images.reading import check_whole, read_image
 
 SHAPE = (6, 8, 10)
 AFFINE = np.diag([1.0, 2.0, 3.0, 1.0])

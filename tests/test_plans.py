@@ -5,8 +5,9 @@ import json
 import pytest
 
 from nnunet_uda.commands import configure
+from nnunet_uda.data.slices import plane_warning
 from nnunet_uda.errors import UDAError
-from nnunet_uda.plans import PROTOCOLS, derive_plans, plane_warning, training_share
+from nnunet_uda.plans import PROTOCOLS, derive_plans, training_share
 
 
 @pytest.fixture

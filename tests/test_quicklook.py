@@ -10,10 +10,11 @@ import pytest
 import SimpleITK as sitk
 from matplotlib.image import imread
 
-from nnunet_uda.data.reading import LabelMap
-from nnunet_uda.dataset_conversion import common
-from nnunet_uda.dataset_conversion.common import Case, Group, write_dataset
+from nnunet_uda.dataset_conversion import dataset as conversion
+from nnunet_uda.dataset_conversion.case import Case, Group
+from nnunet_uda.dataset_conversion.dataset import write_dataset
 from nnunet_uda.dataset_conversion.quicklook import draw_quicklook, obliquity, slices, window
+from nnunet_uda.images.reading import LabelMap
 
 SPACING = (1.0, 2.0, 4.0)
 
@@ -116,7 +117,9 @@ def dataset(tmp_path, monkeypatch, scan, label) -> list[Group]:
 
 def test_every_group_has_a_row_and_no_label_is_shown_that_was_not_written(dataset, monkeypatch):
     seen: list = []
-    monkeypatch.setattr(common, "draw_quicklook", lambda rows, *rest: (seen.extend(rows), draw_quicklook(rows, *rest)))
+    monkeypatch.setattr(
+        conversion, "draw_quicklook", lambda rows, *rest: (seen.extend(rows), draw_quicklook(rows, *rest))
+    )
     out = write_dataset(7, "Tiny", dataset, ["organ", "other"], ["intensity"], processes=1)
     assert [(title, image.name, label.name if label else None) for title, image, label in seen] == [
         ("imagesTr: MR, many, percentiles 0.5 to 99.5 of the nonzero voxels", "many_0000.nii.gz", "many.nii.gz"),

@@ -17,8 +17,8 @@ from pydicom.filebase import DicomBytesIO
 from pydicom.filewriter import write_dataset
 from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian, generate_uid
 
-from nnunet_uda.data.rtstruct import Contour, rasterise, read_contours_json, read_rtstruct
 from nnunet_uda.errors import UDAError
+from nnunet_uda.images.rtstruct import Contour, rasterise, read_contours_json, read_rtstruct
 
 RTSTRUCT = "1.2.840.10008.5.1.4.1.1.481.3"
 C, S = math.cos(0.4), math.sin(0.4)

@@ -18,8 +18,8 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
 from nnunet_uda.commands import evaluate_unsupervised
 from nnunet_uda.commands.evaluate import main
-from nnunet_uda.evaluation.criteria import HIGHER_IS_BETTER, TargetCriteria, look_twice
 from nnunet_uda.evaluation.metrics import evaluate_case
+from nnunet_uda.training.criteria import HIGHER_IS_BETTER, TargetCriteria, look_twice
 
 FOLDER = "SourceOnlyTrainer__tiny__2d"
 

@@ -7,6 +7,7 @@ import json
 from typing import Any
 
 from nnunet_uda.data.convention import dataset_name, environment_folder, read_json
+from nnunet_uda.data.slices import plane_warning
 from nnunet_uda.errors import UDAError, command
 from nnunet_uda.files import write_json
 from nnunet_uda.foreign_plans import read_plans
@@ -17,7 +18,6 @@ from nnunet_uda.plans import (
     PROTOCOLS,
     derive_plans,
     merge_uda,
-    plane_warning,
     replan_plane,
     training_share,
 )

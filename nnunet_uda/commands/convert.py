@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 
-from nnunet_uda.dataset_conversion import abdomen, brats, btcv, chaos, common, folders, mmwhs, vs
-from nnunet_uda.dataset_conversion.common import recover
+from nnunet_uda.dataset_conversion import abdomen, brats, btcv, chaos, folders, mmwhs, vs
+from nnunet_uda.dataset_conversion.dataset import recover
+from nnunet_uda.dataset_conversion.options import check_arguments
 from nnunet_uda.errors import command
 
 CONVERTERS = {
@@ -38,7 +39,7 @@ def main(argv: list[str] | None = None) -> None:
         )
         module.add_arguments(subparser)
     args = parser.parse_args(argv)
-    common.check_arguments(args)
+    check_arguments(args)
     recover(args.d)
     CONVERTERS[args.dataset].convert(args)
 

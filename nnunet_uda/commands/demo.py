@@ -10,9 +10,9 @@ import sys
 import time
 from pathlib import Path
 
-from nnunet_uda.commands.trainers import trainers_folder
 from nnunet_uda.devices import open_device
 from nnunet_uda.errors import UDAError, command
+from nnunet_uda.methods import trainers_folder
 
 PLANS = "nnUNetPlansDemo"
 NETWORK = ["-patch_size", "64", "64", "-batch_size", "4", "-base_features", "16", "-max_features", "128"]

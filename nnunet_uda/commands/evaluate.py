@@ -5,8 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from nnunet_uda import files
 from nnunet_uda.data.convention import read_json
 from nnunet_uda.errors import UDAError, command
 from nnunet_uda.evaluation.metrics import evaluate_case, parallel
+from nnunet_uda.evaluation.output import REPORT, check_output, whole_folder
 from nnunet_uda.evaluation.overlays import PLANES, OverlayTask, draw_case, label_colours
 from nnunet_uda.evaluation.reference_values import (
     Reading,
@@ -45,7 +45,6 @@ from nnunet_uda.evaluation.runs import (
 )
 from nnunet_uda.evaluation.tables import Volume, check_bounds, compare_runs
 
-REPORT = "evaluation.json"
 MAX_PANELS = 1000
 """Pictures in one page at most (about 20 kB each): with more volumes or runs, fewer slices of each are drawn."""
 
@@ -86,24 +85,6 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     if arguments.slices < 1 or arguments.np < 1:
         raise UDAError(f"-slices and -np must be at least 1, found {arguments.slices} and {arguments.np}")
     return arguments
-
-
-def check_output(target: Path, report: str = REPORT) -> None:
-    """Raise ``UDAError`` if ``target`` holds something else than a former evaluation (``report``)."""
-    if target.exists() and not (target.is_dir() and ((target / report).is_file() or not any(target.iterdir()))):
-        raise UDAError(f"{target} exists and holds no former evaluation ({report}): choose another folder with -o")
-
-
-@contextmanager
-def whole_folder(target: Path, report: str = REPORT) -> Iterator[Path]:
-    """``files.whole_folder`` for an evaluation, which may replace a former one and nothing else.
-
-    Raises:
-        UDAError: as ``check_output``, or if the folder cannot be written.
-    """
-    check_output(target, report)
-    with files.whole_folder(target) as temporary:
-        yield temporary
 
 
 def score_runs(

@@ -10,11 +10,9 @@ from itertools import groupby, product
 from pathlib import Path
 from typing import Any
 
-from nnunet_uda.commands.evaluate import check_output, whole_folder
-from nnunet_uda.commands.trainers import trainers_folder
 from nnunet_uda.data.convention import TARGET_FOLDER, dataset_name, environment_folder
 from nnunet_uda.devices import open_device
-from nnunet_uda.evaluation.criteria import HIGHER_IS_BETTER
+from nnunet_uda.evaluation.output import check_output, whole_folder
 from nnunet_uda.evaluation.report import jsonable, markdown_table
 from nnunet_uda.evaluation.runs import find_raw_dataset
 from nnunet_uda.evaluation.unsupervised import (
@@ -27,7 +25,9 @@ from nnunet_uda.evaluation.unsupervised import (
     unlabelled_images,
 )
 from nnunet_uda.files import put_back, write_json
+from nnunet_uda.methods import trainers_folder
 from nnunet_uda.names import spreadsheet_cell
+from nnunet_uda.training.criteria import HIGHER_IS_BETTER
 
 REPORT = "criteria.json"
 COLUMNS = {"pseudo_dice": True, **HIGHER_IS_BETTER}

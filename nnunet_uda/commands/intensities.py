@@ -13,11 +13,11 @@ import SimpleITK as sitk
 from tqdm import tqdm
 
 from nnunet_uda.data.convention import case_files, dataset_name, environment_folder, read_json
-from nnunet_uda.data.intensities import PRESETS, Intensities, parse_intensities, read_clipped, read_intensities
-from nnunet_uda.data.listing import entries
-from nnunet_uda.data.reading import check_whole
 from nnunet_uda.errors import UDAError, command
 from nnunet_uda.files import cannot_write, whole_folder
+from nnunet_uda.images.intensities import PRESETS, Intensities, parse_intensities, read_clipped, read_intensities
+from nnunet_uda.images.listing import entries
+from nnunet_uda.images.reading import check_whole
 
 ENDINGS = (".nii.gz", ".nii")
 

@@ -27,9 +27,9 @@ from nnunet_uda.data.convention import (
     target_cases,
 )
 from nnunet_uda.data.pseudo_labels import implausible_structures, keep_components, structure_volumes
-from nnunet_uda.data.reading import LabelMap, check_whole, read_image, read_label
 from nnunet_uda.errors import UDAError, command, shown
 from nnunet_uda.files import cannot_write, whole_folder, write_json
+from nnunet_uda.images.reading import LabelMap, check_whole, read_image, read_label
 from nnunet_uda.names import check_name
 
 PREFIX = "pseudo_"

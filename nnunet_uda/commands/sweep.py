@@ -17,7 +17,6 @@ from typing import Any
 from nnunet_uda.commands.configure import parse_assignment
 from nnunet_uda.data.convention import SPLITS_TARGET, environment_folder, is_fold, read_json
 from nnunet_uda.errors import UDAError, command, shown
-from nnunet_uda.evaluation.criteria import HIGHER_IS_BETTER
 from nnunet_uda.evaluation.metrics import METRICS
 from nnunet_uda.evaluation.report import DIGITS, markdown_table
 from nnunet_uda.evaluation.runs import find_raw_dataset
@@ -39,6 +38,7 @@ from nnunet_uda.methods import check_uda
 from nnunet_uda.names import check_name, spreadsheet_cell
 from nnunet_uda.plans import derive_plans, merge_uda
 from nnunet_uda.settings import UDASettings, parse_settings, split_settings
+from nnunet_uda.training.criteria import HIGHER_IS_BETTER
 
 SWEEP = "sweep.json"
 WARNING = (

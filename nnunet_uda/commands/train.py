@@ -16,14 +16,14 @@ from pathlib import Path
 import torch
 from torch import distributed
 
-from nnunet_uda.commands.trainers import trainers_folder
+from nnunet_uda.collectives import StoppedWithOthersError, rank, world_size
 from nnunet_uda.data.convention import dataset_name, environment_folder, is_fold, read_json
 from nnunet_uda.errors import UDAError, command, shown
 from nnunet_uda.experiments.job import COST, find_any_trainer
 from nnunet_uda.files import write_json
 from nnunet_uda.foreign_plans import read_plans
+from nnunet_uda.methods import trainers_folder
 from nnunet_uda.training.checkpoint import BEST, FINAL, read_checkpoint
-from nnunet_uda.training.distributed import StoppedWithOthersError, rank, world_size
 from nnunet_uda.workers import end_with_starter, tied, usable_cores
 
 TIMEOUT = timedelta(hours=2)

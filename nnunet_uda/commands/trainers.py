@@ -3,18 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from importlib.util import find_spec
-from pathlib import Path
 
-from nnunet_uda.errors import UDAError, command
-
-
-def trainers_folder() -> Path:
-    """The folder for ``nnUNet_extTrainer``, in a clone, an editable install or a wheel alike."""
-    spec = find_spec("nnunet_uda.trainers")
-    if spec is None or spec.origin is None:
-        raise UDAError("the package nnunet_uda is not installed: run `pip install .` in its folder")
-    return Path(spec.origin).parent
+from nnunet_uda.errors import command
+from nnunet_uda.methods import trainers_folder
 
 
 @command

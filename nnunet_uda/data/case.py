@@ -10,9 +10,9 @@ import numpy as np
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
-from nnunet_uda.data.geometry import Grid, check_against_source, check_possible, check_same_geometry
-from nnunet_uda.data.nifti import is_nifti
-from nnunet_uda.data.reading import check_nifti, check_voxels, check_whole, readable
+from nnunet_uda.images.geometry import Grid, check_against_source, check_possible, check_same_geometry
+from nnunet_uda.images.nifti import is_nifti
+from nnunet_uda.images.reading import check_nifti, check_voxels, check_whole, readable
 
 
 def preprocess_case(

@@ -17,9 +17,9 @@ from batchgenerators.utilities.file_and_folder_operations import load_json
 from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw, nnUNet_results
 from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
 
-from nnunet_uda.data.listing import entries
 from nnunet_uda.errors import UDAError, nested_deeper, shown, system_fault
 from nnunet_uda.files import write_json
+from nnunet_uda.images.listing import entries
 from nnunet_uda.names import check_name, is_name, is_plain_name
 
 TARGET_FOLDER = "imagesTu"

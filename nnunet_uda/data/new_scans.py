@@ -30,9 +30,9 @@ from nnunetv2.inference.data_iterators import PreprocessAdapterFromNpy
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
-from nnunet_uda.data.intensities import NoContrastError, not_hounsfield, read_intensities
 from nnunet_uda.data.slices import elsewhere
 from nnunet_uda.errors import UDAError
+from nnunet_uda.images.intensities import NoContrastError, not_hounsfield, read_intensities
 
 VARIABLE = "NNUNET_UDA_DOMAIN"
 

@@ -27,6 +27,10 @@ REMEDY = (
 )
 
 
+LEAST = 8
+"""Voxels an axis, below which a slice is no picture."""
+
+
 def thick_axis(spacing: Sequence[float]) -> int | None:
     """The index of the spacing (mm) that is more than half larger than the middle one, or None."""
     return int(np.argmax(spacing)) if np.max(spacing) > 1.5 * np.median(spacing) else None
@@ -167,4 +171,15 @@ def elsewhere(
     usual = " x ".join(f"{value:.3g}" for value in trained_spacing)
     return (
         f"its spacing is {found} mm, where the scans in training had about {usual} mm: its thick slices lie elsewhere"
+    )
+
+
+def plane_warning(plans: dict[str, Any], configuration: str) -> str | None:
+    """What is wrong with 2D slices that are rows across the image, as of scans of one slice; None where nothing is."""
+    size = plans.get("original_median_shape_after_transp", [])[1:]
+    if len(plans["configurations"][configuration].get("patch_size", [])) != 2 or min(size, default=LEAST) >= LEAST:
+        return None
+    return (
+        f"the slices of {configuration} are {' x '.join(f'{n:g}' for n in size)} voxels: the axis of the largest "
+        "spacing is not the one across the images, so they are cut wrong. Choose: nnUNetUDA_configure -plane"
     )

@@ -31,10 +31,10 @@ from nnunet_uda.data.convention import (
     read_json,
     target_cases,
 )
+from nnunet_uda.data.slices import plane_warning
 from nnunet_uda.errors import UDAError, system_fault
 from nnunet_uda.files import LOCK, cannot_write, exclusive, sha256, sync, sync_folder, write_json
 from nnunet_uda.names import is_plain_name
-from nnunet_uda.plans import plane_warning
 from nnunet_uda.workers import as_done
 
 MANIFEST = "manifest.json"

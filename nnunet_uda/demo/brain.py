@@ -24,9 +24,9 @@ import SimpleITK as sitk
 from scipy.ndimage import find_objects, gaussian_filter
 from tqdm import tqdm
 
-from nnunet_uda.data.listing import files_in
-from nnunet_uda.data.reading import read_image, stem
 from nnunet_uda.errors import UDAError, command
+from nnunet_uda.images.listing import files_in
+from nnunet_uda.images.reading import read_image, stem
 
 CONTRASTS = ("T1", "T2")
 STRUCTURES = {

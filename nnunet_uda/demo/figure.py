@@ -12,7 +12,7 @@ import torch
 from batchgenerators.utilities.file_and_folder_operations import load_json
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
-from nnunet_uda.data.listing import files_in
+from nnunet_uda.images.listing import files_in
 from nnunet_uda.training.pictures import Panel, write_panels
 from nnunet_uda.training.translated_dataset import translate_volume
 

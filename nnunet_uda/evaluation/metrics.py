@@ -27,10 +27,10 @@ import numpy as np
 import SimpleITK as sitk
 from tqdm import tqdm
 
-from nnunet_uda.data.geometry import check_same_geometry
-from nnunet_uda.data.listing import files_in
-from nnunet_uda.data.reading import LabelMap, read_image
 from nnunet_uda.errors import UDAError
+from nnunet_uda.images.geometry import check_same_geometry
+from nnunet_uda.images.listing import files_in
+from nnunet_uda.images.reading import LabelMap, read_image
 from nnunet_uda.names import check_name
 from nnunet_uda.workers import end_with
 

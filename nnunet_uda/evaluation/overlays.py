@@ -14,9 +14,9 @@ import numpy as np
 import SimpleITK as sitk
 from scipy.ndimage import binary_erosion, zoom
 
-from nnunet_uda.data.geometry import check_same_geometry
-from nnunet_uda.data.reading import LabelMap, read_image
 from nnunet_uda.evaluation.metrics import read_reference
+from nnunet_uda.images.geometry import check_same_geometry
+from nnunet_uda.images.reading import LabelMap, read_image
 
 _COLOURS = (
     (239, 71, 61),

@@ -16,12 +16,11 @@ import SimpleITK as sitk
 from scipy.optimize import linear_sum_assignment
 
 from nnunet_uda.data.convention import LABEL_VALUES, OTHER_LABEL_VALUES
-from nnunet_uda.data.reading import LabelMap
-from nnunet_uda.dataset_conversion.folders import parse_labels
 from nnunet_uda.errors import UDAError, shown
 from nnunet_uda.evaluation.metrics import integer_values, parallel, read_reference
 from nnunet_uda.evaluation.runs import Labels
 from nnunet_uda.evaluation.tables import Volume, summarise
+from nnunet_uda.images.reading import LabelMap, parse_labels
 
 NEAR_ZERO, MATCH = 0.1, 0.5
 """Dice below which a structure is not found, and from which another one is found in its place."""

@@ -44,7 +44,7 @@ class Point:
         assd: likewise, in mm.
         pseudo_dice: on source validation images, as training sees it.
         undefined: number of distances, over seeds, cases and structures, that are missing from ``assd``.
-        criteria: what needs no label (``nnunet_uda.evaluation.criteria``), by name, on target patches.
+        criteria: what needs no label (``nnunet_uda.training.criteria``), by name, on target patches.
     """
 
     value: Any

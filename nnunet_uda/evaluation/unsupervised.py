@@ -18,9 +18,9 @@ from tqdm import tqdm
 from nnunet_uda.data.case import preprocess_case
 from nnunet_uda.data.convention import case_files, read_json
 from nnunet_uda.errors import UDAError
-from nnunet_uda.evaluation.criteria import TargetCriteria, look_twice
 from nnunet_uda.foreign_plans import check_plans
 from nnunet_uda.training.checkpoint import read_checkpoint
+from nnunet_uda.training.criteria import TargetCriteria, look_twice
 
 
 @dataclass(frozen=True)

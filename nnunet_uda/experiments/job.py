@@ -22,8 +22,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nnunet_uda.commands import fold_images
-from nnunet_uda.commands.trainers import trainers_folder
 from nnunet_uda.data.convention import (
     SPLITS_TARGET,
     TARGET_FOLDER,
@@ -32,12 +30,14 @@ from nnunet_uda.data.convention import (
     mend_results,
     read_json,
 )
+from nnunet_uda.data.fold_images import lay_out_fold
 from nnunet_uda.errors import UDAError, command
 from nnunet_uda.evaluation.metrics import evaluate_folder, list_cases
 from nnunet_uda.evaluation.report import jsonable
 from nnunet_uda.evaluation.runs import Labels, cases_of_folds, read_labels
 from nnunet_uda.evaluation.tables import Volume
 from nnunet_uda.files import exclusive, whole_file, whole_folder, write_json
+from nnunet_uda.methods import trainers_folder
 from nnunet_uda.training.interruption import wait_for_fold
 from nnunet_uda.workers import end_with_starter, tied
 
@@ -288,7 +288,7 @@ def lay_out_images(raw: Path, test: TargetTest, folder: Path) -> Path:
         return raw / test.images
     if sorted(case_files(folder, test.labels.file_ending)) != test.cases:  # else jobs may be reading them
         shutil.rmtree(folder, ignore_errors=True)
-        fold_images.main(["-d", raw.name, "-f", str(test.fold), "-o", str(folder)])
+        lay_out_fold(raw, test.fold, folder)
     return folder
 
 

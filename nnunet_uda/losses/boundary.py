@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from nnunet_uda.training.distributed import global_sum
+from nnunet_uda.collectives import global_sum
 
 
 def boundary_loss(probabilities: Tensor, label: Tensor, width: int = 1) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nnunet_uda.training.distributed import global_sum
+from nnunet_uda.collectives import global_sum
 
 
 def soft_dice_loss(

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from nnunet_uda.collectives import gather_rows
 from nnunet_uda.errors import UDAError
-from nnunet_uda.training.distributed import gather_rows
 
 
 class GlobalContrastiveLoss(nn.Module):

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from nnunet_uda.collectives import gather_rows, global_mean
 from nnunet_uda.errors import UDAError
-from nnunet_uda.training.distributed import gather_rows, global_mean
 
 
 class PrototypeDictionary(nn.Module):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from nnunet_uda.training.distributed import global_mean
+from nnunet_uda.collectives import global_mean
 
 IGNORED = -1
 """The label of a position that belongs to no class."""

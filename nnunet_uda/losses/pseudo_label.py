@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from nnunet_uda.collectives import global_mean, global_sum
 from nnunet_uda.losses.prototypes import IGNORED
-from nnunet_uda.training.distributed import global_mean, global_sum
 
 SMOOTH = 1e-5
 MAJORITY = 0.5

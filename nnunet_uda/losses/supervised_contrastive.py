@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from nnunet_uda.training.distributed import gather_rows
+from nnunet_uda.collectives import gather_rows
 
 
 def supervised_contrastive_loss(

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from nnunet_uda.training.distributed import global_sum
+from nnunet_uda.collectives import global_sum
 
 EPSILON = 1e-9
 SMOOTH = 1e-5

@@ -17,10 +17,7 @@ from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch import Tensor, distributed, nn
 
-from nnunet_uda.errors import UDAError
-from nnunet_uda.files import whole_file
-from nnunet_uda.training.checkpoint import seed_everything
-from nnunet_uda.training.distributed import (
+from nnunet_uda.collectives import (
     average_gradients,
     broadcast_modules,
     global_sum,
@@ -28,6 +25,9 @@ from nnunet_uda.training.distributed import (
     patient_group,
     world_size,
 )
+from nnunet_uda.errors import UDAError
+from nnunet_uda.files import whole_file
+from nnunet_uda.training.checkpoint import seed_everything
 
 Result = TypeVar("Result")
 

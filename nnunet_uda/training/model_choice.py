@@ -12,9 +12,9 @@ from acvl_utils.cropping_and_padding.bounding_boxes import crop_and_pad_nd
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetBaseDataset
 from torch import Tensor
 
-from nnunet_uda.evaluation.criteria import HIGHER_IS_BETTER, TargetCriteria, look_twice
 from nnunet_uda.settings import UDASettings
 from nnunet_uda.training.checkpoint import BEST
+from nnunet_uda.training.criteria import HIGHER_IS_BETTER, TargetCriteria, look_twice
 
 NNUNET_MOMENTUM = 0.9
 MOMENTUM = 0.5

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from nnunet_uda.collectives import global_sum
 from nnunet_uda.losses.pseudo_label import class_thresholds, confident_labels
-from nnunet_uda.training.distributed import global_sum
 
 MOMENTUM = 0.95
 """Of the running means of class confidences over batches."""

@@ -24,9 +24,9 @@ import SimpleITK as sitk
 from pydicom.datadict import dictionary_VR, tag_for_keyword
 from pydicom.dataelem import DataElement, RawDataElement, convert_raw_data_element
 
-from nnunet_uda.data.listing import files_in, folders_below
-from nnunet_uda.data.reading import readable
 from nnunet_uda.errors import UDAError, printable, shown
+from nnunet_uda.images.listing import files_in, folders_below
+from nnunet_uda.images.reading import readable
 
 NOT_SLICES = ("RTSTRUCT", "RTPLAN", "RTDOSE", "RTRECORD", "SEG", "SR", "PR", "KO", "REG", "DOC", "FID", "RWV", "ANN")
 """Modalities of objects that may lie beside a series' slices; taken from a folder, they are passed over."""

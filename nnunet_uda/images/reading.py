@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,9 +13,10 @@ from pathlib import Path
 import numpy as np
 import SimpleITK as sitk
 
-from nnunet_uda.data.geometry import Grid, check_possible, check_same_geometry
-from nnunet_uda.data.nifti import Nifti, is_nifti, not_finite, opened, read_header, slabs, truncated
 from nnunet_uda.errors import UDAError, printable
+from nnunet_uda.images.geometry import Grid, check_possible, check_same_geometry
+from nnunet_uda.images.nifti import Nifti, is_nifti, not_finite, opened, read_header, slabs, truncated
+from nnunet_uda.names import check_name
 
 ENDINGS = (".nii.gz", ".gipl.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd", ".gipl", ".hdr")
 """File endings taken from a folder; a file named explicitly may have any ending that SimpleITK reads."""
@@ -264,3 +266,26 @@ class LabelMap:
 
 def _some(values: list[int], limit: int = 20) -> str:
     return ", ".join(map(str, values[:limit])) + (f" and {len(values) - limit} more" if len(values) > limit else "")
+
+
+def parse_labels(arguments: Sequence[str]) -> dict[str, tuple[int, ...]]:
+    """``["liver=5", "kidneys=2,3"]`` -> values by name, in order."""
+    structures: dict[str, tuple[int, ...]] = {}
+    owner: dict[int, str] = {}
+    for text in arguments:
+        match = re.fullmatch(r"([^=]+)=(-?\d{1,6}(?:,-?\d{1,6})*)", text)
+        if not match:
+            raise UDAError(f"-labels {text}: expected name=value or name=value,value with whole numbers, as liver=5.")
+        name, values = check_name(match[1].strip(), "-labels"), tuple(int(v) for v in match[2].split(","))
+        if name in structures:
+            raise UDAError(f"-labels {text}: {name} is named twice; give all its values at once, as {name}=2,3.")
+        for value in values:
+            if value == 0 or owner.setdefault(value, name) != name:
+                raise UDAError(
+                    f"-labels {text}: value {value} is already {owner.get(value, 'the background')}; expected every "
+                    "value in one structure, and 0 in none."
+                )
+        structures[name] = values
+    if len(structures) > 254:
+        raise UDAError(f"-labels: {len(structures)} structures; expected at most 254.")
+    return structures

@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 import SimpleITK as sitk
 
-from nnunet_uda.data.reading import check_image, read_image
 from nnunet_uda.errors import UDAError, shown
+from nnunet_uda.images.reading import check_image, read_image
 
 PRESETS = {
     "abdomen": (-125, 275),

@@ -22,8 +22,8 @@ from typing import Any, BinaryIO
 import nibabel
 import numpy as np
 
-from nnunet_uda.data.geometry import Grid, differences, mm, short
 from nnunet_uda.errors import UDAError
+from nnunet_uda.images.geometry import Grid, differences, mm, short
 
 GEOMETRIES = ("qform", "sform")
 SLAB = 1 << 24

@@ -52,3 +52,10 @@ def folders_below(folder: Path) -> Iterator[Path]:
         if (real := os.path.realpath(here)) not in above:
             yield here
             waiting += [(inside, above | {real}) for inside in reversed(folders_in(here))]
+
+
+def contents(folder: Path) -> str:
+    """The first names in ``folder``, for messages that say what was found."""
+    if not folder.is_dir():
+        return "no such folder"
+    return ", ".join([path.name for path in entries(folder)][:8]) or "nothing"

@@ -13,9 +13,9 @@ import numpy as np
 import SimpleITK as sitk
 from skimage.draw import polygon
 
-from nnunet_uda.data.dicom import FARTHEST, Header, read_header
-from nnunet_uda.data.reading import readable
 from nnunet_uda.errors import UDAError, printable
+from nnunet_uda.images.dicom import FARTHEST, Header, read_header
+from nnunet_uda.images.reading import readable
 
 SAME_PLANE = 0.1
 """In slices: contours nearer to each other than this lie in one plane."""

@@ -1,0 +1,213 @@
+"""One case of a dataset: read, checked, written.
+
+Images keep their voxels, pixel type and orientation header, and their intensities within the bounds of their domain;
+labels are mapped to classes and share the image's geometry exactly. An image is written from the image file and those
+bounds alone: no label of its own can change it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import SimpleITK as sitk
+
+from nnunet_uda.data.slices import AXES, Grid
+from nnunet_uda.errors import UDAError
+from nnunet_uda.files import cannot_write
+from nnunet_uda.images.geometry import check_same_geometry
+from nnunet_uda.images.intensities import (
+    Intensities,
+    NoContrastError,
+    not_hounsfield,
+)
+from nnunet_uda.images.nifti import nifti_geometry, remarks
+from nnunet_uda.images.reading import LabelMap, check_image, check_whole, read_image, read_label
+
+ENDING = ".nii.gz"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One scan.
+
+    Args:
+        identifier: id in the dataset, unique over all groups: letters, digits, ``_`` and ``-``.
+        images: one path per channel (a file, or a folder that ``read_image`` understands).
+        label: its label, or None.
+        label_map: vendor values to classes; needed where ``label`` is given.
+        read_image: path -> image. Top-level function (it runs in another process).
+        read_label: (label path, first channel, its path) -> label on the image's grid, notes on repairs.
+    """
+
+    identifier: str
+    images: tuple[Path, ...]
+    label: Path | None = None
+    label_map: LabelMap | None = None
+    read_image: Callable[[Path], sitk.Image] = read_image
+    read_label: Callable[[Path, sitk.Image, Path], tuple[sitk.Image, list[str]]] = read_label
+
+
+@dataclass(frozen=True)
+class Group:
+    """Cases of one domain for one folder: ``imagesTr`` + ``labelsTr``, ``imagesTu``, or ``imagesTs`` + ``labelsTs``.
+
+    ``labels`` may be ``labelsTs`` for ``imagesTu`` too: a fold protocol, where each fold tests on its own part.
+    """
+
+    domain: str
+    cases: Sequence[Case]
+    images: str
+    labels: str | None = None
+
+
+@dataclass(frozen=True)
+class Clipping:
+    """What is done to a group's images.
+
+    Args:
+        intensities: or None to keep the vendor's.
+        hounsfield: refuse scans that do not look like HU.
+        given: they were asked for, so that what they would spoil is refused; defaults leave a scan as it is, or warn.
+        checked: count the structures' voxels outside of the bounds; only where labels may be looked at.
+    """
+
+    intensities: Intensities | None = None
+    hounsfield: bool = False
+    given: bool = True
+    checked: bool = False
+
+
+@dataclass
+class CaseReport:
+    """What was seen while one case was written. Sizes and spacings (mm) in the order of ``AXES``.
+
+    ``outside``: of every structure's voxels the share outside of the bounds (of the channel where it is smallest), NaN
+    without such voxels; empty where nothing was clipped or labels may not be looked at.
+    """
+
+    identifier: str
+    size: tuple[int, ...]
+    spacing: tuple[float, ...]
+    orientation: str
+    zero_share: float
+    grid: Grid
+    volumes_ml: list[float] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    """Repairs."""
+    warnings: list[str] = field(default_factory=list)
+    outside: list[float] = field(default_factory=list)
+
+
+def convert_case(
+    case: Case,
+    images_folder: Path,
+    labels_folder: Path | None,
+    structures: int,
+    clipping: Clipping = Clipping(),
+    geometry: str | None = None,
+) -> CaseReport:
+    """Check and write one case: images first and from the images alone, then the label.
+
+    One volume is in memory at a time. All channels and the label are written with the first channel's geometry.
+
+    Args:
+        geometry: see ``nifti_geometry``.
+    """
+    with nifti_geometry(geometry):
+        image = case.read_image(case.images[0])
+        report = _describe(case.identifier, image)
+        grid = sitk.Image(image.GetSize(), sitk.sitkUInt8)  # of the first channel, which need not be kept for it
+        grid.CopyInformation(image)
+        beyond = []
+        for channel, path in enumerate(case.images):
+            image = case.read_image(path) if channel else image
+            check_image(image, path)
+            check_same_geometry(grid, case.images[0], image, path)
+            image.CopyInformation(grid)
+            if clipping.checked and clipping.intensities is not None:
+                beyond.append(_beyond(image, clipping.intensities))
+            image = _clip(image, path, clipping, report.notes)
+            _write(image, images_folder / f"{case.identifier}_{channel:04d}{ENDING}")
+            _remark(report, path)
+            del image
+        if labels_folder is not None and case.label is not None and case.label_map is not None:
+            label, repairs = case.read_label(case.label, grid, case.images[0])
+            report.notes += repairs
+            _remark(report, case.label)
+            classes = case.label_map.apply(label, case.label)
+            del label
+            counts = sum(np.bincount(plane.ravel(), minlength=structures + 1)[1:] for plane in classes)  # memory
+            report.volumes_ml = [float(count * np.prod(grid.GetSpacing()) / 1000) for count in counts]
+            if beyond:
+                report.outside = np.min([_outside(mask, classes, structures) for mask in beyond], axis=0).tolist()
+            converted = sitk.GetImageFromArray(classes)
+            converted.CopyInformation(grid)
+            _write(converted, labels_folder / f"{case.identifier}{ENDING}")
+    return report
+
+
+def _clip(image: sitk.Image, path: Path, clipping: Clipping, notes: list[str]) -> sitk.Image:
+    if clipping.intensities is None:
+        return image
+    if clipping.hounsfield and (reason := not_hounsfield(sitk.GetArrayViewFromImage(image))):
+        raise UDAError(
+            f"{path}: {reason}; expected a CT in Hounsfield units (air -1000, water 0). Convert it to HU, or give "
+            "-source_intensities (or -target_intensities): two numbers in the scan's own units, or none to keep them."
+        )
+    try:
+        return clipping.intensities.apply(image, path)
+    except NoContrastError as error:
+        if clipping.given or clipping.intensities.window is not None:
+            raise
+        notes.append(f"{str(error).split(';')[0]}: left as it is")
+        return image
+
+
+def _beyond(image: sitk.Image, intensities: Intensities) -> np.ndarray:
+    """Bool, (z, y, x): voxels that clipping changes."""
+    voxels = sitk.GetArrayViewFromImage(image)
+    low, high = intensities.bounds(voxels)
+    return np.stack([(plane < low) | (plane > high) for plane in voxels])
+
+
+def _outside(beyond: np.ndarray, classes: np.ndarray, structures: int) -> list[float]:
+    """The share of each structure's voxels that is ``beyond``, NaN without voxels; by planes, for memory."""
+    found, whole = (
+        sum(np.bincount(part, minlength=structures + 1)[1:] for part in parts)
+        for parts in (
+            (plane[mask] for plane, mask in zip(classes, beyond, strict=True)),
+            (plane.ravel() for plane in classes),
+        )
+    )
+    return [float(b / n) if n else float("nan") for b, n in zip(found, whole, strict=True)]
+
+
+def _remark(report: CaseReport, path: Path) -> None:
+    repairs, warnings = remarks(path)
+    report.notes += repairs
+    report.warnings += warnings
+
+
+def _write(image: sitk.Image, path: Path) -> None:
+    try:
+        sitk.WriteImage(image, str(path), True)
+        check_whole(path)  # on a full disk SimpleITK leaves a short file without an error
+    except RuntimeError as error:
+        raise cannot_write(path, error) from None
+
+
+def _describe(identifier: str, image: sitk.Image) -> CaseReport:
+    code = sitk.DICOMOrientImageFilter.GetOrientationFromDirectionCosines(image.GetDirection())
+    grid = Grid.of(image)
+    order = [grid.body.index(axis) for axis in range(len(AXES))]
+    return CaseReport(
+        identifier,
+        tuple(image.GetSize()[i] for i in order),
+        tuple(image.GetSpacing()[i] for i in order),
+        code,
+        float(np.mean([np.mean(plane == 0) for plane in sitk.GetArrayViewFromImage(image)])),
+        grid,
+    )

@@ -1,0 +1,117 @@
+"""The command line that all converters share."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import sys
+from collections.abc import Callable, Sequence
+
+from nnunet_uda.data.convention import (
+    environment_folder,
+)
+from nnunet_uda.dataset_conversion.dataset import DEFAULT_PROCESSES, check_options, recover
+from nnunet_uda.dataset_conversion.windows import IntensityRequest
+from nnunet_uda.errors import UDAError, command
+from nnunet_uda.images.intensities import (
+    DEFAULT,
+    FORMS,
+    Intensities,
+    parse_intensities,
+)
+from nnunet_uda.images.nifti import GEOMETRIES
+
+
+def add_common_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options that every converter has."""
+    parser.add_argument("-d", type=int, required=True, metavar="ID", help="dataset id, 1 to 999")
+    parser.add_argument("-name", help="dataset name: DatasetXXX_NAME")
+    parser.add_argument(
+        "-channel",
+        nargs="+",
+        metavar="NAME",
+        help="channel name(s) [intensity, which nnU-Net z-scores per image]; CT only if both domains are CT in HU",
+    )
+    for domain in ("source", "target"):
+        parser.add_argument(
+            f"-{domain}_intensities", nargs="+", metavar="WORD",
+            help=f"what the {domain}'s images are clipped at: {FORMS} [CT: a window, else percentiles 0.5 99.5]",
+        )  # fmt: skip
+    parser.add_argument("-seed", type=int, default=12345, help="seed of the folds [12345]")
+    parser.add_argument(
+        "-np", type=int, default=DEFAULT_PROCESSES, metavar="N", help=f"processes [{DEFAULT_PROCESSES} here]"
+    )
+    parser.add_argument(
+        "-nifti_geometry", choices=GEOMETRIES,
+        help="read NIfTI files whose qform and sform disagree by this one [such files are refused]",
+    )  # fmt: skip
+    parser.add_argument("--overwrite", action="store_true", help="replace the dataset of this id and name")
+    parser.add_argument(
+        "--strict", action="store_true", help="refuse what is otherwise a warning: a case that lacks a needed file"
+    )
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Raise ``UDAError`` for what ``add_common_arguments`` let through, before any file is listed or read."""
+    check_options(args.d, args.name, args.channel or (), args.np)
+    if not 0 <= args.seed < 2**32:
+        raise UDAError(f"-seed {args.seed}: expected a number from 0 to {2**32 - 1}.")
+    environment_folder("nnUNet_raw")
+
+
+def intensity_request(
+    args: argparse.Namespace, preset: str = "soft_tissue", otherwise: Intensities | str | None = DEFAULT
+) -> IntensityRequest:
+    """What ``-source_intensities`` and ``-target_intensities`` ask for.
+
+    Args:
+        preset: see ``IntensityRequest``.
+        otherwise: of a domain whose option is not given; a paper's protocol has its own.
+    """
+    asked = [
+        parse_intensities(getattr(args, f"{domain}_intensities"), f"-{domain}_intensities")
+        for domain in ("source", "target")
+    ]
+    return IntensityRequest(*(otherwise if wanted == DEFAULT else wanted for wanted in asked), preset)
+
+
+def channel_names(given: Sequence[str] | None, count: int) -> list[str]:
+    """``-channel``, or its default for ``count`` channels."""
+    if given and len(given) != count:
+        raise UDAError(f"-channel {' '.join(given)}: {len(given)} name(s), but the source has {count} channel(s).")
+    return list(given) if given else ["intensity"] if count == 1 else [f"intensity_{i}" for i in range(count)]
+
+
+def telling(convert: Callable[[argparse.Namespace, list[str]], None]) -> Callable[[argparse.Namespace], None]:
+    """``convert(args, warnings)`` as ``convert(args)``; the warnings collected are printed where an error stops it."""
+
+    @functools.wraps(convert)
+    def with_warnings(args: argparse.Namespace) -> None:
+        warnings: list[str] = []
+        try:
+            convert(args, warnings)
+        except UDAError:
+            for warning in warnings:
+                print(f"WARNING: {warning}", file=sys.stderr)
+            raise
+
+    return with_warnings
+
+
+def script(
+    description: str | None,
+    add_arguments: Callable[[argparse.ArgumentParser], None],
+    convert: Callable[[argparse.Namespace], None],
+) -> Callable[..., None]:
+    """``main(argv=None)`` of a converter that is run by itself."""
+
+    @command
+    def main(argv: list[str] | None = None) -> None:
+        parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+        add_arguments(parser)
+        args = parser.parse_args(argv)
+        check_arguments(args)
+        recover(args.d)
+        convert(args)
+
+    return main

@@ -1,0 +1,30 @@
+"""The folder of an evaluation: new, empty, or a former evaluation, which is replaced."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from nnunet_uda import files
+from nnunet_uda.errors import UDAError
+
+REPORT = "evaluation.json"
+
+
+def check_output(target: Path, report: str = REPORT) -> None:
+    """Raise ``UDAError`` if ``target`` holds something else than a former evaluation (``report``)."""
+    if target.exists() and not (target.is_dir() and ((target / report).is_file() or not any(target.iterdir()))):
+        raise UDAError(f"{target} exists and holds no former evaluation ({report}): choose another folder with -o")
+
+
+@contextmanager
+def whole_folder(target: Path, report: str = REPORT) -> Iterator[Path]:
+    """``files.whole_folder`` for an evaluation, which may replace a former one and nothing else.
+
+    Raises:
+        UDAError: as ``check_output``, or if the folder cannot be written.
+    """
+    check_output(target, report)
+    with files.whole_folder(target) as temporary:
+        yield temporary
