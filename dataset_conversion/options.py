@@ -19,7 +19,7 @@ from nnunet_uda.images.intensities import (
     Intensities,
     parse_intensities,
 )
-from nnunet_uda.images.nifti import GEOMETRIES
+from nnunet_uda.images.nifti import add_geometry_argument
 
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,10 +41,7 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-np", type=int, default=DEFAULT_PROCESSES, metavar="N", help=f"processes [{DEFAULT_PROCESSES} here]"
     )
-    parser.add_argument(
-        "-nifti_geometry", choices=GEOMETRIES,
-        help="read NIfTI files whose qform and sform disagree by this one [such files are refused]",
-    )  # fmt: skip
+    add_geometry_argument(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace the dataset of this id and name")
     parser.add_argument(
         "--strict", action="store_true", help="refuse what is otherwise a warning: a case that lacks a needed file"

@@ -16,7 +16,7 @@ from nnunetv2.experiment_planning.experiment_planners.network_topology import ge
 from nnunetv2.utilities.json_export import recursive_fix_for_json_export
 
 from nnunet_uda.data.convention import check_splits, environment_folder, read_json
-from nnunet_uda.data.slices import FILE, order_of, refuse_mixed_slices
+from nnunet_uda.data.slices import FILE, order_of
 from nnunet_uda.errors import UDAError
 from nnunet_uda.foreign_plans import find_in_nnunet
 from nnunet_uda.methods import check_uda
@@ -203,7 +203,6 @@ def replan_plane(dataset: str, plans: dict[str, Any], plane: str, name: str) -> 
         UDAError: unless ``dataset.json`` asks for the reader that reorients to RAS: else planes differ between files.
     """
     content = read_json(environment_folder("nnUNet_preprocessed") / dataset / "dataset.json")
-    refuse_mixed_slices(content, f"-plane {plane}: dataset.json of {dataset}")
     if order_of(content) == FILE:
         raise UDAError(
             f"-plane {plane}: the scans of {dataset} are oblique and lie differently in the body, so their axes are "

@@ -9,6 +9,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import nibabel
 import numpy as np
 import pytest
 import SimpleITK as sitk
@@ -25,6 +26,19 @@ def write_volume(path: Path, array: np.ndarray, spacing: tuple[float, float, flo
     image.SetDirection((-1.0, 0, 0, 0, -1.0, 0, 0, 0, 1.0))
     path.parent.mkdir(parents=True, exist_ok=True)
     sitk.WriteImage(image, str(path))
+
+
+def two_geometries(path: Path) -> Path:
+    """The scan at ``path`` with an sform that is its qform mirrored."""
+    image = nibabel.load(path)
+    mirrored = image.affine.copy()
+    mirrored[0] *= -1
+    array = np.asanyarray(image.dataobj)
+    changed = nibabel.Nifti1Image(array, image.affine)
+    changed.set_qform(image.affine, 1)
+    changed.set_sform(mirrored, 2)
+    nibabel.save(changed, path)
+    return path
 
 
 def litter(tree: Path) -> None:

@@ -19,6 +19,7 @@ import nibabel
 import numpy as np
 import pytest
 import SimpleITK as sitk
+from conftest import two_geometries
 
 from nnunet_uda.commands import convert
 from nnunet_uda.dataset_conversion.case import Case, Group
@@ -358,19 +359,6 @@ def test_units_ten_times_apart_are_warned_of(raw, tmp_path, groups, capsys):
                   save(image_of(label((8, 30, 30))), tmp_path / "in" / "sl.nii.gz"), MAP)  # fmt: skip
     write([Group("MR", [source], "imagesTr", "labelsTr"), Group("CT", [Case("t", (image,))], "imagesTu")])
     assert "the target's voxels are 0.1 times the source's" in capsys.readouterr().out
-
-
-def two_geometries(path: Path) -> Path:
-    """The scan at ``path`` with an sform that is its qform mirrored."""
-    image = nibabel.load(path)
-    mirrored = image.affine.copy()
-    mirrored[0] *= -1
-    array = np.asanyarray(image.dataobj)
-    changed = nibabel.Nifti1Image(array, image.affine)
-    changed.set_qform(image.affine, 1)
-    changed.set_sform(mirrored, 2)
-    nibabel.save(changed, path)
-    return path
 
 
 @pytest.mark.parametrize("processes", [1, 2])

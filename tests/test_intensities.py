@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import SimpleITK as sitk
-from conftest import litter
+from conftest import litter, two_geometries
 
 from nnunet_uda.commands.convert import main as convert
 from nnunet_uda.commands.intensities import clip, main
@@ -371,6 +371,17 @@ def test_explicit_parameters(scans, tmp_path, capsys):
     main(["-i", str(scans), "-o", str(empty), "-percentiles", "5", "95"])
     values = brain()[brain() > 0]
     assert load(empty / "new0_0000.nii.gz").max() == np.percentile(values, 95, method="higher")
+
+
+def test_a_scan_with_two_geometries_is_refused_or_read_by_the_chosen_one(scans, tmp_path, capsys):
+    words = ["-i", str(scans), "-o", str(tmp_path / "out"), "-percentiles", "5", "95"]
+    expected = sitk.ReadImage(str(scans / "new1_0000.nii.gz")).GetOrigin()
+    two_geometries(scans / "new1_0000.nii.gz")
+    assert "new1_0000.nii.gz: its header holds two geometries" in refused(capsys, *words)
+    for choice, mirrored in (("qform", False), ("sform", True)):
+        main([*words[:3], str(tmp_path / choice), *words[4:], "-nifti_geometry", choice])
+        written = sitk.ReadImage(str(tmp_path / choice / "new1_0000.nii.gz"))
+        assert np.allclose(written.GetOrigin(), expected) != mirrored
 
 
 def test_windows_domains_and_the_former_name(scans, tmp_path, capsys):

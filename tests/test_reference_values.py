@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import SimpleITK as sitk
+from conftest import litter, two_geometries
 
 from nnunet_uda.commands import convert, evaluate
 from nnunet_uda.errors import UDAError
@@ -222,6 +223,21 @@ def test_a_dataset_that_was_not_converted_here(work, capsys):
                            (["liver=5", "spleen=8"], "holds the values 7")):  # fmt: skip
         assert message in work.refused(capsys, "mrl", "-labels", *words)
     assert dice(work.evaluate("mrl", "-labels", "spleen=7", "liver=5")) == 1
+
+
+def test_references_with_two_geometries_are_refused_or_read_by_the_chosen_one(work, capsys):
+    work.convert(1, 2)
+    for index in range(2):
+        two_geometries(work.root / "mrl" / f"b{index}.nii.gz")
+    assert "two geometries" in work.refused(capsys, "mrl")
+    assert "differs from that of" in work.refused(capsys, "mrl", "-nifti_geometry", "sform"), "it lies elsewhere"
+    assert dice(work.evaluate("mrl", "-nifti_geometry", "qform", "-np", "2")) == 1, "in worker processes too"
+
+
+def test_a_mac_leaves_files_beside_the_labels_that_tell_volumes(work):
+    raw = work.convert(2, 1)
+    litter(raw / "labelsTr")
+    work.evaluate("mrl")
 
 
 def test_overlays_show_the_mapped_reference(work):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import SimpleITK as sitk
 
 from nnunet_uda import plans
+from nnunet_uda.commands import configure, preprocess
 from nnunet_uda.commands.convert import main
 from nnunet_uda.data.slices import FILE, MIXED, REORIENTED, Grid, elsewhere, odd_tests, refuse_mixed_slices, slice_order
 from nnunet_uda.errors import UDAError
@@ -55,9 +57,10 @@ def test_another_axis_of_the_file_is_mixed():
     found = slice_order([grids(image(short_axis(30)), image(short_axis(35)), image(odd, (8.0, 1, 1)))])
     assert (found.order, found.reader, found.odd) == (MIXED, "SimpleITKIOWithReorient", ("a2",))
     with pytest.raises(UDAError, match=r"d\.json: the thick slices of a2 lie along another axis.*2D.*3d_fullres"):
-        refuse_mixed_slices({"uda": {"slices": found.to_json()}}, "d.json")
-    refuse_mixed_slices({"uda": {"slices": {"order": FILE}}}, "d.json")
-    refuse_mixed_slices({}, "d.json")
+        refuse_mixed_slices({"uda": {"slices": found.to_json()}}, (32, 32), "d.json")
+    refuse_mixed_slices({"uda": {"slices": found.to_json()}}, (8, 32, 32), "d.json")
+    refuse_mixed_slices({"uda": {"slices": {"order": FILE}}}, (32, 32), "d.json")
+    refuse_mixed_slices({}, (32, 32), "d.json")
 
 
 def test_stored_along_other_axes_is_no_matter_where_the_body_agrees():
@@ -164,11 +167,57 @@ def test_the_converter_warns_where_nothing_agrees_and_2d_is_refused(tmp_path, mo
     assert "WARNING: the thick slices of A_1 lie along another axis" in capsys.readouterr().out
     assert content["overwrite_image_reader_writer"] == "SimpleITKIOWithReorient"
     assert content["uda"]["slices"] == {"order": MIXED, "odd": ["A_1"]}
-    folder = tmp_path / "nnUNet_preprocessed" / "Dataset510_X"
-    folder.mkdir(parents=True)
+
+
+@pytest.fixture
+def folder(in_workspace, tmp_path, monkeypatch) -> Path:
+    """The planned dataset's folder of plans, copied."""
+    made = tmp_path / "preprocessed" / "Dataset501_Blobs"
+    made.mkdir(parents=True)
+    for name in ("nnUNetPlans.json", "dataset_fingerprint.json", "dataset.json"):
+        shutil.copy(in_workspace.preprocessed / made.name / name, made)
+    monkeypatch.setenv("nnUNet_preprocessed", str(made.parent))
+    return made
+
+
+@pytest.fixture
+def mixed(folder) -> Path:
+    """The same, as if its scans' slices lay along several axes."""
+    content = json.loads((folder / "dataset.json").read_text())
+    content["uda"]["slices"] = {"order": MIXED, "odd": ["mr_Tr01"]}
     (folder / "dataset.json").write_text(json.dumps(content))
-    with pytest.raises(UDAError, match="-plane coronal: dataset.json of Dataset510_X: the thick slices of A_1"):
-        plans.replan_plane("Dataset510_X", {}, "coronal", "new")
+    return folder
+
+
+@pytest.mark.parametrize("options", [(), ("-plane", "coronal"), ("-patch_size", "32", "32")])
+def test_no_2d_plans_are_made_where_no_plane_is_the_slices_in_all(mixed, capsys, options):
+    with pytest.raises(SystemExit):
+        configure.main(["-d", "501", "-p", "new", *options])
+    said = capsys.readouterr().err
+    assert "dataset.json, -c 2d: the thick slices of mr_Tr01 lie along another axis" in said
+    assert "Traceback" not in said and not (mixed / "new.json").exists()
+    configure.main(["-d", "501", "-p", "new", "-c", "3d_fullres", "-batch_size", "2"])
+    assert (mixed / "new.json").exists(), "3D has no slices"
+
+
+def test_no_target_is_preprocessed_in_2d_where_no_plane_is_the_slices_in_all(mixed, capsys):
+    with pytest.raises(SystemExit):
+        preprocess.main(["-d", "501", "-c", "3d_fullres", "2d", "-np", "1"])
+    assert "-c 2d: the thick slices of mr_Tr01" in capsys.readouterr().err
+    assert not list(mixed.glob("*_target")), "not even in 3D: everything asked for is looked at first"
+
+
+def test_slices_that_are_rows_are_warned_of_where_plans_are_made_and_the_target_preprocessed(folder, capsys):
+    content = json.loads((folder / "nnUNetPlans.json").read_text())
+    content["original_median_shape_after_transp"] = [48, 1, 48]
+    (folder / "nnUNetPlans.json").write_text(json.dumps(content))
+    configure.main(["-d", "501", "-p", "new", "-batch_size", "2"])
+    warning = "WARNING: the slices of 2d are 1 x 48 voxels"
+    assert warning in capsys.readouterr().out
+    preprocess.main(["-d", "501", "-p", "new", "-np", "1"])
+    assert warning in capsys.readouterr().out
+    configure.main(["-d", "501", "-p", "new3d", "-c", "3d_fullres", "-batch_size", "2"])
+    assert "WARNING" not in capsys.readouterr().out
 
 
 def test_scans_along_the_body_are_as_before(tmp_path, monkeypatch, capsys):

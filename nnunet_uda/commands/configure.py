@@ -7,7 +7,7 @@ import json
 from typing import Any
 
 from nnunet_uda.data.convention import dataset_name, environment_folder, read_json
-from nnunet_uda.data.slices import plane_warning
+from nnunet_uda.data.slices import plane_warning, refuse_mixed_slices
 from nnunet_uda.errors import UDAError, command
 from nnunet_uda.files import write_json
 from nnunet_uda.foreign_plans import read_plans
@@ -110,7 +110,9 @@ def main(argv: list[str] | None = None) -> None:
             raise UDAError(f"-{key} must be at least 1, found {value}")
     settings = dict(parse_assignment(text) for text in args.set)
     # planning for another plane takes minutes: what is wrong with the rest is said before
-    derive_plans(base, args.c, args.p, merge_uda(base.get("uda", {}), settings), **given)
+    trial = derive_plans(base, args.c, args.p, merge_uda(base.get("uda", {}), settings), **given)
+    patch_size = trial["configurations"][args.c]["patch_size"]
+    refuse_mixed_slices(read_json(folder / "dataset.json"), patch_size, f"{folder / 'dataset.json'}, -c {args.c}")
     plans = replan_plane(dataset, base, args.plane, args.p) if args.plane else base
     uda, options = base.get("uda", {}), {}
     if args.protocol:

@@ -44,6 +44,7 @@ from nnunet_uda.evaluation.runs import (
     read_labels,
 )
 from nnunet_uda.evaluation.tables import Volume, check_bounds, compare_runs
+from nnunet_uda.images.nifti import add_geometry_argument, nifti_geometry
 
 MAX_PANELS = 1000
 """Pictures in one page at most (about 20 kB each): with more volumes or runs, fewer slices of each are drawn."""
@@ -78,6 +79,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("-plane", choices=list(PLANES), help="plane of the overlays (default: the thick-slice plane)")
     parser.add_argument("-np", metavar="N", type=int, default=min(8, os.cpu_count() or 1), help="number of processes "
                         "(default: %(default)s)")  # fmt: skip
+    add_geometry_argument(parser)
     parser.add_argument("--unsupervised", action="store_true", help="compare trained checkpoints on unlabelled images "
                         "instead; other options: --unsupervised -h")  # fmt: skip
     parser.add_argument("--no_overlays", action="store_true", help="draw no overlays")
@@ -187,6 +189,11 @@ def main(argv: list[str] | None = None) -> None:
         evaluate_unsupervised.main([word for word in words if word != "--unsupervised"])
         return
     arguments = parse_arguments(argv)
+    with nifti_geometry(arguments.nifti_geometry):
+        _evaluate(arguments)
+
+
+def _evaluate(arguments: argparse.Namespace) -> None:
     files.put_back(Path(arguments.o))
     raw = find_raw_dataset(arguments.d) if arguments.d else None
     for option, value in (("-r", arguments.r), ("-djfile", arguments.djfile)):

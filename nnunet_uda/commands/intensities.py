@@ -17,6 +17,7 @@ from nnunet_uda.errors import UDAError, command
 from nnunet_uda.files import cannot_write, whole_folder
 from nnunet_uda.images.intensities import PRESETS, Intensities, parse_intensities, read_clipped, read_intensities
 from nnunet_uda.images.listing import entries
+from nnunet_uda.images.nifti import add_geometry_argument, nifti_geometry
 from nnunet_uda.images.reading import check_whole
 
 ENDINGS = (".nii.gz", ".nii")
@@ -50,12 +51,13 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("-percentiles", nargs=2, type=float, metavar=("LOW", "HIGH"), help="instead of -d, as 5 95")
     parser.add_argument("-range", nargs=2, type=float, metavar=("LOW", "HIGH"), help="with -percentiles, as -1 1")
+    add_geometry_argument(parser)
     args = parser.parse_args(argv)
     intensities = _intensities(args)
     cases = _cases(args.i)
     if args.o.exists() and (not args.o.is_dir() or any(args.o.iterdir())):
         raise UDAError(f"{args.o} exists and is not an empty folder: give a new folder. Nothing was written.")
-    with whole_folder(args.o) as folder:
+    with nifti_geometry(args.nifti_geometry), whole_folder(args.o) as folder:
         _write_all(cases, intensities, folder)
     print(f"{len(cases)} scan(s) clipped into {args.o}")
 

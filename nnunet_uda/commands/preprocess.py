@@ -13,6 +13,7 @@ from nnunet_uda.data.convention import (
     environment_folder,
     read_json,
 )
+from nnunet_uda.data.slices import refuse_mixed_slices
 from nnunet_uda.data.target import preprocess_target
 from nnunet_uda.errors import UDAError, command
 from nnunet_uda.foreign_plans import read_plans
@@ -44,6 +45,8 @@ def main(argv: list[str] | None = None) -> None:
                     f"{folder / args.p}.json has no configuration {configuration!r}. It has: "
                     f"{', '.join(plans.available_configurations)}"
                 )
+            patch_size = plans.get_configuration(configuration).patch_size
+            refuse_mixed_slices(dataset_json, patch_size, f"{folder / 'dataset.json'}, -c {configuration}")
             checked.append((plans, configuration, dataset_json))
     for plans, configuration, dataset_json in checked:
         print(f"Target ready: {preprocess_target(plans, configuration, dataset_json, args.np)}")

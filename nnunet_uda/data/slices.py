@@ -141,9 +141,13 @@ def order_of(dataset_json: Mapping[str, Any]) -> str:
     return str(slices.get("order", REORIENTED)) if isinstance(slices, Mapping) else REORIENTED
 
 
-def refuse_mixed_slices(dataset_json: Mapping[str, Any], where: str) -> None:
-    """Raise ``UDAError`` where a 2D network would see slices in some scans and cuts across the slices in others."""
-    if order_of(dataset_json) == MIXED:
+def refuse_mixed_slices(dataset_json: Mapping[str, Any], patch_size: Sequence[int], where: str) -> None:
+    """Raise ``UDAError`` where a 2D network would see slices in some scans and cuts across the slices in others.
+
+    Args:
+        patch_size: the configuration's; one of three numbers is 3D, which has no slices.
+    """
+    if len(patch_size) == 2 and order_of(dataset_json) == MIXED:
         odd = [str(name) for name in dataset_json["uda"]["slices"].get("odd", [])]
         raise UDAError(
             f"{where}: the thick slices of {', '.join(odd[:5])}{' ...' if len(odd) > 5 else ''} lie along another axis "

@@ -30,6 +30,7 @@ from tqdm import tqdm
 from nnunet_uda.errors import UDAError
 from nnunet_uda.images.geometry import check_same_geometry
 from nnunet_uda.images.listing import files_in
+from nnunet_uda.images.nifti import choose_geometry, chosen_geometry
 from nnunet_uda.images.reading import LabelMap, read_image
 from nnunet_uda.names import check_name
 from nnunet_uda.workers import end_with
@@ -228,7 +229,7 @@ def parallel(function: Callable[..., Any], tasks: Sequence[tuple], num_processes
     if num_processes <= 1 or len(tasks) <= 1:
         return [function(*task) for task in tqdm(tasks, desc=description, unit="volume")]
     workers = min(num_processes, len(tasks))
-    with ProcessPoolExecutor(workers, get_context("spawn"), _use_one_thread, (os.getpid(),)) as pool:
+    with ProcessPoolExecutor(workers, get_context("spawn"), _set_up, (os.getpid(), chosen_geometry())) as pool:
         futures = [pool.submit(function, *task) for task in tasks]
         try:
             for future in tqdm(as_completed(futures), desc=description, unit="volume", total=len(futures)):
@@ -240,10 +241,11 @@ def parallel(function: Callable[..., Any], tasks: Sequence[tuple], num_processes
         return [future.result() for future in futures]
 
 
-def _use_one_thread(parent: int) -> None:
+def _set_up(parent: int, geometry: str | None) -> None:
+    """A worker ends with its parent, reads files by the same geometry, and uses one thread."""
     import torch
 
     end_with(parent)
-
+    choose_geometry(geometry)
     torch.set_num_threads(1)
     sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)

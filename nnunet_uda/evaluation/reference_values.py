@@ -20,6 +20,7 @@ from nnunet_uda.errors import UDAError, shown
 from nnunet_uda.evaluation.metrics import integer_values, parallel, read_reference
 from nnunet_uda.evaluation.runs import Labels
 from nnunet_uda.evaluation.tables import Volume, summarise
+from nnunet_uda.images.listing import files_in
 from nnunet_uda.images.reading import LabelMap, parse_labels
 
 NEAR_ZERO, MATCH = 0.1, 0.5
@@ -211,7 +212,8 @@ def _decide(
 
 def _by_volume(label_map: LabelMap, labels: Labels, files: Sequence[Path], raw: Path) -> tuple[bool, str] | None:
     """The same by the structures' volumes in the dataset's labelled cases, None where these do not tell."""
-    known = _mean_volumes(sorted((raw / "labelsTr").glob(f"*{labels.file_ending}")), None, labels)
+    listed = files_in(raw / "labelsTr") if (raw / "labelsTr").is_dir() else []
+    known = _mean_volumes([path for path in listed if path.name.endswith(labels.file_ending)], None, labels)
     differences = []
     for one_map in (None, label_map):
         volumes = _mean_volumes(files, one_map, labels)

@@ -8,6 +8,7 @@ Voxels are read by slabs (ITK needs twice the volume), with NaN counted (which I
 
 from __future__ import annotations
 
+import argparse
 import gzip
 import math
 import os
@@ -46,6 +47,24 @@ def nifti_geometry(choice: str | None) -> Iterator[None]:
         yield
     finally:
         _chosen.reset(token)
+
+
+def chosen_geometry() -> str | None:
+    """The choice in force, for processes that are started to read files."""
+    return _chosen.get()
+
+
+def choose_geometry(choice: str | None) -> None:
+    """``nifti_geometry`` to the end of this process."""
+    _chosen.set(choice)
+
+
+def add_geometry_argument(parser: argparse.ArgumentParser) -> None:
+    """``-nifti_geometry``, of every command that reads scans and labels as their owner has them."""
+    parser.add_argument(
+        "-nifti_geometry", choices=GEOMETRIES,
+        help="read NIfTI files whose qform and sform disagree by this one [such files are refused]",
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -95,8 +114,9 @@ class Nifti:
             raise UDAError(
                 f"{self.path}: its header holds two geometries that disagree: {self.disagreement}. Expected one, for "
                 "programs choose differently, and left and right may be exchanged. Find out which is right; "
-                "nnUNetUDA_convert reads such files by it with -nifti_geometry qform or sform. Anywhere else write it "
-                "over the other (fslorient -copyqform2sform or -copysform2qform)."
+                "nnUNetUDA_convert, nnUNetUDA_evaluate and nnUNetUDA_intensities read such files by it with "
+                "-nifti_geometry qform or sform. Anywhere else write it over the other (fslorient -copyqform2sform or "
+                "-copysform2qform)."
             )
         if choice not in self.readings or not self.readings[choice].is_orthogonal:
             what = "axes that are not at right angles" if choice in self.readings else "no valid one"

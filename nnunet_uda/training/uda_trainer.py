@@ -267,8 +267,8 @@ class UDATrainer(StoppableTrainer):
         name = type(self).__name__
         if self.is_cascaded:
             raise UDAError(f"{name} does not support cascades: train the configuration 2d or 3d_fullres")
-        if len(self.configuration_manager.patch_size) == 2:
-            refuse_mixed_slices(self.dataset_json, f"dataset.json of {self.plans_manager.dataset_name}")
+        where = f"dataset.json of {self.plans_manager.dataset_name}"
+        refuse_mixed_slices(self.dataset_json, self.configuration_manager.patch_size, where)
         if self.label_manager.has_regions:
             raise UDAError(
                 f"{name} does not support region-based labels (dataset.json, 'labels'): give each structure one integer"
