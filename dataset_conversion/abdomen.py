@@ -40,22 +40,6 @@ from nnunet_uda.errors import UDAError
 MR_SEQUENCES = ("t2spir", "t1in", "t1out")
 
 
-def recognise(trees: list[Path]) -> tuple[Path, Path]:
-    """(CHAOS's tree, BTCV's tree) among two, told by what they hold."""
-    of_chaos = [tree for tree in trees if chaos.train_folder(tree)]
-    of_btcv = [tree for tree in trees if btcv.training_folder(tree)]
-    if len(of_chaos) != 1 or len(of_btcv) != 1:
-        held = [
-            f"{tree} ({' and '.join(['CHAOS'] * (tree in of_chaos) + ['BTCV'] * (tree in of_btcv)) or 'neither'})"
-            for tree in trees
-        ]
-        raise UDAError(
-            f"-i {', '.join(held)}: expected one CHAOS tree (with Train_Sets/MR) and one BTCV tree (with "
-            "RawData/Training/img and label)."
-        )
-    return of_chaos[0], of_btcv[0]
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-i", type=Path, nargs=2, required=True, metavar=("CHAOS_TREE", "BTCV_TREE"), help="both trees, in any order"
@@ -76,7 +60,10 @@ def convert(args: argparse.Namespace, warnings: list[str]) -> None:
     """Run the conversion that ``args`` (of ``add_arguments``) describe."""
     if args.source == args.target:
         raise UDAError(f"-source and -target are both {args.source}; expected ct and mr, or mr and ct.")
-    chaos_tree, btcv_tree = recognise(args.i)
+    chaos_tree, btcv_tree = protocols.tell_apart(
+        args.i, {"CHAOS": chaos.train_folder, "BTCV": btcv.training_folder},
+        "one CHAOS tree (with Train_Sets/MR) and one BTCV tree (with RawData/Training/img and label)",
+    )  # fmt: skip
     mr = chaos.find_domain(chaos_tree, args.sequence, "MR", "mr", chaos.classes(args.structures), args.strict, warnings)
     ct = btcv.find_domain(btcv_tree, btcv.classes(args.structures))
     source, target = (ct, mr) if args.source == "ct" else (mr, ct)

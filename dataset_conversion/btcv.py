@@ -28,20 +28,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from nnunet_uda.dataset_conversion import protocols
-from nnunet_uda.dataset_conversion.case import Case, Group
-from nnunet_uda.dataset_conversion.dataset import write_dataset
-from nnunet_uda.dataset_conversion.options import (
-    add_common_arguments,
-    channel_names,
-    intensity_request,
-    script,
-    telling,
-)
+from nnunet_uda.dataset_conversion.case import Case
+from nnunet_uda.dataset_conversion.options import add_common_arguments, script, telling
 from nnunet_uda.dataset_conversion.protocols import Domain
-from nnunet_uda.dataset_conversion.splits import source_folds
-from nnunet_uda.dataset_conversion.windows import IntensityRequest
 from nnunet_uda.errors import UDAError
-from nnunet_uda.images.intensities import DEFAULT
 from nnunet_uda.images.listing import contents, files_in
 from nnunet_uda.images.reading import LabelMap
 
@@ -120,35 +110,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "-structures", nargs="+", choices=tuple(VALUES), default=list(VALUES), metavar="NAME",
         help=f"classes 1, 2, ... among {', '.join(VALUES)} [all]",
     )  # fmt: skip
-    parser.add_argument(
-        "-test_ids", nargs="+", type=protocols.number, metavar="NUMBER", help="test scans, e.g. 9 [none]"
-    )
+    protocols.add_supervised_arguments(parser, "9", "none")
     add_common_arguments(parser)
 
 
 @telling
 def convert(args: argparse.Namespace, warnings: list[str]) -> None:
     """Run the conversion that ``args`` (of ``add_arguments``) describe."""
-    domain = find_domain(args.i, classes(args.structures))
-    test = protocols.named_cases(domain, args.test_ids) if args.test_ids else []
-    training = [case for case in domain.cases.values() if case not in test]
-    training = protocols.with_label(training, args.strict, warnings)
-    splits, few = source_folds([case.identifier for case in training], 5, args.seed)
-    warnings += few
-    write_dataset(
-        args.d, args.name or "BTCV",
-        [Group("CT", training, "imagesTr", "labelsTr"), Group("CT", test, "imagesTs", "labelsTs")],
-        args.structures, channel_names(args.channel or ["CT"], 1), adaptation=False, source_splits=splits,
-        information={"description": f"BTCV abdomen, supervised, seed {args.seed}", **INFORMATION},
-        intensities=_intensities(args), warnings=warnings, overwrite=args.overwrite, strict=args.strict,
-        processes=args.np, geometry=args.nifti_geometry,
-    )  # fmt: skip
-
-
-def _intensities(args: argparse.Namespace) -> IntensityRequest:
-    """``-source_intensities`` and ``-target_intensities`` are both of the one domain that there is."""
-    request = intensity_request(args, "abdomen")
-    return request if request.target != DEFAULT else replace(request, target=request.source)
+    domain = replace(find_domain(args.i, classes(args.structures)), test=())
+    protocols.write_supervised("BTCV", domain, args.structures, INFORMATION, args, warnings, "abdomen", "BTCV abdomen")
 
 
 main = script(__doc__, add_arguments, convert)

@@ -1,15 +1,16 @@
-"""The splits of the papers: SIFA's fixed test sets, CISFA's folds, UUDS's shares of patients who have both scans."""
+"""Splits: SIFA's and the vendors' fixed test sets, CISFA's folds, UUDS's shares of patients who have both scans."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 
+from nnunet_uda.data.convention import is_ct
 from nnunet_uda.dataset_conversion.case import Case, Group
 from nnunet_uda.dataset_conversion.dataset import skip_or_refuse, write_dataset
 from nnunet_uda.dataset_conversion.options import channel_names, intensity_request
@@ -28,7 +29,7 @@ class Domain:
     Args:
         name: as in ``dataset.json``, e.g. MR.
         cases: by the vendor's number.
-        test: numbers of its fixed test set; empty where no paper fixes one.
+        test: numbers of its fixed test set; empty where nobody fixes one.
         folder: where the cases lie, for messages.
     """
 
@@ -53,14 +54,24 @@ def number(text: str) -> str:
     return str(int(text))
 
 
-def add_arguments(parser: argparse.ArgumentParser, example: str) -> None:
-    """Options that ``arrange`` reads. ``example``: a case number."""
+def add_arguments(
+    parser: argparse.ArgumentParser, example: str, vendor: str | None = None, kind: Callable[[str], str] = number
+) -> None:
+    """Options that ``arrange`` reads.
+
+    Args:
+        example: a case number.
+        vendor: whose fixed test set there is, in place of SIFA's.
+        kind: argparse type of a case number.
+    """
+    names = ("cisfa",) if vendor else ("sifa", "cisfa")
+    parser.set_defaults(split=f"the split of {vendor}" if vendor else "-protocol sifa")
     parser.add_argument(
-        "-protocol", choices=("sifa", "cisfa"), help="split, see above; where given, without clipping [sifa's split]"
+        "-protocol", choices=names, help=f"split, see above; where given, without clipping [{vendor or 'sifa'}'s split]"
     )
     parser.add_argument(
-        "-test_ids", nargs="+", type=number, metavar="NUMBER",
-        help=f"target test scans instead of sifa's, e.g. {example}",
+        "-test_ids", nargs="+", type=kind, metavar="NUMBER",
+        help=f"target test scans instead of {vendor or 'sifa'}'s, e.g. {example}",
     )  # fmt: skip
     parser.add_argument(
         "--upper_bound", action="store_true", help="write the supervised dataset of the target, WITH target labels"
@@ -72,9 +83,10 @@ def arrange(
 ) -> Arrangement:
     """Cases to groups and folds by ``args.protocol``.
 
-    sifa: the target's test set (or ``args.test_ids``, then with the whole source) to imagesTs, the rest to imagesTu;
-    source scans outside the source's own test set, in ``FOLDS`` folds. cisfa: ``FOLDS`` folds of volumes in both
-    domains, target labels to labelsTs. ``args.upper_bound``: the target's training scans with labels to imagesTr.
+    sifa, or the vendor's split: the target's test set (or ``args.test_ids``, then with the whole source) to imagesTs,
+    the rest to imagesTu; source scans outside the source's own test set, in ``FOLDS`` folds. cisfa: ``FOLDS`` folds of
+    volumes in both domains, target labels to labelsTs. ``args.upper_bound``: the target's training scans with labels to
+    imagesTr.
 
     Args:
         skip_unlabelled: leave out scans for imagesTr without a label, with a warning (an error with ``args.strict``).
@@ -82,7 +94,7 @@ def arrange(
     """
     cisfa = args.protocol == "cisfa"
     if args.test_ids and cisfa:
-        raise UDAError("-test_ids goes with -protocol sifa; cisfa tests on every scan once, in folds.")
+        raise UDAError(f"-test_ids goes with {args.split}; cisfa tests on every scan once, in folds.")
     test = [] if cisfa else _test_cases(target, args, warnings)
     training = [case for case in target.cases.values() if case not in test]
     if not training:
@@ -112,8 +124,8 @@ def arrange(
         groups.append(Group(target.name, training, "imagesTu", "labelsTs" if cisfa else None))
         what = f"{source.name} to {target.name}"
     groups.append(Group(target.name, test, "imagesTs", "labelsTs"))
-    protocol = args.protocol or "sifa"
-    return Arrangement(groups, source_splits, target_splits, f"{what}, protocol {protocol}, seed {args.seed}")
+    split = f"protocol {args.protocol}" if args.protocol else args.split.removeprefix("-")
+    return Arrangement(groups, source_splits, target_splits, f"{what}, {split}, seed {args.seed}")
 
 
 def with_label(cases: list[Case], strict: bool, warnings: list[str]) -> list[Case]:
@@ -140,13 +152,13 @@ def _test_cases(target: Domain, args: argparse.Namespace, warnings: list[str]) -
     folder, has, wanted = target.folder, ", ".join(target.cases), ", ".join(target.test)
     if not wanted:
         raise UDAError(
-            f"{folder} holds {has}; -protocol sifa fixes no test set for {target.name}. Name the test scans with "
+            f"{folder} holds {has}; {args.split} fixes no test set for {target.name}. Name the test scans with "
             "-test_ids, or use -protocol cisfa."
         )
     present = [number for number in target.test if number in target.cases]
     if not present:
         raise UDAError(
-            f"{folder} holds {has}, none of which is in the fixed test set of -protocol sifa ({wanted}). Name the test "
+            f"{folder} holds {has}, none of which is in the fixed test set of {args.split} ({wanted}). Name the test "
             "scans with -test_ids."
         )
     if len(present) < len(target.test):
@@ -181,6 +193,73 @@ def write_arranged(
         warnings=warnings, overwrite=args.overwrite, strict=args.strict, processes=args.np,
         geometry=args.nifti_geometry,
     )  # fmt: skip
+
+
+def add_supervised_arguments(
+    parser: argparse.ArgumentParser, example: str, otherwise: str, kind: Callable[[str], str] = number
+) -> None:
+    """The option that ``write_supervised`` reads; ``otherwise``: which scans are the test scans without it."""
+    parser.add_argument(
+        "-test_ids", nargs="+", type=kind, metavar="NUMBER", help=f"test scans, e.g. {example} [{otherwise}]"
+    )
+
+
+def write_supervised(
+    name: str,
+    domain: Domain,
+    structures: Sequence[str],
+    information: Mapping[str, str],
+    args: argparse.Namespace,
+    warnings: list[str],
+    preset: str,
+    title: str,
+) -> None:
+    """``write_dataset`` for one domain with its labels: no target, no ``uda``; 5 folds of the training scans.
+
+    Args:
+        name: of the dataset, unless ``-name`` is given.
+        preset: see ``IntensityRequest``.
+        title: what the dataset is, for its description.
+    """
+    test = named_cases(domain, args.test_ids or [n for n in domain.test if n in domain.cases])
+    training = with_label([case for case in domain.cases.values() if case not in test], args.strict, warnings)
+    splits, few = source_folds([case.identifier for case in training], 5, args.seed)
+    warnings += few
+    request = intensity_request(args, preset)
+    if request.target == DEFAULT:  # both options are of the one domain that there is
+        request = replace(request, target=request.source)
+    channels = args.channel or (["CT"] if is_ct(domain.name) else None)
+    write_dataset(
+        args.d, args.name or name,
+        [Group(domain.name, training, "imagesTr", "labelsTr"), Group(domain.name, test, "imagesTs", "labelsTs")],
+        structures, channel_names(channels, 1), adaptation=False, source_splits=splits,
+        information={"description": f"{title}, supervised, seed {args.seed}", **information}, intensities=request,
+        warnings=warnings, overwrite=args.overwrite, strict=args.strict, processes=args.np,
+        geometry=args.nifti_geometry,
+    )  # fmt: skip
+
+
+def tell_apart(trees: Sequence[Path], holds: Mapping[str, Callable[[Path], object]], expected: str) -> list[Path]:
+    """Vendors' trees that were given in any order, in that of ``holds``.
+
+    Args:
+        holds: by the vendor's name, whether a folder is its tree.
+        expected: one of each, in words.
+    """
+    found = {vendor: [tree for tree in trees if is_its(tree)] for vendor, is_its in holds.items()}
+    if any(len(of_vendor) != 1 for of_vendor in found.values()):
+        held = [
+            f"{tree} ({' and '.join(v for v, of_vendor in found.items() if tree in of_vendor) or 'neither'})"
+            for tree in trees
+        ]
+        raise UDAError(f"-i {', '.join(held)}: expected {expected}.")
+    return [of_vendor[0] for of_vendor in found.values()]
+
+
+def draw_test(numbers: Sequence[str], share: float, seed: int) -> tuple[str, ...]:
+    """A test set where nobody fixes one: a share of the cases, at least one, drawn with ``seed``."""
+    ids = sorted(numbers)
+    return tuple(sorted(np.random.RandomState(seed).permutation(ids)[: max(1, round(share * len(ids)))].tolist()))
 
 
 def split_patients(

@@ -4,7 +4,19 @@ from __future__ import annotations
 
 import argparse
 
-from nnunet_uda.dataset_conversion import abdomen, brats, btcv, chaos, folders, mmwhs, vs
+from nnunet_uda.dataset_conversion import (
+    abdomen,
+    acdc,
+    amos,
+    brats,
+    btcv,
+    chaos,
+    cine_lge,
+    emidec,
+    folders,
+    mmwhs,
+    vs,
+)
 from nnunet_uda.dataset_conversion.dataset import recover
 from nnunet_uda.dataset_conversion.options import check_arguments
 from nnunet_uda.errors import command
@@ -14,6 +26,10 @@ CONVERTERS = {
     "abdomen": abdomen,
     "chaos": chaos,
     "btcv": btcv,
+    "amos": amos,
+    "cine_lge": cine_lge,
+    "acdc": acdc,
+    "emidec": emidec,
     "brats": brats,
     "vs": vs,
     "folders": folders,

@@ -1,0 +1,147 @@
+"""AMOS22 (Multi-Modality Abdominal Multi-Organ Segmentation), CT <-> MR, 15 organs or a choice.
+
+Expected tree (-i), as Zenodo distributes it; imagesTs has no labels and is not used:
+
+    VENDOR_TREE/imagesTr/amos_0001.nii.gz ...   labelsTr/amos_0001.nii.gz ...    200 CT, 40 MR
+    VENDOR_TREE/imagesVa/amos_0008.nii.gz ...   labelsVa/amos_0008.nii.gz ...    100 CT, 20 MR
+    VENDOR_TREE/dataset.json
+
+Numbers below 500 are CT, the others MR. The two are of other patients.
+
+Data: https://zenodo.org/records/7262581 and https://amos22.grand-challenge.org (under the terms stated there). Please
+cite Ji et al., AMOS, NeurIPS Datasets and Benchmarks, 2022.
+
+Classes are numbered as given to -structures; the other organs become background. Without it they are the 13 organs
+that both modalities show: few MR scans reach down to bladder and prostate or uterus (-structures all takes them, too).
+Organs that lie outside of a scan's field are missing in its label, which is no fault. Images are never cropped; oblique
+and flipped headers are kept, and followed by nnU-Net's reader. Nothing is repaired.
+
+Protocols:
+  (none)  the vendor's split. Source: its scans in imagesTr, in 4 seeded folds. Target: its scans in imagesVa are the
+          test set, to imagesTs and labelsTs; those in imagesTr go to imagesTu without labels, used in every fold. With
+          -test_ids these target scans are the test set instead, and the source is used whole, imagesVa included.
+  cisfa   4 disjoint, seeded folds of volumes in both domains, imagesTr and imagesVa together. All target images go to
+          imagesTu, their labels to labelsTs; fold k trains on the rest and tests on splits_target.json[k]["val"].
+
+Target labels are read for labelsTs alone. With --upper_bound they ARE used for training: it writes the supervised upper
+bound's dataset, the same target training scans WITH their labels as imagesTr and labelsTr.
+
+A scan for imagesTr without a label is left out with a warning; --strict refuses it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from pathlib import Path
+
+from nnunet_uda.dataset_conversion import protocols
+from nnunet_uda.dataset_conversion.case import Case
+from nnunet_uda.dataset_conversion.options import add_common_arguments, script, telling
+from nnunet_uda.dataset_conversion.protocols import Domain
+from nnunet_uda.errors import UDAError
+from nnunet_uda.images.listing import contents, files_in, folders_in
+from nnunet_uda.images.reading import LabelMap
+
+STRUCTURES = (
+    "spleen", "right_kidney", "left_kidney", "gallbladder", "oesophagus", "liver", "stomach", "aorta",
+    "inferior_vena_cava", "pancreas", "right_adrenal_gland", "left_adrenal_gland", "duodenum", "bladder",
+    "prostate_or_uterus",
+)  # fmt: skip
+"""Values 1 to 15."""
+IN_BOTH = STRUCTURES[:13]
+FIRST_MR = 500
+PARTS = ("Tr", "Va")
+INFORMATION = {
+    "reference": "https://zenodo.org/records/7262581",
+    "licence": "AMOS22: the terms stated on its page",
+}
+
+
+def dataset_folder(tree: Path) -> Path | None:
+    """The folder of ``imagesTr`` and ``labelsTr``: ``tree`` or one in it, None where there is no such tree."""
+    folders = (tree, *folders_in(tree)) if tree.is_dir() else ()
+    return next((f for f in folders if (f / "imagesTr").is_dir() and (f / "labelsTr").is_dir()), None)
+
+
+def classes(structures: list[str]) -> LabelMap:
+    """AMOS's values to classes in the order of ``structures``."""
+    numbers = {i: structures.index(name) + 1 if name in structures else 0 for i, name in enumerate(STRUCTURES, 1)}
+    return LabelMap(numbers, names=dict(enumerate(STRUCTURES, 1)))
+
+
+def find_domain(tree: Path, modality: str, label_map: LabelMap) -> Domain:
+    """A modality's cases by number, labels attached where the file exists (it is not opened); imagesVa are the test."""
+    rule = "imagesTr/amos_<number>.nii.gz and labelsTr/amos_<number>.nii.gz, and the same in imagesVa and labelsVa"
+    folder = dataset_folder(tree)
+    if folder is None:
+        raise UDAError(f"{tree}: no imagesTr and labelsTr folder (found: {contents(tree)}); expected {rule}. Check -i.")
+    images: dict[int, Path] = {}
+    cases: dict[str, Case] = {}
+    test: list[str] = []
+    for part in PARTS:
+        here, labels = (_numbered(folder / f"{kind}{part}", rule) for kind in ("images", "labels"))
+        for number in sorted(set(labels) - set(here)):
+            raise UDAError(
+                f"{labels[number]}: its image is missing in images{part}; expected {rule}. Add it, or remove the label."
+            )
+        for number, path in sorted(here.items()):
+            if other := images.get(number):
+                raise UDAError(f"{path}: the same number as {other}; expected each once. Remove one of them.")
+            images[number] = path
+            if (number < FIRST_MR) == (modality == "ct"):
+                cases[str(number)] = Case(f"{modality}_{number:04d}", (path,), labels.get(number), label_map)
+                test += [str(number)] if part == "Va" else []
+    if not cases:
+        raise UDAError(
+            f"{folder} holds no {modality.upper()} scan among {len(images)} (found in imagesTr: "
+            f"{contents(folder / 'imagesTr')}); expected {rule}, of which numbers below {FIRST_MR} are CT and "
+            "the others MR. Check -i."
+        )
+    return Domain(modality.upper(), dict(sorted(cases.items(), key=lambda item: int(item[0]))), tuple(test), folder)
+
+
+def _numbered(folder: Path, rule: str) -> dict[int, Path]:
+    """AMOS's files in ``folder`` by number; none where there is no such folder."""
+    found: dict[int, Path] = {}
+    for path in files_in(folder) if folder.is_dir() else ():
+        if match := re.fullmatch(r"amos_(\d+)(?i:\.nii(\.gz)?)", path.name):
+            if other := found.get(int(match[1])):
+                raise UDAError(f"{path}: the same number as {other.name}; expected each once. Remove one of them.")
+            found[int(match[1])] = path
+        elif path.name.lower().endswith((".nii", ".nii.gz")):
+            raise UDAError(f"{path}: unexpected file; expected only {rule}. Rename or remove it.")
+    return found
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-i", type=Path, required=True, metavar="VENDOR_TREE", help="folder with imagesTr and labelsTr")
+    parser.add_argument("-source", choices=("ct", "mr"), required=True, help="modality whose labels are used")
+    parser.add_argument("-target", choices=("ct", "mr"), required=True, help="modality to adapt to")
+    parser.add_argument(
+        "-structures", nargs="+", choices=(*STRUCTURES, "all"), default=list(IN_BOTH), metavar="NAME",
+        help=f"classes 1, 2, ... among {', '.join(STRUCTURES)}, or all [all but the last two]",
+    )  # fmt: skip
+    protocols.add_arguments(parser, "8", vendor="AMOS22")
+    add_common_arguments(parser)
+
+
+@telling
+def convert(args: argparse.Namespace, warnings: list[str]) -> None:
+    """Run the conversion that ``args`` (of ``add_arguments``) describe."""
+    if args.source == args.target:
+        raise UDAError(f"-source and -target are both {args.source}; expected ct and mr, or mr and ct.")
+    structures = list(STRUCTURES) if args.structures == ["all"] else args.structures
+    if "all" in structures:
+        raise UDAError(f"-structures {' '.join(structures)}: expected all, or names, not both.")
+    label_map = classes(structures)
+    source, target = (find_domain(args.i, modality, label_map) for modality in (args.source, args.target))
+    plan = protocols.arrange(source, target, args, warnings, skip_unlabelled=True)
+    information = {"description": f"AMOS22, {plan.description}", **INFORMATION}
+    protocols.write_arranged("AMOS", source, target, plan, structures, information, args, warnings, "abdomen")
+
+
+main = script(__doc__, add_arguments, convert)
+
+if __name__ == "__main__":
+    main()

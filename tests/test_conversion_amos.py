@@ -1,0 +1,191 @@
+"""AMOS22 converter on vendor trees made here."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import litter
+from test_conversion_btcv import names, save
+from test_conversion_chaos import load
+
+from nnunet_uda.commands.convert import main
+from nnunet_uda.dataset_conversion.amos import IN_BOTH, STRUCTURES
+
+SHAPE = (6, 8, 10)
+PARTS = {"Tr": (1, 4, 21, 507, 510, 600), "Va": (8, 499, 508)}
+"""Below 500 are CT."""
+
+
+def scan(number: int) -> np.ndarray:
+    low = -1000 if number < 500 else 0
+    return np.random.default_rng(number).integers(low, 1500, SHAPE).astype(np.int16)
+
+
+def organs(number: int) -> np.ndarray:
+    """Values 1 to 15 for CT; of MR, 14 and 15 lie below the field, and 13 too in 510."""
+    values = np.arange(1, 16 if number < 500 else 13 if number == 510 else 14)
+    label = np.zeros(SHAPE, np.uint8)
+    label[1:5].reshape(-1)[number % 7 :: 11][: len(values)] = values
+    return label
+
+
+def make_amos(tree: Path) -> Path:
+    for part, numbers in PARTS.items():
+        for number in numbers:
+            save(scan(number), tree / f"images{part}" / f"amos_{number:04d}.nii.gz", number)
+            save(organs(number), tree / f"labels{part}" / f"amos_{number:04d}.nii.gz", number)
+    save(scan(2), tree / "imagesTs" / "amos_0002.nii.gz", 2)
+    (tree / "dataset.json").write_text("{}")
+    return tree
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    return make_amos(tmp_path_factory.mktemp("amos") / "vendor")
+
+
+@pytest.fixture
+def tree(made, tmp_path, monkeypatch) -> Path:
+    for variable in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
+        monkeypatch.setenv(variable, str(tmp_path / variable))
+    return Path(shutil.copytree(made, tmp_path / "vendor"))
+
+
+def convert(tree: Path, *options: str, source: str = "ct", target: str = "mr", d: str = "530") -> Path:
+    main(["amos", "-i", str(tree), "-d", d, "-source", source, "-target", target, "-np", "1", *options])
+    return next((tree.parent / "nnUNet_raw").glob(f"Dataset{d}_*"))
+
+
+def refused(capsys, *arguments, **options) -> str:
+    with pytest.raises(SystemExit) as exit_:
+        convert(*arguments, **options)
+    assert exit_.value.code == 1
+    return capsys.readouterr().err.split("ERROR: ")[1]
+
+
+def ids(modality: str, *numbers: int) -> list[str]:
+    return [f"{modality}_{number:04d}" for number in numbers]
+
+
+def test_ct_to_mr_by_the_vendors_split(tree, capsys):
+    litter(tree)
+    (tree.parent / "above").mkdir()
+    tree.rename(tree.parent / "above" / "amos22")
+    out = convert(tree.parent / "above", "-target_intensities", "none")
+    assert out.name == "Dataset530_AMOS_CT2MR"
+    assert names(out / "imagesTr") == names(out / "labelsTr") == ids("ct", 1, 4, 21)
+    assert names(out / "imagesTu") == ids("mr", 507, 510, 600)
+    assert names(out / "imagesTs") == names(out / "labelsTs") == ids("mr", 508)
+    content = json.loads((out / "dataset.json").read_text())
+    assert list(content["labels"].items()) == [("background", 0), *((n, i) for i, n in enumerate(IN_BOTH, 1))]
+    assert "the split of AMOS22, seed 12345" in content["description"] and "zenodo" in content["reference"]
+    assert (content["uda"]["source_domain"], content["uda"]["target_domain"]) == ("CT", "MR")
+    window = content["uda"]["intensities"]["source"]
+    assert window["unit"] == "HU" and "found around the structures labelled in CT" in window["from"]
+    for number in (507, 510, 600):
+        assert (load(out / f"imagesTu/mr_{number:04d}_0000.nii.gz") == scan(number)).all()
+    for number in (1, 4, 21):
+        label = organs(number)
+        assert (load(out / f"labelsTr/ct_{number:04d}.nii.gz") == np.where(label > 13, 0, label)).all()
+    folds = json.loads((out / "splits_final.json").read_text())
+    assert sorted(case for fold in folds for case in fold["val"]) == ids("ct", 1, 4, 21)
+    assert "imagesTs: 1 MR case(s), 1 with labels in labelsTs" in capsys.readouterr().out
+
+
+def test_mr_to_ct_with_a_choice_of_organs(tree, capsys):
+    out = convert(tree, "-structures", "liver", "duodenum", source="mr", target="ct")
+    assert names(out / "imagesTr") == ids("mr", 507, 510, 600) and names(out / "imagesTs") == ids("ct", 8, 499)
+    assert "2 duodenum: mean" in (said := capsys.readouterr().out) and "in 2 of 3 cases" in said
+    expected = np.zeros(16, np.uint8)
+    expected[[6, 13]] = 1, 2
+    for number in (507, 510):
+        assert (load(out / f"labelsTr/mr_{number:04d}.nii.gz") == expected[organs(number)]).all()
+    assert (load(out / "labelsTs/ct_0499.nii.gz") == expected[organs(499)]).all()
+    whole = convert(tree, "-structures", "all", d="531")
+    assert list(json.loads((whole / "dataset.json").read_text())["labels"]) == ["background", *STRUCTURES]
+    message = refused(capsys, tree, "-structures", "all", source="mr", target="ct", d="532")
+    assert "holds the structure 'bladder'" in message
+
+
+def test_test_ids_folds_and_the_upper_bound(tree):
+    out = convert(tree, "-test_ids", "510", "0507")
+    assert names(out / "imagesTr") == ids("ct", 1, 4, 8, 21, 499), "the source is used whole"
+    assert names(out / "imagesTu") == ids("mr", 508, 600) and names(out / "imagesTs") == ids("mr", 507, 510)
+    folds = convert(tree, "-protocol", "cisfa", d="531")
+    assert names(folds / "imagesTu") == names(folds / "labelsTs") == ids("mr", 507, 508, 510, 600)
+    splits = json.loads((folds / "splits_target.json").read_text())
+    assert sorted(case for split in splits for case in split["val"]) == ids("mr", 507, 508, 510, 600)
+    assert "intensities" not in json.loads((folds / "dataset.json").read_text())["uda"]
+    bound = convert(tree, "--upper_bound", d="532")
+    assert names(bound / "imagesTr") == names(bound / "labelsTr") == ids("mr", 507, 510, 600)
+    assert names(bound / "imagesTs") == ids("mr", 508) and not (bound / "imagesTu").exists()
+
+
+def test_a_scan_without_a_label(tree, capsys):
+    (tree / "labelsTr" / "amos_0004.nii.gz").unlink()
+    assert "amos_0004.nii.gz: there is no label for this scan" in refused(capsys, tree, "--strict")
+    out = convert(tree)
+    assert names(out / "imagesTr") == ids("ct", 1, 21)
+    assert "WARNING: " in (said := capsys.readouterr().out) and "amos_0004.nii.gz: there is no label" in said
+
+
+def _only_ct(tree: Path) -> None:
+    for path in (*tree.glob("*/amos_05*"), *tree.glob("*/amos_06*")):
+        path.unlink()
+
+
+def _drop(tree: Path, *folders: str) -> None:
+    for folder in folders:
+        shutil.rmtree(tree / folder)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "options", "words"),
+    [
+        (lambda t: _drop(t, "labelsTr"), (), r"vendor: no imagesTr and labelsTr folder \(found: .*imagesTr"),
+        (_only_ct, (), r"vendor holds no MR scan among 5 \(found in imagesTr: amos_0001"),
+        (
+            lambda t: _drop(t, "imagesVa", "labelsVa"),
+            (),
+            r"fixes no test set for MR\. Name the test scans with -test_i",
+        ),
+        (lambda t: (t / "imagesTr/amos_0001.nii.gz").unlink(), (), r"labelsTr/amos_0001.nii.gz: its image is missing"),
+        (
+            lambda t: (t / "imagesTr/amos_0001.nii.gz").rename(t / "imagesTr/amos_0001_0000.nii.gz"),
+            (),
+            r"amos_0001_0000.nii.gz: unexpected file; expected only imagesTr/amos_<number>",
+        ),
+        (
+            lambda t: shutil.copy(t / "imagesTr/amos_0001.nii.gz", t / "imagesVa"),
+            (),
+            r"imagesVa/amos_0001.nii.gz: the same number as .*imagesTr/amos_0001.nii.gz",
+        ),
+        (
+            lambda t: save(scan(1), t / "imagesTr/amos_1.nii.gz", 1),
+            (),
+            r"amos_1.nii.gz: the same number as amos_0001",
+        ),
+        (lambda t: None, ("-structures", "all", "liver"), "expected all, or names"),
+        (lambda t: None, ("-target", "ct"), "-source and -target are both ct"),
+        (lambda t: None, ("-protocol", "cisfa", "-test_ids", "507"), "-test_ids goes with the split of AMOS22"),
+        (lambda t: None, ("-test_ids", "1"), "-test_ids names 1, which is not there"),
+        (
+            lambda t: save(np.full(SHAPE, 16, np.uint8), t / "labelsTr/amos_0001.nii.gz", 1),
+            (),
+            r"amos_0001.*the values 16",
+        ),
+    ],
+)
+def test_what_is_refused(tree, capsys, spoil, options, words):
+    spoil(tree)
+    assert re.search(words, refused(capsys, tree, *options), re.DOTALL)
+    assert not list((tree.parent / "nnUNet_raw").glob("Dataset*"))
+
+
+def test_a_folder_that_is_not_there(tree, capsys):
+    assert "nowhere: no imagesTr and labelsTr folder (found: no such folder)" in refused(capsys, tree / "nowhere")
