@@ -17,6 +17,7 @@ FLOORS = (
     {"plans"},
     {"networks"},
     {"losses"},
+    {"quality"},
     {"training"},
     {"evaluation"},
     {"dataset_conversion", "trainers", "experiments", "demo"},

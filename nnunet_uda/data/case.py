@@ -16,9 +16,15 @@ from nnunet_uda.images.reading import check_nifti, check_voxels, check_whole, re
 
 
 def preprocess_case(
-    files: Sequence[Path], plans: PlansManager, configuration: ConfigurationManager, dataset_json: dict[str, Any]
+    files: Sequence[Path],
+    plans: PlansManager,
+    configuration: ConfigurationManager,
+    dataset_json: dict[str, Any],
+    segmentation: Path | None = None,
 ) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
     """``(C, Z, Y, X)`` image, nonzero mask and properties, as nnU-Net's preprocessor makes them of one file a channel.
+
+    With ``segmentation``, a file on the image's grid, its classes stand in place of the mask, and -1 outside of it.
 
     Raises:
         UDAError: before anything is resampled: for a file that the reader of the plans cannot read, that is cut short,
@@ -42,8 +48,15 @@ def preprocess_case(
     wanted = [*spacing[: 3 - len(configuration.spacing)], *configuration.spacing]  # 2D keeps the slices' distance
     source = plans.plans["original_median_spacing_after_transp"]
     check_against_source(files[0], shape, spacing, source, np.multiply(shape, spacing) / wanted)
+    seg = None
+    if segmentation is not None:
+        grid = _checked_grid(segmentation, isinstance(reader, SimpleITKIO))
+        if grid is not None and grids[0] is not None:
+            check_same_geometry(grids[0], files[0], grid, segmentation)
+        with readable(segmentation, f"a segmentation for {type(reader).__name__}"):
+            seg, _ = reader.read_seg(str(segmentation))
     preprocessor = configuration.preprocessor_class(verbose=False)
-    return preprocessor.run_case_npy(data, None, properties, plans, configuration, dataset_json)
+    return preprocessor.run_case_npy(data, seg, properties, plans, configuration, dataset_json)
 
 
 def _checked_grid(path: Path, by_itk: bool) -> Grid | None:

@@ -29,6 +29,7 @@ from nnunet_uda.settings import require
 
 CURVE_POINTS = 256
 SAMPLED_POSITIONS = 2**16
+GAMMA = 1.5
 
 
 @dataclass(frozen=True)
@@ -250,6 +251,18 @@ def with_statistics_of(reference: Tensor, image: Tensor, where: Tensor | None = 
     image = image.clone()
     image[:, where] = matched
     return image
+
+
+def change_looks(images: Tensor, gamma: float = GAMMA) -> Tensor:
+    """Gamma on the range of each image and channel, whose mean and deviation stay as they were: ``(B, C, *S)``.
+
+    1.5 is the strongest darkening of nnU-Net's own augmentation.
+    """
+    axes = tuple(range(2, images.ndim))
+    low, high = images.amin(axes, keepdim=True), images.amax(axes, keepdim=True)
+    changed = ((images - low) / (high - low).clamp(min=1e-6)) ** gamma
+    changed = (changed - changed.mean(axes, keepdim=True)) / changed.std(axes, keepdim=True).clamp(min=1e-6)
+    return changed * images.std(axes, keepdim=True) + images.mean(axes, keepdim=True)
 
 
 def quantiles(values: Tensor, shares: tuple[float, ...]) -> list[float]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from nnunet_uda.data.random_style import change_looks
 from nnunet_uda.losses.uncertainty import normalised_entropy
 
 HIGHER_IS_BETTER = {
@@ -24,7 +25,6 @@ HIGHER_IS_BETTER = {
 }
 """The criteria that :class:`TargetCriteria` gathers, and which way each of them points."""
 
-GAMMA = 1.5
 SND_PIXELS = 512
 SND_TEMPERATURE = 0.05
 
@@ -145,18 +145,6 @@ def sample_pixels(probabilities: Tensor, number: int = SND_PIXELS, seed: int = 0
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(flat.shape[1], generator=generator)[:number]
     return flat[:, order.to(flat.device)]
-
-
-def change_looks(images: Tensor, gamma: float = GAMMA) -> Tensor:
-    """Gamma on the range of each image and channel, whose mean and deviation stay as they were: ``(B, C, *S)``.
-
-    1.5 is the strongest darkening of nnU-Net's own augmentation.
-    """
-    axes = tuple(range(2, images.ndim))
-    low, high = images.amin(axes, keepdim=True), images.amax(axes, keepdim=True)
-    changed = ((images - low) / (high - low).clamp(min=1e-6)) ** gamma
-    changed = (changed - changed.mean(axes, keepdim=True)) / changed.std(axes, keepdim=True).clamp(min=1e-6)
-    return changed * images.std(axes, keepdim=True) + images.mean(axes, keepdim=True)
 
 
 def look_twice(

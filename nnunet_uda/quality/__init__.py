@@ -1,0 +1,1 @@
+"""Whether to trust a segmentation, case by case, without a label of its domain."""
