@@ -111,7 +111,7 @@ def _frames(folder: Path) -> tuple[dict[int, Path], dict[int, Path]]:
     """Images and labels by the frame's number."""
     images: dict[int, Path] = {}
     labels: dict[int, Path] = {}
-    for path in (*files_in(folder), *folders_in(folder)):
+    for path in files_in(folder):  # folders that are called as an image, too
         if match := re.fullmatch(rf"{folder.name}_frame(\d+)(_gt)?(?i:\.nii(\.gz)?)", path.name):
             kind = labels if match[2] else images
             if other := kind.get(int(match[1])):

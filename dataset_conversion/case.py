@@ -23,8 +23,8 @@ from nnunet_uda.images.intensities import (
     NoContrastError,
     not_hounsfield,
 )
-from nnunet_uda.images.nifti import nifti_geometry, remarks
-from nnunet_uda.images.reading import LabelMap, check_image, check_whole, read_image, read_label
+from nnunet_uda.images.nifti import nifti_geometry
+from nnunet_uda.images.reading import LabelMap, check_image, check_whole, read_image, read_label, remarks
 
 ENDING = ".nii.gz"
 

@@ -243,7 +243,7 @@ def _check_request(
         if folder not in present and (adaptation or folder == "imagesTr"):
             raise UDAError(f"no {what} case for {folder}; expected at least one. Check the input folders.")
     seen_ids: dict[str, Case] = {}
-    seen_files: dict[Path, Case] = {}
+    seen_files: dict[str, Case] = {}
     for group in groups:
         for case in group.cases:
             if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", case.identifier):
@@ -258,12 +258,12 @@ def _check_request(
                 )
             seen_ids[case.identifier.lower()] = case
             for path in case.images:
-                if other := seen_files.get(path.resolve()):
+                if other := seen_files.get(os.path.realpath(path)):
                     raise UDAError(
                         f"{path}: the same file is used for {other.identifier} and for {case.identifier}; expected "
                         "every scan in one group only (a test scan must not be trained on). Remove one of them."
                     )
-                seen_files[path.resolve()] = case
+                seen_files[os.path.realpath(path)] = case
             if len(case.images) != len(channels):
                 raise UDAError(
                     f"{case.images[0]}: case {case.identifier} ({group.domain}, {group.images}) has {len(case.images)} "

@@ -65,7 +65,7 @@ from nnunet_uda.names import check_name
 
 def read_scan(path: Path) -> sitk.Image:
     """The volume of an image file, or of a folder of DICOM slices."""
-    return read_volume(path) if path.is_dir() else read_image(path)
+    return read_volume(path) if _is_series(path) else read_image(path)
 
 
 def read_scan_label(path: Path, image: sitk.Image, image_path: Path) -> tuple[sitk.Image, list[str]]:
@@ -73,7 +73,7 @@ def read_scan_label(path: Path, image: sitk.Image, image_path: Path) -> tuple[si
 
     Converters from DICOM to NIfTI turn axes round, so a label of DICOM slices is turned back, voxel for voxel.
     """
-    if not path.is_dir() and not image_path.is_dir():
+    if not _is_series(path) and not _is_series(image_path):
         return read_label(path, image, image_path)
     label = read_scan(path)
     axes = sitk.DICOMOrientImageFilter.GetOrientationFromDirectionCosines(image.GetDirection())
@@ -125,6 +125,10 @@ def _is_image(path: Path) -> bool:
     return path.name.lower().endswith(ENDINGS)
 
 
+def _is_series(path: Path) -> bool:
+    return path.is_dir() and not _is_image(path)
+
+
 def _in_folder(folder: Path, option: str) -> tuple[list[Path], list[Path]]:
     """Image files in a folder, or else the folders of DICOM slices in it: itself, or any below."""
     inside = files_in(folder)
@@ -174,7 +178,7 @@ def _series_names(series: Sequence[tuple[Path, Path]], option: str) -> list[tupl
 
     def name(base: Path, folder: Path) -> str:
         parts = folder.relative_to(base).parts
-        return parts[0] if parts else folder.resolve().name
+        return parts[0] if parts else os.path.basename(os.path.realpath(folder))
 
     by_case: dict[tuple[Path, str], list[Path]] = {}
     for base, folder in series:

@@ -332,6 +332,33 @@ def test_what_systems_leave_beside_files_is_passed_over(data):
     assert len(names(out / "imagesTr")) == len(names(out / "imagesTu")) == 3
 
 
+@pytest.mark.parametrize("inside", [(), ("a1.mha",)])
+def test_a_folder_in_place_of_a_file_is_refused(data, capsys, inside):
+    held = (data / "ti" / "a1.mha").rename(data / "held")
+    (data / "ti" / "a1.mha").mkdir()
+    for name in inside:
+        shutil.copy(held, data / "ti" / "a1.mha" / name)
+    assert "ti/a1.mha: a folder; expected an image file" in refused(capsys, data)
+
+
+def test_links_that_lead_nowhere_are_refused_by_name(data, capsys):
+    (data / "ti" / "z.nii").symlink_to(data / "ti" / "z.nii")
+    (data / "ti" / "y.nii").symlink_to(data / "gone.nii")
+    said = refused(capsys, data)
+    assert "ti/z.nii: a link to" in said and "ti/y.nii: a link to" in said
+
+
+def test_a_header_without_geometry_is_warned_of_and_a_sheared_one_refused(data, capsys):
+    path = data / "ti" / "a0.mha"
+    whole = path.read_bytes()
+    path.write_bytes(whole.replace(b"TransformMatrix = 1 0 0 0 1 0 0 0 1\n", b""))
+    convert(data)
+    assert "WARNING: MR_a0: a0.mha: its header holds no orientation" in capsys.readouterr().out
+    shutil.rmtree(data / "nnUNet_raw")
+    path.write_bytes(whole.replace(b"TransformMatrix = 1 0 0 0 1", b"TransformMatrix = 1 0.2 0 0 1"))
+    assert "a0.mha: its axes are not at right angles" in refused(capsys, data)
+
+
 def test_warnings_are_printed_where_an_error_stops(data, capsys):
     for name in ("a1", "a2"):
         (data / "si" / f"{name}.nii.gz").unlink()

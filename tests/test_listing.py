@@ -45,6 +45,12 @@ def test_a_littered_tree_lists_as_a_clean_one(tmp_path):
     assert [path.name for path in files_in(tmp_path / "b")] == ["1.dcm", "2.dcm", "link.dcm"]  # not missed in silence
 
 
+def test_a_folder_that_is_called_as_an_image_is_not_missed_in_silence(tmp_path):
+    for name in ("a.nii.gz", "b.MHA", "c"):
+        (tmp_path / name).mkdir()
+    assert [path.name for path in files_in(tmp_path)] == ["a.nii.gz", "b.MHA"]
+
+
 def test_links_in_a_circle_end(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "up").symlink_to(tmp_path)

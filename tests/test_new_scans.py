@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import pickle
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
-from conftest import make_trainer
+from conftest import make_trainer, two_geometries
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIOWithReorient
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.model_sharing.model_export import export_pretrained_model
@@ -161,6 +162,49 @@ def test_the_domain_of_new_scans(monkeypatch):
     monkeypatch.setenv("NNUNET_UDA_DOMAIN", "mr")
     with pytest.raises(UDAError, match="NNUNET_UDA_DOMAIN=mr: expected source or target"):
         clip_scan(ct(), both, ["a"])
+
+
+class Stock:
+    """A preprocessor that reads one scan of noise, ``voxel`` its first voxel."""
+
+    voxel = 1.0
+
+    def run_case(self, image_files, *managers):
+        scan = np.random.default_rng(0).normal(0, 100, (1, 4, 6, 8)).astype(np.float32)
+        scan[0, 0, 0, 0] = self.voxel
+        return self.run_case_npy(scan, None, {"spacing": [1, 1, 1]}, *managers, {})
+
+    def run_case_npy(self, data, seg, properties, *managers):
+        return data
+
+
+def preprocess(path: Path, voxel: float) -> np.ndarray:
+    made = new_scans._before(Stock)()
+    made.voxel = voxel
+    plans = SimpleNamespace(original_median_spacing_after_transp=[1, 1, 1], transpose_forward=[0, 1, 2])
+    return made.run_case([str(path)], plans, SimpleNamespace(patch_size=(6, 8)))
+
+
+def test_a_geometry_that_programs_read_differently_is_said(tmp_path, capsys):
+    image = sitk.GetImageFromArray(np.ones((4, 6, 8), np.float32))
+    path = tmp_path / "a_0000.nii.gz"
+    sitk.WriteImage(image, str(path))
+    preprocess(path, 1.0)
+    assert capsys.readouterr().out == ""
+    preprocess(two_geometries(path), 1.0)
+    assert "WARNING: " in (said := capsys.readouterr().out) and "a_0000.nii.gz: its header holds two geometries" in said
+    (tmp_path / "b.nrrd").write_text("NRRD0004\ntype: float\n\n")
+    preprocess(tmp_path / "b.nrrd", 1.0)
+    assert "WARNING: b.nrrd: its header holds no voxel size" in capsys.readouterr().out
+    for name in ("gone.nii.gz", "c.png"):
+        preprocess(tmp_path / name, 1.0)
+    assert capsys.readouterr().out == "", "nnU-Net's reader says it"
+
+
+@pytest.mark.parametrize("voxel", [np.nan, np.inf, -3.4e38])
+def test_values_that_no_scan_has_are_refused(tmp_path, voxel):
+    with pytest.raises(UDAError, match="a_0000.nii.gz: .*expected (finite numbers|numbers below)"):
+        preprocess(tmp_path / "a_0000.nii.gz", voxel)
 
 
 def test_what_does_not_look_like_the_target_is_said(capsys):

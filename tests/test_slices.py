@@ -127,7 +127,7 @@ def test_a_new_scan_whose_thick_axis_lies_elsewhere(spacing, trained, transpose,
 # --- converted --------------------------------------------------------------------------------------------------------
 
 
-def convert(folder: Path, monkeypatch, scans: dict[str, list[sitk.Image]]) -> dict:
+def convert(folder: Path, monkeypatch, scans: dict[str, list[sitk.Image]], *options: str) -> dict:
     for variable in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
         monkeypatch.setenv(variable, str(folder / variable))
     for domain, images in scans.items():
@@ -136,11 +136,12 @@ def convert(folder: Path, monkeypatch, scans: dict[str, list[sitk.Image]]) -> di
             label.CopyInformation(scan)
             for kind, volume in ((domain, scan), (f"{domain}_labels", label)):
                 (folder / kind).mkdir(exist_ok=True)
-                sitk.WriteImage(volume, str(folder / kind / f"{i}.nii.gz"))
+                name = f"T{i}" if domain == "T" else f"{i}"  # the target has a test scan and a training scan
+                sitk.WriteImage(volume, str(folder / kind / f"{name}.nii.gz"))
     main([
         "folders", "-d", "510", "-name", "X", "-np", "1", "-labels", "organ=1", "-source", "A", "-target", "B",
         "-source_images", str(folder / "A"), "-source_labels", str(folder / "A_labels"), "-target_images",
-        str(folder / "B"),
+        str(folder / "B"), *options,
     ])  # fmt: skip
     return json.loads((folder / "nnUNet_raw/Dataset510_X/dataset.json").read_text())
 
@@ -167,6 +168,13 @@ def test_the_converter_warns_where_nothing_agrees_and_2d_is_refused(tmp_path, mo
     assert "WARNING: the thick slices of A_1 lie along another axis" in capsys.readouterr().out
     assert content["overwrite_image_reader_writer"] == "SimpleITKIOWithReorient"
     assert content["uda"]["slices"] == {"order": MIXED, "odd": ["A_1"]}
+
+
+def test_test_scans_that_lie_elsewhere_change_no_order_and_are_warned_of(tmp_path, monkeypatch, capsys):
+    scans = {"A": [image(short_axis(30))], "B": [image(short_axis(32))], "T": [image(AXIAL), image(CORONAL)]}
+    content = convert(tmp_path, monkeypatch, scans, "-target_test_images", str(tmp_path / "T"))
+    assert "slices" not in content["uda"], "what training sees agrees"
+    assert "WARNING: the thick slices of the test scans B_T0, B_T1 lie along another axis" in capsys.readouterr().out
 
 
 @pytest.fixture

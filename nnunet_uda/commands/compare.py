@@ -390,7 +390,7 @@ def check_output(out: Path, setup: dict[str, Any]) -> None:
 def main(argv: list[str] | None = None) -> None:
     arguments = parse_arguments(argv)
     results = environment_folder("nnUNet_results")
-    out = arguments.o.resolve()
+    out = Path(os.path.realpath(arguments.o))
     setup = {"plans": arguments.p, "configuration": arguments.c}
     check_output(out, setup)
     methods = find_methods(arguments)

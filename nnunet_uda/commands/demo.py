@@ -64,7 +64,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     args = parser.parse_args(argv)
     open_device(args.device)
-    folder = args.o.resolve()
+    folder = Path(os.path.realpath(args.o))
     if not 0 <= args.seed < 2**32:
         raise UDAError(f"-seed is from 0 to {2**32 - 1}, found {args.seed}")
     if folder.exists() and not folder.is_dir():

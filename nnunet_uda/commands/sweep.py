@@ -351,7 +351,7 @@ def main(argv: list[str] | None = None) -> None:
     test = find_target_test(raw, arguments.f)
     setup = {"dataset": raw.name, "configuration": arguments.c, "fold": arguments.f, "trainer": arguments.tr,
              "plans": arguments.p}  # fmt: skip
-    out = arguments.o.resolve()
+    out = Path(os.path.realpath(arguments.o))
     check_ground(runs, out, setup)
 
     scores: dict[str, Score] = {}

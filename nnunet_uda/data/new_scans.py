@@ -33,22 +33,33 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from nnunet_uda.data.slices import elsewhere
 from nnunet_uda.errors import UDAError
 from nnunet_uda.images.intensities import NoContrastError, not_hounsfield, read_intensities
+from nnunet_uda.images.nifti import is_nifti, read_header
+from nnunet_uda.images.reading import check_values, remarks
 
 VARIABLE = "NNUNET_UDA_DOMAIN"
 
 
 class NewScans:
-    """What is put before a preprocessor of nnU-Net."""
+    """What is put before a preprocessor of nnU-Net.
+
+    A scan with voxels that no scan has is refused. What reads the files is nnU-Net's, so that a geometry which other
+    programs read differently can only be said here.
+    """
 
     _files: Sequence[str] = ("the scan",)
 
     def run_case(self, image_files, *args, **kwargs):
         self._files = image_files
+        for file in image_files:
+            if reason := doubtful_geometry(Path(file)):
+                print(f"WARNING: {reason}")
         return super().run_case(image_files, *args, **kwargs)
 
     def run_case_npy(self, data, seg, properties, plans_manager, configuration_manager, dataset_json):
         if not isinstance(dataset_json, dict):
             dataset_json = load_json(dataset_json)
+        for index, channel in enumerate(data):
+            check_values(channel, Path(self._files[min(index, len(self._files) - 1)]))
         data = clip_scan(data, dataset_json, self._files)
         if reason := elsewhere(
             properties["spacing"],
@@ -103,6 +114,19 @@ def domain_of_new_scans() -> str:
     if domain not in ("source", "target"):
         raise UDAError(f"{VARIABLE}={os.environ[VARIABLE]}: expected source or target (the domain of the new scans).")
     return domain
+
+
+def doubtful_geometry(path: Path) -> str:
+    """What a user should know before trusting where left is in a scan, mostly empty."""
+    try:
+        if is_nifti(path) and (apart := read_header(path).disagreement):
+            return (
+                f"{path}: its header holds two geometries that disagree: {apart}. nnU-Net reads one of them; left and "
+                "right may be exchanged. Find out which is right: nnUNetUDA_intensities -nifti_geometry writes it"
+            )
+        return "; ".join(remarks(path)[1])
+    except (UDAError, OSError, ValueError):
+        return ""  # what cannot be read is said by nnU-Net's reader, which takes other files than ours
 
 
 def clip_scan(data: np.ndarray, dataset_json: dict[str, Any], files: Sequence[str]) -> np.ndarray:

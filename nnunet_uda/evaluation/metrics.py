@@ -82,7 +82,10 @@ def _integers(image: sitk.Image, path: Path) -> list[int]:
     values = np.unique(sitk.GetArrayViewFromImage(image))
     broken = values[~np.isfinite(values) | (values != np.round(values))]
     if broken.size:
-        raise UDAError(f"{path} holds the non-integer label {broken[0]}, expected integer labels only")
+        raise UDAError(
+            f"{path} holds the non-integer label {broken[0]}, expected integer labels only. It is a probability map, "
+            "or was resampled by interpolation: use nearest-neighbour, or threshold it"
+        )
     return [int(value) for value in values]
 
 

@@ -6,6 +6,7 @@ mapping in ``dataset.json``. References that still hold the former values are re
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -194,7 +195,7 @@ def _decide(
     default = False, "files given with -r are most often those that were converted"
     if raw is None:
         return default
-    if raw.resolve() in files[cases[0]].parent.resolve().parents:
+    if Path(os.path.realpath(raw)) in Path(os.path.realpath(files[cases[0]].parent)).parents:
         return True, "they lie in the dataset's own folder"
     for case in cases:
         for folder in ("labelsTs", "labelsTr"):

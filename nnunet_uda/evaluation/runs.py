@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,7 +99,7 @@ def parse_runs(arguments: Sequence[str]) -> list[Run]:
     for argument in arguments:
         name, separator, folder = argument.partition("=")
         if not separator or Path(argument).is_dir():
-            name, folder = Path(argument).resolve().name, argument
+            name, folder = os.path.basename(os.path.realpath(argument)), argument
             if FOLD in name:
                 raise UDAError(f"-p {argument}: give the run a name, NAME={argument}")
         if not name or not folder:

@@ -217,7 +217,7 @@ def dicom_in(folder: Path) -> list[Path]:
     Where files without an ending are among them, another one without is taken too unless it is text: a slice that was
     cut short must be refused, not missed.
     """
-    files = [path for path in files_in(folder) if path.name.upper() != "DICOMDIR"]
+    files = [path for path in files_in(folder) if path.name.upper() != "DICOMDIR" and not path.is_dir()]
     found = [path for path in files if is_dicom(path)]
     nameless = [path for path in files if re.fullmatch(r"|\.[\d,]+", path.suffix)]
     if set(found) & set(nameless):

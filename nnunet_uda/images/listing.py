@@ -8,6 +8,8 @@ from pathlib import Path
 
 from nnunet_uda.errors import UDAError
 
+ENDINGS = (".nii.gz", ".gipl.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd", ".gipl", ".hdr")
+"""Of images that are taken from a folder; a file named explicitly may have any ending that SimpleITK reads."""
 LEFT_BY_SYSTEMS = frozenset(
     "__macosx,icon\r,thumbs.db,ehthumbs.db,desktop.ini,$recycle.bin,lost+found,@eadir,#recycle,#snapshot,"
     "system volume information".split(",")
@@ -35,8 +37,13 @@ def entries(folder: Path) -> list[Path]:
 
 
 def files_in(folder: Path) -> list[Path]:
-    """Files of ``entries``. A link that leads nowhere counts, so that reading it names it."""
-    return [path for path in entries(folder) if path.is_file() or not path.exists()]
+    """Files of ``entries``. What reading will refuse by name counts, too: links that lead nowhere, and folders that are
+    called as an image, as some programs unpack one."""
+    return [
+        path
+        for path in entries(folder)
+        if path.is_file() or not path.exists() or (path.is_dir() and path.name.lower().endswith(ENDINGS))
+    ]
 
 
 def folders_in(folder: Path) -> list[Path]:

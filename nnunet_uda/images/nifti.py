@@ -132,12 +132,6 @@ class Nifti:
         return f"{self.path.name}: read by its {_chosen.get()} ({self.disagreement})" if self.disagreement else ""
 
 
-def remarks(path: Path) -> tuple[list[str], list[str]]:
-    """Repairs and warnings about the geometry of a file that was read, whatever its format."""
-    header = read_header(path) if is_nifti(path) and path.is_file() else None
-    return ([header.repair] if header and header.repair else []), ([header.note] if header and header.note else [])
-
-
 def is_nifti(path: Path) -> bool:
     """Whether ITK and nibabel take a file of this name for NIfTI (or its predecessor, Analyze)."""
     return path.name.lower().endswith((".nii", ".nii.gz", ".hdr", ".img"))

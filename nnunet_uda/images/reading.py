@@ -9,17 +9,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import SimpleITK as sitk
 
 from nnunet_uda.errors import UDAError, printable
-from nnunet_uda.images.geometry import Grid, check_possible, check_same_geometry
+from nnunet_uda.images.geometry import Grid, check_possible, check_same_geometry, short
+from nnunet_uda.images.listing import ENDINGS
 from nnunet_uda.images.nifti import Nifti, is_nifti, not_finite, opened, read_header, slabs, truncated
+from nnunet_uda.images.text_headers import check_text_header, has_text_header
 from nnunet_uda.names import check_name
 
-ENDINGS = (".nii.gz", ".gipl.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd", ".gipl", ".hdr")
-"""File endings taken from a folder; a file named explicitly may have any ending that SimpleITK reads."""
 MOST = 1e10
 """Intensities are below: whole numbers of 32 bits are. Greater ones overflow when they are normalised."""
 
@@ -103,8 +104,7 @@ def check_whole(path: Path) -> sitk.ImageFileReader:
 
 def check_nifti(path: Path) -> Grid | None:
     """As ``check_whole``, without ITK and what it refuses (axes not at right angles); the grid, if there is one."""
-    if not path.is_file():
-        raise UDAError(f"{path}: there is no such file; expected an image.")
+    _check_file(path)
     with readable(path):
         nifti = read_header(path)
         grid = nifti.grid or next(reversed(nifti.readings.values()), None)
@@ -115,17 +115,35 @@ def check_nifti(path: Path) -> Grid | None:
 
 def _open(path: Path) -> tuple[sitk.ImageFileReader, Nifti | None]:
     """A reader with the header read, after everything that the header alone tells was checked."""
-    if not path.is_file():
-        raise UDAError(f"{path}: there is no such file; expected an image.")
+    _check_file(path)
     reader = sitk.ImageFileReader()
     reader.SetFileName(str(path))
     with readable(path):
         nifti = read_header(path) if is_nifti(path) else None
         grid = nifti.grid if nifti is not None else None
+        if has_text_header(path):
+            check_text_header(path)
         reader.ReadImageInformation()
         grid = grid or Grid.of(reader)
         check_possible(path, grid.size, grid.spacing)
+        if not grid.is_orthogonal:
+            raise UDAError(
+                f"{path}: its axes are not at right angles (directions {short(grid.direction)}); expected a scan on a "
+                "rectangular grid. Repair the header, or resample the image."
+            )
     return reader, nifti
+
+
+def _check_file(path: Path) -> None:
+    if path.is_file():
+        return
+    if path.is_dir():
+        raise UDAError(
+            f"{path}: a folder; expected an image file. Where a program unpacked it so, move the file that lies in the "
+            "folder to its place."
+        )
+    link = f"a link to {os.readlink(path)}, where there is no file" if path.is_symlink() else "there is no such file"
+    raise UDAError(f"{path}: {link}; expected an image.")
 
 
 def _check_length(path: Path, reader: sitk.ImageFileReader) -> None:
@@ -171,12 +189,20 @@ def _read_by_slabs(reader: sitk.ImageFileReader, nifti: Nifti) -> sitk.Image:
 
 def _unreadable(path: Path, error: Exception, expected: str) -> UDAError:
     reason = " ".join(line.strip() for line in str(error).strip().splitlines()[-2:]).split("sitk::ERROR: ")[-1]
+    reason = re.sub(r"\(0x[0-9a-f]+\)|( for reading)?\.? Reason: (No such file or directory|Success)", "", reason)
     hint = "The file is corrupt, truncated or of another kind: get it again."
     if "orthonormal" in str(error):
         hint = "Repair the header so that the axes are at right angles, or resample the image."
     return UDAError(
         f"{path}: cannot be read ({printable(reason) or type(error).__name__}); expected {expected}. {hint}"
     )
+
+
+def remarks(path: Path) -> tuple[list[str], list[str]]:
+    """Repairs and warnings about the geometry of a file that was read, whatever its format."""
+    header = read_header(path) if is_nifti(path) and path.is_file() else None
+    note = check_text_header(path) if has_text_header(path) and path.is_file() else header.note if header else ""
+    return ([header.repair] if header and header.repair else []), ([note] if note else [])
 
 
 def check_image(image: sitk.Image, path: Path) -> None:
@@ -186,6 +212,15 @@ def check_image(image: sitk.Image, path: Path) -> None:
 
 def check_voxels(voxels: np.ndarray, path: Path) -> None:
     """``check_image`` of an array; by planes of its first axis, for memory."""
+    low, high = check_values(voxels, path)
+    if low == high:
+        raise UDAError(
+            f"{path}: every voxel is {low}; expected an image. An empty scan cannot be normalised: leave it out."
+        )
+
+
+def check_values(voxels: np.ndarray, path: Path) -> tuple[Any, Any]:
+    """The least and the greatest value. Raises ``UDAError`` where they are NaN, infinite or beyond ``MOST``."""
     low, high = voxels.min(), voxels.max()
     if not (np.isfinite(low) and np.isfinite(high)):
         raise _not_finite(voxels, path)
@@ -196,10 +231,7 @@ def check_voxels(voxels: np.ndarray, path: Path) -> None:
             f"{beyond} of {voxels.size} voxels are beyond: they mark what lies outside of the scan, or the file is "
             "corrupt. Replace them by a value that means background in this modality."
         )
-    if low == high:
-        raise UDAError(
-            f"{path}: every voxel is {low}; expected an image. An empty scan cannot be normalised: leave it out."
-        )
+    return low, high
 
 
 def _not_finite(voxels: np.ndarray, path: Path) -> UDAError:
