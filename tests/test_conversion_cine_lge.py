@@ -254,7 +254,7 @@ def _rename_info(trees: Path) -> None:
             (),
             r"patient001_frame01_gt.nii.gz: its image is missing",
         ),
-        ("acdc", lambda t: (patient(t, 3) / "patient003_frame01.nii").mkdir(), (), "the same frame as patient003"),
+        ("acdc", lambda t: (patient(t, 3) / "patient003_frame01.nii").touch(), (), "the same frame as patient003"),
         (
             "emidec",
             lambda t: shutil.rmtree(case(t, "P001") / "Images"),
