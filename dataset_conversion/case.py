@@ -17,6 +17,7 @@ import SimpleITK as sitk
 from nnunet_uda.data.slices import AXES, Grid
 from nnunet_uda.errors import UDAError
 from nnunet_uda.files import cannot_write
+from nnunet_uda.images.geometry import Grid as VoxelGrid
 from nnunet_uda.images.geometry import check_same_geometry
 from nnunet_uda.images.intensities import (
     Intensities,
@@ -119,14 +120,14 @@ def convert_case(
     with nifti_geometry(geometry):
         image = case.read_image(case.images[0])
         report = _describe(case.identifier, image)
-        grid = sitk.Image(image.GetSize(), sitk.sitkUInt8)  # of the first channel, which need not be kept for it
-        grid.CopyInformation(image)
+        size, place = image.GetSize(), (image.GetSpacing(), image.GetOrigin(), image.GetDirection())
+        first = VoxelGrid.of(image)
         beyond = []
         for channel, path in enumerate(case.images):
             image = case.read_image(path) if channel else image
             check_image(image, path)
-            check_same_geometry(grid, case.images[0], image, path)
-            image.CopyInformation(grid)
+            check_same_geometry(first, case.images[0], image, path)
+            _put(image, place)
             if clipping.checked and clipping.intensities is not None:
                 beyond.append(_beyond(image, clipping.intensities))
             image = _clip(image, path, clipping, report.notes)
@@ -134,6 +135,8 @@ def convert_case(
             _remark(report, path)
             del image
         if labels_folder is not None and case.label is not None and case.label_map is not None:
+            grid = sitk.Image(size, sitk.sitkUInt8)  # of the first channel, which need not be kept for it
+            _put(grid, place)
             label, repairs = case.read_label(case.label, grid, case.images[0])
             report.notes += repairs
             _remark(report, case.label)
@@ -147,6 +150,12 @@ def convert_case(
             converted.CopyInformation(grid)
             _write(converted, labels_folder / f"{case.identifier}{ENDING}")
     return report
+
+
+def _put(image: sitk.Image, place: tuple[Sequence[float], Sequence[float], Sequence[float]]) -> None:
+    """Give an image spacing, origin and direction."""
+    for setter, values in zip((image.SetSpacing, image.SetOrigin, image.SetDirection), place, strict=True):
+        setter(values)
 
 
 def _clip(image: sitk.Image, path: Path, clipping: Clipping, notes: list[str]) -> sitk.Image:

@@ -35,7 +35,7 @@ PERCENTILES = (0.5, 99.5)
 """Of a domain that is not CT."""
 DEFAULT = "default"
 """Stands for intensities that a converter is to choose by the domain."""
-SLAB = 2**21
+SLAB = 2**20
 """Voxels that are looked at or clipped at a time: a volume may be 1 GiB."""
 FORMS = f"two numbers (a window in HU), {', '.join(PRESETS)}, percentiles LOW HIGH, or none"
 
