@@ -258,7 +258,9 @@ def convert(args: argparse.Namespace, warnings: list[str]) -> None:
         ]  # fmt: skip
 
     source_name, target_name = MODALITIES[args.source], MODALITIES[args.target]
-    training, validation = (cases(group, args.target, args.upper_bound) for group in ("target", "target validation"))
+    training, validation = (
+        cases(group, args.target, args.upper_bound or bool(args.few)) for group in ("target", "target validation")
+    )
     test_group = Group(target_name, cases("test", args.target, True), "imagesTs", "labelsTs")
     target_splits = _one_fold(training, validation)
     if args.upper_bound:
@@ -293,7 +295,7 @@ def convert(args: argparse.Namespace, warnings: list[str]) -> None:
         args.d, name, dataset, classes, _channels(args, request, warnings),
         adaptation=not args.upper_bound, source_splits=source_splits, target_splits=target_splits,
         information=information, intensities=request, warnings=warnings, overwrite=args.overwrite, strict=args.strict,
-        processes=args.np, geometry=args.nifti_geometry,
+        processes=args.np, geometry=args.nifti_geometry, few=args.few, seed=args.seed,
     )  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import SimpleITK as sitk
 
+from nnunet_uda.data.convention import LABELS_TARGET
 from nnunet_uda.data.slices import AXES, Grid
 from nnunet_uda.errors import UDAError
 from nnunet_uda.files import cannot_write
@@ -56,12 +57,18 @@ class Group:
     """Cases of one domain for one folder: ``imagesTr`` + ``labelsTr``, ``imagesTu``, or ``imagesTs`` + ``labelsTs``.
 
     ``labels`` may be ``labelsTs`` for ``imagesTu`` too: a fold protocol, where each fold tests on its own part.
+    ``labelled`` are the ids of the target training scans that are trained on with their labels (``labelsTu``).
     """
 
     domain: str
     cases: Sequence[Case]
     images: str
     labels: str | None = None
+    labelled: frozenset[str] = frozenset()
+
+    def labels_of(self, identifier: str) -> str | None:
+        """The folder for the label of a case."""
+        return LABELS_TARGET if identifier in self.labelled else self.labels
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from nnunet_uda.data.convention import (
     LABEL_VALUES,
+    LABELLED_TARGET,
     OTHER_LABEL_VALUES,
     Domains,
     environment_folder,
@@ -30,6 +31,7 @@ from nnunet_uda.data.convention import (
 )
 from nnunet_uda.data.slices import MIXED, REMEDY, REORIENTED, SliceOrder, odd_tests, slice_order
 from nnunet_uda.dataset_conversion.case import ENDING, Case, CaseReport, Clipping, Group, convert_case
+from nnunet_uda.dataset_conversion.labelled_target import choose_labelled, splits_with_labelled
 from nnunet_uda.dataset_conversion.quicklook import draw_quicklook
 from nnunet_uda.dataset_conversion.summary import QUICKLOOK, intensities_in_words, summarise
 from nnunet_uda.dataset_conversion.windows import NOTHING_ASKED, IntensityRequest, check_outside, choose_intensities
@@ -72,6 +74,8 @@ def write_dataset(
     strict: bool = False,
     processes: int = DEFAULT_PROCESSES,
     geometry: str | None = None,
+    few: Sequence[str] | None = None,
+    seed: int = 12345,
 ) -> Path:
     """Write ``nnUNet_raw/DatasetXXX_NAME`` whole or not at all, print a summary, return the folder.
 
@@ -86,11 +90,19 @@ def write_dataset(
         warnings: of the converter; this function's are added, and all are shown with the summary.
         strict: refuse a group with ``labelsTs`` in which a case has no label, instead of a warning.
         geometry: how files with two geometries are read; see ``nifti_geometry``.
+        few: target training scans that are trained on with their labels, see ``choose_labelled``, with ``seed``. An
+            upper bound, which is trained on all of them, does not look at it.
 
     Raises:
         UDAError: for every bad input; all cases are read before the error is raised, so it lists all bad files.
     """
     groups = [group for group in groups if group.cases]
+    labelled: frozenset[str] = frozenset()
+    if few and adaptation:
+        groups = [choose_labelled(group, few, seed) if group.images == "imagesTu" else group for group in groups]
+        labelled = frozenset().union(*(group.labelled for group in groups))
+        if target_splits is not None:
+            target_splits = splits_with_labelled(target_splits, labelled)
     _check_request(dataset_id, name, groups, structures, channels, adaptation, processes)
     by_folder = {group.images: group for group in groups}
     dataset_json: dict = {
@@ -114,6 +126,7 @@ def write_dataset(
             "numSource": len(source.cases),
             "numTarget": len(target.cases),
             "numTest": len(by_folder["imagesTs"].cases) if "imagesTs" in by_folder else 0,
+            **({LABELLED_TARGET: sorted(labelled)} if labelled else {}),
             **values,
             **dataset_json.get("uda", {}),
         }
@@ -349,10 +362,12 @@ def _convert_all(
     jobs = []
     for group in groups:
         (folder / group.images).mkdir()
-        labels = folder / group.labels if group.labels and any(case.label for case in group.cases) else None
-        if labels is not None:
-            labels.mkdir(exist_ok=True)
-        jobs += [(group.images, case, folder / group.images, labels) for case in group.cases]
+        for case in group.cases:
+            name = group.labels_of(case.identifier)
+            labels = folder / name if name and case.label else None
+            if labels is not None:
+                labels.mkdir(exist_ok=True)
+            jobs.append((group.images, case, folder / group.images, labels))
     done: dict[str, dict[str, CaseReport]] = {group.images: {} for group in groups}
     errors: dict[str, str] = {}
     progress = tqdm(total=len(jobs), desc="Converting", unit="case")
@@ -426,7 +441,8 @@ def _example(
 ) -> tuple[str, Path, Path | None]:
     """Title, image and label for the quick look: the first case, of those that hold the most structures."""
     report = max(reports, key=lambda r: sum(volume > 0 for volume in r.volumes_ml))
-    label = folder / group.labels / f"{report.identifier}{ENDING}" if group.labels else None
+    name = group.labels_of(report.identifier)
+    label = folder / name / f"{report.identifier}{ENDING}" if name else None
     title = f"{group.images}: {group.domain}, {report.identifier}, {intensities_in_words(clipping)}"
     image = folder / group.images / f"{report.identifier}_0000{ENDING}"
     return title, image, label if label is not None and label.exists() else None

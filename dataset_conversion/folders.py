@@ -7,6 +7,8 @@
     [-target_labels DIR [-target_folds N]]   labels of the target training scans, for evaluation alone: with
                                              -target_folds each fold trains without its part and tests on it; without,
                                              the model is tested on scans that it saw (unlabelled) in training
+    [-target_few_labels DIR]                 labels of a few of the target training scans, which ARE trained on; or
+                                             -few N, which takes them from -target_labels
 
 Each option takes folders, single files or quoted patterns ('img/*_t2.nii.gz'). A scan may also be a folder of DICOM
 slices: one such folder, or one of folders, each with the one series of a case at any depth, which is called as its
@@ -21,9 +23,9 @@ Values not named are an error, unless --ignore_other_labels sends them to backgr
 nothing is cropped. Intensities are clipped, each domain by itself: one called CT (CTA, CT_late, ...) at a window in HU,
 found around the labelled structures where the source is CT, else that of soft tissue (-160 240); any other at the
 percentiles 0.5 and 99.5 of every scan. -source_intensities and -target_intensities change it; nnUNetv2_predict does the
-same to new scans of the target. Target labels are read for labelsTs alone. With --upper_bound they ARE used
-for training: the same options and -target_labels then write the supervised upper bound's dataset, in which the target's
-training scans are the labelled ones; source scans are left out.
+same to new scans of the target. Target labels are read for labelsTs alone, but for the few that are asked for. With
+--upper_bound they ARE used for training: the same options and -target_labels then write the supervised upper bound's
+dataset, in which the target's training scans are the labelled ones; source scans are left out.
 """
 
 from __future__ import annotations
@@ -280,6 +282,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("-source_labels", True, "their labels"),
         ("-target_images", True, "unlabelled target images"),
         ("-target_labels", False, "labels of the target images, for evaluation alone"),
+        ("-target_few_labels", False, "labels of a few of the target images, for training"),
         ("-target_test_images", False, "held-out target images"),
         ("-target_test_labels", False, "their labels, for evaluation alone"),
     ):
@@ -320,6 +323,13 @@ def convert(args: argparse.Namespace, warnings: list[str]) -> None:
         raise UDAError("-target_test_labels was given without -target_test_images; expected both.")
     if args.target_folds and not args.target_labels:
         raise UDAError("-target_folds was given without -target_labels; expected labels to test each fold with.")
+    if args.few and args.target_few_labels:
+        raise UDAError("-few was given with -target_few_labels, which says itself which scans these are; expected one.")
+    if args.few and not args.target_labels:
+        raise UDAError(
+            "-few was given without -target_labels; expected labels to take them from. Labels of a few scans alone are "
+            "given as -target_few_labels."
+        )
     if args.upper_bound and (not args.target_labels or args.target_folds):
         raise UDAError("--upper_bound: expected -target_labels to train on, and no -target_folds.")
 
@@ -330,6 +340,13 @@ def convert(args: argparse.Namespace, warnings: list[str]) -> None:
 
     source = cases("source_images", "source_labels", prefixes[0])
     target = cases("target_images", "target_labels", prefixes[1])
+    trained_on = args.few
+    if args.target_few_labels:
+        with_label = {
+            case.identifier: case for case in cases("target_images", "target_few_labels", prefixes[1]) if case.label
+        }
+        target = [with_label.get(case.identifier, case) for case in target]
+        trained_on = list(with_label)
     test = cases("target_test_images", "target_test_labels", prefixes[1]) if args.target_test_images else []
     check_channels([*([] if args.upper_bound else source), *target, *test])
     labelled = target if args.upper_bound else source
@@ -354,7 +371,7 @@ def convert(args: argparse.Namespace, warnings: list[str]) -> None:
         channel_names(args.channel, len(labelled[0].images)), adaptation=not args.upper_bound,
         intensities=intensity_request(args), source_splits=splits, target_splits=target_splits,
         warnings=warnings, overwrite=args.overwrite, strict=args.strict, processes=args.np,
-        geometry=args.nifti_geometry,
+        geometry=args.nifti_geometry, few=trained_on, seed=args.seed,
     )  # fmt: skip
 
 

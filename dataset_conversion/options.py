@@ -20,6 +20,7 @@ from nnunet_uda.images.intensities import (
     parse_intensities,
 )
 from nnunet_uda.images.nifti import add_geometry_argument
+from nnunet_uda.names import check_name
 
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,7 +38,11 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
             f"-{domain}_intensities", nargs="+", metavar="WORD",
             help=f"what the {domain}'s images are clipped at: {FORMS} [CT: a window, else percentiles 0.5 99.5]",
         )  # fmt: skip
-    parser.add_argument("-seed", type=int, default=12345, help="seed of the folds [12345]")
+    parser.add_argument(
+        "-few", nargs="+", metavar="N",
+        help="target training scans to train on with their labels: a number, taken by -seed, or case ids [none]",
+    )  # fmt: skip
+    parser.add_argument("-seed", type=int, default=12345, help="seed of the folds and of -few [12345]")
     parser.add_argument(
         "-np", type=int, default=DEFAULT_PROCESSES, metavar="N", help=f"processes [{DEFAULT_PROCESSES} here]"
     )
@@ -51,6 +56,8 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
 def check_arguments(args: argparse.Namespace) -> None:
     """Raise ``UDAError`` for what ``add_common_arguments`` let through, before any file is listed or read."""
     check_options(args.d, args.name, args.channel or (), args.np)
+    for identifier in args.few or ():
+        check_name(identifier, "-few")
     if not 0 <= args.seed < 2**32:
         raise UDAError(f"-seed {args.seed}: expected a number from 0 to {2**32 - 1}.")
     environment_folder("nnUNet_raw")

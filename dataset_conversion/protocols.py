@@ -191,7 +191,7 @@ def write_arranged(
         adaptation=not args.upper_bound, source_splits=plan.source_splits, target_splits=plan.target_splits,
         information=information, intensities=intensity_request(args, preset, None if args.protocol else DEFAULT),
         warnings=warnings, overwrite=args.overwrite, strict=args.strict, processes=args.np,
-        geometry=args.nifti_geometry,
+        geometry=args.nifti_geometry, few=args.few, seed=args.seed,
     )  # fmt: skip
 
 
@@ -221,6 +221,8 @@ def write_supervised(
         preset: see ``IntensityRequest``.
         title: what the dataset is, for its description.
     """
+    if args.few:
+        raise UDAError(f"-few is for datasets with an unlabelled target, and this is one of labelled {domain.name}.")
     test = named_cases(domain, args.test_ids or [n for n in domain.test if n in domain.cases])
     training = with_label([case for case in domain.cases.values() if case not in test], args.strict, warnings)
     splits, few = source_folds([case.identifier for case in training], 5, args.seed)

@@ -29,9 +29,13 @@ def summarise(
     print(f"\n{folder}\n  look at {folder / QUICKLOOK}: letters on its edges must agree with the anatomy")
     for group in groups:
         seen = reports[group.images]
-        labelled = sum(case.label is not None for case in group.cases) if group.labels else 0
-        print(f"  {group.images}: {len(seen)} {group.domain} case(s), {labelled} with labels in {group.labels}"
-              if group.labels else f"  {group.images}: {len(seen)} {group.domain} case(s), no labels")  # fmt: skip
+        folders = Counter(group.labels_of(case.identifier) for case in group.cases if case.label)
+        held = [f"{number} with labels in {name}" for name, number in sorted(folders.items(), key=str) if name]
+        if group.labels and not held:
+            held = [f"0 with labels in {group.labels}"]
+        print(f"  {group.images}: {len(seen)} {group.domain} case(s), {', '.join(held) or 'no labels'}")
+        if group.labelled:
+            print(f"    trained on with their labels: {', '.join(sorted(group.labelled))}")
         print(f"    size (LR x PA x IS): {_ranges([r.size for r in seen], '.0f')}")
         print(f"    spacing in mm:       {_ranges([r.spacing for r in seen], '.3g')}")
         print(f"    intensities:         {intensities_in_words(clippings[group.images], origin=True)}")

@@ -500,7 +500,7 @@ def convert(args: argparse.Namespace, warnings: list[str]) -> None:
         information={"description": f"{what}, seed {args.seed}", **(crossmoda if layout == CROSSMODA else tcia)},
         intensities=intensity_request(args, otherwise=None if args.protocol else DEFAULT),
         warnings=warnings, overwrite=args.overwrite, strict=args.strict, processes=args.np,
-        geometry=args.nifti_geometry,
+        geometry=args.nifti_geometry, few=args.few, seed=args.seed,
     )  # fmt: skip
 
 

@@ -30,6 +30,9 @@ class UDASettings:
     trainer that trains without target images opens none for this either: there it is pseudo Dice. Every ``keep_every``
     epochs (0: never) a checkpoint_epoch_XXXX.pth, with the number of finished epochs, is kept.
 
+    ``labelled_target_share`` is, in a step, the share of labelled patches, and of their losses, that is of the target
+    scans that ``dataset.json`` names as labelled; 0 leaves these labels alone. Without such scans it does nothing.
+
     ``mirror`` is nnU-Net's mirroring, in training and prediction; with ``auto`` not along the axis from left to right
     where two structures' names differ in the side alone (left_kidney, right_kidney): it would exchange them.
     """
@@ -46,6 +49,7 @@ class UDASettings:
     augmentation: Literal["nnunet", "spatial", "none"] = "nnunet"
     mirror: bool | Literal["auto"] = "auto"
     foreground_oversampling: float = 0.33
+    labelled_target_share: float = 0.33
     save_every: int = 10
     keep_every: int = 0
     checkpoint_criterion: Literal[
@@ -63,6 +67,8 @@ class UDASettings:
         if self.checkpoint_criterion not in ("pseudo_dice", UDASettings.checkpoint_criterion):
             require(self.criterion_patches >= 1, "criterion_patches", "at least 1 for this checkpoint_criterion", 0)
         require(0 <= self.foreground_oversampling <= 1, "foreground_oversampling", "between 0 and 1")
+        share = self.labelled_target_share
+        require(0 <= share <= 0.95, "labelled_target_share", "between 0 and 0.95", share)
         require(self.segmenter_learning_rate > 0, "segmenter_learning_rate", "positive")
 
 

@@ -49,6 +49,37 @@ def test_a_target_label_in_a_training_folder_is_refused(raw):
         convention.target_cases(raw, read(raw))
 
 
+@pytest.mark.parametrize(
+    ("listed", "files", "message"),
+    [
+        (["ct_Tu01"], ["ct_Tu01", "ct_Tu02"], r"holds ct_Tu02, but dataset.json names ct_Tu01"),
+        (["ct_Tu01", "ct_Tu02"], ["ct_Tu01"], r"labelsTu/ct_Tu02.nii.gz does not exist"),
+        (["ct_Ts00"], ["ct_Ts00"], r"names ct_Ts00, which is not in .*imagesTu"),
+        (["ct_Tu01", "ct_Tu01"], ["ct_Tu01"], r"names ct_Tu01 twice"),
+        ("ct_Tu01", ["ct_Tu01"], r"must be a list of case ids"),
+        (["../ct"], [], r"must be a list of case ids"),
+    ],
+)
+def test_only_labels_that_the_dataset_names_may_lie_beside_target_images(raw, listed, files, message):
+    (raw / "labelsTu").mkdir()
+    for name in files:
+        (raw / "labelsTu" / f"{name}.nii.gz").write_bytes(b"")
+    content = read(raw)
+    content["uda"]["labelled_target"] = listed
+    with pytest.raises(UDAError, match=message):
+        convention.target_cases(raw, content)
+
+
+def test_labels_that_the_dataset_names_are_found(raw):
+    (raw / "labelsTu").mkdir()
+    (raw / "labelsTu" / "ct_Tu01.nii.gz").write_bytes(b"")
+    content = read(raw)
+    content["uda"]["labelled_target"] = ["ct_Tu01"]
+    cases = convention.target_cases(raw, content)
+    found = convention.labelled_target_files(raw, content, cases)
+    assert found == {"ct_Tu01": raw / "labelsTu" / "ct_Tu01.nii.gz"} and len(cases) == 4
+
+
 def test_a_target_with_other_channels_is_refused(raw):
     (raw / "imagesTu" / "ct_Tu01_0001.nii.gz").write_bytes((raw / "imagesTu" / "ct_Tu01_0000.nii.gz").read_bytes())
     with pytest.raises(UDAError, match=r"ct_Tu01 has 2 channel file\(s\).*1 channel\(s\)"):

@@ -399,6 +399,45 @@ def test_the_upper_bound_learns_from_target_labels_alone(data, capsys):
     assert sorted(i for s in splits for i in s["val"]) == names(out / "labelsTr")
 
 
+def test_a_few_target_scans_are_labelled_for_training(data, capsys):
+    for i in range(3):
+        save(data / "tl" / f"a{i}.nii.gz", array=organs(1, 5))
+    save(data / "fl" / "a1.nii.gz", array=organs(5, 1))
+    assert "without -target_labels" in refused(capsys, data, few="1")
+    both = refused(capsys, data, few="1", target_few_labels=str(data / "fl"), target_labels=str(data / "tl"))
+    assert "expected one" in both
+    asked = {"target_labels": str(data / "tl"), "target_folds": "3"}
+    assert "MR_a9 is no MR training scan" in refused(capsys, data, few="MR_a9", **asked)
+    assert "3 of the 3 MR training scans have a label" in refused(capsys, data, few="4", **asked)
+    all_tests = refused(capsys, data, few="1", **asked)
+    assert "all test scans of the target's fold" in all_tests
+    save(data / "fl" / "a7.nii.gz", array=organs(5, 1))
+    assert "no image belongs to this label" in refused(capsys, data, target_few_labels=str(data / "fl"))
+    (data / "fl" / "a7.nii.gz").unlink()
+
+    out = convert(data, target_labels=str(data / "tl"), target_few_labels=str(data / "fl"))
+    assert names(out / "imagesTu") == ["MR_a0_0000", "MR_a1_0000", "MR_a2_0000"]
+    assert names(out / "labelsTu") == ["MR_a1"] and names(out / "labelsTs") == ["MR_a0", "MR_a2"]
+    assert (load(out / "labelsTu/MR_a1.nii.gz") == (organs(5, 1) == 5) + 2 * (organs(5, 1) == 1)).all()
+    content = json.loads((out / "dataset.json").read_text())
+    assert content["uda"]["labelled_target"] == ["MR_a1"] and content["numTraining"] == 3
+    assert "trained on with their labels: MR_a1" in capsys.readouterr().out
+
+
+def test_a_smaller_number_of_labelled_scans_is_among_a_greater_one(data):
+    for i in range(3):
+        save(data / "tl" / f"a{i}.nii.gz", array=organs(1, 5))
+    chosen = []
+    for number in ("1", "2", "3"):
+        out = convert(data, "--overwrite", target_labels=str(data / "tl"), few=number)
+        chosen.append(set(names(out / "labelsTu")))
+        left = set(names(out / "labelsTs")) if (out / "labelsTs").exists() else set()
+        assert not chosen[-1] & left and len(chosen[-1] | left) == 3
+    assert chosen[0] < chosen[1] < chosen[2]
+    bound = convert(data, "--upper_bound", "--overwrite", target_labels=str(data / "tl"), few="1", name="CT2MR")
+    assert names(bound / "labelsTr") == ["MR_a0", "MR_a1", "MR_a2"] and not (bound / "labelsTu").exists()
+
+
 def test_channel_called_ct(data, capsys):
     convert(data, channel="CT")
     assert "nnU-Net will clip and normalise every image" in capsys.readouterr().out

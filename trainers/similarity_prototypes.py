@@ -229,6 +229,12 @@ class SimilarityPrototypesTrainer(CompositeTrainer):
             if self.own_settings.segmentation_adversarial_weight > 0:
                 self.update_segmentation_discriminators(passes)
 
+    def labelled_target_loss(self, images: Tensor, label: Tensor | list[Tensor]) -> Tensor:
+        """The target's generator alone segments them."""
+        deep = self.enable_deep_supervision
+        outputs = self.target_generator(images, image=False, embedding=False, deep_supervision=deep)
+        return self.loss(outputs.segmentation, label)
+
     @property
     def uses_prototypes(self) -> bool:
         return self.own_settings.similarity_weight > 0 or self.own_settings.contrastive_weight > 0

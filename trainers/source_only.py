@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from nnunet_uda.errors import UDAError
 from nnunet_uda.training.uda_trainer import UDATrainer
 
 
 class SourceOnlyTrainer(UDATrainer):
-    """Lower bound: the segmenter learns from labelled source images and never sees a target image."""
+    """Lower bound: the segmenter learns from labelled source images and never sees a target image, labelled or not."""
 
     needs_target = False
+    uses_labelled_target = False
 
     def train_on(self, source: Tensor, label: Tensor | list[Tensor], target: Tensor | None) -> None:
         with self.autocast():
@@ -19,4 +21,24 @@ class SourceOnlyTrainer(UDATrainer):
 
 
 class SupervisedTrainer(SourceOnlyTrainer):
-    """Upper bound: the same training on a dataset whose labelled images are the target's (``--upper_bound``)."""
+    """Upper bound: the same training on a dataset whose labelled images are the target's (``--upper_bound``).
+
+    On a dataset with a few labelled target scans: plain training on these and the source, without adaptation.
+    """
+
+    uses_labelled_target = True
+
+
+class LabelledTargetTrainer(SourceOnlyTrainer):
+    """The same training on the labelled target scans that ``dataset.json`` names, alone: what these are worth."""
+
+    def get_tr_and_val_datasets(self):
+        _, validation = super().get_tr_and_val_datasets()
+        dataset = self.prepare_labelled_target()
+        if dataset is None:
+            raise UDAError(
+                f"{type(self).__name__} trains on labelled target scans, and dataset.json names none for the fold "
+                f"{self.fold} ('uda', 'labelled_target'): convert with -few, see docs/few_labels.md"
+            )
+        self.training_dataset = dataset
+        return dataset, validation

@@ -313,6 +313,14 @@ class UUDSTrainer(CompositeTrainer):
             terms["content"] = settings.content_weight * self.content_loss(target, of_target, translated, again)
         return terms
 
+    def labelled_target_loss(self, images: Tensor, label: Tensor | list[Tensor]) -> Tensor:
+        """On the road for target images, with this step's prompts."""
+        network, (domain, classes) = self.plain_network, self.prompts()
+        encoded = network.encode(images)
+        return self.loss(
+            network.segment(encoded, network.generate(encoded, domain, image=False), classes).logits, label
+        )
+
     @property
     def encodes_translations(self) -> bool:
         settings = self.own_settings

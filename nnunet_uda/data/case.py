@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
+from nnunet_uda.errors import UDAError
 from nnunet_uda.images.geometry import Grid, check_against_source, check_possible, check_same_geometry
 from nnunet_uda.images.nifti import is_nifti
 from nnunet_uda.images.reading import check_nifti, check_voxels, check_whole, readable
@@ -29,7 +31,7 @@ def preprocess_case(
     Raises:
         UDAError: before anything is resampled: for a file that the reader of the plans cannot read, that is cut short,
             has two geometries or another one than the first channel, holds voxels that no scan has, or has voxels of
-            another order than the source's.
+            another order than the source's; for a label with values that ``dataset_json`` does not name.
     """
     reader = plans.image_reader_writer_class()
     grids = [_checked_grid(Path(file), isinstance(reader, SimpleITKIO)) for file in files]
@@ -50,13 +52,40 @@ def preprocess_case(
     check_against_source(files[0], shape, spacing, source, np.multiply(shape, spacing) / wanted)
     seg = None
     if segmentation is not None:
-        grid = _checked_grid(segmentation, isinstance(reader, SimpleITKIO))
-        if grid is not None and grids[0] is not None:
-            check_same_geometry(grids[0], files[0], grid, segmentation)
-        with readable(segmentation, f"a segmentation for {type(reader).__name__}"):
-            seg, _ = reader.read_seg(str(segmentation))
+        seg = _read_label(segmentation, files[0], grids[0], reader, data.shape[1:], dataset_json)
     preprocessor = configuration.preprocessor_class(verbose=False)
     return preprocessor.run_case_npy(data, seg, properties, plans, configuration, dataset_json)
+
+
+def _read_label(
+    path: Path,
+    image: Path,
+    grid: Grid | None,
+    reader: BaseReaderWriter,
+    shape: tuple[int, ...],
+    dataset_json: dict[str, Any],
+) -> np.ndarray:
+    """The label of a case, ``(1, Z, Y, X)``, on its image's grid.
+
+    Raises:
+        UDAError: it cannot be read, lies on another grid or holds a value that is no label of the dataset.
+    """
+    own = _checked_grid(path, isinstance(reader, SimpleITKIO))
+    if grid is not None and own is not None:
+        check_same_geometry(grid, image, own, path)
+    with readable(path, f"a label for {type(reader).__name__}"):
+        seg, _ = reader.read_seg(str(path))
+    if seg.shape[1:] != tuple(shape):
+        raise UDAError(f"{path} has the size {seg.shape[1:]}, its image {image} {tuple(shape)}; expected equal sizes")
+    listed = [value if isinstance(value, list) else [value] for value in dataset_json["labels"].values()]  # regions
+    values = {0, *(value for several in listed for value in several)}
+    unknown = sorted(set(np.unique(seg).tolist()) - values)
+    if unknown:
+        raise UDAError(
+            f"{path} holds the value(s) {', '.join(f'{value:g}' for value in unknown[:5])}; expected the values of "
+            f"'labels' in dataset.json, {', '.join(map(str, sorted(values)))}. Map them, or correct the file"
+        )
+    return seg
 
 
 def _checked_grid(path: Path, by_itk: bool) -> Grid | None:

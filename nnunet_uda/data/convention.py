@@ -3,12 +3,16 @@
 Raw dataset: ``imagesTr`` + ``labelsTr`` (labelled source), ``imagesTu`` (unlabelled target for training), optionally
 ``imagesTs`` + ``labelsTs`` (target test, labels for evaluation alone). ``dataset.json`` names both domains under
 ``uda``. Nothing in this module, or in training, opens ``labelsTs``.
+
+A few target scans may be labelled for training: ``uda.labelled_target`` lists their ids, and ``labelsTu`` holds exactly
+their labels. Their images stay in ``imagesTu``, so that plans, folds and all that nnU-Net does know the source alone.
 """
 
 from __future__ import annotations
 
 import os
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +27,10 @@ from nnunet_uda.images.listing import entries
 from nnunet_uda.names import check_name, is_name, is_plain_name
 
 TARGET_FOLDER = "imagesTu"
+LABELS_TARGET = "labelsTu"
+"""Labels of the target scans that ``labelled_target`` names, and of no other."""
+LABELLED_TARGET = "labelled_target"
+"""In ``dataset.json``, under ``uda`` if it has that: ids of the target scans that are trained on with their labels."""
 SPLITS_TARGET = "splits_target.json"
 LABEL_VALUES = "label_values"
 """In ``dataset.json``, under ``uda`` if it has that: domain -> structure or ``background`` -> values in the label files
@@ -254,11 +262,65 @@ def case_files(folder: Path, file_ending: str) -> dict[str, list[Path]]:
     return cases
 
 
-def target_cases(raw_dataset: Path, dataset_json: dict[str, Any]) -> dict[str, list[Path]]:
-    """The unlabelled target's image files by id, after checking everything that can be checked without reading them.
+def labelled_target(dataset_json: dict[str, Any], where: Path | str = "dataset.json") -> list[str]:
+    """Ids of the target scans that are trained on with their labels, sorted; mostly none.
 
     Raises:
-        UDAError: no ``imagesTu`` or an empty one, a target label in a training folder, a wrong number of channels.
+        UDAError: where ``uda.labelled_target`` is no list of different names.
+    """
+    uda = dataset_json.get("uda")
+    listed = uda.get(LABELLED_TARGET, []) if isinstance(uda, dict) else []
+    if not isinstance(listed, list) or not all(is_plain_name(name) for name in listed):
+        raise UDAError(
+            f"{where}: '{LABELLED_TARGET}' under 'uda' must be a list of case ids in {TARGET_FOLDER}, found "
+            f"{shown(listed)}"
+        )
+    if len(set(listed)) < len(listed):
+        twice = next(name for name in listed if listed.count(name) > 1)
+        raise UDAError(f"{where}: '{LABELLED_TARGET}' under 'uda' names {twice} twice; name every scan once")
+    return sorted(listed)
+
+
+def labelled_target_files(raw_dataset: Path, dataset_json: dict[str, Any], known: Collection[str]) -> dict[str, Path]:
+    """The labels in ``labelsTu`` by id: of the scans that ``uda.labelled_target`` names, and of no other.
+
+    Args:
+        known: ids of the cases in ``imagesTu``.
+
+    Raises:
+        UDAError: a label of a scan that is not named, and a named scan without an image or a label.
+    """
+    listed, ending = labelled_target(dataset_json, raw_dataset / "dataset.json"), dataset_json["file_ending"]
+    folder = raw_dataset / LABELS_TARGET
+    found = [path.name.removesuffix(ending) for path in entries(folder)] if folder.is_dir() else []
+    if folder.is_dir() and (not listed or set(found) - set(listed)):
+        others = sorted(set(found) - set(listed))
+        raise UDAError(
+            f"{folder} exists and holds {', '.join(others[:5]) or 'nothing'}, but dataset.json names "
+            f"{', '.join(listed[:5]) or 'no scan'} under 'uda', '{LABELLED_TARGET}': no other target label may lie "
+            "where training looks. Add these ids to that list, in nnUNet_raw and in nnUNet_preprocessed, if they are "
+            "to be trained on with their labels; else move the labels to labelsTs, where only evaluation reads them"
+        )
+    for identifier in listed:
+        if identifier not in known:
+            raise UDAError(
+                f"{raw_dataset / 'dataset.json'}: '{LABELLED_TARGET}' under 'uda' names {identifier}, which is not in "
+                f"{raw_dataset / TARGET_FOLDER}; expected scans that lie there. Correct the list, or add the scan"
+            )
+        if identifier not in found:
+            raise UDAError(
+                f"{folder / (identifier + ending)} does not exist; expected the label of a scan that dataset.json "
+                f"names under 'uda', '{LABELLED_TARGET}'. Add it, or take the scan out of the list"
+            )
+    return {identifier: folder / f"{identifier}{ending}" for identifier in listed}
+
+
+def target_cases(raw_dataset: Path, dataset_json: dict[str, Any]) -> dict[str, list[Path]]:
+    """The target's training images by id, after checking everything that can be checked without reading them.
+
+    Raises:
+        UDAError: no ``imagesTu`` or an empty one, a target label in a training folder that ``dataset.json`` does not
+            name, a wrong number of channels.
     """
     folder = raw_dataset / TARGET_FOLDER
     if not folder.is_dir():
@@ -267,11 +329,7 @@ def target_cases(raw_dataset: Path, dataset_json: dict[str, Any]) -> dict[str, l
     cases = case_files(folder, ending)
     if not cases:
         raise UDAError(f"{folder} holds no image: expected files named like CASE_0000{ending}")
-    if (raw_dataset / "labelsTu").exists():
-        raise UDAError(
-            f"{raw_dataset / 'labelsTu'} exists, but the target's training images must be unlabelled. "
-            "Move target labels to labelsTs, where only evaluation reads them"
-        )
+    labelled_target_files(raw_dataset, dataset_json, cases)
     for forbidden in ("labelsTr", "imagesTr"):
         suffix = ending if forbidden == "labelsTr" else f"_0000{ending}"
         for identifier in cases:

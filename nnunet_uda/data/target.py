@@ -4,6 +4,9 @@ nnU-Net deletes and lists its own folders (``nnUNetPlans_2d``), so the target li
 ``manifest.json`` records what the cases were made from, and their files' sizes: a case counts as present only once it
 stands there and its files are whole. Cases are made in a folder of the run's own, so that what a killed run's worker
 still writes is never taken for one.
+
+The few target scans that are trained on with their labels (``convention.labelled_target``) lie a second time, with
+them, in ``nnUNetPlans_2d_target_labelled``, a folder of the same kind: no label is ever in the first one.
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ from nnunet_uda.data.convention import (
     check_splits,
     environment_folder,
     fold_of,
+    labelled_target_files,
     read_json,
     target_cases,
 )
@@ -54,9 +58,13 @@ class TargetDataset(nnUNetDatasetBlosc2):
     """Preprocessed target cases. ``seg`` is nnU-Net's nonzero mask (0 inside, -1 outside): there are no labels."""
 
 
-def target_folder(preprocessed_dataset: Path, configuration: ConfigurationManager) -> Path:
-    """``<preprocessed>/<dataset>/<data identifier>_target``."""
-    return preprocessed_dataset / f"{configuration.data_identifier}_target"
+class LabelledTargetDataset(nnUNetDatasetBlosc2):
+    """Preprocessed target cases with their labels: those that ``dataset.json`` names, as a source case is made."""
+
+
+def target_folder(preprocessed_dataset: Path, configuration: ConfigurationManager, labelled: bool = False) -> Path:
+    """``<preprocessed>/<dataset>/<data identifier>_target``, or ``..._target_labelled``."""
+    return preprocessed_dataset / f"{configuration.data_identifier}_target{'_labelled' if labelled else ''}"
 
 
 def preprocess_target(
@@ -65,6 +73,7 @@ def preprocess_target(
     dataset_json: dict[str, Any],
     num_processes: int = 8,
     log: Callable[[str], None] = print,
+    labelled: bool = False,
 ) -> Path:
     """Bring the preprocessed target up to date with the raw dataset and the plans; return its folder.
 
@@ -72,14 +81,19 @@ def preprocess_target(
     on another machine), a complete folder made with the same settings is accepted as it is. Where nothing is
     to be done, nothing is written and no lock is taken: the folder may be read-only.
 
+    Args:
+        labelled: the scans that ``dataset_json`` names as labelled, with their labels, instead of all without.
+
     Raises:
         UDAError: for everything ``target_cases`` refuses, unreadable, non-finite or constant images, or a missing
             folder that cannot be made.
     """
     preprocessed = environment_folder("nnUNet_preprocessed") / plans.dataset_name
     configuration = plans.get_configuration(configuration_name)
-    folder = target_folder(preprocessed, configuration)
+    folder = target_folder(preprocessed, configuration, labelled)
     settings = _preprocessing_settings(plans, configuration)
+    if labelled:
+        settings["labels"] = dataset_json["labels"]
     if warning := plane_warning(plans.plans, configuration_name):
         log(f"WARNING: {warning}")
     raw_dataset = Path(nnUNet_raw.get()) / plans.dataset_name if nnUNet_raw.is_set() else None
@@ -88,7 +102,10 @@ def preprocess_target(
         if raw_dataset is None or not raw_dataset.is_dir():
             return _accept_without_raw(folder, _read_manifest(folder), settings, plans.dataset_name)
         cases = target_cases(raw_dataset, dataset_json)
-        splits = _splits_to_copy(raw_dataset, preprocessed, set(cases))
+        splits = None if labelled else _splits_to_copy(raw_dataset, preprocessed, set(cases))
+        labels = labelled_target_files(raw_dataset, dataset_json, cases) if labelled else {}
+        if labelled:  # a label is one more file that its case is made from, the last one
+            cases = {identifier: [*cases[identifier], label] for identifier, label in labels.items()}
         if splits is None and _is_complete(folder, settings, cases):
             return folder
         with exclusive(folder):
@@ -101,12 +118,13 @@ def preprocess_target(
             _write_manifest(folder, settings, kept, sizes)
             if not todo:
                 return folder
-            log(f"Preprocessing {len(todo)} unlabelled target case(s) of {plans.dataset_name} into {folder}")
+            kind = "labelled" if labelled else "unlabelled"
+            log(f"Preprocessing {len(todo)} {kind} target case(s) of {plans.dataset_name} into {folder}")
             partial_folder = folder / f".partial_{uuid.uuid4().hex[:8]}"
             partial_folder.mkdir()
             work = partial(
                 _preprocess_case, folder=partial_folder, plans=plans.plans, configuration=configuration_name,
-                dataset=dataset_json,
+                dataset=dataset_json, labelled=labelled,
             )  # fmt: skip
             num_processes = min(num_processes, len(todo))
             results = map(work, todo.items()) if num_processes <= 1 else as_done(work, todo.items(), num_processes)
@@ -134,6 +152,25 @@ def target_identifiers(folder: Path, fold: int | str) -> list[str]:
         return sorted(known)
     splits = check_splits(read_json(splits_file), known, splits_file)
     return sorted(fold_of(splits, int(fold), splits_file)["train"])
+
+
+def labelled_identifiers(folder: Path, fold: int | str, listed: Collection[str]) -> list[str]:
+    """Of the labelled target cases ``listed`` those that fold ``fold`` trains on; ``folder`` holds them.
+
+    Raises:
+        UDAError: the folder lacks one.
+    """
+    known = set(read_json(folder / MANIFEST)["cases"])
+    if missing := sorted(set(listed) - known):
+        raise UDAError(
+            f"{folder} lacks the labelled target case(s) {', '.join(missing[:5])} that dataset.json names: set "
+            "nnUNet_raw (export nnUNet_raw=/path/to/nnUNet_raw) so that they can be preprocessed"
+        )
+    splits_file = folder.parent / SPLITS_TARGET
+    if fold == "all" or not splits_file.exists():
+        return sorted(listed)
+    splits = check_splits(read_json(splits_file), None, splits_file)
+    return sorted(set(fold_of(splits, int(fold), splits_file)["train"]) & set(listed))
 
 
 def _read_manifest(folder: Path) -> dict[str, Any] | None:
@@ -254,14 +291,16 @@ def _splits_to_copy(raw_dataset: Path, preprocessed: Path, known: set[str]) -> l
 
 
 def _preprocess_case(
-    item: tuple[str, list[Path]], folder: Path, plans: dict, configuration: str, dataset: dict
+    item: tuple[str, list[Path]], folder: Path, plans: dict, configuration: str, dataset: dict, labelled: bool
 ) -> tuple[str, list[dict[str, Any]]]:
     identifier, files = item
     plans_manager = PlansManager(plans)
     manager = plans_manager.get_configuration(configuration)
     fingerprint = [_fingerprint(path) for path in files]
-    data, seg, properties = preprocess_case(files, plans_manager, manager, dataset)
-    properties["class_locations"] = {}
+    images, label = (files[:-1], files[-1]) if labelled else (files, None)
+    data, seg, properties = preprocess_case(images, plans_manager, manager, dataset, label)
+    if not labelled:
+        properties["class_locations"] = {}
     data, seg = data.astype(np.float32, copy=False), seg.astype(np.int16, copy=False)
     blocks, chunks = comp_blosc2_params(data.shape, tuple(manager.patch_size), data.itemsize)
     blocks_seg, chunks_seg = comp_blosc2_params(seg.shape, tuple(manager.patch_size), seg.itemsize)

@@ -103,7 +103,8 @@ class StoppableTrainer(DistributedTrainer):
         return {"steps": self.steps, "random_state": random_state(), "loss_history": history}
 
     def end_loaders(self) -> None:
-        for loader in (self.dataloader_train, self.dataloader_val, self.dataloader_target):
+        further = (self.dataloader_target, self.dataloader_labelled)
+        for loader in (self.dataloader_train, self.dataloader_val, *further):
             if isinstance(loader, NonDetMultiThreadedAugmenter):
                 loader._finish()
 

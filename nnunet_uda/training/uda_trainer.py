@@ -37,6 +37,7 @@ from nnunet_uda.data.convention import (
     check_splits,
     environment_folder,
     fold_of,
+    labelled_target,
     mend_results,
     normalisation_warning,
     read_domains,
@@ -46,7 +47,13 @@ from nnunet_uda.data.damage import refuse_damaged
 from nnunet_uda.data.new_scans import check_prediction, treating_new_scans
 from nnunet_uda.data.sides import paired_names
 from nnunet_uda.data.slices import refuse_mixed_slices
-from nnunet_uda.data.target import TargetDataset, preprocess_target, target_identifiers
+from nnunet_uda.data.target import (
+    LabelledTargetDataset,
+    TargetDataset,
+    labelled_identifiers,
+    preprocess_target,
+    target_identifiers,
+)
 from nnunet_uda.devices import open_device
 from nnunet_uda.errors import UDAError, print_without_traceback
 from nnunet_uda.files import write_json
@@ -101,6 +108,8 @@ class UDATrainer(StoppableTrainer):
     method_settings: type | None = None
     fixed_settings: dict[str, Any] = {}
     needs_target = True
+    uses_labelled_target = True
+    """Whether the labels of the target scans that ``dataset.json`` names are learned beside the source's."""
     network_update = "segmenter"
     """The name of the update that ``self.optimizer``, which owns ``self.network``, makes."""
 
@@ -138,9 +147,11 @@ class UDATrainer(StoppableTrainer):
         self.networks = nn.ModuleDict()
         self.optimizers: dict[str, torch.optim.Optimizer] = {}
         self.dataloader_target = None
+        self.dataloader_labelled = None
         self.loss_history: dict[str, list[float]] = {}
         self.model_choice = ModelChoice(self.settings)
         self._terms: dict[str, Tensor] = {}
+        self._labelled_due = False
         self._updated: set[str] = set()
         self._restored_random_state: dict[str, Any] | None = None
         self._begins_anew = True
@@ -176,6 +187,20 @@ class UDATrainer(StoppableTrainer):
             target: ``(B, C, *patch)`` z-scored target images without labels, unrelated to ``source``.
         """
         raise NotImplementedError
+
+    def labelled_target_loss(self, images: Tensor, label: Tensor | list[Tensor]) -> Tensor:
+        """The segmentation loss of labelled target images, a term of every update of the segmenter.
+
+        Args:
+            images: ``(b, C, *patch)`` z-scored; b follows from the setting ``labelled_target_share``.
+            label: as ``train_on`` gets it.
+        """
+        return self.loss(self.study(images), label)
+
+    def study(self, images: Tensor) -> list[Tensor] | Tensor:
+        """Logits of the network that the segmenter's update trains; it is another one than ``segment``'s where a
+        teacher predicts."""
+        return self.segment(images)
 
     def reads_target(self) -> bool:
         """Whether ``train_on`` gets a target batch in the present epoch; a schedule may need none in a part of it."""
@@ -379,13 +404,19 @@ class UDATrainer(StoppableTrainer):
         return super().do_split()
 
     def get_dataloaders(self):
-        if not self.needs_target:
+        labelled = self.uses_labelled_target and self.settings.labelled_target_share > 0
+        dataset = self.prepare_labelled_target() if labelled else None
+        if not (self.needs_target or dataset):
             return super().get_dataloaders()
-        workers = get_allowed_n_proc_DA()  # one budget for both streams
-        share = max(1, workers // 2) if workers else 0
-        with _environment("nnUNet_n_proc_DA", str(max(1, workers - share) if workers else 0)):
+        workers = get_allowed_n_proc_DA()  # one budget for all streams
+        shares = [max(1, workers // part) if workers and stream else 0 for part, stream in
+                  ((2, self.needs_target), (4, dataset))]  # fmt: skip
+        with _environment("nnUNet_n_proc_DA", str(max(1, workers - sum(shares)) if workers else 0)):
             loaders = super().get_dataloaders()
-        self.dataloader_target = self._target_loader(share)
+        if self.needs_target:
+            self.dataloader_target = self._target_loader(shares[0])
+        if dataset is not None:
+            self.dataloader_labelled = self._labelled_target_loader(dataset, shares[1])
         return loaders
 
     def get_tr_and_val_datasets(self):
@@ -421,6 +452,8 @@ class UDATrainer(StoppableTrainer):
         refuse_damaged((self.training_dataset, self.validation_dataset), self._source_remedy, voxels=True)
         if self.needs_target:
             refuse_damaged((self.target_dataset,), self._target_remedy, voxels=True)
+        if self.dataloader_labelled is not None:
+            refuse_damaged((self.labelled_target_dataset,), self._target_remedy, voxels=True)
 
     def prepare_target(self) -> TargetDataset:
         """The fold's target training cases, preprocessed now if they are missing or stale."""
@@ -438,25 +471,78 @@ class UDATrainer(StoppableTrainer):
             )
         )
         identifiers = target_identifiers(folder, self.fold)
+        here = " here" if labelled_target(self.dataset_json) else ""
         self.print_to_log_file(
-            f"Unlabelled target: {len(identifiers)} {domains.target} case(s) from {folder}. No target label is read; "
-            f"pseudo Dice comes from {domains.source} validation cases"
+            f"Unlabelled target: {len(identifiers)} {domains.target} case(s) from {folder}. No target label is read"
+            f"{here}; pseudo Dice comes from {domains.source} validation cases"
         )
         return TargetDataset(str(folder), identifiers)
+
+    def prepare_labelled_target(self) -> LabelledTargetDataset | None:
+        """The fold's labelled target training cases, preprocessed now if they are missing or stale; mostly None.
+
+        Raises:
+            UDAError: a scan that ``dataset.json`` names cannot be had with its label.
+        """
+        listed = labelled_target(self.dataset_json)
+        if not listed:
+            return None
+        folder = self.on_first_rank(
+            lambda: preprocess_target(
+                self.plans_manager, self.configuration_name, self.dataset_json, default_num_processes,
+                self.print_to_log_file, labelled=True,
+            )
+        )  # fmt: skip
+        identifiers = labelled_identifiers(folder, self.fold, listed)
+        self.print_to_log_file(
+            f"Labelled target: {', '.join(identifiers) or 'no case in this fold'}, from {folder}. No other target "
+            "label is read"
+        )
+        dataset = LabelledTargetDataset(str(folder), identifiers)
+        refuse_damaged((dataset,), self._target_remedy)
+        return dataset if identifiers else None
+
+    def get_labelled_target_transforms(self, *args, **kwargs):
+        """The pipeline of labelled target patches, as they are at prediction: without a method's changes of style."""
+        return UDATrainer.get_training_transforms(*args, **kwargs)
+
+    def _labelled_target_loader(self, dataset: LabelledTargetDataset, num_processes: int) -> Iterator[dict]:
+        self.labelled_target_dataset = dataset
+        share = self.settings.labelled_target_share
+        number = max(1, round(self.batch_size * share / (1 - share)))
+        return self._further_loader(
+            dataset, number, self.label_manager, self.oversample_foreground_percent,
+            self.get_labelled_target_transforms, self._get_deep_supervision_scales(), num_processes,
+        )  # fmt: skip
 
     def _target_loader(self, num_processes: int) -> Iterator[dict]:
         self.target_dataset = self.prepare_target()
         refuse_damaged((self.target_dataset,), self._target_remedy)
+        return self._further_loader(
+            self.target_dataset, self.batch_size, _Unlabelled(), 0.0, self.get_target_transforms, None, num_processes
+        )
+
+    def _further_loader(
+        self,
+        dataset: nnUNetBaseDataset,
+        batch_size: int,
+        label_manager: Any,
+        oversampling: float,
+        get_transforms: Callable[..., ComposeTransforms],
+        scales: list | None,
+        num_processes: int,
+    ) -> Iterator[dict]:
+        """A stream beside nnU-Net's own two, as these are made."""
         rotation, dummy_2d, initial_patch_size, mirror_axes = (
             self.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
         )
-        transforms = self.get_target_transforms(
-            self.configuration_manager.patch_size, rotation, None, mirror_axes, dummy_2d,
+        transforms = get_transforms(
+            self.configuration_manager.patch_size, rotation, scales, mirror_axes, dummy_2d,
             use_mask_for_norm=self.configuration_manager.use_mask_for_norm,
         )  # fmt: skip
         loader = nnUNetDataLoader(
-            self.target_dataset, self.batch_size, initial_patch_size, self.configuration_manager.patch_size,
-            _Unlabelled(), oversample_foreground_percent=0.0, transforms=transforms,
+            dataset, batch_size, initial_patch_size, self.configuration_manager.patch_size,
+            label_manager, oversample_foreground_percent=oversampling, transforms=transforms,
         )  # fmt: skip
         if num_processes == 0:
             return SingleThreadedAugmenter(loader, None)
@@ -516,6 +602,7 @@ class UDATrainer(StoppableTrainer):
         target = self._to_device(next(self.dataloader_target)["data"]) if self.reads_target() else None
         self.in_step = True
         self._terms, self._updated = {}, set()
+        self._labelled_due = self.dataloader_labelled is not None
         self.train_on(source, label, target)
         if self.grad_scaler is not None:
             self.grad_scaler.update()
@@ -557,6 +644,12 @@ class UDATrainer(StoppableTrainer):
             sums.update({key: sums.get(key, 0.0) + value.detach() for key, value in terms.items()})
 
         yield add
+        if name == self.network_update and self._labelled_due:
+            self._labelled_due = False  # once a step, whatever updates there are
+            batch, share = next(self.dataloader_labelled), self.settings.labelled_target_share
+            with self.autocast():
+                loss = self.labelled_target_loss(self._to_device(batch["data"]), self._to_device(batch["target"]))
+            add({"labelled_target": share / (1 - share) * loss})
         self._terms.update(sums)
         self.share_gradients(optimizer)
         if self.grad_scaler is not None:
