@@ -15,6 +15,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_uda.data.target import preprocess_target
 from nnunet_uda.errors import UDAError
+from nnunet_uda.training import uda_trainer
 
 NAME = "Dataset501_Blobs"
 FEW = ["ct_Tu00", "ct_Tu02"]
@@ -38,6 +39,7 @@ def labelled(in_workspace, monkeypatch, tmp_path):
     for name in ("raw", "preprocessed"):
         shutil.copytree(getattr(in_workspace, name), tmp_path / name)
         monkeypatch.setenv(f"nnUNet_{name}", str(tmp_path / name))
+    monkeypatch.setattr(uda_trainer, "default_num_processes", 1)  # no process is started
     raw = tmp_path / "raw" / NAME
     for case in FEW:
         write_label(raw / "labelsTu" / f"{case}.nii.gz", raw / "imagesTu" / f"{case}_0000.nii.gz")
@@ -50,7 +52,8 @@ def labelled(in_workspace, monkeypatch, tmp_path):
 
 
 def steps(trainer, number: int = 1) -> list[dict[str, float]]:
-    trainer.initialize()
+    if not trainer.was_initialized:
+        trainer.initialize()
     trainer.on_train_start()
     trainer.on_train_epoch_start()
     return [trainer.train_step(next(trainer.dataloader_train)) for _ in range(number)]

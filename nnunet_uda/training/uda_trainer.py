@@ -504,7 +504,7 @@ class UDATrainer(StoppableTrainer):
 
     def get_labelled_target_transforms(self, *args, **kwargs):
         """The pipeline of labelled target patches, as they are at prediction: without a method's changes of style."""
-        return UDATrainer.get_training_transforms(*args, **kwargs)
+        return UDATrainer.get_training_transforms(self, *args, **kwargs)
 
     def _labelled_target_loader(self, dataset: LabelledTargetDataset, num_processes: int) -> Iterator[dict]:
         self.labelled_target_dataset = dataset
