@@ -20,7 +20,7 @@ FLOORS = (
     {"quality"},
     {"training"},
     {"evaluation"},
-    {"dataset_conversion", "trainers", "experiments", "demo"},
+    {"adaptation", "dataset_conversion", "trainers", "experiments", "demo"},
     {"commands"},
 )
 """From the ground up; what stands on one floor does not know of each other."""

@@ -87,15 +87,16 @@ def read_checkpoint(path: Path | str) -> dict[str, Any]:
     """
     path = Path(path)
     try:
-        return _load(path)
+        return load(path)
     except Exception as error:  # a cut pickle raises whatever its last byte makes of it
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UDAError(f"{path} cannot be read as a checkpoint (cut short?): {reason}. {_way_out(path)}") from error
 
 
-def _load(path: Path) -> dict[str, Any]:
+def load(path: Path, trusted: bool = False) -> dict[str, Any]:
+    """A checkpoint's content, on the CPU, with torch's own errors; code pickled in it is run only if ``trusted``."""
     with _numpy_allowed():
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=not trusted)
     if not isinstance(checkpoint, dict):
         raise ValueError(f"it holds a {type(checkpoint).__name__}")
     return checkpoint
@@ -116,7 +117,7 @@ def _way_out(path: Path) -> str:
         if other == path or not other.exists():
             continue
         try:
-            epoch = _load(other)["current_epoch"]
+            epoch = load(other)["current_epoch"]
         except Exception:  # damaged too
             continue
         words = [] if path == latest else [shlex.join(["rm", str(path)])]

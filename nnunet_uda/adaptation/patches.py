@@ -1,0 +1,57 @@
+"""Patches of preprocessed scans, around what a network finds there or anywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from acvl_utils.cropping_and_padding.bounding_boxes import crop_and_pad_nd
+from torch import Tensor
+
+FOUND_SHARE = 0.67
+"""Of the patches, those whose middle lies in a structure as the network finds it."""
+MOST_PLACES = 5000
+"""Places that are remembered of a structure."""
+
+
+class Patches:
+    """Draws patches of some scans.
+
+    Args:
+        volumes: ``(C, Z, Y, X)`` arrays, in memory or mapped.
+        segmentations: ``(Z, Y, X)`` integer classes, what the network finds there.
+        patch_size: 2 or 3 numbers; two are a slice along the first axis.
+    """
+
+    def __init__(
+        self, volumes: Sequence[np.ndarray], segmentations: Sequence[np.ndarray], patch_size: Sequence[int], seed: int
+    ) -> None:
+        self.volumes, self.size = volumes, [1, *patch_size][-3:]
+        self.flat = len(patch_size) == 2
+        self.rng = np.random.default_rng(seed)
+        self.places = [self._places(segmentation) for segmentation in segmentations]
+
+    def _places(self, segmentation: np.ndarray) -> list[np.ndarray]:
+        found = []
+        for value in np.unique(segmentation[segmentation > 0]):
+            places = np.argwhere(segmentation == value)
+            found.append(places[:: max(1, len(places) // MOST_PLACES)])
+        return found
+
+    def draw(self, number: int) -> tuple[Tensor, list[int]]:
+        """``(number, C, *patch)`` float32 and, for each patch, which scan it is of. Zeros lie outside of a scan."""
+        drawn, scans = [], []
+        for _ in range(number):
+            scan = int(self.rng.integers(len(self.volumes)))
+            volume, places = self.volumes[scan], self.places[scan]
+            if places and self.rng.random() < FOUND_SHARE:
+                of_one = places[self.rng.integers(len(places))]
+                middle = of_one[self.rng.integers(len(of_one))]
+            else:
+                middle = [self.rng.integers(length) for length in volume.shape[1:]]
+            box = [[int(m) - side // 2, int(m) - side // 2 + side] for m, side in zip(middle, self.size, strict=True)]
+            patch = torch.from_numpy(np.ascontiguousarray(crop_and_pad_nd(volume, box, 0))).float()
+            drawn.append(patch[:, 0] if self.flat else patch)
+            scans.append(scan)
+        return torch.stack(drawn), scans

@@ -1,0 +1,299 @@
+"""Adapting a trained model without its data: the model's folder, views, both modes, errors, a second start."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+import torch
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+from nnunet_uda.adaptation import views
+from nnunet_uda.adaptation.folder import distrusted, known_volumes
+from nnunet_uda.adaptation.model import Model, open_model
+from nnunet_uda.adaptation.patches import Patches
+from nnunet_uda.adaptation.scan import learning
+from nnunet_uda.commands import adapt
+from nnunet_uda.errors import UDAError
+from nnunet_uda.losses.consistency import consistency_loss
+
+CPU = torch.device("cpu")
+CASES = ["ct_Tu00", "ct_Tu01"]
+
+
+def write_model(workspace, folder: Path, trainer: str = "nnUNetTrainer", **checkpoint: object) -> Path:
+    """A model folder as a stock training leaves it; its weights are random, its log holds numpy's numbers."""
+    preprocessed = workspace.preprocessed / "Dataset501_Blobs"
+    plans = json.loads((preprocessed / "tiny.json").read_text())
+    plans.pop("uda", None)
+    folder = folder / f"{trainer}__tiny__2d"
+    (folder / "fold_0" / "validation").mkdir(parents=True)
+    (folder / "plans.json").write_text(json.dumps(plans))
+    for name in ("dataset.json", "dataset_fingerprint.json"):
+        shutil.copyfile(preprocessed / name, folder / name)
+    manager = PlansManager(plans)
+    torch.manual_seed(0)
+    network = nnUNetTrainer.build_network_architecture(manager, manager.get_configuration("2d"), 1, 3, False)
+    content = {
+        "network_weights": network.state_dict(),
+        "optimizer_state": {},
+        "grad_scaler_state": None,
+        "logging": {"mean_fg_dice": [np.float32(0.5)], "train_losses": [np.float64(1)]},
+        "_best_ema": np.float32(0.5),
+        "current_epoch": 1,
+        "init_args": {"plans": plans, "configuration": "2d", "fold": 0, "device": CPU},
+        "trainer_name": trainer,
+        "inference_allowed_mirroring_axes": (0,),
+    }
+    torch.save(content | checkpoint, folder / "fold_0" / "checkpoint_final.pth")
+    return folder
+
+
+@pytest.fixture
+def model(in_workspace, tmp_path) -> Path:
+    return write_model(in_workspace, tmp_path / "results")
+
+
+@pytest.fixture
+def scans(in_workspace, tmp_path) -> Path:
+    folder = tmp_path / "scans"
+    folder.mkdir()
+    for case in CASES:
+        name = f"{case}_0000.nii.gz"
+        shutil.copyfile(in_workspace.raw / "Dataset501_Blobs" / "imagesTu" / name, folder / name)
+    return folder
+
+
+def run(model: Path, scans: Path, out: Path, *more: str) -> dict:
+    adapt.main(["-m", str(model), "-i", str(scans), "-o", str(out), "-device", "cpu", "-steps", "2", *more])
+    return json.loads((out / "adapt.json").read_text())
+
+
+def refused(capsys, *arguments: object) -> str:
+    with pytest.raises(SystemExit) as ended:
+        adapt.main([*map(str, arguments), "-device", "cpu"])
+    assert ended.value.code == 1
+    return capsys.readouterr().err
+
+
+def label(path: Path) -> np.ndarray:
+    return sitk.GetArrayFromImage(sitk.ReadImage(str(path)))
+
+
+# --- parts ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [(24, 36), (6, 24, 36)])
+def test_a_moved_patch_comes_back(size):
+    axes = [torch.linspace(-1, 1, length) for length in size]
+    smooth = sum(axis**2 for axis in torch.meshgrid(*axes, indexing="ij"))[None, None].repeat(3, 1, *[1] * len(size))
+    maps = views.random_affine(3, size, torch.Generator().manual_seed(0))
+    moved = views.warp(smooth, maps)
+    back = views.warp(moved, views.inverse(maps))
+    inside = views.warp(views.warp(torch.ones_like(smooth), maps), views.inverse(maps)) > 0.99
+    assert (moved - smooth).abs()[inside].max() > 0.1, "it was moved"
+    assert inside.float().mean() > 0.3 and (back - smooth).abs()[inside].max() < 0.03
+
+
+def test_a_turn_keeps_angles_in_patches_that_are_not_square(monkeypatch):
+    monkeypatch.setattr(views, "SCALING", 0.0)
+    monkeypatch.setattr(views, "SHIFT", 0.0)
+    monkeypatch.setattr(views, "ROTATION", 0.5)
+    maps = views.random_affine(4, (20, 60), torch.Generator().manual_seed(1))
+    voxels = torch.tensor([[60.0, 0], [0, 20.0]]) / 2
+    turned = voxels @ maps[:, :, :2] @ torch.linalg.inv(voxels)
+    assert torch.allclose(turned @ turned.transpose(1, 2), torch.eye(2).expand(4, 2, 2), atol=1e-5)
+
+
+def test_equal_and_certain_segmentations_cost_nothing_and_others_do():
+    one = torch.nn.functional.one_hot(torch.tensor([[[0, 1], [2, 2]]]), 3).permute(0, 3, 1, 2).float()
+    assert consistency_loss(one, one) == pytest.approx(0, abs=1e-6)
+    other = one.flip(-1)
+    by_hand = 1 - np.mean([0.001 / 2.001, (2 * 2 + 0.001) / 4.001])
+    assert consistency_loss(one, other).item() == pytest.approx(by_hand, abs=1e-6)
+    valid = torch.tensor([[[[0.0, 0.0], [1.0, 1.0]]]])
+    assert consistency_loss(one, other, valid).item() == pytest.approx(0, abs=1e-6)
+
+
+def test_patches_lie_around_what_was_found_or_anywhere():
+    volume = np.arange(4 * 20 * 20, dtype=np.float32).reshape(1, 4, 20, 20)
+    found = np.zeros((4, 20, 20), np.int16)
+    found[2, 5, 6] = 1
+    patches = Patches([volume], [found], (8, 8), seed=0)
+    images, scans = patches.draw(60)
+    assert images.shape == (60, 1, 8, 8) and scans == [0] * 60
+    around = (images[:, 0, 4, 4] == volume[0, 2, 5, 6]).float().mean()
+    assert 0.5 < around < 0.85
+    volumes, _ = Patches([volume], [found], (2, 8, 8), seed=0).draw(2)
+    assert volumes.shape == (2, 1, 2, 8, 8)
+
+
+def test_norms_alone_learn_where_that_is_asked(model):
+    network = open_model(model, None, "checkpoint_final.pth", CPU).network
+    norms = {name for name, parameter in network.named_parameters() if ".norm." in name}
+    chosen = learning(network, "norms")
+    assert {name for name, p in network.named_parameters() if p.requires_grad} == norms and len(chosen) > 3
+    assert len(learning(network, "all")) == len(list(network.parameters()))
+
+
+def test_sizes_are_read_from_the_validation_and_say_what_not_to_believe(model):
+    opened = open_model(model, None, "checkpoint_final.pth", CPU)
+    assert known_volumes(opened) is None
+    spacings = json.loads((model / "dataset_fingerprint.json").read_text())["spacings"]
+    voxel = float(np.median([np.prod(spacing) for spacing in spacings]))
+    summary = model / "fold_0" / "validation" / "summary.json"
+    cases = [{"metrics": {"1": {"n_ref": 100.0}, "(2,)": {"n_ref": 50.0}}}]
+    summary.write_text(json.dumps({"metric_per_case": cases}))
+    known = known_volumes(opened)
+    assert known.tolist() == [[100 * voxel, 50 * voxel]]
+    found = np.zeros((1, 40, 40), np.int16)
+    found[0, :10, :10], found[0, 20:30, 20:32] = 1, 2
+    assert distrusted([found], [[voxel, 1, 1]], known, 2) == [[2]]
+    summary.write_text(json.dumps({"metric_per_case": [{"metrics": {"1": {}}}]}))
+    with pytest.raises(UDAError, match=r"summary.json is no summary"):
+        known_volumes(opened)
+
+
+# --- models of others -------------------------------------------------------------------------------------------------
+
+
+class Bomb:
+    def __init__(self, place: Path):
+        self.place = place
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.place),)
+
+
+def test_code_in_a_checkpoint_is_run_for_those_who_trust_it_alone(in_workspace, tmp_path):
+    folder = write_model(in_workspace, tmp_path / "results", extra=Bomb(tmp_path / "ran"))
+    with pytest.raises(UDAError, match=r"checkpoint_final.pth cannot be read as data.*--trusted"):
+        open_model(folder, None, "checkpoint_final.pth", CPU)
+    assert not (tmp_path / "ran").exists()
+    open_model(folder, None, "checkpoint_final.pth", CPU, trusted=True)
+    assert (tmp_path / "ran").exists()
+
+
+def test_models_that_do_not_fit_are_refused_by_name(in_workspace, model, tmp_path):
+    def expect(message: str, folds=None):
+        with pytest.raises(UDAError, match=message):
+            open_model(model, folds, "checkpoint_final.pth", CPU)
+
+    expect(r"holds no checkpoint_final.pth of fold 3; it has checkpoint_final.pth of 0", ["3"])
+    dataset = json.loads((model / "dataset.json").read_text())
+    (model / "dataset.json").write_text(json.dumps(dataset | {"labels": {"background": 0, "left": 1}}))
+    expect(r"does not fit .*plans.json and dataset.json.*Channels, labels")
+    channels = {"channel_names": {"0": "a", "1": "b"}}
+    (model / "dataset.json").write_text(json.dumps(dataset | channels))
+    expect(r"does not fit")
+    (model / "dataset.json").write_text(json.dumps(dataset | {"labels": {"background": 0, "all": [1, 2], "b": 2}}))
+    expect(r"regions")
+    (model / "dataset.json").write_text(json.dumps(dataset))
+    torch.save({"weights": 1}, model / "fold_0" / "checkpoint_final.pth")
+    expect(r"is no checkpoint of an nnU-Net v2 training: it lacks network_weights")
+    with pytest.raises(UDAError, match=r"nowhere does not exist"):
+        open_model(tmp_path / "nowhere", None, "checkpoint_final.pth", CPU)
+
+
+def test_a_trainer_that_is_not_here_falls_back_to_the_plain_network(in_workspace, tmp_path, capsys):
+    folder = write_model(in_workspace, tmp_path / "results", "SomebodysTrainer")
+    opened = open_model(folder, None, "checkpoint_final.pth", CPU)
+    assert "SomebodysTrainer is not to be found" in capsys.readouterr().out and opened.trainer is nnUNetTrainer
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+def test_each_scan_by_itself(model, scans, tmp_path, capsys):
+    out = tmp_path / "out"
+    state = run(model, scans, out, "-mode", "scan")
+    said = capsys.readouterr().out
+    assert "This takes about" in said and "on cpu for 2 scan(s)" in said
+    assert sorted(path.name for path in out.glob("*.nii.gz")) == [f"{case}.nii.gz" for case in CASES]
+    assert set(state["scans"]) == set(CASES) and not list(out.glob("Dataset*"))
+    alone = tmp_path / "alone"
+    (scans / f"{CASES[0]}_0000.nii.gz").unlink()
+    assert run(model, scans, alone, "-mode", "scan")["scans"][CASES[1]] == state["scans"][CASES[1]], "nothing is kept"
+    image = sitk.ReadImage(str(scans / f"{CASES[1]}_0000.nii.gz"))
+    assert sitk.ReadImage(str(out / f"{CASES[1]}.nii.gz")).GetSize() == image.GetSize()
+
+
+def test_one_model_for_a_folder_that_nnunet_predicts_with(model, scans, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    monkeypatch.setattr(Model, "agreement", lambda self, volume, weights: float(weights is not self.weights))
+    state = run(model, scans, out)
+    assert {scan["kept"] for scan in state["scans"].values()} == {"adapted"}
+    written = out / "Dataset501_Blobs" / "nnUNetTrainer__tiny__2d"
+    assert str(out.resolve()) in capsys.readouterr().out
+    predictor = nnUNetPredictor(device=CPU, allow_tqdm=False)
+    predictor.initialize_from_trained_model_folder(str(written), ("0",), "checkpoint_final.pth")
+    before = open_model(model, None, "checkpoint_final.pth", CPU).weights[0]
+    assert any(not torch.equal(before[name], value) for name, value in predictor.list_of_parameters[0].items())
+    again = open_model(written, None, "checkpoint_final.pth", CPU)
+    volume, properties = again.preprocess([scans / f"{CASES[0]}_0000.nii.gz"])
+    again.write_prediction(again.logits(volume, again.weights), properties, tmp_path / "again.nii.gz")
+    assert np.array_equal(label(tmp_path / "again.nii.gz"), label(out / f"{CASES[0]}.nii.gz"))
+
+
+def test_a_second_start_goes_on_and_another_command_is_refused(model, scans, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    write = Model.write_prediction
+    written = []
+
+    def once(self, logits, properties, path):
+        if written:
+            raise KeyboardInterrupt
+        written.append(path)
+        write(self, logits, properties, path)
+
+    monkeypatch.setattr(Model, "write_prediction", once)
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        run(model, scans, out)
+    assert sorted(p.name for p in out.glob("*.nii.gz")) == [f"{CASES[0]}.nii.gz"]
+    stamps = [p.stat().st_mtime_ns for p in out.rglob("*.pth")] + [written[0].stat().st_mtime_ns]
+    monkeypatch.setattr(Model, "write_prediction", write)
+    capsys.readouterr()
+    assert set(run(model, scans, out)["scans"]) == set(CASES)
+    assert "1 of 2 scan(s) are finished already" in capsys.readouterr().out
+    assert [p.stat().st_mtime_ns for p in out.rglob("*.pth")] + [written[0].stat().st_mtime_ns] == stamps
+    command = ("-m", model, "-i", scans, "-o", out, "-steps", "2")
+    assert "other settings (settings)" in refused(capsys, *command, "-seed", "3")
+    assert "(mode, settings)" in refused(capsys, *command, "-mode", "scan")
+    (scans / f"{CASES[0]}_0000.nii.gz").unlink()
+    assert "one model is for all" in refused(capsys, *command)
+
+
+def test_the_unadapted_prediction_stays_where_it_agrees_more(model, scans, tmp_path, monkeypatch):
+    monkeypatch.setattr(Model, "agreement", lambda self, volume, weights: float(weights is self.weights))
+    state = run(model, scans, tmp_path / "out", "-mode", "scan", "-what", "all", "-learning_rate", "0.1")
+    assert {scan["kept"] for scan in state["scans"].values()} == {"unadapted"}
+    opened = open_model(model, None, "checkpoint_final.pth", CPU)
+    volume, properties = opened.preprocess([scans / f"{CASES[0]}_0000.nii.gz"])
+    opened.write_prediction(opened.logits(volume, opened.weights), properties, tmp_path / "own.nii.gz")
+    assert np.array_equal(label(tmp_path / "own.nii.gz"), label(tmp_path / "out" / f"{CASES[0]}.nii.gz"))
+
+
+def test_what_the_command_refuses(model, scans, tmp_path, capsys):
+    empty, out = tmp_path / "empty", tmp_path / "out"
+    empty.mkdir()
+    assert "give either -m FOLDER, or -d" in refused(capsys, "-i", scans, "-o", out)
+    assert "empty holds no image" in refused(capsys, "-m", model, "-i", empty, "-o", out)
+    assert "none (-i) is no folder" in refused(capsys, "-m", model, "-i", tmp_path / "none", "-o", out)
+    assert "give another one" in refused(capsys, "-m", model, "-i", scans, "-o", scans)
+    assert "'steps' must be at least 1" in refused(capsys, "-m", model, "-i", scans, "-o", out, "-steps", "0")
+    unknown = refused(capsys, "-m", model, "-i", scans, "-o", out, "-runs", "2")
+    assert "-mode folder: unknown setting 'runs'" in unknown
+    (scans / f"{CASES[0]}_0001.nii.gz").write_bytes(b"")
+    assert "reads 1 channel(s)" in refused(capsys, "-m", model, "-i", scans, "-o", out)
+    assert not out.exists()
+    (scans / f"{CASES[0]}_0001.nii.gz").unlink()
+    out.mkdir()
+    (out / "mine.txt").write_text("")
+    assert "is not empty" in refused(capsys, "-m", model, "-i", scans, "-o", out)
