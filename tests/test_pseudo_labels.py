@@ -245,3 +245,132 @@ def test_training_sees_no_target_label_by_a_list_of_files(dataset):
     convention.check_dataset_json(content, "dataset.json")
     with pytest.raises(UDAError, match="lists a with a label for training, but .* lies in imagesTu"):
         convention.target_cases(dataset, content)
+
+
+# -- predictions of a general model ----------------------------------------------------------------------------------
+
+
+def as_general(dataset: Path, write) -> None:
+    """Each prediction in another layout: ``write(folder, case, label)``."""
+    folder = dataset.parent.parent / "predictions"
+    for path in list(folder.glob("*.nii.gz")):
+        label = sitk.GetArrayFromImage(sitk.ReadImage(str(path)))
+        path.unlink()
+        write(folder, path.name.removesuffix(".nii.gz"), label)
+
+
+def one_file_a_structure(folder: Path, case: str, label: np.ndarray) -> None:
+    half = np.zeros(label.shape, bool)
+    half[:, : label.shape[1] // 2] = True
+    masks = {"upper_left": (label == 1) & half, "lower_left": (label == 1) & ~half, "right": label == 2,
+             "spleen": label == 0}  # fmt: skip
+    for name, mask in masks.items():
+        write_volume(folder / case / f"{name}.nii.gz", mask.astype(np.uint8))
+    (folder / case / "statistics.json").write_text("{}")
+
+
+def labels_of(dataset: Path) -> dict[str, np.ndarray]:
+    return {
+        path.name: sitk.GetArrayFromImage(sitk.ReadImage(str(path)))
+        for path in sorted(dataset.glob("labelsTr/pseudo_*"))
+    }
+
+
+def same(first: dict[str, np.ndarray], second: dict[str, np.ndarray]) -> bool:
+    return len(first) == 4 and first.keys() == second.keys() and all(np.array_equal(first[k], second[k]) for k in first)
+
+
+def test_one_file_of_other_values_becomes_the_datasets_classes(dataset):
+    expected = labels_of(run(dataset))
+
+    def other_values(folder: Path, case: str, label: np.ndarray) -> None:
+        values = np.array([0, 5, 300])[label].astype(np.int16)
+        values[0, 0, 0] = 77  # a structure that the dataset lacks
+        write_volume(folder / f"{case}_0000.nii.gz", values)
+
+    as_general(dataset, other_values)
+    assert same(labels_of(run(dataset, "-labels", "left=5", "right=300,301", name="Dataset602_General")), expected)
+
+
+def test_one_file_a_structure_is_joined(dataset, capsys):
+    expected = labels_of(run(dataset))
+    as_general(dataset, one_file_a_structure)
+    words = ("-labels", "left=upper_left,lower_left", "right=right")
+    out = run(dataset, *words, name="Dataset602_General")
+    assert same(labels_of(out), expected)
+    report = json.loads((out / "pseudo_labels.json").read_text())
+    assert report["ct_Tu00"]["left_out"] == "" and report["ct_Tu00"]["volumes_ml"]["left"] > 0
+    folder = dataset.parent.parent / "predictions" / "ct_Tu00"
+    right = sitk.GetArrayFromImage(sitk.ReadImage(str(folder / "right.nii.gz")))
+    left = sitk.GetArrayFromImage(sitk.ReadImage(str(folder / "upper_left.nii.gz")))
+    write_volume(folder / "right.nii.gz", right | left)
+    capsys.readouterr()
+    again = run(dataset, *words, name="Dataset603_Overlap")
+    assert same(labels_of(again), expected)
+    assert f"{int(left.sum())} voxel(s) lie in two structures: given to the first" in capsys.readouterr().out
+
+
+def test_files_called_as_the_structures_need_no_map(dataset):
+    expected = labels_of(run(dataset))
+
+    def by_name(folder: Path, case: str, label: np.ndarray) -> None:
+        for value, name in ((1, "left"), (2, "right")):
+            write_volume(folder / case / f"{name}.nii.gz", (label == value).astype(np.uint8))
+
+    as_general(dataset, by_name)
+    assert same(labels_of(run(dataset, name="Dataset602_General")), expected)
+
+
+def test_a_scan_that_was_labelled_by_hand_keeps_its_label(dataset):
+    content = json.loads((dataset / "dataset.json").read_text())
+    content["uda"]["labelled_target"] = ["ct_Tu01"]
+    (dataset / "dataset.json").write_text(json.dumps(content))
+    own = np.zeros((10, 36, 36), np.uint8)
+    own[2:4, 3:6, 3:6] = 2  # no plausible volume
+    write_volume(dataset / "labelsTu" / "ct_Tu01.nii.gz", own)
+    (dataset.parent.parent / "predictions" / "ct_Tu01.nii.gz").unlink()
+    assert np.array_equal(labels_of(run(dataset))["pseudo_ct_Tu01.nii.gz"], own)
+
+
+def an_extra(dataset: Path) -> None:
+    folder = dataset.parent.parent / "predictions"
+    shutil.copyfile(folder / "ct_Tu00.nii.gz", folder / "ct_Ts00.nii.gz")
+
+
+def as_folders(dataset: Path) -> None:
+    as_general(dataset, one_file_a_structure)
+
+
+def a_probability(dataset: Path) -> None:
+    as_folders(dataset)
+    path = dataset.parent.parent / "predictions" / "ct_Tu00" / "right.nii.gz"
+    write_volume(path, np.linspace(0, 1, 10 * 36 * 36, dtype=np.float32).reshape(10, 36, 36))
+
+
+@pytest.mark.parametrize(
+    ("prepare", "options", "words"),
+    [
+        (an_extra, (), r"ct_Ts00.nii.gz: ct_Ts00 is no case of imagesTu"),
+        (lambda d: None, ("left=5", "right=3", "liver=5"), "the dataset has no structure 'liver'"),
+        (lambda d: None, ("left=5",), "-labels names nothing for right"),
+        (lambda d: None, ("left=5", "right=5"), "5 is already left"),
+        (lambda d: None, ("left=5", "right=right"), "values for all structures, or names of files for all"),
+        (lambda d: None, ("left=0", "right=1"), "0 is already the background"),
+        (lambda d: None, ("left", "right=1"), "expected structure=value or =file"),
+        (lambda d: None, ("left=left", "right=right"), "one file of all structures; expected values"),
+        (as_folders, ("left=1", "right=2"), "one file a structure .*expected names of files"),
+        (as_folders, ("left=left", "right=right"), "ct_Tu00 has no file left.nii.gz for the structure left"),
+        (as_folders, (), "has no file left.nii.gz"),
+        (
+            a_probability,
+            ("left=upper_left,lower_left", "right=right"),
+            "right.nii.gz holds the values .*expected a mask",
+        ),
+    ],
+)
+def test_maps_and_layouts_that_do_not_fit_are_refused(dataset, capsys, prepare, options, words):
+    prepare(dataset)
+    with pytest.raises(SystemExit):
+        run(dataset, *(("-labels", *options) if options else ()))
+    assert re.search(words, capsys.readouterr().err)
+    assert not (dataset.parent / "Dataset601_Second").exists()

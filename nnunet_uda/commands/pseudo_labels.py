@@ -21,11 +21,13 @@ from nnunet_uda.data.convention import (
     check_splits,
     dataset_name,
     environment_folder,
+    labelled_target_files,
     read_domains,
     read_json,
     source_cases,
     target_cases,
 )
+from nnunet_uda.data.general_model import StructureMap, find_predictions, parse_map, read_prediction
 from nnunet_uda.data.pseudo_labels import implausible_structures, keep_components, structure_volumes
 from nnunet_uda.errors import UDAError, command, shown
 from nnunet_uda.files import cannot_write, whole_folder, write_json
@@ -34,6 +36,8 @@ from nnunet_uda.names import check_name
 
 PREFIX = "pseudo_"
 SPLITS = "splits_final.json"
+REPORT = "pseudo_labels.json"
+"""Beside dataset.json, where nnU-Net does not look: of each scan, whether it was taken and why."""
 
 
 @dataclass(frozen=True)
@@ -44,8 +48,9 @@ class Request:
         raw: raw dataset to start from.
         dataset_json: its ``dataset.json``.
         structures: their names, for the classes 1, 2, ...
-        predictions: folder with one label file a target case.
+        predictions: folder with one label file a target case, or one folder (``data.general_model``).
         share, factor: see ``keep_components`` and ``implausible_structures``.
+        names: what the predictions call the structures; None where they are of a model of this dataset.
     """
 
     raw: Path
@@ -54,6 +59,7 @@ class Request:
     predictions: Path
     share: float
     factor: float
+    names: StructureMap | None = None
 
     @property
     def label_map(self) -> LabelMap:
@@ -76,11 +82,19 @@ def main(argv: list[str] | None = None) -> None:
         description="Make a dataset whose labelled cases are those of dataset -d and its unlabelled target scans "
         "(imagesTu) with predictions for labels, for a last round of plain training. Small connected components of a "
         "prediction are removed; a case is left out where a structure's volume is implausible beside the source's. "
-        "Predictions are made with nnUNetv2_predict -i .../imagesTu. No target label is read.",
+        "Predictions are made with nnUNetv2_predict -i .../imagesTu, or by a general model (TotalSegmentator, an older "
+        "one): then -labels says what it calls the structures. No target label is read but of scans that dataset.json "
+        "names as labelled, which keep their own. What was taken and why stands in pseudo_labels.json.",
     )
     parser.add_argument("-d", required=True, help="dataset id or name")
     parser.add_argument("-i", required=True, type=Path, metavar="FOLDER", help="predictions of imagesTu")
     parser.add_argument("-o", required=True, metavar="DatasetXXX_NAME", help="the new dataset")
+    parser.add_argument(
+        "-labels", nargs="+", metavar="NAME=VALUE",
+        help="what a general model calls the dataset's structures: values in its files (liver=5 kidneys=2,3; others "
+        "become background), or names of files where it writes a folder a case (kidneys=kidney_left,kidney_right) "
+        "[values of the dataset, files called as its structures]",
+    )  # fmt: skip
     parser.add_argument(
         "-component_share", type=float, default=0.1,
         help="keep a component with at least this share of its structure's largest one (default 0.1; 1: largest only)",
@@ -94,14 +108,21 @@ def main(argv: list[str] | None = None) -> None:
     request = _request(args, root / dataset_name(args.d))
     final = _new_dataset(root, args.o)
     targets = target_cases(request.raw, request.dataset_json)
+    labelled = labelled_target_files(request.raw, request.dataset_json, targets)
+    predictions = find_predictions(request.predictions, targets.keys(), labelled.keys(), request.ending)
     known = _source_volumes(request)
     with whole_folder(final) as folder:
         for name in ("imagesTr", "labelsTr"):
             (folder / name).mkdir()
-        lines, kept = [], []
+        lines, kept, report = [], [], {}
         for identifier, images in tqdm(targets.items(), desc="Pseudo labels", unit="case"):
-            label, why = _pseudo_label(request, identifier, images[0], known)
-            lines.append(f"  {identifier}: {'left out, ' + why if why else 'taken'}")
+            if identifier in labelled:
+                label, found = _own_label(request, labelled[identifier], images[0])
+            else:
+                label, found = _pseudo_label(request, predictions[identifier], images[0], known)
+            report[identifier] = found
+            why, notes = found["left_out"], "; ".join(found["notes"])
+            lines.append(f"  {identifier}: {'left out, ' + why if why else 'taken'}{notes and f' ({notes})'}")
             if not why:
                 kept.append(PREFIX + identifier)
                 _write_label(label, folder / "labelsTr" / f"{kept[-1]}{request.ending}")
@@ -110,6 +131,7 @@ def main(argv: list[str] | None = None) -> None:
         if not kept:
             raise UDAError(f"no prediction in {request.predictions} is plausible:\n" + "\n".join(lines))
         _add_source(request, kept, folder)
+        write_json(report, folder / REPORT)
     print("\n".join(lines))
     print(f"{final}: {len(known)} source case(s) and {len(kept)} of {len(targets)} target case(s) with pseudo labels")
 
@@ -128,7 +150,8 @@ def _request(args: argparse.Namespace, raw: Path) -> Request:
     if sorted(map(str, labels.values())) != sorted(map(str, range(1, len(labels) + 1))):
         raise UDAError(f"{raw / 'dataset.json'}: region-based labels are not supported: one integer for each structure")
     structures = sorted(labels, key=labels.__getitem__)
-    return Request(raw, dataset_json, structures, args.i, args.component_share, args.volume_factor)
+    names = parse_map(args.labels, structures) if args.labels else None
+    return Request(raw, dataset_json, structures, args.i, args.component_share, args.volume_factor, names)
 
 
 def _new_dataset(root: Path, name: str) -> Path:
@@ -158,29 +181,54 @@ def _source_volumes(request: Request) -> np.ndarray:
     return np.array(volumes)
 
 
-def _ignored(dataset_json: dict[str, Any]) -> dict[int, int]:
-    """nnU-Net's ignore label, which a label of the source may hold, as background."""
-    return {dataset_json["labels"]["ignore"]: 0} if "ignore" in dataset_json["labels"] else {}
+def _ignored(dataset_json: dict[str, Any], keep: bool = False) -> dict[int, int]:
+    """nnU-Net's ignore label, which a label by hand may hold, as background or as it is."""
+    ignore = dataset_json["labels"].get("ignore")
+    return {} if ignore is None else {ignore: ignore if keep else 0}
 
 
-def _pseudo_label(request: Request, identifier: str, image: Path, known: np.ndarray) -> tuple[sitk.Image, str]:
-    """The cleaned prediction of a case, and why it is left out, empty where it is taken."""
-    path = request.predictions / f"{identifier}{request.ending}"
-    if not path.exists():
-        raise UDAError(f"{path} does not exist; expected a prediction of every case in {image.parent}")
+def _own_label(request: Request, path: Path, image: Path) -> tuple[sitk.Image, dict[str, Any]]:
+    """The label of a scan that was labelled by hand, as ``_pseudo_label`` returns one."""
     scan = read_image(image)
-    prediction, _ = read_label(path, scan, image)
+    label, _ = read_label(path, scan, image)
+    label_map = replace(request.label_map, values=request.label_map.values | _ignored(request.dataset_json, keep=True))
+    return _on_grid(label_map.apply(label, path), scan), {"left_out": "", "notes": ["its own label"]}
+
+
+def _on_grid(classes: np.ndarray, scan: sitk.Image) -> sitk.Image:
+    label = sitk.GetImageFromArray(classes)
+    label.CopyInformation(scan)  # nnU-Net compares exactly
+    return label
+
+
+def _pseudo_label(request: Request, place: Path, image: Path, known: np.ndarray) -> tuple[sitk.Image, dict[str, Any]]:
+    """The cleaned prediction of a case; why it is left out, empty where it is taken; volumes and what was removed."""
+    scan = read_image(image)
     number = len(request.structures)
-    cleaned = keep_components(request.label_map.apply(prediction, path), number, request.share)
-    volumes = structure_volumes(cleaned, number, prediction.GetSpacing())
+    if request.names is None and not place.is_dir():  # of a model of this dataset: other values are a mistake
+        prediction, _ = read_label(place, scan, image)
+        classes, notes = request.label_map.apply(prediction, place), []
+    else:
+        classes, notes = read_prediction(place, scan, image, request.names, request.structures)
+    cleaned = keep_components(classes, number, request.share)
+    before, volumes = (structure_volumes(one, number, scan.GetSpacing()) for one in (classes, cleaned))
+    removed = {
+        name: round(float(b - v) / 1000, 3)
+        for name, b, v in zip(request.structures, before, volumes, strict=True)
+        if b > v
+    }
+    if removed:
+        listed = ", ".join(f"{volume:.3g} ml of {name}" for name, volume in removed.items())
+        notes.append(f"small components removed: {listed}")
     wrong = [
         f"{request.structures[i - 1]} has {volumes[i - 1] / 1000:.1f} ml (source "
         f"{known[:, i - 1].min() / 1000:.1f} to {known[:, i - 1].max() / 1000:.1f} ml)"
         for i in implausible_structures(volumes, known, request.factor)
     ]
-    label = sitk.GetImageFromArray(cleaned)
-    label.CopyInformation(scan)  # nnU-Net compares exactly
-    return label, "; ".join(wrong)
+    in_ml = dict(zip(request.structures, (round(float(volume) / 1000, 3) for volume in volumes), strict=True))
+    return _on_grid(cleaned, scan), {
+        "left_out": "; ".join(wrong), "notes": notes, "volumes_ml": in_ml, "removed_ml": removed,
+    }  # fmt: skip
 
 
 def _write_label(label: sitk.Image, path: Path) -> None:
