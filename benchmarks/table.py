@@ -216,6 +216,12 @@ class RecordingEngine(LocalEngine):
         super().run(jobs, recorded, done)
 
 
+def kind_of_step(run: Run) -> tuple[str, str]:
+    """Runs whose steps take equally long: of one line and configuration, with or without labelled target scans."""
+    task = TASKS[run.task]
+    return f"{run.line.label}{' with target labels' if task.few else ''}", task.configuration
+
+
 def calibrate(runs: Sequence[Run], folder: Path, device: str) -> dict[tuple[str, str], float]:
     """Times that a step of each line takes a plain network's, by label and configuration; measured where not known.
 
@@ -225,7 +231,7 @@ def calibrate(runs: Sequence[Run], folder: Path, device: str) -> dict[tuple[str,
     path, here, ratios = folder / "calibration.json", f"{machine(device)}, {device}", {}
     known = read_json(path) if path.exists() else {}
     for run in runs:
-        task, key = TASKS[run.task], (run.line.label, TASKS[run.task].configuration)
+        task, key = TASKS[run.task], kind_of_step(run)
         if run.equal != "time" or key in ratios:
             continue
         uda = run.line.uda(run.task)
@@ -432,7 +438,9 @@ def task_notes(runs: pd.DataFrame) -> str:
         unlabelled = bool(part[part.label != UPPER].transductive.any())
         words.append("tested on the very scans that training sees without their labels" if unlabelled
                      else "tested on scans that no training sees")  # fmt: skip
-        if len(task.bounds) > 1:
+        if task.few:
+            words.append(f"{task.few} target scan(s) labelled for training")
+        elif len(task.bounds) > 1:
             joined = " and the labelled source" if len(task.bounds) == 2 else ""
             words.append(f"upper bound: trained on the other target scan(s){joined}, for each in turn")
         elif not task.bounds:
@@ -525,6 +533,8 @@ def planned(tasks: Sequence[str], lines: Sequence[Line], args: argparse.Namespac
         for name in tasks:
             task, seeds = TASKS[name], args.seeds or TASKS[name].seeds
             for line in lines if place < len(seeds) else ():
+                if line.label in BOUNDS and task.few:  # they are those of the task without
+                    continue
                 if (line.label == UPPER and not task.bounds) or (task.configuration != "2d" and line.trainer in FLAT):
                     continue
                 modes = [None] if line.label in BOUNDS else args.equal
@@ -544,7 +554,7 @@ def train(runs: Sequence[Run], args: argparse.Namespace, folder: Path, finished:
     ratios = calibrate(runs, folder, args.device)
     waiting = []
     for run in runs:
-        ratio = ratios.get((run.line.label, TASKS[run.task].configuration), 1.0)
+        ratio = ratios.get(kind_of_step(run), 1.0)
         waiting.append((run, ratio, run.jobs(folder, args.device, ratio)))
     scores: dict[str, Score] = {}
     failed: dict[str, str] = {}

@@ -25,6 +25,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from nnunet_uda.commands.demo import Demo
 from nnunet_uda.data.convention import read_json
 from nnunet_uda.demo.brain import convert_command
@@ -50,6 +52,7 @@ class Task:
         seeds: of the table.
         configuration: nnU-Net's.
         settings: of the plans, besides the seed.
+        few: so many target training scans are labelled for training, those of a smaller number among them.
     """
 
     dataset: int
@@ -63,6 +66,7 @@ class Task:
     seeds: tuple[int, ...] = (0, 1)
     configuration: str = "2d"
     settings: tuple[str, ...] = ("mirror=false",)
+    few: int = 0
 
     @property
     def made(self) -> bool:
@@ -202,6 +206,9 @@ def conversions(name: str, folder: Path, data: Path | None) -> list[list[str]]:
             test = target.test
             given = {"source_images": source.images, "source_labels": source.labels, "target_images": target.images}
             given |= {"target_labels": target.labels} if test is None or more else {}
+            if task.few and not more:
+                order = np.random.RandomState(0).permutation(len(target.labels))[: task.few]
+                given |= {"target_few_labels": sorted(target.labels[index] for index in order)}
             given |= {"target_test_images": test.images, "target_test_labels": test.labels} if test else {}
             words = [word for option, paths in given.items() for word in (f"-{option}", *shortest(paths))]
             others = ["--ignore_other_labels"] if task.scans == "totalseg" else []
