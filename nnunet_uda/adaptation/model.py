@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
+from functools import cached_property
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -30,11 +31,15 @@ from nnunet_uda.files import write_json
 from nnunet_uda.foreign_plans import check_plans
 from nnunet_uda.images.intensities import read_intensities
 from nnunet_uda.methods import trainers_folder
+from nnunet_uda.quality.asked import Asked
+from nnunet_uda.quality.calibration import Calibration
+from nnunet_uda.quality.cases import FILE, quality_of_volume, structure_names, uncalibrated
 from nnunet_uda.training.checkpoint import FINAL, load, plain, write_checkpoint
-from nnunet_uda.training.criteria import TargetCriteria, look_twice
 from nnunet_uda.training.uda_trainer import UDATrainer
 
 Weights = dict[str, Tensor]
+TILE_STEP = 0.5
+"""Of the sliding window, nnU-Net's."""
 _KEYS = ("network_weights", "trainer_name", "init_args")
 
 
@@ -109,7 +114,7 @@ class Model:
 
     def logits(self, volume: np.ndarray | Tensor, weights: Sequence[Weights], mirror: bool = True) -> Tensor:
         """``(K, Z, Y, X)`` on the CPU, mean over ``weights``, as nnU-Net predicts; ``mirror`` as it was trained."""
-        self.predictor.use_mirroring = mirror
+        self.predictor.use_mirroring, self.predictor.tile_step_size = mirror, TILE_STEP
         volume = torch.as_tensor(np.asarray(volume))
         total = None
         for one in weights:
@@ -118,17 +123,21 @@ class Model:
             total = logits if total is None else total + logits
         return total / len(weights)
 
-    def agreement(self, volume: np.ndarray, weights: Sequence[Weights]) -> float:
-        """What can be said without a label: Dice of the segmentation with that of the darkened, mirrored scan."""
-        axes = self.predictor.allowed_mirroring_axes or ()
-        axes = [axis + (len(self.patch_size) == 2) for axis in axes]
-        gathered = TargetCriteria(self.num_classes)
+    def estimate(self, volume: np.ndarray, properties: dict[str, Any], weights: Sequence[Weights]) -> float:
+        """The Dice that ``nnunet_uda.quality`` expects of a scan's segmentation, without a label; by the calibration
+        beside the first fold's checkpoint, where there is one."""
+        self.network.load_state_dict(weights[0])
+        asked = Asked(self.predictor, {f"network_{index}": one for index, one in enumerate(weights)}, {})
+        spacing, image = asked.spacing(properties), torch.from_numpy(np.asarray(volume))
+        quality, _ = quality_of_volume("", asked, self.calibration, image, spacing)
+        return float(np.nan_to_num(quality.overall.dice))
 
-        def predict(images: Tensor) -> Tensor:
-            return self.logits(images[0], weights, mirror=False)[None]
-
-        gathered.add(*look_twice(predict, torch.from_numpy(volume)[None], axes))
-        return gathered.values()["agreement"]
+    @cached_property
+    def calibration(self) -> Calibration:
+        path = self.folder / f"fold_{self.folds[0]}" / FILE
+        if path.is_file():
+            return Calibration.from_json(read_json(path), str(path))
+        return uncalibrated(structure_names(self.dataset_json))
 
     def write_prediction(self, logits: Tensor, properties: dict[str, Any], path: Path) -> None:
         """The segmentation on the scan's own grid, whole or not at all; ``path`` with the file ending."""

@@ -21,6 +21,8 @@ from nnunet_uda.settings import parse_settings
 
 STATE = "adapt.json"
 """In the output: what was adapted how, and each scan that is finished."""
+ESTIMATE_PASSES = 4
+"""What an estimate of a scan takes, in passes of a prediction without mirroring, about."""
 
 
 @command
@@ -58,9 +60,9 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="nnUNetUDA_adapt",
         description="Adapt a trained nnU-Net v2 model (of any trainer here or of nnU-Net's own; 2D or 3D, plain or "
-        "residual) to unlabelled scans of another domain, without its training data, and predict these scans. Where a "
-        "scan's prediction agrees less with itself after adapting than before, the unadapted one is kept. A second "
-        "start of the same command goes on where it stopped.",
+        "residual) to unlabelled scans of another domain, without its training data, and predict these scans. Where "
+        "the label-free estimate of a scan's Dice is lower after adapting than before, the unadapted prediction is kept. "
+        "A second start of the same command goes on where it stopped.",
     )
     parser.add_argument("-m", type=Path, metavar="FOLDER", help="the model's folder, TRAINER__PLANS__CONFIGURATION")
     parser.add_argument("-d", help="or in nnUNet_results: dataset id or name")
@@ -123,13 +125,13 @@ def _state(out: Path, described: dict[str, Any]) -> dict[str, Any]:
 
 
 def _finish(model: Any, case: str, out: Path, state: dict[str, Any], before: float, after: float, logits: Any) -> None:
-    """Predict a scan by what agrees better and note it; ``logits`` is called with whether that is adapted."""
+    """Predict a scan by what the estimate prefers and note it; ``logits`` is called with whether that is adapted."""
     adapted = after >= before
     values, properties = logits(adapted)
     model.write_prediction(values, properties, out / f"{case}{model.dataset_json['file_ending']}")
     state["scans"][case] = {"before": before, "after": after, "kept": "adapted" if adapted else "unadapted"}
     write_json(state, out / STATE)
-    tqdm.write(f"{case}: agreement {before:.3f} before, {after:.3f} after: {state['scans'][case]['kept']}")
+    tqdm.write(f"{case}: estimated Dice {before:.3f} before, {after:.3f} after: {state['scans'][case]['kept']}")
 
 
 def _waiting(cases: dict[str, list[Path]], out: Path, state: dict[str, Any], ending: str) -> dict[str, list[Path]]:
@@ -159,12 +161,12 @@ def _adapt_scans(model: Any, cases: dict[str, list[Path]], settings: Any, out: P
     for number, (case, files) in enumerate(tqdm(waiting.items(), desc="Adapting", unit="scan")):
         volume, properties = model.preprocess(files)
         if number == 0:
-            passes = (2 + model.mirrored_passes) * networks * (1 + settings.runs)
+            passes = (ESTIMATE_PASSES + model.mirrored_passes) * networks * (1 + settings.runs)
             steps = 2 * networks * settings.runs * settings.steps  # two views
             _say_time(model, len(waiting) * model.seconds(volume.shape[1:], passes, steps), len(waiting))
         own = model.logits(volume, model.weights)
         adapted = adapt_to_scan(model, volume, own.argmax(0).numpy(), settings)
-        before, after = (model.agreement(volume, weights) for weights in (model.weights, adapted))
+        before, after = (model.estimate(volume, properties, weights) for weights in (model.weights, adapted))
 
         def logits(better: bool, own: Any = own, adapted: Any = adapted, v: Any = volume, p: Any = properties) -> tuple:
             return (model.logits(v, adapted) if better else own), p
@@ -201,7 +203,7 @@ def _adapt_folder(model: Any, cases: dict[str, list[Path]], settings: Any, out: 
         print("The model's folder does not say how large its structures are (validation/summary.json, "
               "dataset_fingerprint.json): sizes are not looked at")  # fmt: skip
     with _preprocessed(model, cases) as scans:
-        passes = len(model.weights) * (2 * model.mirrored_passes + 4)
+        passes = len(model.weights) * 2 * (model.mirrored_passes + ESTIMATE_PASSES)
         seconds = sum(model.seconds(volume.shape[1:], passes, 0) for _, volume, _ in scans)
         steps = 2 * settings.steps * len(model.weights)  # the teacher's pass, and restyling
         _say_time(model, seconds + model.seconds(scans[0][1].shape[1:], 0, steps), len(cases))
@@ -210,7 +212,7 @@ def _adapt_folder(model: Any, cases: dict[str, list[Path]], settings: Any, out: 
             if case not in waiting:
                 continue
             whole = np.array(volume)
-            before, after = (model.agreement(whole, weights) for weights in (model.weights, adapted))
+            before, after = (model.estimate(whole, properties, weights) for weights in (model.weights, adapted))
 
             def logits(better: bool, whole: np.ndarray = whole, properties: Any = properties) -> tuple:
                 return model.logits(whole, adapted if better else model.weights), properties
@@ -257,9 +259,11 @@ def _adapted_folds(
 def _say_what_came_of_it(scans: dict[str, dict[str, Any]], out: Path) -> None:
     before, after = (float(np.mean([scan[key] for scan in scans.values()])) for key in ("before", "after"))
     kept = sum(scan["kept"] == "adapted" for scan in scans.values())
-    print(f"{out}: {len(scans)} scan(s); mean agreement {before:.3f} before, {after:.3f} after. Adapted predictions of "
+    print(f"{out}: {len(scans)} scan(s); mean estimated Dice {before:.3f} before, {after:.3f} after. Adapted predictions of "
           f"{kept}, unadapted ones of {len(scans) - kept}")  # fmt: skip
-    print("Agreement is no Dice: a network may agree with itself and be wrong. Look at the predictions")
+    print(
+        "The estimate reads no label and may be wrong, and adapting works towards a part of it: look at the predictions"
+    )
     if models := [path.parent.parent for path in sorted(out.glob("Dataset*/*/fold_*/checkpoint_final.pth"))]:
         trainer, plans, configuration = models[0].name.split("__")
         print(f"More scans of this domain: nnUNet_results={out.resolve()} nnUNetv2_predict -d {models[0].parent.name} "
