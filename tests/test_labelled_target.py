@@ -13,6 +13,7 @@ import torch
 from conftest import make_trainer, same_weights, weights
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
+from nnunet_uda.commands import preprocess
 from nnunet_uda.data.target import preprocess_target
 from nnunet_uda.errors import UDAError
 from nnunet_uda.training import uda_trainer
@@ -83,6 +84,13 @@ def test_labelled_scans_lie_with_their_labels_in_a_folder_of_their_own(labelled)
                 labelled / "raw" / NAME / "imagesTu" / "ct_Tu00_0000.nii.gz", offset=1)  # fmt: skip
     prepared(labelled, labelled=True, log=said.append)
     assert "1 labelled target" in said[-1], "a changed label is preprocessed again, the other is kept"
+
+
+def test_the_command_prepares_them_too(labelled, capsys):
+    preprocess.main(["-d", "501", "-p", "tiny", "-np", "1"])
+    assert "Labelled target ready" in capsys.readouterr().out
+    manifest = labelled / "preprocessed" / NAME / "nnUNetPlans_2d_target_labelled" / "manifest.json"
+    assert sorted(json.loads(manifest.read_text())["cases"]) == FEW
 
 
 def trainer_target_case(folder: Path, case: str):

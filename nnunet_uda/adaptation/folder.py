@@ -154,5 +154,5 @@ def adapt_to_folder(
         torch.nn.utils.clip_grad_norm_(student.parameters(), 12)
         optimizer.step()
         average.update(teacher, student)
-        said(step, float(loss))
+        said(step, loss.item())
     return {name: value.detach().cpu().clone() for name, value in teacher.state_dict().items()}

@@ -61,7 +61,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
         prog="nnUNetUDA_adapt",
         description="Adapt a trained nnU-Net v2 model (of any trainer here or of nnU-Net's own; 2D or 3D, plain or "
         "residual) to unlabelled scans of another domain, without its training data, and predict these scans. Where "
-        "the label-free estimate of a scan's Dice is lower after adapting than before, the unadapted prediction is kept. "
+        "the label-free estimate of a scan's Dice is lower after adapting than before, the unadapted prediction stays. "
         "A second start of the same command goes on where it stopped.",
     )
     parser.add_argument("-m", type=Path, metavar="FOLDER", help="the model's folder, TRAINER__PLANS__CONFIGURATION")
@@ -259,11 +259,9 @@ def _adapted_folds(
 def _say_what_came_of_it(scans: dict[str, dict[str, Any]], out: Path) -> None:
     before, after = (float(np.mean([scan[key] for scan in scans.values()])) for key in ("before", "after"))
     kept = sum(scan["kept"] == "adapted" for scan in scans.values())
-    print(f"{out}: {len(scans)} scan(s); mean estimated Dice {before:.3f} before, {after:.3f} after. Adapted predictions of "
-          f"{kept}, unadapted ones of {len(scans) - kept}")  # fmt: skip
-    print(
-        "The estimate reads no label and may be wrong, and adapting works towards a part of it: look at the predictions"
-    )
+    print(f"{out}: {len(scans)} scan(s); mean estimated Dice {before:.3f} before, {after:.3f} after. Adapted "
+          f"predictions of {kept}, unadapted ones of {len(scans) - kept}")  # fmt: skip
+    print("The estimate reads no label and may be wrong, and adapting works towards a part of it: look at predictions")
     if models := [path.parent.parent for path in sorted(out.glob("Dataset*/*/fold_*/checkpoint_final.pth"))]:
         trainer, plans, configuration = models[0].name.split("__")
         print(f"More scans of this domain: nnUNet_results={out.resolve()} nnUNetv2_predict -d {models[0].parent.name} "

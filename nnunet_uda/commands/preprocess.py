@@ -11,6 +11,7 @@ from nnunet_uda.data.convention import (
     check_dataset_json,
     dataset_name,
     environment_folder,
+    labelled_target,
     read_json,
 )
 from nnunet_uda.data.slices import refuse_mixed_slices
@@ -50,6 +51,9 @@ def main(argv: list[str] | None = None) -> None:
             checked.append((plans, configuration, dataset_json))
     for plans, configuration, dataset_json in checked:
         print(f"Target ready: {preprocess_target(plans, configuration, dataset_json, args.np)}")
+        if labelled_target(dataset_json):
+            folder = preprocess_target(plans, configuration, dataset_json, args.np, labelled=True)
+            print(f"Labelled target ready: {folder}")
 
 
 if __name__ == "__main__":
