@@ -13,11 +13,12 @@ from conftest import batch, changed, make_trainer, parameters, same_weights, wei
 
 from nnunet_uda.errors import UDAError
 from nnunet_uda.losses.prototypes import IGNORED
+from nnunet_uda.training.intensity_posterior import intensity_posterior
 from nnunet_uda.training.uda_trainer import UDATrainer
 
 TERMS = {"loss", "segmentation", "self_training"}
-TEACHING = {"cast__start_share": 0.0, "cast__confidence": 0.0}
-"""Self-training from the first epoch, on whatever the teacher says."""
+TEACHING = {"cast__start_share": 0.0, "cast__confidence": 0.0, "cast__target_style_probability": 1.0}
+"""Self-training from the first epoch, on whatever the teacher says, every target image restyled."""
 
 
 def made(name: str = "CASTTrainer", **options):
@@ -129,13 +130,41 @@ def test_pseudo_labels_carry_no_gradient_and_come_from_the_teacher(in_workspace,
     labels = trainer.pseudo_label(target)
     assert not labels.requires_grad and labels.shape == (2, 32, 32)
     with torch.no_grad():
-        found = trainer.finest(trainer.network(target)).argmax(1)
+        found = intensity_posterior(trainer.finest(trainer.network(target)).softmax(1), target).argmax(1)
     known = labels != IGNORED
     assert known.any() and torch.equal(labels[known], found[known])
     state = trainer.networks["self_training"]
     state.confidence, state.class_confidence[:] = 1.0, 1.0
     monkeypatch.setattr(state, "observe", lambda probabilities: None)
     assert (trainer.pseudo_label(target) == IGNORED).all()
+
+
+def test_the_image_corrects_the_teacher_unless_asked_not_to(in_workspace, monkeypatch):
+    """A teacher that has an edge in the wrong place, and an image that shows the right one."""
+    image = torch.full((1, 1, 32, 32), -1.0)
+    image[..., 12:] = 1.0
+    image = image + 0.1 * torch.randn(image.shape, generator=torch.Generator().manual_seed(0))
+    logits = torch.zeros(1, 3, 32, 32)
+    logits[:, 1, :, :16], logits[:, 2, :, 16:] = 3.0, 3.0
+    for corrected, edge in ((True, 12), (False, 16)):
+        trainer = started(cast__intensity_labels=corrected, **TEACHING)
+        monkeypatch.setattr(trainer, "_predict", lambda images: logits)
+        labels = trainer.pseudo_label(image)
+        assert (labels[..., :edge] == 1).float().mean() > 0.98 and (labels[..., edge:] == 2).float().mean() > 0.98
+
+
+def test_a_share_of_the_target_images_is_restyled_for_the_student(in_workspace):
+    for share in (0.0, 0.25):
+        trainer = made(augmentation="none", seed=3, cast__target_style_probability=share)
+        trainer.initialize()
+        pipeline = trainer.get_target_transforms(
+            trainer.configuration_manager.patch_size, (0, 0), None, None, False, use_mask_for_norm=[False]
+        )
+        image = torch.randn(1, *trainer.configuration_manager.patch_size)
+        segmentation = torch.zeros_like(image, dtype=torch.int16)
+        views = [pipeline(image=image.clone(), segmentation=segmentation.clone())["image"] for _ in range(200)]
+        restyled = sum(not torch.equal(plain, student) for plain, student in views) / 200
+        assert restyled == pytest.approx(0.95 * share, abs=0.1)
 
 
 def test_no_target_label_is_read(in_workspace, monkeypatch, tmp_path):

@@ -2,9 +2,9 @@
 
 The student learns labelled source images in random contrasts and styles (``RandomStyleTrainer``'s). The teacher is the
 student's exponential average (Tarvainen and Valpola 2017) and what predicts: ``network``. From a part of the schedule
-on it labels unlabelled target images as they are; the student learns these labels, where the teacher is sure, on the
-same images in random styles. No generator, no discriminator: on real scans translation did not earn its time
-(docs/results.md).
+on it labels unlabelled target images as they are, each corrected by its own intensities (``intensity_posterior``); the
+student learns these labels, where they are sure, on the same images, some of them in random styles. No generator, no
+discriminator: on real scans translation did not earn its time (docs/results.md).
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from nnunet_uda.data.random_style import (
 )
 from nnunet_uda.losses.pseudo_label import pseudo_label_loss
 from nnunet_uda.settings import require
+from nnunet_uda.training.intensity_posterior import intensity_posterior
 from nnunet_uda.training.pictures import write_panels
 from nnunet_uda.training.self_training import Average, SelfTraining
 from nnunet_uda.training.uda_trainer import UDATrainer, middle_slice
@@ -39,21 +40,26 @@ RAMP_SHARE = 0.1
 class CASTSettings(StyleAugmentationSettings):
     """Settings under ``uda.cast``; those of random styles are RandomStyleTrainer's.
 
-    Self-training begins after ``start_share`` of the epochs; its loss has the weight ``self_training_weight``. A pixel
-    is learned where the teacher's confidence is over ``confidence`` times how sure it is of that class, relative to its
-    surest class (``losses.pseudo_label.class_thresholds``). ``teacher_horizon`` is the share of the schedule's steps
-    over which the teacher averages the student, so that short and long schedules behave alike.
+    Self-training begins after ``start_share`` of the epochs; its loss has the weight ``self_training_weight``. With
+    ``intensity_labels`` the teacher's opinion of an image is corrected by the image's intensities. A pixel is learned
+    where the confidence is over ``confidence`` times how sure it is of that class, relative to the surest class
+    (``losses.pseudo_label.class_thresholds``). ``target_style_probability`` is the share of target images that the
+    student sees in a random style; it must see most as they are, or it never learns the target's own contrast.
+    ``teacher_horizon`` is the share of the schedule's steps over which the teacher averages the student, so that short
+    and long schedules behave alike.
     """
 
     self_training: bool = True
     start_share: float = 0.4
     self_training_weight: float = 1.0
+    intensity_labels: bool = True
     confidence: float = 0.9
+    target_style_probability: float = 0.25
     teacher_horizon: float = 0.02
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("start_share", "confidence"):
+        for name in ("start_share", "confidence", "target_style_probability"):
             require(0 <= getattr(self, name) <= 1, name, "between 0 and 1", getattr(self, name))
         require(0 < self.teacher_horizon <= 1, "teacher_horizon", "over 0 and at most 1", self.teacher_horizon)
         require(self.self_training_weight >= 0, "self_training_weight", "at least 0", self.self_training_weight)
@@ -105,11 +111,11 @@ class CASTTrainer(UDATrainer):
         return pipeline
 
     def get_target_transforms(self, *args, **kwargs) -> ComposeTransforms:
-        """Each target patch twice: as it is, moved alone, for the teacher, and in a random style for the student."""
+        """Each target patch twice: moved alone for the teacher; augmented, and some restyled, for the student."""
         pipeline = super().get_training_transforms(*args, **kwargs)
         changes = [step for step in pipeline.transforms if isinstance(step, RandomTransform | MaskImageTransform)]
         pipeline.transforms = [step for step in pipeline.transforms if not isinstance(step, RandomTransform)]
-        styles = style_transforms(self.own_settings)
+        styles = RandomTransform(style_transforms(self.own_settings), self.own_settings.target_style_probability)
         insert_after_spatial(pipeline, TwoViewsTransform(ComposeTransforms([styles, *changes])))
         return pipeline
 
@@ -157,11 +163,16 @@ class CASTTrainer(UDATrainer):
 
     @torch.no_grad()
     def pseudo_label(self, target: Tensor) -> Tensor:
-        """The teacher's labels of target images, ``(B, *patch)``, where it is sure."""
+        """The labels of target images, ``(B, *patch)``, where they are sure."""
         state = self.networks["self_training"]
-        probabilities = self._predict(target).float().softmax(1)
+        probabilities = self.opinion(target)
         state.observe(probabilities)
         return state.label(probabilities)
+
+    def opinion(self, target: Tensor) -> Tensor:
+        """The teacher's class probabilities of target images, ``(B, K, *patch)``, corrected by their intensities."""
+        probabilities = self._predict(target).float().softmax(1)
+        return intensity_posterior(probabilities, target) if self.own_settings.intensity_labels else probabilities
 
     # -- pictures ------------------------------------------------------------------------------------------------
 
@@ -174,8 +185,7 @@ class CASTTrainer(UDATrainer):
     def draw_trusted(self, path: Path) -> None:
         """Which of the teacher's labels of a target slice the student learns."""
         target, _ = self._whole_patch(self.target_dataset, by_label=False)
-        probabilities = self._predict(target).float().softmax(1)
-        trusted = self.networks["self_training"].label(probabilities)
+        trusted = self.networks["self_training"].label(self.opinion(target))
         shown = middle_slice(target)
         rows = [[("target", shown, None), ("trusted labels", shown, middle_slice(trusted[:, None]))]]
         write_panels(path, rows, len(self.label_manager.foreground_labels))
