@@ -90,7 +90,7 @@ def test_the_teacher_sees_target_images_as_they_are_and_the_student_restyled(in_
 
 def test_the_plain_view_has_the_intensities_of_the_scan(in_workspace):
     """Neither noise nor blur nor gamma: values are those of the scan, moved by the spatial transform alone."""
-    trainer = made(augmentation="nnunet", seed=1)
+    trainer = made(augmentation="nnunet", seed=1, cast__target_style_probability=1.0)
     trainer.initialize()
     pipeline = trainer.get_target_transforms(
         trainer.configuration_manager.patch_size, (0, 0), None, None, False, use_mask_for_norm=[False]
