@@ -253,6 +253,15 @@ def test_two_views_are_the_image_and_what_the_transform_makes_of_it():
     assert torch.equal(views["image"][2:], alone) and not torch.equal(alone, image)
 
 
+def test_a_transform_that_works_in_place_leaves_the_first_view():
+    image, segmentation = sample(2, 24, 20)
+    before = image.clone()
+    views = TwoViewsTransform(lambda image, segmentation: {"image": image.add_(1.0)})(
+        image=image, segmentation=segmentation
+    )["image"]
+    torch.testing.assert_close(views, torch.cat((before, before + 1)))
+
+
 @pytest.mark.parametrize("name", TRANSFORMS)
 def test_outside_of_the_scan_nothing_changes(name):
     """nnU-Net's padding, and the outside of its mask, are 0 at prediction."""

@@ -13,6 +13,7 @@ from conftest import batch, changed, make_trainer, parameters, same_weights, wei
 
 from nnunet_uda.errors import UDAError
 from nnunet_uda.losses.prototypes import IGNORED
+from nnunet_uda.trainers.cast import half_of_each
 from nnunet_uda.training.intensity_posterior import intensity_posterior
 from nnunet_uda.training.uda_trainer import UDATrainer
 
@@ -56,6 +57,7 @@ def test_the_gradient_is_that_of_both_terms(in_workspace, monkeypatch):
     monkeypatch.setattr(trainer.optimizer, "step", lambda: gradients.append(
         [p.grad.clone() for p in trainer.networks["student"].parameters() if p.grad is not None]))  # fmt: skip
     trainer.train_on(source, label, target)
+    source, label, target = half_of_each(source, label, target)
     plain, styled = target.chunk(2, dim=1)
     trainer.networks["self_training"].class_confidence.fill_(1)
     student = trainer.networks["student"]
@@ -84,8 +86,22 @@ def test_the_teacher_sees_target_images_as_they_are_and_the_student_restyled(in_
     monkeypatch.setattr(trainer, "_predict", lambda images: asked.append(images) or predict(images))
     monkeypatch.setattr(trainer, "study", lambda images: studied.append(images) or study(images))
     trainer.train_on(source, label, target)
-    assert len(asked) == 1 and torch.equal(asked[0], plain)
-    assert len(studied) == 2 and torch.equal(studied[0], source) and torch.equal(studied[1], styled)
+    assert len(asked) == 1 and torch.equal(asked[0], plain[1:])
+    assert len(studied) == 2 and torch.equal(studied[0], source[1:]) and torch.equal(studied[1], styled[1:])
+
+
+def test_a_step_takes_half_a_batch_of_each_domain_and_the_patches_on_structures(in_workspace):
+    source, target = torch.arange(5.0)[:, None], torch.arange(10.0, 15)[:, None]
+    half, label, other = half_of_each(source, [source, source * 2], target)
+    assert half.flatten().tolist() == [3, 4] and other.flatten().tolist() == [13, 14]
+    assert [scale.flatten().tolist() for scale in label] == [[3, 4], [6, 8]]
+    one, label, other = half_of_each(source[:1], source[:1], target[:1])
+    assert len(one) == len(label) == len(other) == 1
+    trainer = started(num_epochs=10)  # before self-training
+    studied, study = [], trainer.study
+    trainer.study = lambda images: studied.append(len(images)) or study(images)
+    trainer.train_step(next(trainer.dataloader_train))
+    assert studied == [trainer.batch_size]
 
 
 def test_the_plain_view_has_the_intensities_of_the_scan(in_workspace):
@@ -145,7 +161,7 @@ def test_the_image_corrects_the_teacher_unless_asked_not_to(in_workspace, monkey
     image[..., 12:] = 1.0
     image = image + 0.1 * torch.randn(image.shape, generator=torch.Generator().manual_seed(0))
     logits = torch.zeros(1, 3, 32, 32)
-    logits[:, 1, :, :16], logits[:, 2, :, 16:] = 3.0, 3.0
+    logits[:, 1, :, :16], logits[:, 2, :, 16:] = 1.0, 1.0
     for corrected, edge in ((True, 12), (False, 16)):
         trainer = started(cast__intensity_labels=corrected, **TEACHING)
         monkeypatch.setattr(trainer, "_predict", lambda images: logits)

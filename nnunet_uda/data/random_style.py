@@ -280,8 +280,9 @@ class TwoViewsTransform(BasicTransform):
         self.transform = transform
 
     def apply(self, data_dict: dict, **params) -> dict:
-        changed = self.transform(**data_dict)["image"]
-        return data_dict | {"image": torch.cat((data_dict["image"], changed))}
+        image = data_dict["image"]
+        changed = self.transform(**data_dict | {"image": image.clone()})["image"]  # nnU-Net's transforms work in place
+        return data_dict | {"image": torch.cat((image, changed))}
 
 
 def insert_after_spatial(pipeline: ComposeTransforms, transform: Callable[..., dict]) -> None:
