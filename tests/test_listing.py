@@ -49,6 +49,7 @@ def test_a_folder_that_is_called_as_an_image_is_not_missed_in_silence(tmp_path):
     for name in ("a.nii.gz", "b.MHA", "c"):
         (tmp_path / name).mkdir()
     assert [path.name for path in files_in(tmp_path)] == ["a.nii.gz", "b.MHA"]
+    assert [path.name for path in folders_in(tmp_path)] == ["c"] and len(list(folders_below(tmp_path))) == 2
 
 
 def test_links_in_a_circle_end(tmp_path):

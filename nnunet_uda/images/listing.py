@@ -39,16 +39,16 @@ def entries(folder: Path) -> list[Path]:
 def files_in(folder: Path) -> list[Path]:
     """Files of ``entries``. What reading will refuse by name counts, too: links that lead nowhere, and folders that are
     called as an image, as some programs unpack one."""
-    return [
-        path
-        for path in entries(folder)
-        if path.is_file() or not path.exists() or (path.is_dir() and path.name.lower().endswith(ENDINGS))
-    ]
+    return [path for path in entries(folder) if path.is_file() or not path.exists() or _called_as_an_image(path)]
+
+
+def _called_as_an_image(folder: Path) -> bool:
+    return folder.is_dir() and folder.name.lower().endswith(ENDINGS)
 
 
 def folders_in(folder: Path) -> list[Path]:
-    """Folders of ``entries``."""
-    return [path for path in entries(folder) if path.is_dir()]
+    """Folders of ``entries``, without those that count as files."""
+    return [path for path in entries(folder) if path.is_dir() and not _called_as_an_image(path)]
 
 
 def folders_below(folder: Path) -> Iterator[Path]:
