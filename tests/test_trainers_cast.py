@@ -163,7 +163,8 @@ def test_the_image_corrects_the_teacher_unless_asked_not_to(in_workspace, monkey
     logits = torch.zeros(1, 3, 32, 32)
     logits[:, 1, :, :16], logits[:, 2, :, 16:] = 1.0, 1.0
     for corrected, edge in ((True, 12), (False, 16)):
-        trainer = started(cast__intensity_labels=corrected, **TEACHING)
+        trainer = made(cast__intensity_labels=corrected, **TEACHING)
+        trainer.initialize()
         monkeypatch.setattr(trainer, "_predict", lambda images: logits)
         labels = trainer.pseudo_label(image)
         assert (labels[..., :edge] == 1).float().mean() > 0.98 and (labels[..., edge:] == 2).float().mean() > 0.98
