@@ -89,7 +89,7 @@ class CISFACodeTrainer(CISFATrainer):
         if max_norm is not None:
             nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], max_norm)
         optimizer.step()
-        self._terms.update({key: value.detach() for key, value in terms.items()})
+        self.updates.terms.update({key: value.detach() for key, value in terms.items()})
 
     def train_on(self, source: Tensor, label: Tensor | list[Tensor], target: Tensor) -> None:
         settings, networks, generator = self.own_settings, self.networks, self.networks["generator"]

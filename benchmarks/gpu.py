@@ -57,7 +57,7 @@ from nnunet_uda.errors import UDAError, command
 from nnunet_uda.files import write_json
 from nnunet_uda.plans import derive_plans, merge_uda
 from nnunet_uda.training.checkpoint import seed_everything
-from nnunet_uda.training.uda_trainer import without_stopwatch
+from nnunet_uda.training.streams import without_stopwatch
 
 SIZES: dict[str, dict[str, Any]] = {
     "nnunet": {"patch_size": [256, 256], "batch_size": 12, "base_features": 32, "max_features": 512},

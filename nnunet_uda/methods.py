@@ -122,6 +122,25 @@ def check_trainer(trainer: type) -> None:
         raise UDAError(f"{name}: {settings.__name__} has no default for {', '.join(without)}: every setting needs one")
 
 
+def settings_of(trainer: type, plans: dict[str, Any]) -> tuple[UDASettings, Any]:
+    """The shared settings in ``plans``, and the trainer's own, or None where it has none.
+
+    Raises:
+        UDAError: for settings of an unknown method, and for whatever ``parse_settings`` refuses.
+    """
+    where, uda, method = f"plans {plans['plans_name']!r}, key 'uda'", plans.get("uda", {}), trainer.method
+    shared, own = split_settings(uda, method, where)
+    refuse_unknown_methods(uda, method, where)
+    settings = parse_settings(UDASettings, shared, where)
+    if trainer.method_settings is None:
+        return settings, None
+    check_trainer(trainer)
+    clash = sorted(key for key, value in trainer.fixed_settings.items() if own.get(key, value) != value)
+    if clash:
+        raise UDAError(f"{where}: {trainer.__name__} fixes {clash}; train another variant, or remove them")
+    return settings, parse_settings(trainer.method_settings, own | trainer.fixed_settings, f"{where}.{method}")
+
+
 def refuse_unknown_methods(uda: dict[str, Any], method: str | None, where: str) -> None:
     """Raise ``UDAError`` where an object in ``uda`` is neither of ``method`` nor of any method that is found."""
     nested = [key for key in method_objects(uda) if key != method]

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import fcntl
+import functools
+import io
 import json
+import math
 import os
+import shutil
 import subprocess
 import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from importlib.metadata import entry_points
+from multiprocessing.context import SpawnContext
 from pathlib import Path
+from types import SimpleNamespace
 
 import nibabel
 import numpy as np
@@ -15,6 +27,12 @@ import pytest
 import SimpleITK as sitk
 import torch
 
+os.environ["nnUNet_def_n_proc"] = "1"  # read once: eight processes would import torch for four tiny scans
+
+from nnunetv2.training.logging.nnunet_logger import LocalLogger
+
+STARTED = time.monotonic()
+LEFT_OUT = pytest.StashKey[Counter]()
 REPOSITORY = Path(__file__).parent.parent
 TRAINERS = REPOSITORY / "trainers"
 
@@ -110,6 +128,60 @@ def make_raw_dataset(
     return folder
 
 
+class Serial:
+    """Stands in for a pool of spawned processes, each of which would import torch: it does every task at once."""
+
+    _pool: list = []
+
+    def __enter__(self) -> Serial:
+        return self
+
+    def __exit__(self, *error: object) -> None: ...
+
+    def starmap(self, function: Callable, tasks: Iterable[tuple]) -> list:
+        return [function(*task) for task in tasks]
+
+    def starmap_async(self, function: Callable, tasks: Iterable[tuple]) -> SimpleNamespace:
+        done = self.starmap(function, tasks)
+        return SimpleNamespace(ready=lambda: True, get=lambda: done)
+
+
+@contextmanager
+def changed_environment(variables: dict[str, str]) -> Iterator[None]:
+    """``os.environ`` is ``variables`` inside."""
+    before = dict(os.environ)
+    try:
+        os.environ.clear()
+        os.environ.update(variables)
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def call(name: str, command: tuple[str, ...], environment: dict[str, str]) -> subprocess.CompletedProcess:
+    """An installed command's ``main`` called in this process, which it leaves as it was, as if it were another."""
+    [entry] = entry_points(group="console_scripts", name=name)
+    output, errors, status = io.StringIO(), io.StringIO(), 0
+    threads, hook, argv = torch.get_num_threads(), sys.excepthook, sys.argv
+    with pytest.MonkeyPatch.context() as patch, changed_environment(environment):
+        patch.setattr(SpawnContext, "Pool", lambda self, processes=None: Serial())
+        patch.setattr(sys, "argv", list(command))
+        with redirect_stdout(output), redirect_stderr(errors):
+            try:
+                entry.load()()
+            except SystemExit as end:
+                status = end.code if isinstance(end.code, int) else int(end.code is not None)
+                if isinstance(end.code, str):
+                    print(end.code, file=errors)
+            except Exception:
+                status = 1
+                sys.excepthook(*sys.exc_info())
+    torch.set_num_threads(threads)
+    sys.excepthook, sys.argv = hook, argv
+    return subprocess.CompletedProcess(command, status, output.getvalue(), errors.getvalue())
+
+
 @dataclass
 class Workspace:
     """nnU-Net's three folders, and commands run in them."""
@@ -137,10 +209,16 @@ class Workspace:
         return {**os.environ, **paths, **threads, "nnUNet_extTrainer": str(TRAINERS), "PATH": scripts}
 
     def run(self, *command: str, check: bool = True, **variables: str) -> subprocess.CompletedProcess:
-        """Run a command to its end; with ``check`` its output is shown if it fails."""
-        done = subprocess.run(
-            command, env=self.environment | variables, capture_output=True, text=True, check=False, timeout=900
-        )
+        """Run an installed command in this process, which has imported torch; with ``check`` a failure is an error."""
+        return self._done(command, functools.partial(call, command[0]), check, variables)
+
+    def run_apart(self, *command: str, check: bool = True, **variables: str) -> subprocess.CompletedProcess:
+        """``run`` in a process of its own, where that is what is tested."""
+        start = functools.partial(subprocess.run, capture_output=True, text=True, check=False, timeout=900)
+        return self._done(command, lambda words, environment: start(words, env=environment), check, variables)
+
+    def _done(self, command: tuple[str, ...], start: Callable, check: bool, variables: dict[str, str]):
+        done = start(command, self.environment | variables)
         if check and done.returncode != 0:
             raise AssertionError(f"{' '.join(command)} exited with {done.returncode}\n{done.stdout}\n{done.stderr}")
         return done
@@ -181,14 +259,89 @@ class Workspace:
         return self.results / "Dataset501_Blobs" / f"{trainer}__{plans}__{configuration}" / f"fold_{fold}"
 
 
-@pytest.fixture(scope="session")
-def planned(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
-    """A planned dataset with the plans ``tiny``; tests must not change its raw data or these plans."""
-    workspace = Workspace(tmp_path_factory.mktemp("workspace"))
+def sampled(name: str, values: Iterable[str], *fast: str) -> pytest.MarkDecorator:
+    """The parameter ``name``, of whose values ``make test`` takes ``fast`` alone."""
+    slow = pytest.mark.slow
+    marked = [value if value in fast else pytest.param(value, marks=slow) for value in values]
+    return pytest.mark.parametrize(name, marked)
+
+
+def pytest_deselected(items: list[pytest.Item]) -> None:
+    """Remember what the markers leave out."""
+    for item in items:
+        item.config.stash.setdefault(LEFT_OUT, Counter())[item.path.name] += 1
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if hasattr(session.config, "workeroutput"):  # a process of pytest-xdist, which tells the one that prints
+        session.config.workeroutput["left_out"] = dict(session.config.stash.get(LEFT_OUT, {}))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node, error) -> None:
+    left_out = getattr(node, "workeroutput", {}).get("left_out", {})  # the same in every process
+    node.config.stash[LEFT_OUT] = Counter(left_out)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--minutes", type=float, default=math.inf, help="skip what has not begun after so many minutes")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if time.monotonic() - STARTED > 60 * item.config.getoption("--minutes"):
+        pytest.skip("the time given by --minutes is over")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Say which tests did not run, and how they are run."""
+    left_out = config.stash.get(LEFT_OUT, Counter())
+    if left_out:
+        listed = ", ".join(f"{name} {number}" for name, number in sorted(left_out.items()))
+        terminalreporter.write_line(f"{left_out.total()} tests were left out (make test-all runs them): {listed}")
+
+
+def few_or_many(few: int, many: int) -> pytest.MarkDecorator:
+    """The parameter ``count``: a sample for ``make test``, and the whole among the slow tests."""
+    return pytest.mark.parametrize("count", [few, pytest.param(many, marks=pytest.mark.slow)])
+
+
+def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of this test session that all processes of pytest-xdist have in common."""
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
+def made_once(folder: Path, make: Callable[[Path], object]) -> Path:
+    """``folder``, which the first process that asks for it fills with ``make`` while the others wait."""
+    with open(folder.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.exists():
+            half = folder.with_suffix(".half")
+            shutil.rmtree(half, ignore_errors=True)
+            half.mkdir()
+            make(half)
+            half.rename(folder)
+    return folder
+
+
+def make_planned(root: Path) -> None:
+    """The dataset that all tests share: planned, preprocessed, its target too."""
+    workspace = Workspace(root)
     make_raw_dataset(workspace.raw)
     workspace.plan("501", "2d", "3d_fullres")
     workspace.configure("tiny")
-    return workspace
+    workspace.run("nnUNetUDA_preprocess", "-d", "501", "-c", "2d", "-np", "1")
+
+
+@pytest.fixture(scope="session")
+def planned(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    """A planned dataset with the plans ``tiny``; tests must not change its raw data or these plans."""
+    made = made_once(shared_folder(tmp_path_factory) / "planned", make_planned)
+    return Workspace(shutil.copytree(made, tmp_path_factory.mktemp("workspace") / "own"))
+
+
+def draw_nothing(logger: LocalLogger, folder: str) -> None:
+    Path(folder, "progress.png").write_bytes(b"\x89PNG")
 
 
 @pytest.fixture
@@ -200,6 +353,8 @@ def in_workspace(planned: Workspace, monkeypatch: pytest.MonkeyPatch, tmp_path: 
     monkeypatch.setenv("nnUNet_results", str(tmp_path / "results"))
     monkeypatch.setenv("nnUNet_n_proc_DA", "0")
     monkeypatch.setattr(sys, "excepthook", sys.__excepthook__)
+    # nnU-Net's own plot takes longer than all else in an epoch of these
+    monkeypatch.setattr(LocalLogger, "plot_progress_png", draw_nothing)
     return planned
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 from conftest import TRAINERS
-from test_foreign_plans import plans
+from support.plans import plans
 
 from nnunet_uda.commands import (
     compare,

@@ -17,6 +17,8 @@ from conftest import REPOSITORY
 from nnunet_uda.errors import UDAError
 from nnunet_uda.plans import derive_plans, merge_uda
 
+pytestmark = pytest.mark.slow
+
 DATASET = "Dataset501_Blobs"
 SMALL = ["-patch", "32", "-batch", "2", "-base_features", "4", "-max_features", "8", "-steps", "1", "-pairs", "1",
          "-device", "cpu", "-set", "cisfa.generator_width=4", "cisfa.generator_blocks=2", "cisfa.discriminator_width=4",
@@ -203,7 +205,7 @@ def test_the_command_on_a_cpu(planned, tmp_path):
     words = [sys.executable, str(REPOSITORY / "benchmarks" / "gpu.py"), "-o", str(tmp_path / "gpu.json"), "-d", "501",
              "-sizes", "cisfa", "-tr", "nnUNetTrainer", "-variants", "amp", "fp32+compile",
              *SMALL]  # fmt: skip
-    first = planned.run(*words)
+    first = planned.run_apart(*words)
     assert "nnUNetTrainer | fp32+compile" in first.stdout
-    again = planned.run(*words)
+    again = planned.run_apart(*words)
     assert "..." not in again.stdout and again.stdout == first.stdout[first.stdout.index("\n" + DATASET) :]

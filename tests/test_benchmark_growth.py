@@ -16,6 +16,8 @@ from conftest import REPOSITORY
 from nnunet_uda.data.target import target_identifiers
 from nnunet_uda.errors import UDAError
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 
 

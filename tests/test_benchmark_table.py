@@ -14,6 +14,8 @@ from conftest import REPOSITORY
 from nnunet_uda.evaluation.metrics import METRICS
 from nnunet_uda.files import write_json
 
+pytestmark = pytest.mark.slow
+
 SECONDS = {"CISFATrainer": 0.8, "CASTTrainer": 0.4}
 """Of a step; a plain network's takes 0.2."""
 STRUCTURES = {"left": 1, "right": 2}

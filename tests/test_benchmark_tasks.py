@@ -15,6 +15,8 @@ from conftest import REPOSITORY
 from nnunet_uda.commands.convert import main as convert_main
 from nnunet_uda.errors import UDAError
 
+pytestmark = pytest.mark.slow
+
 DATA = os.environ.get("NNUNET_UDA_TEST_DATA")
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import make_trainer
-from test_trainers_uuds import write_plans
+from conftest import make_trainer, sampled
+from support.tiny import write_plans
 
 PASSES = {
     "CISFATrainer": {"encode", "decode"},
@@ -17,9 +17,7 @@ PASSES = {
 """Methods that a trainer calls apart from ``forward``, which are to be compiled too."""
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow) if name == "CUTTrainer" else name for name in PASSES]
-)
+@sampled("name", PASSES, "CISFATrainer")
 def test_compiled_networks_train_to_the_same_losses_within_dynamos_limit(name, in_workspace, monkeypatch):
     """Modules of one class share their compiled forms; past the limit of those Dynamo compiles nothing more."""
     write_plans(in_workspace, "uuds")

@@ -11,10 +11,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import SimpleITK as sitk
-import test_conversion_btcv as btcv
-import test_conversion_chaos as chaos
-from test_conversion_chaos import names
+from support import btcv, chaos
+from support.dicom import shorter
+from support.scans import load, names
 
 from nnunet_uda.commands.convert import main
 
@@ -54,10 +53,6 @@ def refused(capsys, *arguments, **options) -> str:
         convert(*arguments, **options)
     assert exit_.value.code == 1
     return capsys.readouterr().err.split("ERROR: ")[1]
-
-
-def load(path: Path) -> np.ndarray:
-    return sitk.GetArrayFromImage(sitk.ReadImage(str(path)))
 
 
 def ct_ids(*numbers: int) -> list[str]:
@@ -201,7 +196,7 @@ def test_faults_of_both_trees_are_listed_together(trees, capsys):
         trees / "BTCV/RawData/Training/img/img0002.nii.gz",
         trees / "BTCV/RawData/Training/img/img0021.nii.gz",
     ):
-        btcv.shorter(path, 0.8)
+        shorter(path, 0.8)
     chaos.nth(trees / "CHAOS/Train_Sets/MR/1/T2SPIR/Ground", 2).unlink()
     chaos.nth(trees / "CHAOS/Train_Sets/MR/3/T2SPIR/DICOM_anon", 2).unlink()
     found = refused(capsys, trees)

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import litter
-from test_conversion_btcv import names, save
-from test_conversion_chaos import load
+from support.btcv import save
+from support.scans import load, names
 
 from nnunet_uda.commands.convert import main
 from nnunet_uda.dataset_conversion.amos import IN_BOTH, STRUCTURES

@@ -11,42 +11,12 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 from conftest import litter
-from test_dicom import DIRECTIONS, shorter
+from support.btcv import MADE, SHAPE, make_btcv, organs, renumbered, save, scan
+from support.dicom import shorter
+from support.scans import names
 
 from nnunet_uda.commands.convert import main
 from nnunet_uda.dataset_conversion.btcv import NUMBERS, SIFA_TEST, VALUES
-
-SHAPE = (5, 7, 9)
-MADE = (1, 2, 9, 21, 30, 40)
-
-
-def scan(number: int) -> np.ndarray:
-    return np.random.default_rng(number).integers(-1000, 1500, SHAPE).astype(np.int16)
-
-
-def organs(number: int) -> np.ndarray:
-    """All 13 values, elsewhere in every slice."""
-    label = np.zeros(SHAPE, np.uint8)
-    for value in VALUES.values():
-        label[1 + (value + number) % 3, 1 + value % 4 : 6, value % 8 : value % 8 + 1] = value
-        label[value % 5, 0, value % 9] = value
-    return label
-
-
-def save(array: np.ndarray, path: Path, number: int) -> None:
-    image = sitk.GetImageFromArray(array)
-    image.SetSpacing((0.75, 0.5, 3.0))
-    image.SetOrigin((5.0, -7.0, 11.0))
-    image.SetDirection(DIRECTIONS[tuple(DIRECTIONS)[number % len(DIRECTIONS)]].ravel())
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sitk.WriteImage(image, str(path), True)
-
-
-def make_btcv(tree: Path, numbers: tuple[int, ...] = MADE) -> Path:
-    for number in numbers:
-        save(scan(number), tree / f"RawData/Training/img/img{number:04d}.nii.gz", number)
-        save(organs(number), tree / f"RawData/Training/label/label{number:04d}.nii.gz", number)
-    return tree
 
 
 @pytest.fixture(scope="module")
@@ -65,10 +35,6 @@ def tree(made, tmp_path, monkeypatch) -> Path:
 def convert(tree: Path, *options: str, d: str = "520") -> Path:
     main(["btcv", "-i", str(tree), "-d", d, "-np", "1", "-source_intensities", "none", *options])
     return next((tree.parent / "nnUNet_raw").glob(f"Dataset{d}_*"))
-
-
-def names(folder: Path) -> list[str]:
-    return sorted(p.name.removesuffix(".nii.gz").removesuffix("_0000") for p in folder.iterdir())
 
 
 def refused(capsys, *arguments, **options) -> str:
@@ -128,13 +94,6 @@ def test_a_scan_without_label_is_a_warning_or_with_strict_an_error(tree, capsys)
     assert "ct_0002" not in names(out / "imagesTr")
     assert "img0002.nii.gz: there is no label for this scan: this case is left out" in capsys.readouterr().out
     assert "img0002.nii.gz: there is no label for this scan. Complete" in refused(capsys, tree, "--strict", d="521")
-
-
-def renumbered(training: Path) -> None:
-    for old, new in ((21, 11), (30, 20), (40, 30)):
-        for kind in ("img", "label"):
-            folder = training / kind
-            (folder / f"{kind}{old:04d}.nii.gz").replace(folder / f"{kind}{new:04d}.nii.gz")
 
 
 def another_patient(training: Path) -> None:

@@ -3,87 +3,36 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import pydicom
 import pytest
 import SimpleITK as sitk
 from conftest import litter
 from PIL import Image
-from test_dicom import DIRECTIONS, edit, shorter, write_series
+from support.chaos import (
+    CT,
+    MR,
+    REAL,
+    SHAPE,
+    assert_image,
+    make_chaos,
+    make_patient,
+    nth,
+    organs,
+    orientation,
+    stored,
+)
+from support.dicom import edit, shorter
+from support.scans import load, names
 
 from nnunet_uda.commands.convert import main
 from nnunet_uda.dataset_conversion.chaos import MR_GREYS, read_label
 from nnunet_uda.errors import UDAError
 from nnunet_uda.images.dicom import by_name, read_volume
-
-DATA = os.environ.get("NNUNET_UDA_TEST_DATA")
-REAL = Path(DATA or "", "CHAOS", "Train_Sets", "CT", "3")
-SHAPE = (5, 7, 9)
-GREYS = np.array([0, 63, 126, 189, 252], np.uint8)
-MR, CT = (1, 2, 3, 13, 20, 21), (2, 5, 13)
-ORIENTATIONS = tuple(DIRECTIONS)
-
-
-def stored(seed: int) -> np.ndarray:
-    return np.random.default_rng(seed).integers(1, 900, SHAPE).astype(np.uint16)
-
-
-def organs(number: int) -> np.ndarray:
-    """Classes in slice order: different in every slice, so that a wrong order or flip shows."""
-    mask = np.zeros(SHAPE, np.uint8)
-    for z in range(4):
-        for structure in range(1, 5):
-            mask[z, 1 + (z + number) % 3 : 5, 2 * structure - 2 : 2 * structure] = structure
-    return mask
-
-
-def orientation(number: int) -> np.ndarray:
-    return DIRECTIONS[ORIENTATIONS[number % len(ORIENTATIONS)]]
-
-
-def write_masks(folder: Path, planes: np.ndarray, pattern: str, first: int) -> None:
-    """PNG masks in name order; a boolean array gives 1-bit files."""
-    folder.mkdir(parents=True)
-    for i, plane in enumerate(planes):
-        Image.fromarray(plane).save(folder / pattern.format(first + i))
-
-
-def make_patient(patient: Path, sequences: dict[str, int], number: int, ct: bool = False) -> None:
-    """Slices of each sequence (folder: seed); in CT, and for even numbers, names run against the slice order."""
-    against = ct or number % 2 == 0
-    mask = organs(number)
-    grey = mask == 1 if ct and number % 2 else (mask == 1).astype(np.uint8) * 255 if ct else GREYS[mask]
-    pattern = "i{:04d},0000b.dcm" if ct else "IMG-0004-{:05d}.dcm"
-    names = [pattern.format(3 * i + 1) for i in range(SHAPE[0])]
-    for folder, seed in sequences.items():
-
-        def rescaled(ds: pydicom.Dataset, z: int) -> None:
-            ds.RescaleIntercept, ds.RescaleSlope = ("-1000", "1") if ct else ("0", "1")
-
-        write_series(
-            patient / folder, stored(seed), direction=orientation(number), modality="CT" if ct else "MR",
-            names=names[::-1] if against else names, change=rescaled,
-        )  # fmt: skip
-    pattern, first = ("liver_GT_{:03d}.png", 0) if ct else ("IMG-0002-{:05d}.png", 7)
-    for ground in {folder.split("DICOM_anon")[0] + "Ground" for folder in sequences}:
-        write_masks(patient / ground, grey[::-1] if against else grey, pattern, first)
-
-
-def make_chaos(tree: Path, mr: tuple[int, ...] = MR, ct: tuple[int, ...] = CT) -> Path:
-    for number in mr:
-        patient = tree / "Train_Sets" / "MR" / str(number)
-        make_patient(patient, {"T2SPIR/DICOM_anon": number}, number)
-        phases = {f"T1DUAL/DICOM_anon/{name}": 100 * i + number for i, name in enumerate(("InPhase", "OutPhase"), 1)}
-        make_patient(patient, phases, number)
-    for number in ct:
-        make_patient(tree / "Train_Sets" / "CT" / str(number), {"DICOM_anon": 500 + number}, number, ct=True)
-    return tree
 
 
 @pytest.fixture(scope="module")
@@ -107,27 +56,11 @@ def convert(tree: Path, *options: str, source: str = "ct", target: str = "t2spir
     return next((tree.parent / "nnUNet_raw").glob(f"Dataset{d}_*"))
 
 
-def names(folder: Path) -> list[str]:
-    return sorted(p.name.removesuffix(".nii.gz").removesuffix("_0000") for p in folder.iterdir())
-
-
-def load(path: Path) -> np.ndarray:
-    return sitk.GetArrayFromImage(sitk.ReadImage(str(path)))
-
-
 def refused(capsys, *arguments, **options) -> str:
     with pytest.raises(SystemExit) as exit_:
         convert(*arguments, **options)
     assert exit_.value.code == 1
     return capsys.readouterr().err.split("ERROR: ")[1]
-
-
-def assert_image(path: Path, array: np.ndarray, direction: np.ndarray) -> None:
-    image = sitk.ReadImage(str(path))
-    assert image.GetPixelID() == sitk.sitkInt16 and (sitk.GetArrayFromImage(image) == array).all()
-    assert np.allclose(image.GetSpacing(), (0.75, 0.5, 2.0), atol=1e-5)
-    assert np.allclose(image.GetOrigin(), (-10.5, 20.25, -30), atol=1e-4)
-    assert np.allclose(np.reshape(image.GetDirection(), (3, 3)), direction, atol=1e-5)
 
 
 # --- what is written --------------------------------------------------------------------------------------------------
@@ -270,10 +203,6 @@ def test_help_shows_tree_licence_and_page(capsys):
 # --- what is refused --------------------------------------------------------------------------------------------------
 
 MASKS, SLICES, LIVER = "MR/1/T2SPIR/Ground", "MR/1/T2SPIR/DICOM_anon", "CT/2/Ground"
-
-
-def nth(folder: Path, n: int) -> Path:
-    return by_name(list(folder.iterdir()))[n]
 
 
 def set_grey(path: Path, value: int) -> None:

@@ -12,8 +12,8 @@ import pydicom
 import pytest
 import SimpleITK as sitk
 from conftest import litter
-from test_dicom import DIRECTIONS, write_series
-from test_rtstruct import save_rtstruct
+from support.dicom import DIRECTIONS, write_series
+from support.rtstruct import save_rtstruct
 
 from nnunet_uda.commands.convert import main
 from nnunet_uda.images.dicom import read_series

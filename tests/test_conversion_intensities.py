@@ -9,11 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import SimpleITK as sitk
-from test_intensities import UUDS, body
-from test_reproduce import make_vendor_trees
+from support.reproduce import make_vendor_trees
+from support.scans import body
 
 from nnunet_uda.commands.convert import main
 from nnunet_uda.images.intensities import Intensities, read_intensities
+
+UUDS = Intensities((5, 95), (-1, 1))
 
 DATA = os.environ.get("NNUNET_UDA_TEST_DATA")
 SHAPE = (8, 20, 20)

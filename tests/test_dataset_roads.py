@@ -12,9 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import SimpleITK as sitk
-import test_conversion_chaos as chaos
-import test_conversion_vs as vs
-from test_reproduce import make_vendor_trees, run_commands
+from support import chaos, vs
+from support.reproduce import make_vendor_trees, run_commands
 
 DATA = os.environ.get("NNUNET_UDA_TEST_DATA")
 NO_DATA = "NNUNET_UDA_TEST_DATA is not set: no real scans"

@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import make_trainer, same_weights, weights
+from conftest import make_trainer, same_weights, sampled, weights
+from support.tiny import CLIP
 from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 
@@ -35,12 +36,6 @@ from nnunet_uda.plans import derive_plans
 from nnunet_uda.training.uda_trainer import NonFiniteLossError
 
 DATASET = "Dataset501_Blobs"
-CLIP = {
-    "embed_dim": 32,
-    "quick_gelu": True,
-    "vision_cfg": {"image_size": 64, "layers": [1, 1, 1, 1], "width": 8},
-    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
-}
 
 
 def in_processes(folder: Path, function: Callable[..., Any], *args: Any, number: int = 2) -> list[Any]:
@@ -271,7 +266,7 @@ def steps(rank: int, name: str, options: dict[str, Any], number: int = 1) -> dic
     return {"losses": losses, "before": before, "after": after}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@sampled("family", FAMILIES, "cisfa", "cast")
 def test_two_processes_take_the_steps_of_one(workspace, tmp_path, family):
     name, options = FAMILIES[family]
     first, second = in_processes(tmp_path / "two", steps, name, options, 2)
@@ -333,7 +328,7 @@ def loop(rank: int, name: str, options: dict[str, Any], stop_after: int | None =
             "dice": trainer.logger.get_value("mean_fg_dice", None), "batch": trainer.batch_size}  # fmt: skip
 
 
-@pytest.mark.parametrize("family", ["cisfa", "prototypes"])
+@sampled("family", ["cisfa", "prototypes"], "cisfa")
 def test_a_training_of_two_goes_on_bit_for_bit_and_rank_0_writes_alone(workspace, tmp_path, monkeypatch, family):
     name, options = FAMILIES[family]
     whole = in_processes(tmp_path / "whole", loop, name, options)
@@ -535,14 +530,16 @@ def test_the_launcher_trains_and_validates_again(workspace):
              "-num_processes", "2")  # fmt: skip
     variables = {"nnUNet_n_proc_DA": "0", "OMP_NUM_THREADS": "1"}
     fold = workspace.fold_folder("CISFATrainer", "four")
-    done = workspace.run(*words, **variables)
+    done = workspace.run_apart(*words, **variables)
     assert (fold / "checkpoint_final.pth").exists() and (fold / "validation" / "summary.json").exists()
     assert len(list(fold.glob("training_log_*.txt"))) == 1 and (fold / "training_cost.json").exists()
     assert done.stdout.count("Training done.") == 1
     assert np.isfinite(json.loads((fold / "validation" / "summary.json").read_text())["foreground_mean"]["Dice"])
-    workspace.run(*words, "--val", **variables)
+    workspace.run_apart(*words, "--val", **variables)
 
-    bad = workspace.run(*words[:3], "1", *words[4:], "-pretrained_weights", "absent.pth", check=False, **variables)
+    bad = workspace.run_apart(
+        *words[:3], "1", *words[4:], "-pretrained_weights", "absent.pth", check=False, **variables
+    )
     assert bad.returncode == 1 and bad.stderr.count("ERROR: -pretrained_weights absent.pth does not exist") == 1
     assert "Traceback" not in bad.stderr
 
@@ -551,5 +548,5 @@ def test_the_launcher_trains_and_validates_again(workspace):
 def test_torchrun_starts_the_processes(workspace):
     words = ("torchrun", "--standalone", "--nproc-per-node", "2", "--no-python", "nnUNetUDA_train", "501", "2d", "0",
              "-tr", "SourceOnlyTrainer", "-p", "four", "-device", "cpu")  # fmt: skip
-    workspace.run(*words, nnUNet_n_proc_DA="0", OMP_NUM_THREADS="1")
+    workspace.run_apart(*words, nnUNet_n_proc_DA="0", OMP_NUM_THREADS="1")
     assert (workspace.fold_folder("SourceOnlyTrainer", "four") / "validation" / "summary.json").exists()

@@ -11,14 +11,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import differences, make_trainer, same_weights, weights
-from nnunetv2.training.logging.nnunet_logger import LocalLogger
+from conftest import differences, make_trainer, same_weights, sampled, weights
+from support.kills import kill_at, killed
 
 from nnunet_uda import files
 from nnunet_uda.commands import configure, convert, fold_images, intensities, preprocess
@@ -28,34 +27,6 @@ from nnunet_uda.errors import UDAError
 from nnunet_uda.training import checkpoint, interruption
 from nnunet_uda.training.interruption import StopSignals, fold_lock
 from nnunet_uda.workers import as_done
-
-
-def killed(function: Callable[[], object]) -> None:
-    """Run ``function`` in a copy of this process, which must end by SIGKILL."""
-    pid = os.fork()
-    if pid == 0:
-        try:
-            function()
-        finally:
-            os._exit(7)
-    status = os.waitpid(pid, 0)[1]
-    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, f"it was not killed: {status}"
-
-
-def kill_at(monkeypatch: pytest.MonkeyPatch, module: object, name: str, call: int, after: bool = False) -> None:
-    """SIGKILL this process at the given call of ``module.name`` (1 is the first), before or after it is made."""
-    original, seen = getattr(module, name), []
-
-    def replacement(*args, **kwargs):
-        seen.append(1)
-        if len(seen) == call and not after:
-            os.kill(os.getpid(), signal.SIGKILL)
-        result = original(*args, **kwargs)
-        if len(seen) == call:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return result
-
-    monkeypatch.setattr(module, name, replacement)
 
 
 @pytest.fixture
@@ -220,9 +191,8 @@ TINY = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", TINY)
+@sampled("name", TINY, "CISFATrainer")
 def test_a_signal_ends_training_with_a_checkpoint_that_goes_on_bit_for_bit(in_workspace, monkeypatch, name):
-    monkeypatch.setattr(LocalLogger, "plot_progress_png", lambda *_: None)  # slower than all the rest
     options = {"num_epochs": 3, "iterations_per_epoch": 3, "val_iterations_per_epoch": 2, "criterion_patches": 2,
                "segmenter_learning_rate": 0.05, **TINY[name]}  # fmt: skip
     whole = make_trainer(name, **options)

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_faults import kill_at, killed
+from support.kills import kill_at, killed
 
 from nnunet_uda import files
 from nnunet_uda.errors import UDAError, command, system_fault

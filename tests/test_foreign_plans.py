@@ -15,36 +15,12 @@ import pytest
 from conftest import TRAINERS
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from support.plans import UNETS, plans
 
 from nnunet_uda.commands import compare, configure, evaluate, preprocess, sweep, train
 from nnunet_uda.errors import UDAError, print_without_traceback
 from nnunet_uda.foreign_plans import check_plans, find_in_nnunet, read_plans
 from nnunet_uda.plans import replan_plane
-
-UNETS = "dynamic_network_architectures.architectures.unet"
-
-
-def plans(dimension: int = 2) -> dict[str, Any]:
-    """What nnU-Net's planner writes, shortened."""
-    arguments = {
-        "n_stages": 2, "features_per_stage": [4, 8], "conv_op": f"torch.nn.modules.conv.Conv{dimension}d",
-        "kernel_sizes": [[3] * dimension] * 2, "strides": [[1] * dimension, [2] * dimension],
-        "n_conv_per_stage": [1, 1], "n_conv_per_stage_decoder": [1], "conv_bias": True,
-        "norm_op": f"torch.nn.modules.instancenorm.InstanceNorm{dimension}d", "norm_op_kwargs": {"affine": True},
-        "dropout_op": None, "dropout_op_kwargs": None, "nonlin": "torch.nn.LeakyReLU", "nonlin_kwargs": {},
-    }  # fmt: skip
-    functions = {f"resampling_fn_{what}": "resample_data_or_seg_to_shape" for what in ("data", "seg", "probabilities")}
-    configuration = {
-        "data_identifier": "P_2d", "preprocessor_name": "DefaultPreprocessor", "patch_size": [8] * dimension,
-        "normalization_schemes": ["ZScoreNormalization"], **functions,
-        "architecture": {"network_class_name": f"{UNETS}.PlainConvUNet", "arch_kwargs": arguments,
-                         "_kw_requires_import": ["conv_op", "norm_op", "dropout_op", "nonlin"]},
-    }  # fmt: skip
-    return {
-        "dataset_name": "Dataset501_Blobs", "plans_name": "P", "image_reader_writer": "SimpleITKIO",
-        "label_manager": "LabelManager", "experiment_planner_used": "ExperimentPlanner",
-        "configurations": {"2d": configuration, "child": {"inherits_from": "2d", "batch_size": 3}},
-    }  # fmt: skip
 
 
 def changed(*keys: Any, value: Any) -> dict[str, Any]:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 import gzip
 import json
 import math
 import random
 import resource
 import shutil
-import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,12 +17,12 @@ import nibabel
 import numpy as np
 import pytest
 import SimpleITK as sitk
-from conftest import make_trainer
+from conftest import few_or_many, make_trainer
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
+from support.fuzzing import as_text, mutated, refused
 
 from nnunet_uda.commands import configure, evaluate, fold_images, intensities, preprocess
 from nnunet_uda.data import convention
-from nnunet_uda.errors import UDAError
 from nnunet_uda.evaluation.runs import cases_of_folds, read_labels
 from nnunet_uda.images.geometry import Grid
 from nnunet_uda.images.intensities import read_intensities
@@ -33,88 +31,6 @@ from nnunet_uda.images.reading import check_image, check_whole, read_image
 from nnunet_uda.methods import check_uda, find_methods
 from nnunet_uda.networks.clip import clip_shape
 from nnunet_uda.settings import UDASettings, describe_settings, parse_settings, split_settings
-
-SECONDS, WAIT = 20, 300
-"""Of computing for one input, and of any time at all, for busy machines."""
-
-
-def nested(depth: int, kind: type) -> Any:
-    value: Any = 1
-    for _ in range(depth):
-        value = [value] if kind is list else {"a": value}
-    return value
-
-
-def strange_values() -> list[Any]:
-    return [
-        None, True, False, 0, 1, -1, 2**31, 2**63, -(2**70), 10**400, 0.5, -0.0, 1e308, 1e-320, float("nan"),
-        float("inf"), -float("inf"), "", " ", "0", "cisfa", "../../x", "/etc/passwd", "a/b", "..", "\x00", "a\nb",
-        "\ud800", "\u202e", "ä" * 5000, "x" * 300, [], {}, [[]], [{}], {"": None}, {"a": {}}, [None] * 50,
-        list(range(100)), nested(30, list), nested(30, dict), nested(400, list), nested(400, dict), b"".decode(),
-    ]  # fmt: skip
-
-
-def places(value: Any, path: tuple = ()) -> Iterator[tuple]:
-    """Paths to every part of ``value``."""
-    yield path
-    if isinstance(value, dict):
-        for key in value:
-            yield from places(value[key], (*path, key))
-    elif isinstance(value, list):
-        for index in range(len(value)):
-            yield from places(value[index], (*path, index))
-
-
-def mutated(value: Any, rng: random.Random) -> Any:
-    """A copy with one to three parts replaced, removed, doubled, renamed or added."""
-    value = copy.deepcopy(value)
-    for _ in range(rng.choice((1, 1, 1, 2, 3))):
-        *way, last = rng.choice(list(places(value))) or (None,)
-        strange = copy.deepcopy(rng.choice(strange_values()))
-        if last is None:
-            return strange if rng.random() < 0.3 else value
-        holder = value
-        for step in way:
-            holder = holder[step]
-        action = rng.choice(("replace", "replace", "replace", "remove", "double", "rename", "add", "retype"))
-        if action == "remove":
-            del holder[last]
-        elif action == "double" and isinstance(holder, list):
-            holder.append(copy.deepcopy(holder[last]))
-        elif action == "rename" and isinstance(holder, dict):
-            holder[rng.choice(("", "x", last.upper(), f"{last}_", "\ud800", "../x", "y" * 300))] = holder.pop(last)
-        elif action == "add" and isinstance(holder, dict):
-            holder[rng.choice(("x", "uuds", "cisfa", "seed", "1", "ignore", "num_epochs"))] = strange
-        elif action == "retype":
-            holder[last] = rng.choice((str, lambda v: [v], lambda v: {"a": v}))(holder[last])
-        else:
-            holder[last] = strange
-    return value
-
-
-def as_text(value: Any, rng: random.Random) -> bytes:
-    """JSON, one time in eight cut, or with bytes that are no text, or nested beyond what any parser takes."""
-    text = json.dumps(value).encode()
-    return rng.choice(
-        [text] * 24 + [text[: rng.randrange(len(text) + 1)], text + b"\xff\xfe", b"[" * 100000]
-    )  # fmt: skip
-
-
-@contextmanager
-def limited(what: Any) -> Iterator[None]:
-    def late(*_: object) -> None:
-        raise TimeoutError(f"no answer in time to {what!r:.300}")
-
-    timers = ((signal.SIGPROF, signal.ITIMER_PROF, SECONDS), (signal.SIGALRM, signal.ITIMER_REAL, WAIT))
-    before = [signal.signal(number, late) for number, _, _ in timers]
-    for _, timer, seconds in timers:
-        signal.setitimer(timer, seconds)
-    try:
-        yield
-    finally:
-        for (number, timer, _), handler in zip(timers, before, strict=True):
-            signal.setitimer(timer, 0)
-            signal.signal(number, handler)
 
 
 @contextmanager
@@ -127,22 +43,6 @@ def bounded(megabytes: int = 1024) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_AS, before)
-
-
-def refused(function: Callable[[], object], what: Any) -> bool:
-    """Whether ``function`` ended in a clear refusal; anything but that and a correct end fails the test."""
-    try:
-        with limited(what):
-            function()
-    except UDAError as error:
-        assert str(error)
-        return True
-    except SystemExit as end:
-        assert end.code == 1
-        return True
-    except BaseException as error:
-        raise AssertionError(f"{type(error).__name__}: {error!s:.300} for {what!r:.500}") from error
-    return False
 
 
 def outcomes(
@@ -179,7 +79,8 @@ def test_mutations_change_values_and_the_undamaged_passes():
     assert not refused(lambda: check_uda(whole_uda(), "x"), "undamaged")
 
 
-def test_settings():
+@few_or_many(60, 500)
+def test_settings(count):
     methods = find_methods().methods
 
     def attempt(uda: Any, rng: random.Random) -> Callable[[], object]:
@@ -196,7 +97,7 @@ def test_settings():
 
         return read
 
-    assert 0.5 < outcomes(500, 1, whole_uda(), attempt) < 1
+    assert 0.5 < outcomes(count, 1, whole_uda(), attempt) < 1
 
 
 @pytest.fixture
@@ -225,7 +126,8 @@ def outside(raw: Path) -> set[Path]:
     }
 
 
-def test_dataset_json(dataset, tmp_path):
+@few_or_many(60, 400)
+def test_dataset_json(dataset, tmp_path, count):
     file = tmp_path / "dataset.json"
     content = json.loads((dataset / "dataset.json").read_text())
 
@@ -242,10 +144,11 @@ def test_dataset_json(dataset, tmp_path):
 
         return read
 
-    assert 0.5 < outcomes(400, 2, content, attempt) < 1
+    assert 0.5 < outcomes(count, 2, content, attempt) < 1
 
 
-def test_splits(dataset, tmp_path):
+@few_or_many(60, 200)
+def test_splits(dataset, tmp_path, count):
     file, known = tmp_path / "splits.json", {"ct_Tu00", "ct_Tu01", "ct_Tu02", "ct_Tu03"}
 
     def attempt(damaged: Any, rng: random.Random) -> Callable[[], object]:
@@ -258,10 +161,11 @@ def test_splits(dataset, tmp_path):
 
         return read
 
-    assert 0.5 < outcomes(200, 3, json.loads((dataset / "splits_target.json").read_text()), attempt) < 1
+    assert 0.5 < outcomes(count, 3, json.loads((dataset / "splits_target.json").read_text()), attempt) < 1
 
 
-def test_commands_and_trainers(dataset, tmp_path, capsys):
+@few_or_many(2, 12)
+def test_commands_and_trainers(dataset, tmp_path, capsys, count):
     """The same files through whole commands and a trainer's start, as far as training data."""
     preprocessed = tmp_path / "preprocessed" / "Dataset501_Blobs"
     predictions, out = tmp_path / "out" / "predictions", tmp_path / "out" / "result"
@@ -301,7 +205,7 @@ def test_commands_and_trainers(dataset, tmp_path, capsys):
         whole = file.read_bytes()
         shutil.rmtree(out, ignore_errors=True)
         assert not refused(run, f"{file.name} undamaged")
-        for _ in range(12):
+        for _ in range(count):
             damaged = mutated(json.loads(whole), rng)
             try:
                 json_only = run is train  # nnU-Net itself reads these, so they must at least be JSON
@@ -312,7 +216,7 @@ def test_commands_and_trainers(dataset, tmp_path, capsys):
                 shutil.rmtree(out, ignore_errors=True)
     plans = preprocessed / "tiny.json"
     content = json.loads(plans.read_text())
-    for _ in range(60):
+    for _ in range(5 * count):
         damaged = mutated(whole_uda(), rng)
         plans.write_text(json.dumps(content | {"uda": damaged}))
         refused(train, damaged)
@@ -347,7 +251,8 @@ def damaged_nifti(whole: bytes, fields: dict[str, tuple[np.dtype, int]], rng: ra
     return bytes(damaged[: rng.randrange(len(damaged))] if rng.random() < 0.05 else damaged)
 
 
-def test_nifti_headers(tmp_path):
+@few_or_many(100, 1000)
+def test_nifti_headers(tmp_path, count):
     """What is read is a scan; the rest is refused, in no more time or memory than a scan takes."""
     array = np.random.default_rng(0).integers(1, 99, (5, 6, 7)).astype(np.int16)
     affine = np.diag([1.0, 2.0, 3.0, 1.0])
@@ -378,5 +283,5 @@ def test_nifti_headers(tmp_path):
 
         attempt(whole, random.Random(0))()
         with bounded():
-            share = outcomes(1000, 5, whole, attempt, lambda whole, rng: damaged_nifti(whole, fields, rng))
+            share = outcomes(count, 5, whole, attempt, lambda whole, rng: damaged_nifti(whole, fields, rng))
         assert 0.3 < share < 0.95

@@ -15,15 +15,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import SimpleITK as sitk
-from test_fuzz import as_text, mutated, refused
-from test_rtstruct import RTSTRUCT, grid, ring
+from conftest import few_or_many
+from support.fuzzing import as_text, mutated, refused
+from support.rtstruct import RTSTRUCT, grid, ring
 
 from nnunet_uda.dataset_conversion.chaos import read_png
 from nnunet_uda.errors import UDAError
 from nnunet_uda.images.dicom import read_series
 from nnunet_uda.images.rtstruct import Structures, rasterise, read_contours_json, read_rtstruct
 
-COUNT = 2000
+MANY = few_or_many(150, 2000)
 MEMORY = 300 * 2**20
 """Bytes that reading may take beyond what the process has: nothing here is larger than 100 kB."""
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -182,7 +183,8 @@ def refused_by_name(read: Callable[[], object], path: Path, content: bytes) -> b
     return refused(attempt, content)
 
 
-def test_dicom_slices(tmp_path):
+@MANY
+def test_dicom_slices(tmp_path, count):
     rng = random.Random(0)
     for z in range(2):
         (tmp_path / f"{z}.dcm").write_bytes(dicom_file(slice_elements(z), rng))
@@ -194,11 +196,11 @@ def test_dicom_slices(tmp_path):
 
     assert not refused(read, "undamaged")
     bad = 0
-    for _ in range(COUNT):
+    for _ in range(count):
         content = damaged(lambda: slice_elements(1), rng)
         (tmp_path / "1.dcm").write_bytes(content)
         bad += refused_by_name(read, tmp_path, content)
-    assert 0.5 < bad / COUNT < 0.95
+    assert 0.5 < bad / count < 0.95
 
 
 def draw(structures: Structures) -> None:
@@ -207,20 +209,22 @@ def draw(structures: Structures) -> None:
         rasterise(contours, image, structures.path)
 
 
-def test_rtstructs(tmp_path):
+@MANY
+def test_rtstructs(tmp_path, count):
     rng, path = random.Random(1), tmp_path / "RTSS.dcm"
     path.write_bytes(dicom_file(structure_elements(), rng))
     assert len(read_rtstruct(path).named[0][1]) == 3
     assert not refused(lambda: draw(read_rtstruct(path)), "undamaged")
     bad = 0
-    for _ in range(COUNT):
+    for _ in range(count):
         content = damaged(structure_elements, rng)
         path.write_bytes(content)
         bad += refused_by_name(lambda: draw(read_rtstruct(path)), path, content)
-    assert 0.3 < bad / COUNT < 0.95
+    assert 0.3 < bad / count < 0.95
 
 
-def test_contours_json(tmp_path):
+@MANY
+def test_contours_json(tmp_path, count):
     rng, path = random.Random(2), tmp_path / "contours.json"
     content = [{"structure_name": "TV", "LPS_contour_points": [ring(grid(), 5, corners=6).points.tolist()] * 2}]
 
@@ -230,10 +234,10 @@ def test_contours_json(tmp_path):
     path.write_text(json.dumps(content))
     assert not refused(read, "undamaged")
     bad = 0
-    for _ in range(COUNT):
+    for _ in range(count):
         path.write_bytes(as_text(mutated(content, rng), rng))
         bad += refused_by_name(read, path, path.read_bytes())
-    assert 0.3 < bad / COUNT < 0.98
+    assert 0.3 < bad / count < 0.98
 
 
 def png(chunks: list[tuple[bytes, bytes]]) -> bytes:
@@ -241,7 +245,8 @@ def png(chunks: list[tuple[bytes, bytes]]) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
 
 
-def test_png_masks(tmp_path):
+@MANY
+def test_png_masks(tmp_path, count):
     rng, path = random.Random(3), tmp_path / "mask.png"
     pixels, text = zlib.compress(b"".join(b"\0" + bytes(8) for _ in range(8))), zlib.compress(bytes(10**6))
 
@@ -252,7 +257,7 @@ def test_png_masks(tmp_path):
     path.write_bytes(png(chunks))
     assert not refused(read, "undamaged")
     bad = 0
-    for _ in range(COUNT):
+    for _ in range(count):
         sizes = (8, 8, 8, 0, 1, 7, 9, 255, 8193, 65536, 2**31 - 1, 2**31, 2**32 - 1)
         header = struct.pack(
             ">IIBBBBB", rng.choice(sizes), rng.choice(sizes), rng.choice((8, 8, 1, 2, 4, 16, 3, 255)),
@@ -269,4 +274,4 @@ def test_png_masks(tmp_path):
             content[rng.randrange(len(content))] = rng.randrange(256)
         path.write_bytes(content)
         bad += refused_by_name(read, path, bytes(content))
-    assert 0.5 < bad / COUNT < 0.98
+    assert 0.5 < bad / count < 0.98

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import batch, make_trainer
-from test_trainers_prototypes import TINY as PROTOTYPES
-from test_trainers_uuds import UUDS
+from support.tiny import PROTOTYPES, UUDS
 
 from nnunet_uda.errors import UDAError
 
@@ -95,7 +94,7 @@ def test_the_patch_contrast_weighs_them_as_background(in_workspace):
         for group in trainer.optimizers["generator"].param_groups:
             group["lr"] = 0.0
         trainer.train_on(source, label, target)
-        return trainer._terms["patch_contrastive"].item()
+        return trainer.updates.terms["patch_contrastive"].item()
 
     ignored, background, foreground = (
         loss([torch.where(level == 2, value, level) for level in label]) for value in (2, 0, 1)

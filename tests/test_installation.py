@@ -87,6 +87,7 @@ def test_from_a_clone(tmp_path, base_environment):
     assert where.startswith(str(clone))
 
 
+@pytest.mark.slow
 def test_from_an_editable_install(tmp_path, base_environment):
     clone = copy_of_repository(tmp_path / "clone")
     python = base_environment("editable")

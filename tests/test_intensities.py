@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 from conftest import litter, two_geometries
+from support.scans import body
 
 from nnunet_uda.commands.convert import main as convert
 from nnunet_uda.commands.intensities import clip, main
@@ -228,14 +229,6 @@ def test_words_on_the_command_line(words, expected):
 def test_words_that_are_refused(words, message):
     with pytest.raises(UDAError, match=message):
         parse_intensities(words, "-source_intensities")
-
-
-def body(seed: int = 0) -> np.ndarray:
-    """A CT in HU: air, fat, soft tissue, bone."""
-    rng = np.random.default_rng(seed)
-    array = np.full((8, 20, 20), -1000.0)
-    array[:, 3:17, 3:17], array[:, 5:15, 5:15], array[:, 9:11, 9:11] = -100, 50, 900
-    return (array + rng.normal(0, 10, array.shape)).round().astype(np.int16)
 
 
 @pytest.mark.parametrize(

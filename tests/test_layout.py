@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -78,3 +79,10 @@ def test_no_module_imports_itself_by_way_of_others():
 def test_imports_for_types_alone_do_not_count():
     source = "if TYPE_CHECKING:\n import nnunet_uda.a\nelse:\n from nnunet_uda import b\ndef f():\n import nnunet_uda.d"
     assert imported(source, {"a", "b", "d"}) == {"b", "d"}
+
+
+def test_no_test_module_imports_another():
+    """What they share lies in conftest.py and ``support``."""
+    tests = REPOSITORY / "tests"
+    for path in (*tests.glob("*.py"), *(tests / "support").glob("*.py")):
+        assert not re.search(r"^\s*(from|import) test_", path.read_text(), re.MULTILINE), path

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from conftest import make_trainer
-from test_trainers_uuds import write_plans
+from support.tiny import write_plans
 from torch import nn
 
 from nnunet_uda.networks.instance_norm import FASTER, InstanceNorm2d, instance_norm, use_fast_instance_norm

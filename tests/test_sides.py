@@ -8,6 +8,7 @@ import pytest
 from conftest import make_trainer
 
 from nnunet_uda.data.sides import paired_names
+from nnunet_uda.training.trainer_state import check_checkpoint
 
 
 @pytest.mark.parametrize(
@@ -69,7 +70,7 @@ def test_checkpoints_from_before_go_on(in_workspace):
     def check(**changes):
         written = {"uda": {"settings": settings | changes}, "trainer_name": "CISFATrainer", "init_args": {
             "plans": trainer.plans_manager.plans, "configuration": "2d"}}  # fmt: skip
-        trainer._check_checkpoint(written, "checkpoint.pth")
+        check_checkpoint(trainer, written, "checkpoint.pth")
 
     own = {name: value for name, value in settings["cisfa"].items() if name != "patch_layers"}
     check(mirror=True, cisfa=own)

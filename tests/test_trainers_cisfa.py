@@ -108,7 +108,7 @@ def test_large_images_go_through_the_generators_update_in_parts_of_the_same_grad
         found[images] = gradients_of(
             trainer, monkeypatch, lambda: trainer.update_generator(source, label, target)
         )  # fmt: skip
-        terms[images] = {name: value.item() for name, value in trainer._terms.items()}
+        terms[images] = {name: value.item() for name, value in trainer.updates.terms.items()}
         trainer.networks.load_state_dict(again[0].state_dict())
         trainer.optimizers["generator"].load_state_dict(again[1])
     for images in (2, 1):

@@ -67,7 +67,7 @@ def test_entropy_counts_target_predictions_with_the_papers_weight(in_workspace):
         expected = {"segmentation": trainer.loss(of_source, label), "entropy": 0.001 * entropy_loss(of_target[0])}
     trainer.train_on(source, label, target)
     for name, value in expected.items():
-        torch.testing.assert_close(trainer._terms[name], value, atol=1e-6, rtol=1e-4)
+        torch.testing.assert_close(trainer.updates.terms[name], value, atol=1e-6, rtol=1e-4)
 
 
 def test_entropy_falls_where_it_weighs_much(in_workspace):
@@ -96,9 +96,9 @@ def test_advent_trains_its_networks_on_maps_of_one_pass(in_workspace, monkeypatc
     trainer.train_on(source, label, target)
     assert len(passes) == 2
     expected = 0.001 * domain_cross_entropy(logits[1], True)
-    torch.testing.assert_close(trainer._terms["segmenter_adversarial"], expected, atol=1e-6, rtol=1e-3)
+    torch.testing.assert_close(trainer.updates.terms["segmenter_adversarial"], expected, atol=1e-6, rtol=1e-3)
     expected = 0.5 * (domain_cross_entropy(logits[0], True) + domain_cross_entropy(logits[1], False))
-    torch.testing.assert_close(trainer._terms["discriminator"], expected, atol=1e-5, rtol=1e-3)
+    torch.testing.assert_close(trainer.updates.terms["discriminator"], expected, atol=1e-5, rtol=1e-3)
 
 
 class MeanInformation(torch.nn.Module):
@@ -204,10 +204,10 @@ def test_cuts_own_choices(in_workspace, monkeypatch):
             for image in range(len(images)):
                 similarity = query[image] @ key[image].T / 0.07
                 losses.append(torch.nn.functional.cross_entropy(similarity, torch.arange(len(similarity))))
-        torch.testing.assert_close(trainer._terms[name], torch.stack(losses).mean(), atol=1e-4, rtol=1e-3)
+        torch.testing.assert_close(trainer.updates.terms[name], torch.stack(losses).mean(), atol=1e-4, rtol=1e-3)
     with torch.no_grad():  # the discriminator was updated before the generator asked it
         expected = (discriminator(generator(source)) - 1).square().mean()
-    torch.testing.assert_close(trainer._terms["generator_adversarial"], expected, atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(trainer.updates.terms["generator_adversarial"], expected, atol=1e-4, rtol=1e-3)
 
 
 def test_cuts_players_pull_in_opposite_directions(in_workspace):
@@ -235,10 +235,10 @@ def test_cuts_players_pull_in_opposite_directions(in_workspace):
     with torch.no_grad():
         distance = (discriminator(generator(source)) - 1).square().mean().item()
     trainer.update_generator(source, target)
-    assert trainer._terms["generator_adversarial"].item() == pytest.approx(distance, rel=1e-3)
+    assert trainer.updates.terms["generator_adversarial"].item() == pytest.approx(distance, rel=1e-3)
     for _ in range(10):
         trainer.update_generator(source, target)
-    assert trainer._terms["generator_adversarial"].item() < distance
+    assert trainer.updates.terms["generator_adversarial"].item() < distance
 
 
 def test_cut_without_identity_leaves_the_targets_images_out(in_workspace):

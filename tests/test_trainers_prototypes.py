@@ -10,17 +10,16 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_trainer, same_weights, weights
+from support.tiny import PROTOTYPES
 
 from nnunet_uda.errors import UDAError
 from nnunet_uda.losses.adversarial import lsgan_loss
 from nnunet_uda.trainers.similarity_prototypes import Passes
 from nnunet_uda.training.embedding_picture import load_embeddings, principal_plane
 
-TINY = {"embedding_dim": 8, "discriminator_width": 4, "dictionary_size": 6, "top_k": 2, "min_positions": 1}
-
 
 def started(name="SimilarityPrototypesTrainer", configuration="2d", **own):
-    settings = {f"similarity_prototypes__{key}": value for key, value in {**TINY, **own}.items()}
+    settings = {f"similarity_prototypes__{key}": value for key, value in {**PROTOTYPES, **own}.items()}
     trainer = make_trainer(name, configuration=configuration, **settings)
     trainer.on_train_start()
     trainer.on_train_epoch_start()
@@ -320,7 +319,7 @@ def test_the_boundary_term_is_an_option(in_workspace):
 
 def test_three_dimensions(in_workspace):
     in_workspace.configure("tiny3d_prototypes", configuration="3d_fullres", options=("--overwrite",))
-    settings = {f"similarity_prototypes__{key}": value for key, value in {**TINY, "warmup_epochs": 0}.items()}
+    settings = {f"similarity_prototypes__{key}": value for key, value in {**PROTOTYPES, "warmup_epochs": 0}.items()}
     trainer = make_trainer("SimilarityPrototypesTrainer", "tiny3d_prototypes", "3d_fullres", **settings)
     trainer.on_train_start()
     trainer.on_train_epoch_start()
@@ -335,7 +334,7 @@ def test_continuing_is_bit_for_bit(in_workspace, tmp_path):
     first.save_checkpoint(str(tmp_path / "checkpoint.pth"))
     second = make_trainer(
         "SimilarityPrototypesTrainer",
-        **{f"similarity_prototypes__{k}": v for k, v in {**TINY, "warmup_epochs": 0, "confidence": 0.0}.items()},
+        **{f"similarity_prototypes__{k}": v for k, v in {**PROTOTYPES, "warmup_epochs": 0, "confidence": 0.0}.items()},
     )
     second.initialize()
     second.load_checkpoint(str(tmp_path / "checkpoint.pth"))
@@ -355,7 +354,7 @@ def test_a_checkpoint_with_other_dictionaries_is_refused(in_workspace, tmp_path)
     first.save_checkpoint(str(tmp_path / "checkpoint.pth"))
     second = make_trainer(
         "SimilarityPrototypesTrainer",
-        **{f"similarity_prototypes__{key}": value for key, value in {**TINY, "dictionary_size": 9}.items()},
+        **{f"similarity_prototypes__{key}": value for key, value in {**PROTOTYPES, "dictionary_size": 9}.items()},
     )
     second.initialize()
     with pytest.raises(UDAError, match="dictionary_size"):
@@ -375,7 +374,7 @@ def test_bad_settings_are_refused(in_workspace, own, message):
     with pytest.raises(UDAError, match=message):
         make_trainer(
             "SimilarityPrototypesTrainer",
-            **{f"similarity_prototypes__{key}": value for key, value in {**TINY, **own}.items()},
+            **{f"similarity_prototypes__{key}": value for key, value in {**PROTOTYPES, **own}.items()},
         )
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import batch, make_trainer, same_weights, weights
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from support.tiny import CLIP, write_plans
 from torch import nn
 
 from nnunet_uda.commands import configure
@@ -20,16 +21,8 @@ from nnunet_uda.errors import UDAError
 from nnunet_uda.losses.domain_discrepancy import domain_discrepancy_loss
 from nnunet_uda.losses.supervised_contrastive import supervised_contrastive_loss
 from nnunet_uda.losses.uncertainty import uncertain_segmentation_loss
-from nnunet_uda.plans import derive_plans
 
-CLIP = {
-    "embed_dim": 32,
-    "quick_gelu": True,
-    "vision_cfg": {"image_size": 64, "layers": [1, 1, 1, 1], "width": 8},
-    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
-}
 TERMS = {"domain", "domain_translated", "contrastive", "segmentation", "uncertain_segmentation", "identity"}
-UUDS = {"clip_config": CLIP, "clip_weights": "random", "warmup_epochs": 0, "threshold": 1.0}
 
 
 @pytest.fixture
@@ -37,15 +30,6 @@ def workspace(in_workspace):
     """Plans of a batch of 4 beside ``tiny``, with a CLIP that trains in seconds."""
     write_plans(in_workspace, "uuds")
     return in_workspace
-
-
-def write_plans(workspace, name, base="tiny", configuration="2d", **options):
-    folder = workspace.preprocessed / "Dataset501_Blobs"
-    plans = json.loads((folder / f"{base}.json").read_text())
-    uda = {**json.loads((folder / "tiny.json").read_text())["uda"], "uuds": UUDS}
-    (folder / f"{name}.json").write_text(
-        json.dumps(derive_plans(plans, configuration, name, uda, batch_size=4, **options))
-    )
 
 
 def started(name="UUDSTrainer", **options):

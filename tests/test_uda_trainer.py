@@ -19,7 +19,6 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunet_uda.errors import UDAError
 from nnunet_uda.training import uda_trainer
 from nnunet_uda.training.checkpoint import plain
-from nnunet_uda.training.uda_trainer import clip_gradients
 
 
 def train(name: str = "CISFATrainer", **options):
@@ -320,22 +319,6 @@ def test_worker_processes_serve_both_streams(in_workspace, monkeypatch):
     assert np.isfinite(trainer.loss_history["segmentation"]).all()
 
 
-@pytest.mark.parametrize("size", [0.1, 1.0, 50.0, float("nan")])
-def test_gradients_are_clipped_as_by_torch(size):
-    ours, theirs = ([torch.nn.Parameter(torch.zeros(n)) for n in (3, 5, 1)] for _ in range(2))
-    for seed, pair in enumerate(zip(ours[:2], theirs[:2], strict=True)):  # the last one has no gradient
-        gradient = size * torch.randn(len(pair[0]), generator=torch.Generator().manual_seed(seed))
-        for parameter in pair:
-            parameter.grad = gradient.clone()
-    clip_gradients(ours, 12)
-    norm = torch.nn.utils.clip_grad_norm_(theirs, 12)
-    assert size < 50 or not norm <= 12, "the largest must be clipped"
-    for one, other in zip(ours[:2], theirs[:2], strict=True):
-        torch.testing.assert_close(one.grad, other.grad, rtol=0, atol=0, equal_nan=True)
-    assert ours[2].grad is None
-    clip_gradients(ours[2:], 12)
-
-
 def test_terms_in_parts_make_the_step_of_their_sum(in_workspace):
     found = []
     for parts in ([{"a": 1.0, "b": 2.0}], [{"a": 0.25}, {"b": 2.0}, {"a": 0.75}]):
@@ -345,7 +328,7 @@ def test_terms_in_parts_make_the_step_of_their_sum(in_workspace):
             for part in parts:
                 size = sum(p.square().sum() for p in trainer.network.parameters())
                 add({name: factor * size for name, factor in part.items()})
-        found.append((weights(trainer), {name: value.item() for name, value in trainer._terms.items()}))
+        found.append((weights(trainer), {name: value.item() for name, value in trainer.updates.terms.items()}))
     (whole, logged), (of_parts, sums) = found
     assert sums == pytest.approx(logged) and logged["b"] == pytest.approx(2 * logged["a"])
     for name, value in whole.items():
@@ -357,19 +340,29 @@ def test_memory_freed_by_a_step_on_the_cpu_is_used_again():
         pytest.skip("page faults are glibc's")
     script = """
 import resource, torch
-from nnunet_uda.training.cpu import prepare_process
+from nnunet_uda.training.cpu import keep_freed_memory
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for size in 4 * [2**24, 2**22, 2**20]:
         torch.ones(size)
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 first = faults()
-prepare_process()
+keep_freed_memory()
 for _ in range(8):
     faults()
-print(first, faults(), float(torch.tensor(1e-39) * 1))
+print(first, faults())
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    first, later, denormal = done.stdout.split()
+    first, later = done.stdout.split()
     assert int(first) > 4 * 2**26 / 2**21, "pages of 2 MiB at most"
-    assert int(later) < int(first) / 10 and float(denormal) == 0
+    assert int(later) < int(first) / 10
+
+
+def test_denormal_numbers_are_0_in_training_and_distances_are_measured_after_it(in_workspace, monkeypatch):
+    """scipy's KDTree, built on the surface that most voxels share, ends the process where they are 0."""
+    trainer, seen = make_trainer("SourceOnlyTrainer", num_epochs=1, iterations_per_epoch=1), []
+    train_on = trainer.train_on
+    tiny = torch.full((1,), 1e-39)
+    monkeypatch.setattr(trainer, "train_on", lambda *batch: (seen.append((tiny * 1).item()), train_on(*batch)))
+    trainer.run_training()
+    assert seen == [0] and (tiny * 1).item() > 0

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from nnunet_uda.losses.entropy import domain_cross_entropy, weighted_self_information
-from nnunet_uda.networks.patch_discriminator import PatchDiscriminator
 from nnunet_uda.settings import require
+from nnunet_uda.training.translation import patch_discriminator
 from nnunet_uda.training.uda_trainer import UDATrainer, frozen
 
 
@@ -46,16 +46,7 @@ class ADVENTTrainer(UDATrainer):
     method_settings = ADVENTSettings
 
     def build_networks(self) -> dict[str, nn.Module]:
-        patch_size = self.configuration_manager.patch_size
-        return {
-            "discriminator": PatchDiscriminator(
-                self.label_manager.num_segmentation_heads,
-                len(patch_size),
-                patch_size,
-                self.own_settings.discriminator_width,
-                self.own_settings.discriminator_layers,
-            )
-        }
+        return {"discriminator": patch_discriminator(self, self.label_manager.num_segmentation_heads)}
 
     def build_optimizers(self) -> dict[str, torch.optim.Optimizer]:
         rate = self.own_settings.discriminator_learning_rate

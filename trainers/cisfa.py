@@ -16,14 +16,11 @@ from torch import Tensor, nn
 
 from nnunet_uda.losses.adversarial import lsgan_loss
 from nnunet_uda.losses.global_contrastive import GlobalContrastiveLoss
-from nnunet_uda.losses.patch_nce import PatchNCELoss, layers_patch_nce
-from nnunet_uda.networks.patch_discriminator import PatchDiscriminator
-from nnunet_uda.networks.patch_projector import PatchProjector
+from nnunet_uda.losses.patch_nce import layers_patch_nce
 from nnunet_uda.networks.projection_head import ProjectionHead
-from nnunet_uda.networks.resnet_generator import ResnetGenerator
 from nnunet_uda.settings import require
-from nnunet_uda.training.translation_settings import TranslationSettings
-from nnunet_uda.training.uda_trainer import UDATrainer, frozen
+from nnunet_uda.training.translation import TranslatingTrainer, TranslationSettings, patch_discriminator
+from nnunet_uda.training.uda_trainer import frozen
 
 LARGEST_MAP = 16 * 2**20
 """Bytes of the generator's largest map for as many images as go through its update at once on a CPU: a batch of 4 at
@@ -58,62 +55,29 @@ class CISFASettings(TranslationSettings):
         require(self.foreground_weight >= 1, "foreground_weight", "at least 1 (eq. 3)", self.foreground_weight)
 
 
-class CISFATrainer(UDATrainer):
+class CISFATrainer(TranslatingTrainer):
     """The paper's method. ``uda.cisfa`` in the plans holds its settings (``CISFASettings``)."""
 
     method = "cisfa"
     method_settings = CISFASettings
 
     def build_networks(self) -> dict[str, nn.Module]:
-        settings, channels = self.own_settings, self.num_input_channels
-        patch_size = self.configuration_manager.patch_size
-        dimension = len(patch_size)
-        generator = ResnetGenerator(
-            channels,
-            dimension,
-            settings.generator_width,
-            settings.generator_blocks,
-            self.configuration_manager.pool_op_kernel_sizes[1:3],  # the segmenter's own strides: thin axes stay whole
-        )
-        discriminator = {
-            "dimension": dimension,
-            "patch_size": patch_size,
-            "width": settings.discriminator_width,
-            "num_layers": settings.discriminator_layers,
-        }
-        bottleneck = self.plain_network.encoder.output_channels[-1]
-        self.patch_contrastive = PatchNCELoss(
-            settings.patch_contrastive_temperature, settings.patch_contrastive_negatives
-        )
+        settings = self.own_settings
         self.global_contrastive = GlobalContrastiveLoss(settings.global_contrastive_temperature)
         return {
-            "generator": generator,
-            "patch_projector": PatchProjector(
-                generator.feature_channels, settings.patch_features, settings.patches, settings.first_patch_layer
-            ),
-            "projection_head": ProjectionHead(bottleneck),
-            "image_discriminator": PatchDiscriminator(channels, **discriminator),
-            "segmentation_discriminator": PatchDiscriminator(
-                self.label_manager.num_segmentation_heads, **discriminator
-            ),
+            **self.build_generator(settings.patch_contrastive_temperature, settings.patch_contrastive_negatives),
+            "projection_head": ProjectionHead(self.plain_network.encoder.output_channels[-1]),
+            "image_discriminator": patch_discriminator(self, self.num_input_channels),
+            "segmentation_discriminator": patch_discriminator(self, self.label_manager.num_segmentation_heads),
         }
 
     def build_optimizers(self) -> dict[str, torch.optim.Optimizer]:
-        options = {"learning_rate": self.own_settings.gan_learning_rate, "beta1": self.own_settings.gan_beta1}
         self.optimizer.add_param_group({"params": list(self.networks["projection_head"].parameters())})
-        return {
-            "generator": self.adam_for("generator", "patch_projector", **options),
-            "image_discriminator": self.adam_for("image_discriminator", **options),
-            "segmentation_discriminator": self.adam_for("segmentation_discriminator", **options),
-        }
+        return self.gan_optimizers("image_discriminator", "segmentation_discriminator")
 
     def on_train_epoch_start(self):
         super().on_train_epoch_start()
-        rate = self.own_settings.gan_rate(self.current_epoch / self.num_epochs)
-        self.set_rate(rate, "generator", "image_discriminator", "segmentation_discriminator")
-
-    def translate(self, source: Tensor) -> Tensor:
-        return self.restore_background(self.networks["generator"](source), source)
+        self.set_gan_rate(self.current_epoch / self.num_epochs)
 
     def train_on(self, source: Tensor, label: Tensor | list[Tensor], target: Tensor | None) -> None:
         self.update_generator(source, self.known(label), target)

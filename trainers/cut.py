@@ -17,13 +17,9 @@ from torch import Tensor, nn
 
 from nnunet_uda.errors import UDAError
 from nnunet_uda.losses.adversarial import lsgan_loss
-from nnunet_uda.losses.patch_nce import PatchNCELoss
-from nnunet_uda.networks.patch_discriminator import PatchDiscriminator
-from nnunet_uda.networks.patch_projector import PatchProjector
-from nnunet_uda.networks.resnet_generator import ResnetGenerator
 from nnunet_uda.settings import require
-from nnunet_uda.training.translation_settings import TranslationSettings
-from nnunet_uda.training.uda_trainer import UDATrainer, frozen
+from nnunet_uda.training.translation import TranslatingTrainer, TranslationSettings, patch_discriminator
+from nnunet_uda.training.uda_trainer import frozen
 
 
 @dataclass(frozen=True)
@@ -62,7 +58,7 @@ class LatePolyLRScheduler(PolyLRScheduler):
         super().step(max(0, (current_step or 0) - self.start))
 
 
-class CUTTrainer(UDATrainer):
+class CUTTrainer(TranslatingTrainer):
     """Translate, then train. ``uda.cut`` in the plans holds its settings (``CUTSettings``).
 
     Until the generator is fixed the segmenter stays at its random start, and so does pseudo Dice.
@@ -89,29 +85,13 @@ class CUTTrainer(UDATrainer):
         super().initialize()
 
     def build_networks(self) -> dict[str, nn.Module]:
-        settings, channels = self.own_settings, self.num_input_channels
-        patch_size = self.configuration_manager.patch_size
-        strides = self.configuration_manager.pool_op_kernel_sizes[1:3]  # the segmenter's own: thin axes stay whole
-        generator = ResnetGenerator(
-            channels, len(patch_size), settings.generator_width, settings.generator_blocks, strides
-        )
-        self.patch_contrastive = PatchNCELoss(settings.temperature, negatives="input")
         return {
-            "generator": generator,
-            "patch_projector": PatchProjector(
-                generator.feature_channels, settings.patch_features, settings.patches, settings.first_patch_layer
-            ),
-            "discriminator": PatchDiscriminator(
-                channels, len(patch_size), patch_size, settings.discriminator_width, settings.discriminator_layers
-            ),
+            **self.build_generator(self.own_settings.temperature, negatives="input"),
+            "discriminator": patch_discriminator(self, self.num_input_channels),
         }
 
     def build_optimizers(self) -> dict[str, torch.optim.Optimizer]:
-        options = {"learning_rate": self.own_settings.gan_learning_rate, "beta1": self.own_settings.gan_beta1}
-        return {
-            "generator": self.adam_for("generator", "patch_projector", **options),
-            "discriminator": self.adam_for("discriminator", **options),
-        }
+        return self.gan_optimizers("discriminator")
 
     def configure_optimizers(self):
         optimizer, _ = super().configure_optimizers()
@@ -119,14 +99,10 @@ class CUTTrainer(UDATrainer):
 
     def on_train_epoch_start(self):
         super().on_train_epoch_start()
-        rate = self.own_settings.gan_rate(self.current_epoch / self.translation_epochs)
-        self.set_rate(rate, "generator", "discriminator")
+        self.set_gan_rate(self.current_epoch / self.translation_epochs)
 
     def reads_target(self) -> bool:
         return self.generator_learns
-
-    def translate(self, source: Tensor) -> Tensor:
-        return self.restore_background(self.networks["generator"](source), source)
 
     def train_on(self, source: Tensor, label: Tensor | list[Tensor], target: Tensor | None) -> None:
         if self.generator_learns:

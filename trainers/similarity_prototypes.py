@@ -31,7 +31,6 @@ from nnunet_uda.losses.prototypes import (
     labels_at,
 )
 from nnunet_uda.networks.instance_norm import use_fast_instance_norm
-from nnunet_uda.networks.patch_discriminator import PatchDiscriminator
 from nnunet_uda.networks.prototype_network import GeneratorOutput, PrototypeNetwork, SegmentingGenerator
 from nnunet_uda.networks.recomputed import use_slim_blocks
 from nnunet_uda.settings import parse_settings, require, split_settings
@@ -42,6 +41,7 @@ from nnunet_uda.training.embedding_picture import (
     save_embeddings,
     write_embedding_picture,
 )
+from nnunet_uda.training.translation import patch_discriminator
 from nnunet_uda.training.uda_trainer import adam, frozen
 
 RATES = (1, 6, 12, 18)
@@ -185,13 +185,6 @@ class SimilarityPrototypesTrainer(CompositeTrainer):
 
     def build_networks(self) -> dict[str, nn.Module]:
         settings, classes = self.own_settings, self.label_manager.num_segmentation_heads
-        patch_size = self.configuration_manager.patch_size
-        shape = {
-            "dimension": len(patch_size),
-            "patch_size": patch_size,
-            "width": settings.discriminator_width,
-            "num_layers": settings.discriminator_layers,
-        }
         memory = (classes, settings.dictionary_size, settings.embedding_dim)
         networks = {
             "source_dictionary": PrototypeDictionary(*memory),
@@ -199,8 +192,8 @@ class SimilarityPrototypesTrainer(CompositeTrainer):
         }
         if self.needs_target:
             for domain in ("source", "target"):
-                networks[f"{domain}_image_discriminator"] = PatchDiscriminator(self.num_input_channels, **shape)
-                networks[f"{domain}_segmentation_discriminator"] = PatchDiscriminator(classes, **shape)
+                networks[f"{domain}_image_discriminator"] = patch_discriminator(self, self.num_input_channels)
+                networks[f"{domain}_segmentation_discriminator"] = patch_discriminator(self, classes)
         return networks
 
     def network_optimizer(self) -> torch.optim.Optimizer:

@@ -283,7 +283,7 @@ class UUDSTrainer(CompositeTrainer):
                 )
             terms["identity"] = settings.identity_weight * F.l1_loss(reconstructed, source)  # eq. 9
         self.update("network", terms, max_norm=12)
-        self._terms["structure"] = shared_information(target, translated)
+        self.updates.terms["structure"] = shared_information(target, translated)
 
     def translation_terms(
         self, target: Tensor, both: Encoded, reconstructed: Tensor, translated: Tensor, domain: Tensor | None

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from nnunet_uda.errors import UDAError
 from nnunet_uda.networks.patch_projector import PatchProjector
@@ -52,52 +51,17 @@ class PatchNCELoss(nn.Module):
         """
         with torch.autocast(queries.device.type, enabled=False):
             queries, keys = queries.float(), keys.detach().float()
-            batch, positions, _ = queries.shape
-            if batch * positions == 0:
+            if queries.shape[:2].numel() == 0:
                 return queries.sum()
-            weights = queries.new_ones(batch, positions) if weights is None else weights.float()
-            return _WeightedPatchNCE.apply(queries, keys, weights, self.temperature, self.negatives == "both")
-
-
-class _WeightedPatchNCE(torch.autograd.Function):
-    """The mean over B and P of w * L_pcl, whose gradient is made in the forward pass.
-
-    With p the softmax of u . v / tau over all v, dL/du is (sum of p v - u+) / tau, and what u receives as a negative of
-    the other vectors of its image; autograd would keep and pass through a dozen P x 2P maps for the same.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: torch.autograd.function.FunctionCtx, queries: Tensor, keys: Tensor, weights: Tensor, temperature: float,
-        both: bool,
-    ) -> Tensor:  # fmt: skip
-        scaled = queries / temperature
-        between = torch.bmm(scaled, keys.transpose(1, 2))  # the diagonal holds u . u+ / tau
-        positive = between.diagonal(dim1=1, dim2=2).clone()
-        parts = [between]
-        if both:  # eq 2: v runs over F^l without u itself
-            within = torch.bmm(scaled, queries.transpose(1, 2))
-            within.diagonal(dim1=1, dim2=2).fill_(float("-inf"))
-            parts.append(within)
-        largest = torch.stack([part.amax(2) for part in parts]).amax(0)
-        sums = torch.stack([part.sub_(largest[..., None]).exp_().sum(2) for part in parts]).sum(0)
-        share = weights / weights.numel()
-        loss = (share * (sums.log() + largest - positive)).sum()  # eq 4
-        if ctx.needs_input_grad[0]:
-            for part in parts:
-                part.mul_((share / sums)[..., None])
-            between.diagonal(dim1=1, dim2=2).sub_(share)
-            gradient = torch.bmm(between, keys)
-            if both:
-                gradient.baddbmm_(within + within.transpose(1, 2), queries)
-            ctx.save_for_backward(gradient.div_(temperature))
-        return loss
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: torch.autograd.function.FunctionCtx, of_loss: Tensor) -> tuple[Tensor | None, ...]:
-        (gradient,) = ctx.saved_tensors
-        return of_loss * gradient, None, None, None, None
+            vectors = queries / self.temperature
+            similarities = vectors @ keys.transpose(1, 2)  # [B, P, P], the diagonal holds u . u+ / tau
+            positive = similarities.diagonal(dim1=1, dim2=2)
+            if self.negatives == "both":  # eq 2: v runs over F^l without u itself
+                itself = torch.eye(queries.shape[1], dtype=torch.bool, device=queries.device)
+                within = (vectors @ queries.transpose(1, 2)).masked_fill(itself, -torch.inf)
+                similarities = torch.cat([similarities, within], 2)
+            losses = similarities.logsumexp(2) - positive
+            return (losses if weights is None else weights.float() * losses).mean()
 
 
 def position_weights(

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from monai.inferers import sliding_window_inference
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetBaseDataset
+
+from nnunet_uda.data.convention import read_domains
+from nnunet_uda.files import write_json
+
+if TYPE_CHECKING:
+    from nnunet_uda.training.uda_trainer import UDATrainer
 
 
 def translate_volume(
@@ -70,3 +79,23 @@ class TranslatedDataset:
         with torch.no_grad():
             translated = translate_volume(volume, self.translate, self.patch_size)
         return translated.float().cpu().numpy(), seg, previous, properties
+
+
+@contextmanager
+def translated_validation(trainer: UDATrainer) -> Iterator[None]:
+    """Inside, nnU-Net's final validation is on translated source volumes; ``about.json`` says so in the results."""
+    trainer.networks.eval()
+    domains = read_domains(trainer.dataset_json)
+    note = (
+        f"{domains.source} validation cases translated to {domains.target} by the generator, against their own "
+        f"{domains.source} labels: no {domains.target} label was read"
+    )
+    trainer.print_to_log_file(f"Final validation: {note}")
+    stored, patch_size = trainer.dataset_class, trainer.configuration_manager.patch_size
+    trainer.dataset_class = TranslatedDataset(stored, trainer._translated, patch_size, trainer.device)
+    try:
+        yield
+    finally:
+        trainer.dataset_class = stored
+    if trainer.local_rank == 0:
+        write_json({"validated_on": note}, Path(trainer.output_folder, "validation", "about.json"))

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -15,16 +14,9 @@ from typing import Any
 import numpy as np
 import torch
 from acvl_utils.cropping_and_padding.bounding_boxes import crop_and_pad_nd
-from batchgenerators.dataloading.nondet_multi_threaded_augmenter import NonDetMultiThreadedAugmenter
-from batchgenerators.dataloading.single_threaded_augmenter import SingleThreadedAugmenter
 from batchgenerators.utilities.file_and_folder_operations import join
-from batchgeneratorsv2.transforms.noise.gaussian_blur import GaussianBlurTransform
-from batchgeneratorsv2.transforms.spatial.mirroring import MirrorTransform
-from batchgeneratorsv2.transforms.spatial.spatial import SpatialTransform
 from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
-from batchgeneratorsv2.transforms.utils.random import RandomTransform
 from nnunetv2.configuration import default_num_processes
-from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetBaseDataset
 from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
@@ -34,9 +26,7 @@ from torch._dynamo import OptimizedModule
 
 from nnunet_uda.data.convention import (
     check_dataset_json,
-    check_splits,
     environment_folder,
-    fold_of,
     labelled_target,
     mend_results,
     normalisation_warning,
@@ -45,7 +35,6 @@ from nnunet_uda.data.convention import (
 )
 from nnunet_uda.data.damage import refuse_damaged
 from nnunet_uda.data.new_scans import check_prediction, treating_new_scans
-from nnunet_uda.data.sides import paired_names
 from nnunet_uda.data.slices import refuse_mixed_slices
 from nnunet_uda.data.target import (
     LabelledTargetDataset,
@@ -56,14 +45,13 @@ from nnunet_uda.data.target import (
 )
 from nnunet_uda.devices import open_device
 from nnunet_uda.errors import UDAError, print_without_traceback
-from nnunet_uda.files import write_json
 from nnunet_uda.foreign_plans import check_before_building, check_plans
 from nnunet_uda.losses.dice import soft_dice_loss
 from nnunet_uda.losses.prototypes import IGNORED
-from nnunet_uda.methods import check_trainer, refuse_unknown_methods
+from nnunet_uda.methods import settings_of
 from nnunet_uda.networks.instance_norm import use_fast_instance_norm
 from nnunet_uda.networks.recomputed import use_slim_blocks
-from nnunet_uda.settings import UDASettings, parse_settings, split_settings
+from nnunet_uda.training.background import outside_mask
 from nnunet_uda.training.checkpoint import (
     PREVIOUS,
     plain,
@@ -74,22 +62,28 @@ from nnunet_uda.training.checkpoint import (
     set_random_state,
     write_checkpoint,
 )
-from nnunet_uda.training.cpu import prepare_process
+from nnunet_uda.training.cpu import keep_freed_memory, without_denormals
 from nnunet_uda.training.model_choice import ModelChoice
 from nnunet_uda.training.pictures import plot_losses, write_panels
 from nnunet_uda.training.stoppable_trainer import StoppableTrainer
-from nnunet_uda.training.translated_dataset import TranslatedDataset
+from nnunet_uda.training.streams import (
+    Unlabelled,
+    allowed_mirroring,
+    check_source_fold,
+    environment,
+    make_loader,
+    reduced,
+    refuse_empty_labels,
+)
+from nnunet_uda.training.trainer_state import check_checkpoint, checkpoint_of, restore
+from nnunet_uda.training.translated_dataset import translated_validation
+from nnunet_uda.training.updates import Updates, adam, frozen
+
+__all__ = ["NonFiniteLossError", "UDATrainer", "adam", "frozen", "middle_slice"]
 
 
 class NonFiniteLossError(UDAError):
     """A loss term became NaN or infinite."""
-
-
-class _Unlabelled:
-    """The label manager of the target's loader: nnU-Net's loader asks it only for these two."""
-
-    all_labels: list[int] = []
-    has_ignore_label = False
 
 
 class UDATrainer(StoppableTrainer):
@@ -127,22 +121,8 @@ class UDATrainer(StoppableTrainer):
         open_device(str(device))
         check_plans(plans, "the plans file")
         check_dataset_json(dataset_json, f"dataset.json of {plans['dataset_name']}")
-        where = f"plans {plans['plans_name']!r}, key 'uda'"
-        shared, own = split_settings(plans.get("uda", {}), self.method, where)
-        refuse_unknown_methods(plans.get("uda", {}), self.method, where)
-        self.settings: UDASettings = parse_settings(UDASettings, shared, where)
-        self.own_settings = None
-        if self.method_settings is not None:
-            check_trainer(type(self))
-            clash = sorted(key for key, value in self.fixed_settings.items() if own.get(key, value) != value)
-            if clash:
-                raise UDAError(f"{where}: {type(self).__name__} fixes {clash}; train another variant, or remove them")
-            self.own_settings = parse_settings(
-                self.method_settings, own | self.fixed_settings, f"{where}.{self.method}"
-            )
-
+        self.settings, self.own_settings = settings_of(type(self), plans)
         super().__init__(plans, configuration, fold, dataset_json, device)
-
         self.adopt_settings()
         self.networks = nn.ModuleDict()
         self.optimizers: dict[str, torch.optim.Optimizer] = {}
@@ -150,11 +130,9 @@ class UDATrainer(StoppableTrainer):
         self.dataloader_labelled = None
         self.loss_history: dict[str, list[float]] = {}
         self.model_choice = ModelChoice(self.settings)
-        self._terms: dict[str, Tensor] = {}
-        self._labelled_due = False
-        self._updated: set[str] = set()
         self._restored_random_state: dict[str, Any] | None = None
         self._begins_anew = True
+        self._labelled_due = False
 
     def adopt_settings(self) -> None:
         """Settings that nnU-Net keeps as attributes of its own."""
@@ -211,20 +189,8 @@ class UDATrainer(StoppableTrainer):
         return source
 
     def outside_mask(self, reference: Tensor) -> Tensor | None:
-        """Where ``reference`` lies outside of nnU-Net's nonzero mask: the brain, where the skull is stripped.
-
-        Args:
-            reference: ``(B, C, *patch)`` images as ``train_on`` gets them, before anything is done to them. nnU-Net
-                sets voxels outside of the mask to exactly 0, in channels that have ``use_mask_for_norm`` in the plans.
-
-        Returns:
-            Bool of the same shape, or None where no channel is masked: nothing is to be done then.
-        """
-        masked = self.configuration_manager.use_mask_for_norm
-        if not any(masked):
-            return None
-        channels = torch.tensor(masked, device=reference.device).view(1, -1, *[1] * (reference.ndim - 2))
-        return (reference == 0) & channels
+        """Where ``reference``, images as ``train_on`` gets them, lies outside of nnU-Net's nonzero mask (see there)."""
+        return outside_mask(reference, self.configuration_manager.use_mask_for_norm)
 
     def restore_background(self, images: Tensor, reference: Tensor) -> Tensor:
         """``images``, made of ``reference`` by a restyling or translation, with 0 where that lies outside of the mask.
@@ -269,12 +235,13 @@ class UDATrainer(StoppableTrainer):
     def initialize(self):
         self._refuse_unsupported()
         if self.device.type == "cpu":
-            prepare_process()
+            keep_freed_memory()
         if self.settings.seed is not None:
             seed_everything(self.settings.seed)
         super().initialize()
         self.networks = use_fast_instance_norm(nn.ModuleDict(self.build_networks()).to(self.device))
         self.optimizers = {self.network_update: self.optimizer, **self.build_optimizers()}
+        self.updates = self._new_updates()
         self.prepare_network()
         if self._do_i_compile():
             for network in self.networks.values():
@@ -346,42 +313,18 @@ class UDATrainer(StoppableTrainer):
         rotation, dummy_2d, initial_patch_size, mirror_axes = (
             super().configure_rotation_dummyDA_mirroring_and_inital_patch_size()
         )
-        mirror_axes = self.inference_allowed_mirroring_axes = self._allowed_mirroring(mirror_axes)
+        mirror_axes = self.inference_allowed_mirroring_axes = allowed_mirroring(
+            self.settings.mirror, mirror_axes, self.structures, self.plans_manager.plans,
+            len(self.configuration_manager.patch_size), self.print_to_log_file,
+        )  # fmt: skip
         if self.settings.augmentation == "none":
             initial_patch_size = np.array(self.configuration_manager.patch_size)
         return rotation, dummy_2d, initial_patch_size, mirror_axes
 
-    def _allowed_mirroring(self, axes: Sequence[int] | None) -> tuple[int, ...] | None:
-        """Of nnU-Net's axes those that the setting ``mirror`` leaves; None is no mirroring."""
-        if not self.settings.mirror or axes is None:
-            return None
-        pairs = paired_names(self.structures)
-        if self.settings.mirror is True or not pairs:
-            return tuple(axes)
-        left = ()
-        if self.plans_manager.plans["image_reader_writer"] == "SimpleITKIOWithReorient":
-            axis = self.plans_manager.transpose_forward.index(2)  # its arrays' last axis goes from left to right
-            in_patch = axis - (3 - len(self.configuration_manager.patch_size))
-            left = tuple(each for each in axes if each != in_patch)
-        self.print_to_log_file(
-            f"Mirroring along the axes {list(left)} of {list(axes)} alone: it would exchange {' and '.join(pairs[0])} "
-            "(setting mirror=auto)"
-        )
-        return left or None
-
     def get_training_transforms(self, *args, **kwargs):
         """nnU-Net's pipeline, less what the setting ``augmentation`` turns off; reproducible where a seed is set."""
         pipeline = nnUNetTrainer.get_training_transforms(*args, **kwargs)
-        if self.settings.augmentation == "none":
-            pipeline.transforms = [t for t in pipeline.transforms if not isinstance(t, MirrorTransform)]
-        if self.settings.augmentation != "nnunet":
-            # RandomTransform wraps exactly nnU-Net's intensity transforms (cascades, which it also serves, are refused)
-            pipeline.transforms = [t for t in pipeline.transforms if not isinstance(t, RandomTransform)]
-        if self.settings.augmentation == "none":
-            for transform in pipeline.transforms:
-                if isinstance(transform, SpatialTransform):
-                    transform.p_rotation = transform.p_scaling = 0
-        return pipeline if self.settings.seed is None else without_stopwatch(pipeline)
+        return reduced(pipeline, self.settings.augmentation, self.settings.seed is not None)
 
     def get_target_transforms(self, *args, **kwargs):
         """The pipeline of unlabelled target patches; takes what ``get_training_transforms`` takes."""
@@ -389,18 +332,11 @@ class UDATrainer(StoppableTrainer):
 
     def do_split(self):
         """nnU-Net's split, but a fold outside the splits, cases that do not exist and too few cases are refused."""
-        splits_file = Path(self.preprocessed_dataset_folder_base, "splits_final.json")
-        if self.fold != "all":
-            if splits_file.exists():
-                known = set(self.dataset_class.get_identifiers(self.preprocessed_dataset_folder))
-                splits = check_splits(read_json(splits_file), known, splits_file, disjoint=False)
-                if not fold_of(splits, self.fold, splits_file)["val"]:
-                    raise UDAError(f"{splits_file}: fold {self.fold} has no validation case")
-            elif self.dataset_json["numTraining"] < 5:
-                raise UDAError(
-                    f"{self.dataset_json['numTraining']} labelled source case(s) are too few for 5-fold "
-                    f"cross-validation: train the fold 'all', or write {splits_file} with fewer folds"
-                )
+        check_source_fold(
+            Path(self.preprocessed_dataset_folder_base, "splits_final.json"), self.fold,
+            lambda: set(self.dataset_class.get_identifiers(self.preprocessed_dataset_folder)),
+            self.dataset_json["numTraining"],
+        )  # fmt: skip
         return super().do_split()
 
     def get_dataloaders(self):
@@ -411,7 +347,7 @@ class UDATrainer(StoppableTrainer):
         workers = get_allowed_n_proc_DA()  # one budget for all streams
         shares = [max(1, workers // part) if workers and stream else 0 for part, stream in
                   ((2, self.needs_target), (4, dataset))]  # fmt: skip
-        with _environment("nnUNet_n_proc_DA", str(max(1, workers - sum(shares)) if workers else 0)):
+        with environment("nnUNet_n_proc_DA", str(max(1, workers - sum(shares)) if workers else 0)):
             loaders = super().get_dataloaders()
         if self.needs_target:
             self.dataloader_target = self._target_loader(shares[0])
@@ -422,7 +358,8 @@ class UDATrainer(StoppableTrainer):
     def get_tr_and_val_datasets(self):
         self.training_dataset, self.validation_dataset = super().get_tr_and_val_datasets()
         refuse_damaged((self.training_dataset, self.validation_dataset), self._source_remedy)
-        self._refuse_empty_labels(self.training_dataset)
+        labels = self.label_manager.foreground_labels
+        refuse_empty_labels(self.training_dataset, labels, self.preprocessed_dataset_folder, self.fold)
         return self.training_dataset, self.validation_dataset
 
     @property
@@ -436,17 +373,6 @@ class UDATrainer(StoppableTrainer):
     @property
     def _target_remedy(self) -> str:
         return "Remove the files of these cases: the same command with --c preprocesses them again"
-
-    def _refuse_empty_labels(self, dataset: nnUNetBaseDataset) -> None:
-        for identifier in dataset.identifiers:
-            places = dataset.load_case(identifier)[-1]["class_locations"]
-            if any(len(places.get(label, ())) for label in self.label_manager.foreground_labels):
-                return
-        raise UDAError(
-            f"{self.preprocessed_dataset_folder}: none of the {len(dataset.identifiers)} labelled training cases of "
-            f"fold {self.fold} holds a foreground voxel; expected a structure of dataset.json in at least one of them. "
-            "Check labelsTr and the label values"
-        )
 
     def refuse_damaged_cases(self) -> None:
         refuse_damaged((self.training_dataset, self.validation_dataset), self._source_remedy, voxels=True)
@@ -519,7 +445,7 @@ class UDATrainer(StoppableTrainer):
         self.target_dataset = self.prepare_target()
         refuse_damaged((self.target_dataset,), self._target_remedy)
         return self._further_loader(
-            self.target_dataset, self.batch_size, _Unlabelled(), 0.0, self.get_target_transforms, None, num_processes
+            self.target_dataset, self.batch_size, Unlabelled(), 0.0, self.get_target_transforms, None, num_processes
         )
 
     def _further_loader(
@@ -540,18 +466,23 @@ class UDATrainer(StoppableTrainer):
             self.configuration_manager.patch_size, rotation, scales, mirror_axes, dummy_2d,
             use_mask_for_norm=self.configuration_manager.use_mask_for_norm,
         )  # fmt: skip
-        loader = nnUNetDataLoader(
-            dataset, batch_size, initial_patch_size, self.configuration_manager.patch_size,
-            label_manager, oversample_foreground_percent=oversampling, transforms=transforms,
-        )  # fmt: skip
-        if num_processes == 0:
-            return SingleThreadedAugmenter(loader, None)
-        return NonDetMultiThreadedAugmenter(
-            loader, None, num_processes, num_cached=max(6, num_processes // 2), seeds=None,
-            pin_memory=self.device.type == "cuda", wait_time=0.002,
-        )  # fmt: skip
+        sizes = initial_patch_size, self.configuration_manager.patch_size
+        return make_loader(
+            dataset,
+            batch_size,
+            sizes,
+            transforms,
+            num_processes,
+            self.device.type == "cuda",
+            label_manager,
+            oversampling,
+        )
 
     # -- the loop ------------------------------------------------------------------------------------------------
+
+    def run_training(self):
+        with without_denormals() if self.device.type == "cpu" else nullcontext():
+            super().run_training()
 
     def on_train_start(self):
         self.on_first_rank(self.mend_results)
@@ -601,13 +532,10 @@ class UDATrainer(StoppableTrainer):
         source, label = self._to_device(batch["data"]), self._to_device(batch["target"])
         target = self._to_device(next(self.dataloader_target)["data"]) if self.reads_target() else None
         self.in_step = True
-        self._terms, self._updated = {}, set()
+        self.updates = self._new_updates()
         self._labelled_due = self.dataloader_labelled is not None
         self.train_on(source, label, target)
-        if self.grad_scaler is not None:
-            self.grad_scaler.update()
-        values = self.mean_over_ranks(torch.stack([value.float() for value in self._terms.values()])).cpu()
-        losses = dict(zip(self._terms, values.tolist(), strict=True))
+        losses = self.updates.finish(self.mean_over_ranks)
         for name, value in losses.items():
             if not np.isfinite(value):
                 raise NonFiniteLossError(
@@ -619,6 +547,12 @@ class UDATrainer(StoppableTrainer):
         outputs = {"loss": first, **losses}
         self.step_done(outputs)
         return outputs
+
+    def _new_updates(self) -> Updates:
+        def share(optimizer: torch.optim.Optimizer) -> None:
+            self.share_gradients(optimizer)
+
+        return Updates(self.optimizers, self.grad_scaler, share)
 
     def update(self, name: str, terms: dict[str, Tensor], max_norm: float | None = None) -> None:
         """One step of the optimiser ``name`` on the sum of ``terms``, each of which is logged under its own name."""
@@ -632,36 +566,14 @@ class UDATrainer(StoppableTrainer):
         Yields:
             A function that takes a part's terms; a term of several parts is their sum.
         """
-        optimizer, sums = self.optimizers[name], {}
-        optimizer.zero_grad(set_to_none=True)
-        if self.grad_scaler is not None and name in self._updated:  # it refuses a second step of an optimiser else
-            self.grad_scaler.update()
-            self._updated.clear()
-
-        def add(terms: dict[str, Tensor]) -> None:
-            loss = torch.stack([value.float() for value in terms.values()]).sum()
-            (loss if self.grad_scaler is None else self.grad_scaler.scale(loss)).backward()
-            sums.update({key: sums.get(key, 0.0) + value.detach() for key, value in terms.items()})
-
-        yield add
-        if name == self.network_update and self._labelled_due:
-            self._labelled_due = False  # once a step, whatever updates there are
-            batch, share = next(self.dataloader_labelled), self.settings.labelled_target_share
-            with self.autocast():
-                loss = self.labelled_target_loss(self._to_device(batch["data"]), self._to_device(batch["target"]))
-            add({"labelled_target": share / (1 - share) * loss})
-        self._terms.update(sums)
-        self.share_gradients(optimizer)
-        if self.grad_scaler is not None:
-            self._updated.add(name)
-            self.grad_scaler.unscale_(optimizer)
-        if max_norm is not None:
-            clip_gradients([p for group in optimizer.param_groups for p in group["params"]], max_norm)
-        if self.grad_scaler is not None:
-            self.grad_scaler.step(optimizer)
-        else:
-            optimizer.step()
-        optimizer.zero_grad(set_to_none=True)  # they would lie beside the next network's activations
+        with self.updates.updating(name, max_norm) as add:
+            yield add
+            if name == self.network_update and self._labelled_due:
+                self._labelled_due = False  # once a step, whatever updates there are
+                batch, share = next(self.dataloader_labelled), self.settings.labelled_target_share
+                with self.autocast():
+                    loss = self.labelled_target_loss(self._to_device(batch["data"]), self._to_device(batch["target"]))
+                add({"labelled_target": share / (1 - share) * loss})
 
     def autocast(self):
         """Mixed precision where CUDA has it, nothing elsewhere."""
@@ -791,25 +703,7 @@ class UDATrainer(StoppableTrainer):
             self.print_to_log_file(f"An earlier training of this fold lay here; its checkpoint is now {former}")
         self._begins_anew = False
         epochs = self.current_epoch + (self.within_epoch is None)
-        checkpoint = {
-            "network_weights": self.plain_network.state_dict(),
-            "optimizer_state": self.optimizer.state_dict(),
-            "grad_scaler_state": self.grad_scaler.state_dict() if self.grad_scaler is not None else None,
-            "logging": {name: plain(values[:epochs]) for name, values in self.logger.get_checkpoint().items()},
-            "_best_ema": plain(max(self.logger.get_value("ema_fg_dice", None)[:epochs], default=None)),
-            "current_epoch": epochs,
-            "init_args": self.my_init_kwargs,
-            "trainer_name": type(self).__name__,
-            "inference_allowed_mirroring_axes": self.inference_allowed_mirroring_axes,
-            "uda": {
-                "settings": self.settings_dict(),
-                "networks": self.networks.state_dict(),
-                "optimizers": {n: o.state_dict() for n, o in self.optimizers.items() if n != self.network_update},
-                **position,
-                "criteria": {name: values[:epochs] for name, values in self.model_choice.history.items()},
-            },
-        }
-        write_checkpoint(checkpoint, filename)
+        write_checkpoint(checkpoint_of(self, epochs, position), filename)
 
     def load_checkpoint(self, filename_or_checkpoint: str) -> None:
         """Restore everything ``save_checkpoint`` wrote, as ``read_checkpoint`` reads it: as data alone.
@@ -819,80 +713,18 @@ class UDATrainer(StoppableTrainer):
         Raises:
             UDAError: unreadable file, a checkpoint of another trainer, other plans or other settings.
         """
-        path = filename_or_checkpoint
-        checkpoint = read_checkpoint(path)
-        self._check_checkpoint(checkpoint, path)
+        checkpoint = read_checkpoint(filename_or_checkpoint)
+        check_checkpoint(self, checkpoint, filename_or_checkpoint)
         if not self.was_initialized:
             self.initialize()
         self._begins_anew = False
-        self.my_init_kwargs = checkpoint["init_args"]
-        self.current_epoch = checkpoint["current_epoch"]
-        self.logger.load_checkpoint(checkpoint["logging"])
-        self._best_ema = checkpoint["_best_ema"]
-        self.inference_allowed_mirroring_axes = checkpoint["inference_allowed_mirroring_axes"]
-        self.plain_network.load_state_dict(checkpoint["network_weights"])
-        load_optimizer(self.optimizer, checkpoint["optimizer_state"])
-        if self.grad_scaler is not None and checkpoint["grad_scaler_state"] is not None:
-            self.grad_scaler.load_state_dict(checkpoint["grad_scaler_state"])
-        extra = checkpoint["uda"]
-        self.networks.load_state_dict(extra["networks"])
-        for name, state in extra["optimizers"].items():
-            load_optimizer(self.optimizers[name], state)
-        self.loss_history = extra["loss_history"]
-        self.model_choice.history = extra["criteria"]
-        self._restored_random_state = self.state_of_rank(extra["random_state"])
-        self.steps = extra.get("steps", [])
-
-    def _check_checkpoint(self, checkpoint: dict, path: str) -> None:
-        name = type(self).__name__
-        advice = "Use the trainer and plans that wrote it, or start anew (-pretrained_weights takes a segmenter only)"
-        if checkpoint.get("trainer_name") != name or "uda" not in checkpoint:
-            raise UDAError(f"{path} was written by {checkpoint.get('trainer_name')}, not by {name}. {advice}")
-        written, chosen = checkpoint["init_args"], self.configuration_name
-        theirs, ours = written["plans"]["configurations"], self.plans_manager.plans["configurations"]
-        if written["configuration"] != chosen or theirs.get(chosen) != ours[chosen]:
-            raise UDAError(
-                f"{path} was written with other plans ({written['plans']['plans_name']}, {written['configuration']}) "
-                f"than the present ones ({self.plans_manager.plans_name}, {self.configuration_name}). {advice}"
-            )
-        old, new = self._completed(checkpoint["uda"]["settings"]), self.settings_dict()
-        changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
-        if changed:
-            before, now = ({key: settings.get(key) for key in changed} for settings in (old, new))
-            raise UDAError(f"{path} was written with other settings: {before}, now {now}. {advice}")
-
-    def _completed(self, written: dict[str, Any]) -> dict[str, Any]:
-        """A checkpoint's settings, with the defaults of those that came later."""
-        completed = dataclasses.asdict(UDASettings()) | written
-        if self.own_settings is not None:
-            own = dataclasses.asdict(self.method_settings(**self.fixed_settings))
-            completed[self.method] = own | written.get(self.method, {})
-        if completed["mirror"] is True and self.settings.mirror == "auto":
-            completed["mirror"] = "auto"  # the default was true
-        return completed
+        self._restored_random_state = self.state_of_rank(restore(self, checkpoint))
 
     def perform_actual_validation(self, save_probabilities: bool = False):
         """nnU-Net's final validation; where the method translates, on translated source volumes."""
         self.mend_results()
-        if not self.translates:
+        with translated_validation(self) if self.translates else nullcontext():
             super().perform_actual_validation(save_probabilities)
-            return
-        self.networks.eval()
-        domains = read_domains(self.dataset_json)
-        note = (
-            f"{domains.source} validation cases translated to {domains.target} by the generator, against their own "
-            f"{domains.source} labels: no {domains.target} label was read"
-        )
-        self.print_to_log_file(f"Final validation: {note}")
-        dataset_class = self.dataset_class
-        patch_size = self.configuration_manager.patch_size
-        self.dataset_class = TranslatedDataset(dataset_class, self._translated, patch_size, self.device)
-        try:
-            super().perform_actual_validation(save_probabilities)
-        finally:
-            self.dataset_class = dataset_class
-        if self.local_rank == 0:
-            write_json({"validated_on": note}, join(self.output_folder, "validation", "about.json"))
 
     def _translated(self, source: Tensor) -> Tensor:
         with self.autocast():
@@ -920,69 +752,7 @@ class UDATrainer(StoppableTrainer):
         return label if ignored is None else label.masked_fill(label == ignored, IGNORED)
 
 
-def without_stopwatch(pipeline: ComposeTransforms) -> ComposeTransforms:
-    """nnU-Net's blur takes the faster of two algorithms, whose results differ a little: here it always takes one."""
-    for transform in pipeline.transforms:
-        inner = transform.transform if isinstance(transform, RandomTransform) else transform
-        if isinstance(inner, GaussianBlurTransform):
-            inner.benchmark = False
-    return pipeline
-
-
-def adam(
-    parameters: Iterable[nn.Parameter],
-    learning_rate: float,
-    beta1: float,
-    beta2: float = 0.999,
-    weight_decay: float = 0.0,
-) -> torch.optim.Optimizer:
-    """Adam, fused: its loop over the weights took a fifth of a step on a CPU."""
-    return torch.optim.Adam(parameters, learning_rate, (beta1, beta2), weight_decay=weight_decay, fused=True)
-
-
-def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> None:
-    """``torch.nn.utils.clip_grad_norm_``; on the CPU gradients within the bound are left alone, not multiplied by 1."""
-    trained = [p for p in parameters if p.grad is not None]
-    if all(p.grad.device.type == "cpu" for p in trained):  # elsewhere looking at the norm would wait for the device
-        norms = [torch.linalg.vector_norm(p.grad) for p in trained]
-        if not norms or torch.linalg.vector_norm(torch.stack(norms)) <= max_norm:
-            return
-    nn.utils.clip_grad_norm_(trained, max_norm)
-
-
-def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Restore an optimiser, fused or not as it is now: earlier versions wrote checkpoints with a plain Adam."""
-    groups = [group | {"fused": optimizer.defaults.get("fused")} for group in state["param_groups"]]
-    optimizer.load_state_dict(state | {"param_groups": groups})
-
-
 def middle_slice(images: Tensor) -> np.ndarray:
     """``(1, C, *patch)`` to its first channel's (middle) slice, ``(H, W)``."""
     image = images[0, 0].float().cpu().numpy()
     return image[image.shape[0] // 2] if image.ndim == 3 else image
-
-
-@contextmanager
-def frozen(*networks: nn.Module) -> Iterator[None]:
-    """No gradients for the weights of ``networks`` inside: gradients flow through them, none is computed for them."""
-    parameters = [p for network in networks for p in network.parameters() if p.requires_grad]
-    for parameter in parameters:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in parameters:
-            parameter.requires_grad_(True)
-
-
-@contextmanager
-def _environment(variable: str, value: str) -> Iterator[None]:
-    before = os.environ.get(variable)
-    os.environ[variable] = value
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[variable]
-        else:
-            os.environ[variable] = before

@@ -1,0 +1,93 @@
+"""What trainers that translate share: a ResNet generator, PatchGAN discriminators, PatchNCE, settings and rates."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from nnunet_uda.losses.patch_nce import PatchNCELoss
+from nnunet_uda.networks.patch_discriminator import PatchDiscriminator
+from nnunet_uda.networks.patch_projector import PatchProjector
+from nnunet_uda.networks.resnet_generator import ResnetGenerator
+from nnunet_uda.settings import require
+from nnunet_uda.training.uda_trainer import UDATrainer
+
+
+@dataclass(frozen=True)
+class TranslationSettings:
+    """What the trainers that translate share: sizes of the networks, Adam of both, patches of PatchNCE in a layer.
+
+    ``gan_schedule``: the rate of generator and discriminator stays as it is, or falls to zero in the second half of
+    the epochs that train them (``linear``). ``patch_layers``: PatchNCE compares the image itself and all layers of the
+    generator's encoder, as published, or only those behind the stem (``deep``), which leaves a translation's contrast
+    freer.
+    """
+
+    generator_width: int = 64
+    generator_blocks: int = 9
+    discriminator_width: int = 64
+    discriminator_layers: int = 3
+    gan_learning_rate: float = 2e-4
+    gan_beta1: float = 0.5
+    gan_schedule: Literal["constant", "linear"] = "constant"
+    patches: int = 256
+    patch_features: int = 128
+    patch_layers: Literal["all", "deep"] = "all"
+
+    def __post_init__(self) -> None:
+        for name in ("generator_width", "generator_blocks", "discriminator_width", "discriminator_layers", "patches",
+                     "patch_features"):  # fmt: skip
+            require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
+        require(self.gan_learning_rate > 0, "gan_learning_rate", "positive", self.gan_learning_rate)
+
+    @property
+    def first_patch_layer(self) -> int:
+        """Of ``ResnetGenerator.encode``'s maps the first that PatchNCE compares."""
+        return 2 if self.patch_layers == "deep" else 0
+
+    def gan_rate(self, progress: float) -> float:
+        """The learning rate when the share ``progress`` of the epochs is over."""
+        return self.gan_learning_rate * (min(1.0, max(0.0, 2 * (1 - progress))) if self.gan_schedule == "linear" else 1)
+
+
+def patch_discriminator(trainer: UDATrainer, channels: int) -> PatchDiscriminator:
+    """For maps of the trainer's patches; ``discriminator_width`` and ``discriminator_layers`` are its own settings."""
+    patch_size, settings = trainer.configuration_manager.patch_size, trainer.own_settings
+    width, layers = settings.discriminator_width, settings.discriminator_layers
+    return PatchDiscriminator(channels, len(patch_size), patch_size, width, layers)
+
+
+class TranslatingTrainer(UDATrainer):
+    """A generator ``generator`` translates source images; its settings are ``TranslationSettings``."""
+
+    def build_generator(self, temperature: float, negatives: str = "both") -> dict[str, nn.Module]:
+        """The generator and the projector of its features; sets ``patch_contrastive``, the PatchNCE of a layer."""
+        settings, manager = self.own_settings, self.configuration_manager
+        generator = ResnetGenerator(
+            self.num_input_channels,
+            len(manager.patch_size),
+            settings.generator_width,
+            settings.generator_blocks,
+            manager.pool_op_kernel_sizes[1:3],  # the segmenter's own strides: thin axes stay whole
+        )
+        self.patch_contrastive = PatchNCELoss(temperature, negatives)
+        projector = PatchProjector(
+            generator.feature_channels, settings.patch_features, settings.patches, settings.first_patch_layer
+        )
+        return {"generator": generator, "patch_projector": projector}
+
+    def gan_optimizers(self, *discriminators: str) -> dict[str, torch.optim.Optimizer]:
+        """Adam of the generator with its projector, and of each discriminator."""
+        networks = {"generator": ("generator", "patch_projector"), **{name: (name,) for name in discriminators}}
+        rate, beta1 = self.own_settings.gan_learning_rate, self.own_settings.gan_beta1
+        return {name: self.adam_for(*of, learning_rate=rate, beta1=beta1) for name, of in networks.items()}
+
+    def set_gan_rate(self, progress: float) -> None:
+        """See ``TranslationSettings.gan_rate``; of all optimisers but the segmenter's."""
+        self.set_rate(self.own_settings.gan_rate(progress), *(n for n in self.optimizers if n != self.network_update))
+
+    def translate(self, source: Tensor) -> Tensor:
+        return self.restore_background(self.networks["generator"](source), source)
