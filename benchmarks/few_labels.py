@@ -29,10 +29,10 @@ NUMBERS = (1, 2, 4, 8)
 ADAPTING, ALONE = ("CASTTrainer", "RandomStyleTrainer"), "LabelledTargetTrainer"
 WORDS = {"CASTTrainer": "CAST", "RandomStyleTrainer": "random styles", ALONE: "these scans alone"}
 NAMES = {0: "heart", **{number: f"heart_few{number}" for number in NUMBERS}}
-TASKS.update({
+FEW_TASKS = {
     NAMES[number]: replace(TASKS["heart"], dataset=543 + place, bounds=(), few=number)
     for place, number in enumerate(NUMBERS)
-})  # fmt: skip
+}
 
 
 def curves(records: list[dict[str, Any]]) -> pd.DataFrame:
@@ -72,6 +72,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("-jobs", default="1", help="trainings at a time [1]")
     parser.add_argument("--only_table", action="store_true", help="train nothing")
     args = parser.parse_args(argv)
+    TASKS.update(FEW_TASKS)
     words = [
         "-o",
         str(args.o),

@@ -28,19 +28,41 @@ CPU = torch.device("cpu")
 CASES = ["ct_Tu00", "ct_Tu01"]
 
 
-def write_model(workspace, folder: Path, trainer: str = "nnUNetTrainer", **checkpoint: object) -> Path:
+def residual_3d(plans: dict) -> None:
+    """A tiny residual encoder in 3D, as ``nnUNetResEncUNetMPlans`` would have a large one."""
+    configuration = plans["configurations"]["3d_fullres"]
+    configuration["patch_size"] = [8, 24, 24]
+    architecture = configuration["architecture"]
+    architecture["network_class_name"] = "dynamic_network_architectures.architectures.unet.ResidualEncoderUNet"
+    arguments = architecture["arch_kwargs"]
+    arguments.pop("n_conv_per_stage")
+    arguments |= {"n_stages": 2, "features_per_stage": [4, 8], "n_blocks_per_stage": [1, 1],
+                  "n_conv_per_stage_decoder": [1], "kernel_sizes": [[1, 3, 3], [3, 3, 3]],
+                  "strides": [[1, 1, 1], [1, 2, 2]]}  # fmt: skip
+
+
+def write_model(
+    workspace,
+    folder: Path,
+    trainer: str = "nnUNetTrainer",
+    configuration: str = "2d",
+    change=None,
+    **checkpoint: object,
+) -> Path:
     """A model folder as a stock training leaves it; its weights are random, its log holds numpy's numbers."""
     preprocessed = workspace.preprocessed / "Dataset501_Blobs"
     plans = json.loads((preprocessed / "tiny.json").read_text())
     plans.pop("uda", None)
-    folder = folder / f"{trainer}__tiny__2d"
+    if change is not None:
+        change(plans)
+    folder = folder / f"{trainer}__tiny__{configuration}"
     (folder / "fold_0" / "validation").mkdir(parents=True)
     (folder / "plans.json").write_text(json.dumps(plans))
     for name in ("dataset.json", "dataset_fingerprint.json"):
         shutil.copyfile(preprocessed / name, folder / name)
     manager = PlansManager(plans)
     torch.manual_seed(0)
-    network = nnUNetTrainer.build_network_architecture(manager, manager.get_configuration("2d"), 1, 3, False)
+    network = nnUNetTrainer.build_network_architecture(manager, manager.get_configuration(configuration), 1, 3, False)
     content = {
         "network_weights": network.state_dict(),
         "optimizer_state": {},
@@ -48,7 +70,7 @@ def write_model(workspace, folder: Path, trainer: str = "nnUNetTrainer", **check
         "logging": {"mean_fg_dice": [np.float32(0.5)], "train_losses": [np.float64(1)]},
         "_best_ema": np.float32(0.5),
         "current_epoch": 1,
-        "init_args": {"plans": plans, "configuration": "2d", "fold": 0, "device": CPU},
+        "init_args": {"plans": plans, "configuration": configuration, "fold": 0, "device": CPU},
         "trainer_name": trainer,
         "inference_allowed_mirroring_axes": (0,),
     }
@@ -74,6 +96,15 @@ def scans(in_workspace, tmp_path) -> Path:
 def run(model: Path, scans: Path, out: Path, *more: str) -> dict:
     adapt.main(["-m", str(model), "-i", str(scans), "-o", str(out), "-device", "cpu", "-steps", "2", *more])
     return json.loads((out / "adapt.json").read_text())
+
+
+def prefer(monkeypatch, adapted: bool) -> None:
+    """An estimate that finds adapted predictions always better, or always worse."""
+
+    def estimate(model: Model, volume, properties, weights) -> float:
+        return float((weights is not model.weights) == adapted)
+
+    monkeypatch.setattr(Model, "estimate", estimate)
 
 
 def refused(capsys, *arguments: object) -> str:
@@ -225,9 +256,19 @@ def test_each_scan_by_itself(model, scans, tmp_path, capsys):
     assert sitk.ReadImage(str(out / f"{CASES[1]}.nii.gz")).GetSize() == image.GetSize()
 
 
+@pytest.mark.parametrize("mode", ["scan", "folder"])
+def test_a_residual_network_in_3d_is_adapted(in_workspace, scans, tmp_path, monkeypatch, mode):
+    model = write_model(in_workspace, tmp_path / "results", configuration="3d_fullres", change=residual_3d)
+    prefer(monkeypatch, adapted=True)
+    (scans / f"{CASES[1]}_0000.nii.gz").unlink()
+    state = run(model, scans, tmp_path / "out", "-mode", mode)
+    assert state["scans"][CASES[0]]["kept"] == "adapted"
+    assert label(tmp_path / "out" / f"{CASES[0]}.nii.gz").shape == (10, 36, 36)
+
+
 def test_one_model_for_a_folder_that_nnunet_predicts_with(model, scans, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
-    monkeypatch.setattr(Model, "estimate", lambda self, volume, properties, weights: float(weights is not self.weights))
+    prefer(monkeypatch, adapted=True)
     state = run(model, scans, out)
     assert {scan["kept"] for scan in state["scans"].values()} == {"adapted"}
     written = out / "Dataset501_Blobs" / "nnUNetTrainer__tiny__2d"
@@ -271,7 +312,7 @@ def test_a_second_start_goes_on_and_another_command_is_refused(model, scans, tmp
 
 
 def test_the_unadapted_prediction_stays_where_it_agrees_more(model, scans, tmp_path, monkeypatch):
-    monkeypatch.setattr(Model, "estimate", lambda self, volume, properties, weights: float(weights is self.weights))
+    prefer(monkeypatch, adapted=False)
     state = run(model, scans, tmp_path / "out", "-mode", "scan", "-what", "all", "-learning_rate", "0.1")
     assert {scan["kept"] for scan in state["scans"].values()} == {"unadapted"}
     opened = open_model(model, None, "checkpoint_final.pth", CPU)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import SimpleITK as sitk
 import torch
 from conftest import make_trainer, same_weights, weights
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from test_trainers_uuds import write_plans
 
 from nnunet_uda.commands import preprocess
 from nnunet_uda.data.target import preprocess_target
@@ -138,6 +140,20 @@ def test_every_trainer_learns_them_in_the_segmenters_update(labelled, name):
     assert len(images) == 1, "a third of three labelled patches"
     assert losses["labelled_target"] > 0
     assert set(np.unique(trainer.known(label))) <= {-1, 0, 1, 2}
+
+
+def test_uuds_learns_them_on_its_road_for_target_images(labelled):
+    write_plans(SimpleNamespace(preprocessed=labelled / "preprocessed"), "uuds")
+    trainer = make_trainer("UUDSTrainer", "uuds")
+    assert steps(trainer)[0]["labelled_target"] > 0
+
+
+def test_a_translator_learns_them_once_its_segmenter_does(labelled):
+    trainer = make_trainer("CUTTrainer")
+    assert "labelled_target" not in steps(trainer)[0], "the generator alone learns at first"
+    trainer.current_epoch = 1
+    trainer.on_train_epoch_start()
+    assert trainer.train_step(next(trainer.dataloader_train))["labelled_target"] > 0
 
 
 def test_their_loss_has_the_weight_of_their_share_and_reaches_the_network_that_learns(labelled):
