@@ -1,8 +1,8 @@
-"""A network adapted to a folder of scans: an averaged teacher labels them, the student learns that in other styles.
+"""A network adapted to a folder of scans: an averaged teacher labels them, the student learns that on moved patches.
 
-As CAST does it beside its source, here without one. What holds the place of the source's labels is the start: the
-teacher begins as the model, and the sizes of structures that the model's validation knows say which of its labels are
-not to be believed.
+As CAST does it beside its source, here without one: the teacher's opinion is corrected by each image's intensities.
+What holds the place of the source's labels is the start: the teacher begins as the model, and the sizes of structures
+that the model's validation knows say which of its labels are not to be believed.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from nnunet_uda.losses.prototypes import IGNORED
 from nnunet_uda.losses.pseudo_label import pseudo_label_loss
 from nnunet_uda.settings import require
 from nnunet_uda.training.checkpoint import seed_everything
+from nnunet_uda.training.intensity_posterior import intensity_posterior
 from nnunet_uda.training.self_training import Average, SelfTraining
 
 SIZE_FACTOR = 2.0
@@ -37,17 +38,22 @@ SIZE_FACTOR = 2.0
 @dataclass(frozen=True)
 class FolderSettings:
     """``steps`` of the student with Adam, whose rate falls from ``learning_rate`` to 0; the teacher's label of a pixel
-    is learned where its confidence is over ``confidence`` times that of the class (``SelfTraining``)."""
+    is learned where its confidence is over ``confidence`` times that of the class (``SelfTraining``). With
+    ``intensity_labels`` its opinion is corrected by each image's intensities before (``intensity_posterior``). The
+    student sees a share ``style_probability`` of its patches in a random style; the others as they are, but moved."""
 
     steps: int = 400
     learning_rate: float = 3e-4
     confidence: float = 0.9
+    intensity_labels: bool = True
+    style_probability: float = 0.25
     seed: int = 0
 
     def __post_init__(self) -> None:
         require(self.steps >= 1, "steps", "at least 1", self.steps)
         require(0 < self.learning_rate < 1, "learning_rate", "over 0 and under 1", self.learning_rate)
-        require(0 <= self.confidence <= 1, "confidence", "between 0 and 1", self.confidence)
+        for name in ("confidence", "style_probability"):
+            require(0 <= getattr(self, name) <= 1, name, "between 0 and 1", getattr(self, name))
         require(0 <= self.seed < 2**32, "seed", f"from 0 to {2**32 - 1}", self.seed)
 
 
@@ -138,6 +144,8 @@ def adapt_to_folder(
         images = images.to(device)
         with torch.no_grad(), autocast(device):
             probabilities = teacher(images).float().softmax(1)
+        if settings.intensity_labels:
+            probabilities = intensity_posterior(probabilities, images)
         trust.observe(probabilities)
         labels = trust.label(probabilities)
         for index, scan in enumerate(scans):
@@ -146,8 +154,12 @@ def adapt_to_folder(
         maps = random_affine(len(images), model.patch_size, generator)
         moved = (labels - IGNORED).float()[:, None]  # 0 is what comes in from outside: ignored
         moved = warp(moved, maps, "nearest")[:, 0].round().long() + IGNORED
+        view = warp(images, maps)
+        chosen = (torch.rand(len(view), generator=generator) < settings.style_probability).to(device)
+        if chosen.any():
+            view[chosen] = restyled(view[chosen], styles, model.masked)
         with autocast(device):
-            logits = student(restyled(warp(images, maps), styles, model.masked))
+            logits = student(view)
         loss = pseudo_label_loss(logits, moved)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
