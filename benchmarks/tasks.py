@@ -216,7 +216,7 @@ def conversions(name: str, folder: Path, data: Path | None) -> list[list[str]]:
                     task.target, *words, "-labels", *task.structures, *others, *more]  # fmt: skip
 
         commands = [convert(task.dataset, title, target)]
-        for number, bound in zip(task.bounds, bounds(source, target), strict=True):
+        for number, bound in zip(task.bounds, bounds(source, target) if task.bounds else [], strict=True):
             commands.append(convert(number, f"{title}Supervised", bound, "--upper_bound"))
     return [[str(word) for word in words] for words in commands]
 
