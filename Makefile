@@ -9,7 +9,7 @@ MINUTES ?= 120
 JOBS ?= 2
 PYTEST = OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile
 
-.PHONY: demo test test-slow test-all soak lint clean
+.PHONY: demo docs test test-slow test-all soak lint clean
 
 demo: $(VENV)/installed
 	$(VENV)/bin/nnUNetUDA_demo -o $(RUN) -seed $(SEED)
@@ -26,6 +26,9 @@ test-all: test test-slow
 soak: $(VENV)/installed
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(VENV)/bin/python tests/soak.py -kills $(KILLS) -minutes $(MINUTES)
 
+docs: $(VENV)/documenting
+	$(VENV)/bin/mkdocs build --strict
+
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
@@ -36,5 +39,9 @@ $(VENV)/installed: pyproject.toml
 	$(VENV)/bin/python -m pip install -e ".[dev]"
 	touch $@
 
+$(VENV)/documenting: $(VENV)/installed
+	$(VENV)/bin/python -m pip install -e ".[docs]"
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(RUN)
+	rm -rf $(VENV) $(RUN) site

@@ -37,6 +37,8 @@ from nnunet_uda.dataset_conversion import btcv, chaos, protocols
 from nnunet_uda.dataset_conversion.options import add_common_arguments, script, telling
 from nnunet_uda.errors import UDAError
 
+EXAMPLE = "nnUNetUDA_convert abdomen -i CHAOS BTCV -d 503 -source ct -target mr"
+
 MR_SEQUENCES = ("t2spir", "t1in", "t1out")
 
 

@@ -41,6 +41,8 @@ from nnunet_uda.errors import UDAError, system_fault
 from nnunet_uda.images.listing import contents, files_in, folders_in
 from nnunet_uda.images.reading import LabelMap
 
+EXAMPLE = "nnUNetUDA_convert acdc -i ACDC -d 513"
+
 VALUES = {"RV": 1, "myocardium": 2, "LV": 3}
 FRAMES = ("ed", "es")
 FIRST_TEST = 101

@@ -43,6 +43,8 @@ from nnunet_uda.errors import UDAError
 from nnunet_uda.images.listing import contents, files_in, folders_in
 from nnunet_uda.images.reading import LabelMap
 
+EXAMPLE = "nnUNetUDA_convert amos -i amos22 -d 511 -source ct -target mr"
+
 STRUCTURES = (
     "spleen", "right_kidney", "left_kidney", "gallbladder", "oesophagus", "liver", "stomach", "aorta",
     "inferior_vena_cava", "pancreas", "right_adrenal_gland", "left_adrenal_gland", "duodenum", "bladder",

@@ -80,6 +80,8 @@ from nnunet_uda.images.intensities import Intensities
 from nnunet_uda.images.listing import contents, files_in, folders_below
 from nnunet_uda.images.reading import LabelMap
 
+EXAMPLE = "nnUNetUDA_convert brats -i MICCAI_BraTS2020_TrainingData -d 505 -source flair -target t2"
+
 MODALITIES = {"t1": "T1", "t1ce": "T1ce", "t2": "T2", "flair": "FLAIR"}
 SEGMENTATION = "seg"
 OEDEMA, CORE, ENHANCING, CAVITY = "oedema", "non-enhancing core", "enhancing tumour", "resection cavity"

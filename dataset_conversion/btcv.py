@@ -35,6 +35,8 @@ from nnunet_uda.errors import UDAError
 from nnunet_uda.images.listing import contents, files_in
 from nnunet_uda.images.reading import LabelMap
 
+EXAMPLE = "nnUNetUDA_convert btcv -i BTCV -d 520"
+
 VALUES = {
     "spleen": 1, "right_kidney": 2, "left_kidney": 3, "gallbladder": 4, "oesophagus": 5, "liver": 6, "stomach": 7,
     "aorta": 8, "inferior_vena_cava": 9, "portal_and_splenic_veins": 10, "pancreas": 11, "right_adrenal_gland": 12,

@@ -55,6 +55,8 @@ from nnunet_uda.images.dicom import MOST_PIXELS, by_name, dicom_files, order_ser
 from nnunet_uda.images.listing import contents, entries, files_in, folders_in
 from nnunet_uda.images.reading import LabelMap, readable
 
+EXAMPLE = "nnUNetUDA_convert chaos -i CHAOS -d 510 -source t1in -target t2spir"
+
 STRUCTURES = ("liver", "right_kidney", "left_kidney", "spleen")
 MR_GREYS = {range(55, 71): 1, range(110, 136): 2, range(175, 201): 3, range(240, 256): 4}
 CT_GREYS = {range(1, 2): 1, range(55, 71): 1, range(255, 256): 1}

@@ -39,6 +39,8 @@ from nnunet_uda.dataset_conversion import acdc, emidec, protocols
 from nnunet_uda.dataset_conversion.options import add_common_arguments, script, telling
 from nnunet_uda.errors import UDAError
 
+EXAMPLE = "nnUNetUDA_convert cine_lge -i ACDC EMIDEC -d 512 -source cine -target lge"
+
 STRUCTURES = ("LV", "myocardium")
 DOMAINS = ("cine", "lge")
 

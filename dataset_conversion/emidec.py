@@ -34,6 +34,8 @@ from nnunet_uda.errors import UDAError
 from nnunet_uda.images.listing import contents, files_in, folders_in
 from nnunet_uda.images.reading import LabelMap
 
+EXAMPLE = "nnUNetUDA_convert emidec -i EMIDEC -d 514"
+
 VALUES = {"LV": 1, "myocardium": 2, "infarct": 3, "no_reflow": 4}
 PART_OF = {"no_reflow": "infarct", "infarct": "myocardium"}
 TEST_SHARE = 1 / 3

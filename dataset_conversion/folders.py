@@ -64,6 +64,11 @@ from nnunet_uda.images.listing import contents, files_in, folders_below, passed_
 from nnunet_uda.images.reading import ENDINGS, LabelMap, check_same_geometry, parse_labels, read_image, read_label, stem
 from nnunet_uda.names import check_name
 
+EXAMPLE = (
+    "nnUNetUDA_convert folders -d 521 -name Heart -source cine -target LGE -source_images cine/ -source_labels "
+    "cine_labels/ -target_images lge/ -labels LV=1 myocardium=2"
+)
+
 
 def read_scan(path: Path) -> sitk.Image:
     """The volume of an image file, or of a folder of DICOM slices."""

@@ -50,6 +50,8 @@ from nnunet_uda.errors import UDAError
 from nnunet_uda.images.listing import contents, files_in
 from nnunet_uda.images.reading import LabelMap, check_same_geometry, read_image
 
+EXAMPLE = "nnUNetUDA_convert mmwhs -i MM-WHS -d 501 -source mr -target ct"
+
 VALUES = {"myocardium": 205, "LA": 420, "LV": 500, "RA": 550, "RV": 600, "AA": 820, "PA": 850}
 SIFA_TEST = {"ct": ("1003", "1008", "1014", "1019"), "mr": ("1007", "1009", "1018", "1019")}
 

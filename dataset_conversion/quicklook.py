@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import SimpleITK as sitk
 
-from nnunet_uda.evaluation.overlays import PLANES, draw_overlay, label_colours
+from nnunet_uda.evaluation.overlays import PLANES, draw_overlay
 from nnunet_uda.images.reading import read_image
+from nnunet_uda.palette import label_colours
 
 EDGES = {"axial": "APRL", "coronal": "SIRL", "sagittal": "SIAP"}
 """Letters at the top, bottom, left and right edge of each plane's picture."""
@@ -27,8 +28,8 @@ def slices(image: sitk.Image, label: sitk.Image | None) -> dict[str, tuple[np.nd
     Returns:
         For each plane: intensities (rows, columns), classes of the same shape or None, mm of a row and of a column.
     """
-    voxels, spacing = _oriented(image)
-    classes = None if label is None else _oriented(label)[0]
+    voxels, spacing = oriented(image)
+    classes = None if label is None else oriented(label)[0]
     cuts = {}
     for plane, axis in PLANES.items():
         others = tuple(i for i in range(3) if i != axis)
@@ -43,7 +44,7 @@ def slices(image: sitk.Image, label: sitk.Image | None) -> dict[str, tuple[np.nd
     return cuts
 
 
-def _oriented(image: sitk.Image) -> tuple[np.ndarray, tuple[float, float, float]]:
+def oriented(image: sitk.Image) -> tuple[np.ndarray, tuple[float, float, float]]:
     """A view of the voxels as ``DICOMOrient`` to LPS would put them, (z, y, x), and mm an axis; nothing is copied."""
     code = sitk.DICOMOrientImageFilter.GetOrientationFromDirectionCosines(image.GetDirection())
     axes = [next(i for i, letter in enumerate(code) if letter in pair) for pair in ("IS", "AP", "RL")]
@@ -92,38 +93,46 @@ def draw_quicklook(rows: Sequence[tuple[str, Path, Path | None]], structures: Se
     """
     from matplotlib.patches import Patch
 
-    from nnunet_uda.figures import legend_label, new_figure
+    from nnunet_uda.figures import legend_label, new_figure, own_style
 
     labels = {structure: i for i, structure in enumerate(structures, 1)}
-    colours = label_colours(labels)
-    pictures = [_picture(*row, colours) for row in rows]
-    gap, top, bottom = 28, 66, 30
-    heights = [top + max(panel.shape[0] for panel in panels.values()) + gap for _, panels in pictures]
-    width, height = 3 * (PANEL + gap) + gap, sum(heights) + bottom
-    figure = new_figure(width, height)
-    y = height
-    for (title, panels), row in zip(pictures, heights, strict=True):
-        figure.text(gap / width, (y - 8) / height, title, fontsize=9, va="top", linespacing=1.4)
-        for column, (plane, panel) in enumerate(panels.items()):
-            rows_px, columns_px = panel.shape[:2]
-            left = gap + column * (PANEL + gap) + (PANEL - columns_px) // 2
-            box = (left / width, (y - top - rows_px) / height, columns_px / width, rows_px / height)
-            axes = figure.add_axes(box)
-            axes.imshow(panel, interpolation="nearest", aspect="auto")
-            axes.axis("off")
-            for letter, (x, v, dx, dy) in zip(
-                EDGES[plane], ((0.5, 1, 0, 7), (0.5, 0, 0, -8), (0, 0.5, -8, 0), (1, 0.5, 8, 0)), strict=True
-            ):
+    with own_style():
+        colours = label_colours(labels)
+        pictures = [_picture(*row, colours) for row in rows]
+        gap, top, bottom = 28, 66, 30
+        heights = [top + max(panel.shape[0] for panel in panels.values()) + gap for _, panels in pictures]
+        width, height = 3 * (PANEL + gap) + gap, sum(heights) + bottom
+        figure = new_figure(width, height)
+        y = height
+        for (title, panels), row in zip(pictures, heights, strict=True):
+            figure.text(gap / width, (y - 8) / height, title, fontsize=9, va="top", linespacing=1.4)
+            for column, (plane, panel) in enumerate(panels.items()):
+                rows_px, columns_px = panel.shape[:2]
+                left = gap + column * (PANEL + gap) + (PANEL - columns_px) // 2
+                box = (left / width, (y - top - rows_px) / height, columns_px / width, rows_px / height)
+                axes = figure.add_axes(box)
+                axes.imshow(panel, interpolation="nearest", aspect="auto")
+                axes.axis("off")
+                for letter, (x, v, dx, dy) in zip(
+                    EDGES[plane], ((0.5, 1, 0, 7), (0.5, 0, 0, -8), (0, 0.5, -8, 0), (1, 0.5, 8, 0)), strict=True
+                ):
+                    axes.annotate(
+                        letter, (x, v), (dx, dy), xycoords="axes fraction", textcoords="offset pixels", ha="center",
+                        va="center", fontsize=9, fontweight="bold", color="#c01818", annotation_clip=False,
+                    )  # fmt: skip
                 axes.annotate(
-                    letter, (x, v), (dx, dy), xycoords="axes fraction", textcoords="offset pixels", ha="center",
-                    va="center", fontsize=9, fontweight="bold", color="#c01818", annotation_clip=False,
-                )  # fmt: skip
-            axes.annotate(
-                plane, (0, 1), (0, 4), xycoords="axes fraction", textcoords="offset pixels", fontsize=8, color="#444"
-            )
-        y -= row
-    patches = [
-        Patch(color=[part / 255 for part in colours[value]], label=legend_label(name)) for name, value in labels.items()
-    ]
-    figure.legend(handles=patches, loc="lower center", ncols=min(len(patches), 8), frameon=False, fontsize=8)
-    figure.savefig(path)
+                    plane,
+                    (0, 1),
+                    (0, 4),
+                    xycoords="axes fraction",
+                    textcoords="offset pixels",
+                    fontsize=8,
+                    color="#444",
+                )
+            y -= row
+        patches = [
+            Patch(color=[part / 255 for part in colours[value]], label=legend_label(name))
+            for name, value in labels.items()
+        ]
+        figure.legend(handles=patches, loc="lower center", ncols=min(len(patches), 8), frameon=False, fontsize=8)
+        figure.savefig(path)

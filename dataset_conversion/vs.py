@@ -85,6 +85,8 @@ from nnunet_uda.images.rtstruct import (
     referenced_series,
 )
 
+EXAMPLE = "nnUNetUDA_convert vs -i Vestibular-Schwannoma-SEG -d 507 -source cet1 -target hrt2"
+
 MODALITIES = {"cet1": "ceT1", "hrt2": "hrT2"}
 WEIGHTING = {"cet1": "t1", "hrt2": "t2"}
 """As in the names of files, folders and series descriptions."""

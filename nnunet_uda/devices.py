@@ -20,3 +20,8 @@ def open_device(name: str) -> torch.device:
             "-device cpu; where there should be a CUDA device, look at nvidia-smi and CUDA_VISIBLE_DEVICES"
         )
     return torch.device(name)
+
+
+def best_device() -> str:
+    """``cuda`` where there is one, else ``cpu``; MPS only where a user asks for it, since nothing was tried there."""
+    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,23 +1,52 @@
-"""matplotlib as every picture here is drawn: without a screen, and text as text.
+"""matplotlib as every picture here is drawn: without a screen, text as text, and whatever else a process has set.
 
-``$``, ``\\`` and ``_`` are letters of a name like others, never mathematics, whatever a user's matplotlibrc says.
+nnU-Net sets seaborn's style with letters two and a half times as large, and users have a matplotlibrc: nothing of that
+reaches what is drawn in ``own_style``. ``$``, ``\\`` and ``_`` are letters of a name like others, never mathematics.
 """
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import matplotlib
 import matplotlib.pyplot as plt
+from cycler import cycler
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from nnunet_uda.files import whole_file
+from nnunet_uda.palette import RUNS
 
-__all__ = ["legend_label", "new_figure", "plt", "save_figure"]
+__all__ = ["legend_label", "new_figure", "own_style", "plt", "save_figure"]
 
 matplotlib.use("agg")
-matplotlib.rcParams.update({"text.parse_math": False, "text.usetex": False})
+_TEXT = {"text.parse_math": False, "text.usetex": False}
+matplotlib.rcParams.update(_TEXT)
+_LOOKS = ("axes", "boxplot", "errorbar", "figure.", "font", "grid", "hatch", "image", "legend", "lines", "markers",
+          "patch", "path", "savefig", "scatter", "text", "xaxis", "xtick", "yaxis", "ytick")  # fmt: skip
+_STYLE = (
+    {key: value for key, value in matplotlib.rcParamsDefault.items() if key.startswith(_LOOKS)}
+    | _TEXT
+    | {
+        "axes.prop_cycle": cycler(color=RUNS),
+        "font.size": 9.0,
+        "axes.titlesize": 10.0,
+        "axes.labelsize": 9.0,
+        "xtick.labelsize": 8.0,
+        "ytick.labelsize": 8.0,
+        "legend.fontsize": 8.0,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": False,
+        "grid.color": "#d8dbe2",
+    }
+)
+
+
+def own_style() -> AbstractContextManager:
+    """The style of every figure here, as a context or a decorator; what was set before is set again behind it."""
+    return matplotlib.rc_context(_STYLE)
 
 
 def new_figure(width: int, height: int) -> Figure:

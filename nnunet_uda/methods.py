@@ -6,6 +6,7 @@ import dataclasses
 import importlib
 import os
 import pkgutil
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -87,6 +88,18 @@ def external_folders() -> list[Path]:
     """The folders of ``nnUNet_extTrainer`` that exist."""
     paths = os.environ.get(EXTERNAL, "").split(os.pathsep)
     return [Path(path).absolute() for path in paths if path.strip() and Path(path).is_dir()]
+
+
+def trainer_names() -> list[str]:
+    """The classes whose names end like a trainer's in every file that ``-tr`` is looked for in; nothing is imported."""
+    import nnunetv2
+
+    nnunet = Path(nnunetv2.__file__).parent / "training" / "nnUNetTrainer"
+    names: set[str] = set()
+    for folder in (trainers_folder(), *external_folders(), nnunet):
+        for path in folder.rglob("*.py"):
+            names.update(re.findall(r"^class (\w*Trainer\w*)\b", path.read_text("utf-8", "replace"), re.MULTILINE))
+    return sorted(names)
 
 
 def _names(folder: Path, package: str) -> Iterator[str]:
@@ -188,3 +201,11 @@ def trainers_folder() -> Path:
     if spec is None or spec.origin is None:
         raise UDAError("the package nnunet_uda is not installed: run `pip install .` in its folder")
     return Path(spec.origin).parent
+
+
+def let_find() -> None:
+    """Let nnU-Net find this package's trainers in this process and what it starts, behind those the user has named."""
+    folders = [path for path in os.environ.get(EXTERNAL, "").split(os.pathsep) if path.strip()]
+    ours = trainers_folder()
+    if ours.resolve() not in [Path(path).resolve() for path in folders]:
+        os.environ[EXTERNAL] = os.pathsep.join([*folders, str(ours)])

@@ -16,10 +16,11 @@ from nnunetv2.experiment_planning.experiment_planners.network_topology import ge
 from nnunetv2.utilities.json_export import recursive_fix_for_json_export
 
 from nnunet_uda.data.convention import check_splits, environment_folder, read_json
-from nnunet_uda.data.slices import FILE, order_of
+from nnunet_uda.data.slices import FILE, LEAST, order_of
 from nnunet_uda.errors import UDAError
 from nnunet_uda.foreign_plans import find_in_nnunet
-from nnunet_uda.methods import check_uda
+from nnunet_uda.methods import check_uda, find_methods
+from nnunet_uda.settings import describe_settings
 
 PLANES = {"axial": [0, 1, 2], "coronal": [1, 0, 2], "sagittal": [2, 0, 1]}
 """``transpose_forward`` of images that nnU-Net's reader has reoriented to RAS, whose array axes are (S, A, R)."""
@@ -35,6 +36,12 @@ def merge_uda(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
             raise UDAError(f"{key}: {method[0]!r} is a setting, not a method with settings of its own")
         place[name] = value
     return merged
+
+
+def merge_presets(base: dict[str, Any], preset: dict[str, Any]) -> dict[str, Any]:
+    """``preset`` over ``base``; a method's object key by key."""
+    nested = {key: base.get(key, {}) | value for key, value in preset.items() if isinstance(value, dict)}
+    return deepcopy(base | preset | nested)
 
 
 def training_share(folder: Path, fingerprint: dict[str, Any]) -> float:
@@ -110,6 +117,41 @@ def similarity_prototypes_protocol(
     uda, options = cisfa_protocol(fingerprint, slice_axis, share)
     del uda["cisfa"]
     return uda | {"similarity_prototypes": {"cycle_weight": 10.0, "residual_translation": False}}, options
+
+
+def cpu_preset(plans: dict[str, Any], configuration: str, cores: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What a CPU can train in hours: ``(uda settings, options for derive_plans)``.
+
+    The patch is that of the plans, but of at most 128 voxels an axis in 2D and 64 in 3D, and no larger than the median
+    image; networks are a quarter as wide as the defaults; 100 epochs of 100 steps on 8 cores or more, else 50.
+
+    Args:
+        cores: that training will use.
+    """
+    if configuration not in plans["configurations"]:
+        raise UDAError(f"the plans have no configuration {configuration!r}; they have {list(plans['configurations'])}")
+    chosen = plans["configurations"][configuration]
+    if "patch_size" not in chosen:
+        raise UDAError(f"configuration {configuration!r} inherits from another one: choose {chosen['inherits_from']!r}")
+    flat = len(chosen["patch_size"]) == 2
+    most, batch = (128, 4) if flat else (64, 2)
+    images = chosen.get("median_image_size_in_voxels", chosen["patch_size"])
+    patch = tuple(
+        max(LEAST, min(most, side, round(size))) for side, size in zip(chosen["patch_size"], images, strict=True)
+    )
+    uda: dict[str, Any] = {
+        "num_epochs": 100 if cores >= 8 else 50,
+        "iterations_per_epoch": 100,
+        "val_iterations_per_epoch": 10,
+        "picture_every": 5,
+    }
+    narrow = {"generator_width": 16, "generator_blocks": 6, "discriminator_width": 16, "embedding_dim": 64}
+    for method in find_methods().methods:
+        own = {name for name, _, _ in describe_settings(method.settings)} & narrow.keys()
+        if own:
+            uda[method.name] = uda.get(method.name, {}) | {name: narrow[name] for name in sorted(own)}
+    batch = min(batch, chosen["batch_size"])
+    return uda, {"patch_size": patch, "batch_size": batch, "base_features": 16, "max_features": 128, "stages": 5}
 
 
 PROTOCOLS = {"cisfa": cisfa_protocol, "similarity_prototypes": similarity_prototypes_protocol, "uuds": uuds_protocol}

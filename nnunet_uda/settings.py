@@ -7,9 +7,12 @@ The object holds the settings shared by all trainers and, under a method's name,
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import inspect
+import itertools
 import sys
+import textwrap
 import types
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
@@ -38,26 +41,45 @@ class UDASettings:
     """
 
     num_epochs: int = 200
+    """At least 1. Fewer where training takes too long; schedules and shares follow."""
     iterations_per_epoch: int = 250
+    """Steps of an epoch, at least 1."""
     val_iterations_per_epoch: int = 50
+    """Validation batches of an epoch, at least 1. Fewer where validation takes long beside the steps."""
     segmenter_optimizer: Literal["adam", "sgd"] = "adam"
+    """Adam is the papers'; SGD, nnU-Net's, wants a learning rate of 0.01."""
     segmenter_learning_rate: float = 1e-3
+    """Positive. Lower where a loss becomes NaN."""
     segmenter_weight_decay: float = 3e-5
+    """Of the segmenter's optimiser."""
     segmenter_schedule: Literal["poly", "constant"] = "poly"
+    """poly: nnU-Net's, to zero over the epochs."""
     segmentation_loss: Literal["dice_ce", "dice"] = "dice_ce"
+    """nnU-Net's Dice and cross-entropy, or Dice alone as in CISFA."""
     deep_supervision: bool = True
+    """nnU-Net's; false to reproduce a paper."""
     augmentation: Literal["nnunet", "spatial", "none"] = "nnunet"
+    """All of nnU-Net's, without its intensity transforms, or none."""
     mirror: bool | Literal["auto"] = "auto"
+    """auto: not along left to right where structures have sides. false where mirrored anatomy is wrong (the heart)."""
     foreground_oversampling: float = 0.33
+    """0 to 1: share of source patches that hold a structure for certain. More for small structures."""
     labelled_target_share: float = 0.33
+    """0 to 0.95: share of labelled patches, and of their losses, that is of target scans named as labelled."""
     save_every: int = 10
+    """Epochs between checkpoints that --c goes on from. Less where epochs are long."""
     keep_every: int = 0
+    """Epochs between checkpoints that are kept for comparison; 0: none."""
     checkpoint_criterion: Literal[
         "pseudo_dice", "entropy", "foreground_entropy", "mutual_information", "agreement", "snd"
     ] = "agreement"
+    """What checkpoint_best follows; none needs a target label."""
     criterion_patches: int = 32
+    """Target patches that the criteria look at each epoch; 0: none is opened for them."""
     picture_every: int = 10
+    """Epochs between pictures and plots."""
     seed: int | None = None
+    """For runs that can be repeated; to the last bit with nnUNet_n_proc_DA=0."""
 
     def __post_init__(self) -> None:
         for name in ("num_epochs", "iterations_per_epoch", "val_iterations_per_epoch", "save_every", "picture_every"):
@@ -136,6 +158,23 @@ def describe_settings(settings_class: type) -> list[tuple[str, str, Any]]:
         default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
         described.append((field.name, _describe(hints[field.name]), default))
     return described
+
+
+def setting_notes(settings_class: type) -> dict[str, str]:
+    """What is written under each setting in its class: meaning, range, when to change it. Not all have such a text."""
+    notes: dict[str, str] = {}
+    for one in reversed(settings_class.__mro__):
+        if not dataclasses.is_dataclass(one):
+            continue
+        try:
+            tree = ast.parse(textwrap.dedent(inspect.getsource(one))).body[0]
+        except (OSError, TypeError, SyntaxError):  # a class without a file, or one that has changed since
+            continue
+        for field, text in itertools.pairwise(tree.body if isinstance(tree, ast.ClassDef) else []):
+            if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(text, ast.Expr):
+                if isinstance(text.value, ast.Constant) and isinstance(text.value.value, str):
+                    notes[field.target.id] = " ".join(text.value.value.split())
+    return notes
 
 
 def _hints(settings_class: type) -> dict[str, Any]:

@@ -25,6 +25,12 @@ def usable_cores() -> int:
     return os.cpu_count() or 1
 
 
+def wished_threads() -> int:
+    """Threads for work on the CPU: OMP_NUM_THREADS where that is a number, else this process's cores."""
+    threads = os.environ.get("OMP_NUM_THREADS", "")
+    return int(threads) if threads.isdigit() and int(threads) else usable_cores()
+
+
 def end_with(parent: int) -> None:
     """End this process within a second of the end of its parent, whose id is ``parent``.
 

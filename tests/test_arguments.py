@@ -64,7 +64,7 @@ def work(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
-TWO = ["-d", "501", "-p", "one=one", "two=two", "--no_overlays", "-o", "out"]
+TWO = ["-d", "501", "-pred", "one=one", "two=two", "--no_overlays", "-o", "out"]
 FOLDERS = ["folders", "-source", "A", "-target", "B", "-source_images", "s", "-source_labels", "l", "-target_images",
            "t", "-labels", "a=1"]  # fmt: skip
 MMWHS = ["mmwhs", "-i", "tree", "-source", "mr", "-target", "ct"]
@@ -118,6 +118,9 @@ CASES: list[tuple[Callable[..., None], list[str], str]] = [
     (pseudo_labels.main, [*PSEUDO[:-1], "Dataset501_X"], "give a dataset id that is free"),
     (train.main, ["501", "3d_lowres", "0", "-tr", "CISFATrainer", "-p", "P", "-device", "cpu"], "no configuration"),
     (train.main, ["501", "2d", "0", "-tr", "Nope", "-p", "P", "-device", "cpu"], "-tr Nope"),
+    *((train.main, ["501", "2d", "0", "-tr", name, "-p", "P", "-device", "cpu"], f"Did you mean {meant}")
+      for name, meant in (("CASTrainer", "CASTTrainer"), ("cisfa", "CISFATrainer"), ("CAST", "CASTTrainer"),
+                          ("RandomStylesTrainer", "RandomStyleTrainer"), ("nnUNetTrainr", "nnUNetTrainer"))),
     (train.main, ["501", "2d", "0", "-tr", "np", "-p", "P", "-device", "cpu"], "-tr np"),
     (train.main, ["501", "2d", "first", "-tr", "CISFATrainer"], "the fold is a number or 'all'"),
     (demo.main, ["-o", "taken/file.txt"], "is a file"),

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -15,9 +16,10 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from conftest import make_raw_dataset
+from conftest import make_raw_dataset, write_volume
 from matplotlib.image import imread
 
 from nnunet_uda import figures
@@ -122,6 +124,37 @@ def test_the_plot_shows_every_run(tmp_path):
     compare.draw_comparison(tmp_path / "many.png", many, "title")
     one, two = imread(tmp_path / "plot.png"), imread(tmp_path / "many.png")
     assert two.shape[0] == 2 * one.shape[0] and two[one.shape[0] :].std() > 0
+
+
+def test_the_page_has_structures_distances_tests_and_every_slice(tmp_path):
+    cases, label = ["x", "y", "z"], np.zeros((5, 12, 12), np.uint8)
+    label[1:4, 3:8, 3:8] = 1
+    test = TargetTest(cases, tmp_path / "labelsTs", Labels({"left": 1}, None, ".nii.gz"), None)
+    rows, scores = [], {}
+    for name, shift, seed in ((LOWER, 4, 1), ("A", 1, 1), ("A", 2, 2), (UPPER, 0, 1), ("B", 0, 1)):
+        job = dataclasses.replace(a_job(tmp_path, f"{name}_{seed}"), test=test)
+        rows.append(Row(Method(name, name, DATASET, DATASET), "0", seed, job))
+        if name == "B":
+            continue  # it failed
+        found = []
+        for index, case in enumerate(cases):
+            moved = np.roll(label, shift, 2) if index else label
+            write_volume(tmp_path / "labelsTs" / f"{case}.nii.gz", label)
+            write_volume(tmp_path / "imagesTs" / f"{case}_0000.nii.gz", label.astype(np.float32))
+            write_volume(job.folder / "predictions" / f"{case}.nii.gz", moved)
+            dice = 1 - 0.2 * shift * (index > 0)
+            found.append(Volume(case, {"left": {"Dice": dice, "ASSD": float(shift), "HD95": 2.0 * shift}}))
+        scores[job.name] = Score(found, 0.5)
+    [page] = compare.write_pages(tmp_path, rows, scores, 1)
+    text = (tmp_path / page).read_text()
+    data = json.loads(re.search(r'id="data">(.*?)</script>', text, re.S)[1])
+    assert page == f"compare_{DATASET}.html" and data["runs"] == [LOWER, "A", UPPER], "B has no run"
+    assert data["values"]["HD95"]["left"][1] == pytest.approx([3.0] * 3), "the mean of two seeds"
+    assert data["values"]["Dice"]["left"][1] == pytest.approx([1.0, 0.7, 0.7])
+    assert [overlay["stack"]["slices"] for overlay in data["overlays"]] == [list(range(5))] * 3
+    assert "Wilcoxon" in text and "Gap closed" in text and "HD95 (mm)" in text
+    assert len(list((tmp_path / f"compare_{DATASET}_overlays").iterdir())) >= 3
+    assert compare.write_pages(tmp_path, rows[-1:], scores, 1) == [], "nothing to show"
 
 
 def test_the_dice_axis_is_not_a_magnifying_glass(tmp_path, monkeypatch):

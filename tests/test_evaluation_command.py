@@ -13,12 +13,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import SimpleITK as sitk
-from matplotlib.image import imread
+from PIL import Image
+from scipy.ndimage import zoom
 
-from nnunet_uda.commands.evaluate import main
+from nnunet_uda.commands.evaluate import main, make_parser
 from nnunet_uda.evaluation import draw_overlay, evaluate_case
-from nnunet_uda.evaluation.overlays import choose_slices, label_colours
+from nnunet_uda.evaluation.overlays import choose_slices
+from nnunet_uda.evaluation.stacks import make_stack
 from nnunet_uda.evaluation.tables import MEAN
+from nnunet_uda.palette import label_colours
 
 CASES = ["ct_1", "ct_2", "ct_3", "ct_4"]
 SPACING = (1.5, 1.0, 3.0)
@@ -101,7 +104,7 @@ class Page(HTMLParser):
 
 def test_fold_protocol_with_three_runs(dataset, capsys):
     runs = [f"{run}={dataset / 'preds' / run}/fold_{{fold}}" for run in RUNS]
-    arguments = ("-d", "501", "-f", "0", "1", "-p", *runs, "-lower", "lower", "-upper", "upper", "-slices", "2")
+    arguments = ("-d", "501", "-f", "0", "1", "-pred", *runs, "-lower", "lower", "-upper", "upper", "-slices", "2")
     result = evaluate(dataset, *arguments)
 
     raw = dataset / "raw" / "Dataset501_Test"
@@ -145,29 +148,39 @@ def test_fold_protocol_with_three_runs(dataset, capsys):
     assert data["values"]["Dice"]["alpha"][1][2] == float(row["dice"])
     assert [overlay["volume"] for overlay in data["overlays"]] == data["volumes"]
     for overlay in data["overlays"]:
-        assert 1 <= len(overlay["slices"]) <= 2
-        for part in overlay["slices"]:
-            assert [panel["title"] for panel in part["panels"]] == ["image", "reference", *RUNS]
-            assert (out / "overlays" / part["file"]).is_file()
-            assert imread(io.BytesIO(base64.b64decode(part["panels"][0]["jpeg"])), format="jpeg").shape[2] == 3
-    assert len(list((out / "overlays").iterdir())) == sum(len(o["slices"]) for o in data["overlays"])
+        assert 1 <= len(overlay["chosen"]) <= 2 and overlay["depth"] == 8
+        stack = overlay["stack"]
+        assert stack["slices"] == list(range(8)), "the whole volume"
+        assert list(stack["labels"]) == ["reference", *RUNS] and list(stack["wrong"]) == list(RUNS)
+        for part in overlay["chosen"]:
+            assert part["index"] in stack["slices"] and (out / "overlays" / part["file"]).is_file()
+    assert len(list((out / "overlays").iterdir())) == sum(len(o["chosen"]) for o in data["overlays"])
 
 
 def test_one_folder_for_all_folds_and_one_fold_alone(dataset, capsys):
     folder = dataset / "preds" / "ours_all"
-    result = evaluate(dataset, "-d", "Dataset501_Test", "-f", "0", "1", "-p", folder, "--no_overlays")
+    result = evaluate(dataset, "-d", "Dataset501_Test", "-f", "0", "1", "-pred", folder, "--no_overlays")
     assert [v["case"] for v in result["volumes"]["ours_all"]] == CASES
     assert not (dataset / "out" / "overlays").exists()
-    result = evaluate(dataset, "-d", "501", "-f", "1", "-p", f"x={dataset}/preds/ours/fold_{{fold}}", "--no_overlays")
+    result = evaluate(
+        dataset, "-d", "501", "-f", "1", "-pred", f"x={dataset}/preds/ours/fold_{{fold}}", "--no_overlays"
+    )
     assert [v["case"] for v in result["volumes"]["x"]] == CASES[2:], "a former evaluation is replaced"
     assert result["folds"] is None
-    message = fails(capsys, dataset, "-d", "501", "-f", "0", "-p", folder)
+    message = fails(capsys, dataset, "-d", "501", "-f", "0", "-pred", folder)
     assert "ct_3.nii.gz, ct_4.nii.gz" in message
 
 
 def test_without_dataset(dataset, capsys):
     raw = dataset / "raw" / "Dataset501_Test"
-    arguments = ("-r", raw / "labelsTs", "-djfile", raw / "dataset.json", "-p", f"a={dataset / 'preds' / 'ours_all'}")
+    arguments = (
+        "-r",
+        raw / "labelsTs",
+        "-djfile",
+        raw / "dataset.json",
+        "-pred",
+        f"a={dataset / 'preds' / 'ours_all'}",
+    )
     result = evaluate(dataset, *arguments)
     assert [v["fold"] for v in result["volumes"]["a"]] == [None] * 4
     assert result["dataset"] is None
@@ -175,7 +188,7 @@ def test_without_dataset(dataset, capsys):
     result = evaluate(dataset, *arguments, "-i", raw / "imagesTu", "-plane", "coronal", "-slices", "1")
     assert len(list((dataset / "out" / "overlays").glob("ct_*_coronal_*.png"))) == 4
     assert "-djfile is needed too" in fails(
-        capsys, dataset, "-r", raw / "labelsTs", "-p", dataset / "preds" / "ours_all"
+        capsys, dataset, "-r", raw / "labelsTs", "-pred", dataset / "preds" / "ours_all"
     )
 
 
@@ -185,7 +198,7 @@ def test_names_cannot_break_the_page(dataset):
     name = "</script><img src=x> | &"
     content["labels"] = {"background": 0, name: 2, "alpha": 1}
     (raw / "dataset.json").write_text(json.dumps(content))
-    evaluate(dataset, "-d", "501", "-p", f"<b>={dataset / 'preds' / 'ours_all'}", "--no_overlays")
+    evaluate(dataset, "-d", "501", "-pred", f"<b>={dataset / 'preds' / 'ours_all'}", "--no_overlays")
     page = Page((dataset / "out" / "evaluation.html").read_text())
     assert json.loads(page.data)["rows"][0] == name
     assert page.sources == []
@@ -197,18 +210,21 @@ def test_names_cannot_break_the_page(dataset):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("-d", "501", "-p", "{all}", "-lower", "nobody", "-upper", "ours_all"), "-lower nobody is not among the runs"),
-        (("-d", "501", "-p", "{all}", "-lower", "ours_all"), "needs two bounds"),
-        (("-d", "501", "-p", "{all}", "-f", "2"), "fold 2 does not exist"),
-        (("-d", "501", "-p", "{all}", "-f", "-1"), "fold -1 does not exist"),
-        (("-d", "501", "-p", "a={folds}"), "no fold is given: add -f"),
-        (("-d", "501", "-p", "{folds}", "-f", "0"), "give the run a name"),
-        (("-d", "501", "-p", "a={all}", "a={folds}"), "two runs are called a"),
-        (("-d", "501", "-p", "{all}", "-i", "{all}"), "no image ct_1_0000.nii.gz"),
-        (("-d", "502", "-p", "{all}"), "id 502"),
-        (("-d", "501", "-p", "{all}", "-splits", "x.json"), "add the folds to score"),
-        (("-d", "501", "-p", "{all}", "-slices", "0"), "at least 1"),
-        (("-p", "{all}"), "-r is needed too"),
+        (
+            ("-d", "501", "-pred", "{all}", "-lower", "nobody", "-upper", "ours_all"),
+            "-lower nobody is not among the runs",
+        ),
+        (("-d", "501", "-pred", "{all}", "-lower", "ours_all"), "needs two bounds"),
+        (("-d", "501", "-pred", "{all}", "-f", "2"), "fold 2 does not exist"),
+        (("-d", "501", "-pred", "{all}", "-f", "-1"), "fold -1 does not exist"),
+        (("-d", "501", "-pred", "a={folds}"), "no fold is given: add -f"),
+        (("-d", "501", "-pred", "{folds}", "-f", "0"), "give the run a name"),
+        (("-d", "501", "-pred", "a={all}", "a={folds}"), "two runs are called a"),
+        (("-d", "501", "-pred", "{all}", "-i", "{all}"), "no image ct_1_0000.nii.gz"),
+        (("-d", "502", "-pred", "{all}"), "id 502"),
+        (("-d", "501", "-pred", "{all}", "-splits", "x.json"), "add the folds to score"),
+        (("-d", "501", "-pred", "{all}", "-slices", "0"), "at least 1"),
+        (("-pred", "{all}"), "-r is needed too"),
     ],
 )
 def test_bad_arguments(dataset, capsys, arguments, message):
@@ -220,13 +236,13 @@ def test_bad_arguments(dataset, capsys, arguments, message):
 
 def test_unset_environment_variable_names_the_line_to_add(dataset, capsys, monkeypatch):
     monkeypatch.delenv("nnUNet_raw")
-    message = fails(capsys, dataset, "-d", "501", "-p", dataset / "preds" / "ours_all")
+    message = fails(capsys, dataset, "-d", "501", "-pred", dataset / "preds" / "ours_all")
     assert "export nnUNet_raw=" in message
 
 
 def test_missing_prediction_of_a_fold_and_no_splits(dataset, capsys):
     (dataset / "preds" / "ours" / "fold_1" / "ct_4.nii.gz").unlink()
-    arguments = ("-d", "501", "-f", "0", "1", "-p", f"x={dataset}/preds/ours/fold_{{fold}}")
+    arguments = ("-d", "501", "-f", "0", "1", "-pred", f"x={dataset}/preds/ours/fold_{{fold}}")
     message = fails(capsys, dataset, *arguments)
     assert "no prediction in" in message
     assert "ct_4.nii.gz" in message
@@ -235,7 +251,7 @@ def test_missing_prediction_of_a_fold_and_no_splits(dataset, capsys):
 
 
 def test_bad_prediction_is_named_and_the_former_evaluation_survives(dataset, capsys):
-    arguments = ("-d", "501", "-p", dataset / "preds" / "ours_all", "--no_overlays")
+    arguments = ("-d", "501", "-pred", dataset / "preds" / "ours_all", "--no_overlays")
     former = evaluate(dataset, *arguments)
     path = dataset / "preds" / "ours_all" / "ct_2.nii.gz"
     path.write_bytes(path.read_bytes()[:-30])
@@ -247,7 +263,7 @@ def test_a_kill_between_the_renames_and_bad_input_lose_nothing(dataset, capsys):
     aside = dataset / ".out.partial_0a1b2c3d" / "former" / "out"
     aside.mkdir(parents=True)
     (aside / "evaluation.json").write_text("the former")
-    arguments = ("-d", "501", "-p", dataset / "preds" / "ours_all", "--no_overlays", "-lower", "nobody")
+    arguments = ("-d", "501", "-pred", dataset / "preds" / "ours_all", "--no_overlays", "-lower", "nobody")
     with pytest.raises(SystemExit):
         evaluate(dataset, *arguments)
     assert "-lower nobody" in capsys.readouterr().err, "found before any folder is made"
@@ -257,7 +273,7 @@ def test_a_kill_between_the_renames_and_bad_input_lose_nothing(dataset, capsys):
 def test_foreign_output_folder_is_left_alone(dataset, capsys):
     (dataset / "out").mkdir()
     (dataset / "out" / "thesis.txt").write_text("years of work")
-    message = fails(capsys, dataset, "-d", "501", "-p", dataset / "preds" / "ours_all", "--no_overlays")
+    message = fails(capsys, dataset, "-d", "501", "-pred", dataset / "preds" / "ours_all", "--no_overlays")
     assert "holds no former evaluation" in message
     assert (dataset / "out" / "thesis.txt").read_text() == "years of work"
 
@@ -273,12 +289,12 @@ def test_foreign_output_folder_is_left_alone(dataset, capsys):
 def test_bad_dataset_json(dataset, capsys, labels, message):
     path = dataset / "raw" / "Dataset501_Test" / "dataset.json"
     path.write_text(json.dumps({"labels": labels, "file_ending": ".nii.gz"}))
-    assert message in fails(capsys, dataset, "-d", "501", "-p", dataset / "preds" / "ours_all")
+    assert message in fails(capsys, dataset, "-d", "501", "-pred", dataset / "preds" / "ours_all")
 
 
 def test_output_that_cannot_be_written(dataset, capsys):
     with pytest.raises(SystemExit):
-        evaluate(dataset / "preds" / "ours_all" / "ct_1.nii.gz", "-d", "501", "-p", dataset / "preds" / "ours_all")
+        evaluate(dataset / "preds" / "ours_all" / "ct_1.nii.gz", "-d", "501", "-pred", dataset / "preds" / "ours_all")
     assert "cannot be written" in capsys.readouterr().err
 
 
@@ -308,11 +324,6 @@ def test_overlay_of_a_constant_image_and_default_colours():
     assert {tuple(colour) for colour in picture.reshape(-1, 3)} == {(0, 0, 0), label_colours({"1": 1})[1]}
 
 
-def test_colours_are_distinct():
-    colours = label_colours({f"s{i}": i for i in range(30)})
-    assert len(colours) == len(set(colours.values())) == 29
-
-
 def test_slices_cover_the_reference_and_hold_the_worst():
     reference = np.zeros((30, 4, 4), int)
     reference[5:25] = 1
@@ -339,8 +350,44 @@ def test_overlay_of_a_flipped_scan_shows_anterior_up(tmp_path):
         sitk.WriteImage(turned, str(path))
         for plane in ("axial", "coronal"):
             task = OverlayTask("x", path, {"reference": path}, {"a": 1}, tmp_path, 1, plane)
-            panel = draw_case(task)[0]["panels"][0]["jpeg"]
-            picture = imread(io.BytesIO(base64.b64decode(panel)), format="jpeg")[..., 0]
-            rows, columns = np.nonzero(picture > 200)
-            assert rows.max() < picture.shape[0] / 2, (orientation, plane)
-            assert columns.max() < picture.shape[1] / 2, (orientation, plane)
+            stack = draw_case(task)["stack"]
+            at = -1 if plane == "axial" else 1
+            for picture in (tiles(stack, stack["image"])[at] > 99, tiles(stack, stack["labels"]["reference"])[at] > 0):
+                rows, columns = np.nonzero(picture)
+                assert rows.max() < picture.shape[0] / 2, (orientation, plane)
+                assert columns.max() < picture.shape[1] / 2, (orientation, plane)
+
+
+def tiles(stack: dict, sheet: str) -> np.ndarray:
+    """``(N, height, width)`` of a sheet, as the page takes it apart."""
+    whole = np.asarray(Image.open(io.BytesIO(base64.b64decode(sheet))))
+    height, width, columns = stack["height"], stack["width"], stack["columns"]
+    corners = [(i // columns * height, i % columns * width) for i in range(len(stack["slices"]))]
+    return np.stack([whole[top : top + height, left : left + width] for top, left in corners])
+
+
+def test_the_sheets_of_a_volume_are_its_slices():
+    rng = np.random.default_rng(0)
+    image = rng.normal(0, 1, (7, 30, 20)).astype(np.float32)
+    labels = rng.choice([0, 4, 9], (7, 30, 20))
+    run = np.where(labels == 9, 4, labels)
+    stack = make_stack(image, {"reference": labels, "run": run}, [9, 4], (1, 1), (-1, 1), 10**7)
+    assert stack["slices"] == list(range(7)) and stack["height"] == 128 and stack["width"] == 85
+    shown = tiles(stack, stack["labels"]["reference"])
+    places = np.array([0, *[0] * 3, 2, *[0] * 4, 1])
+    for part, cut in zip(shown, labels, strict=True):
+        assert (part[2::128, 2::85] == places[cut[0, 0]]).all() and set(np.unique(part)) == {0, 1, 2}
+        assert (part == zoom(places[cut], (128 / 30, 85 / 20), order=0, mode="nearest", grid_mode=True)).all()
+    assert stack["wrong"] == {"run": [int((cut == 9).sum()) for cut in labels]}
+    small = make_stack(image, {"reference": labels}, [9, 4], (1, 1), (-1, 1), 3 * 128 * 85, kept=[0, 6])
+    assert small["slices"] == [0, 1, 3, 5, 6] and tiles(small, small["image"]).shape == (5, 128, 85)
+    flat = make_stack(0 * image, {"reference": labels}, [9, 4], (4, 1), (0, 0), 10**7)
+    assert not tiles(flat, flat["image"]).any() and (flat["height"], flat["width"]) == (128, 21)
+
+
+def test_the_former_name_of_an_option_still_works_with_a_hint(dataset, capsys):
+    folder = dataset / "preds" / "ours_all"
+    evaluate(dataset, "-d", "501", "-p", folder, "--no_overlays")
+    assert "are now -pred" in capsys.readouterr().err
+    assert "-pred" in make_parser().format_help() and " -p " not in make_parser().format_help()
+    assert "-pred is missing" in fails(capsys, dataset, "-d", "501")

@@ -11,7 +11,7 @@ from conftest import REPOSITORY
 
 FLOORS = (
     {"errors"},
-    {"collectives", "devices", "files", "names", "settings", "workers"},
+    {"collectives", "devices", "durations", "files", "names", "palette", "settings", "workers"},
     {"figures", "images", "methods"},
     {"data"},
     {"foreign_plans"},
@@ -23,6 +23,7 @@ FLOORS = (
     {"evaluation"},
     {"adaptation", "dataset_conversion", "trainers", "experiments", "demo"},
     {"commands"},
+    {"api"},
 )
 """From the ground up; what stands on one floor does not know of each other."""
 FOLDERS = {"": "nnunet_uda", "trainers": "trainers", "dataset_conversion": "dataset_conversion"}

@@ -1,4 +1,4 @@
-"""Trainers in anybody's folder: the README's example, configured, trained, swept and compared like those here."""
+"""Trainers in anybody's folder: the examples of docs/, configured, trained, swept and compared like those here."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import REPOSITORY, TRAINERS, Workspace, batch, make_trainer
+from conftest import REPOSITORY, TRAINERS, Workspace, batch, changed, make_trainer, parameters
 
 from nnunet_uda.commands import compare, configure
 from nnunet_uda.commands.sweep import plan_runs
@@ -34,18 +34,19 @@ class LoudTrainer(CISFATrainer):
 """
 
 
-def readme_example() -> str:
-    """The code under "A method of your own in one file"."""
-    text = (REPOSITORY / "README.md").read_text(encoding="utf-8").split("## A method of your own in one file")[1]
-    return re.search(r"```python\n(.*?)```", text, re.S)[1]
+def documented_examples() -> list[str]:
+    """The code of "Write a method of your own", in its order."""
+    text = (REPOSITORY / "docs" / "howto" / "new_trainer.md").read_text(encoding="utf-8")
+    return re.findall(r"```python\n(.*?)```", text, re.S)
 
 
 @pytest.fixture
 def folder(in_workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Of trainers, on ``nnUNet_extTrainer`` behind this package's; it holds the README's."""
+    """Of trainers, on ``nnUNet_extTrainer`` behind this package's; it holds those of docs/."""
     own = tmp_path / "mine"
     own.mkdir()
-    (own / "entropy.py").write_text(readme_example())
+    for name, code in zip(("entropy", "features"), documented_examples(), strict=True):
+        (own / f"{name}.py").write_text(code)
     monkeypatch.setenv("nnUNet_extTrainer", os.pathsep.join([str(TRAINERS), str(own)]))
     return own
 
@@ -60,7 +61,7 @@ def configured(workspace: Workspace, *settings: str) -> dict[str, Any]:
         path.unlink(missing_ok=True)
 
 
-def test_the_readmes_trainer_is_configured_listed_and_trained(folder, in_workspace, capsys):
+def test_the_documented_trainer_is_configured_listed_and_trained(folder, in_workspace, capsys):
     uda = configured(in_workspace, "entropy.entropy_weight=0.25", "cisfa.patches=8")
     assert uda["entropy"] == {"entropy_weight": 0.25} and uda["cisfa"]["patches"] == 8
     configure.main(["--list"])
@@ -70,6 +71,19 @@ def test_the_readmes_trainer_is_configured_listed_and_trained(folder, in_workspa
     trainer.on_train_start()
     first, second = trainer.train_step({"data": (drawn := batch(trainer))[0], "target": drawn[1]}), trainer.own_settings
     assert second.entropy_weight == 0.25 and 0 < first["entropy"] <= 0.25 * 1.1, "log 3 at most"
+
+
+def test_the_documented_trainer_with_an_opponent_trains_both(folder, in_workspace):
+    trainer = make_trainer("FeatureTrainer")
+    trainer.on_train_start()
+    before = {
+        name: parameters(network) for name, network in (("segmenter", trainer.network), *trainer.networks.items())
+    }
+    losses = trainer.train_step(next(trainer.dataloader_train))
+    assert set(losses) == {"loss", "segmentation", "alignment", "judge"}
+    assert changed(before["segmenter"], trainer.network) and changed(before["judge"], trainer.networks["judge"])
+    with pytest.raises(UDAError, match="'alignment_weight' must be at least 0"):
+        make_trainer("FeatureTrainer", features__alignment_weight=-1.0)
 
 
 @pytest.mark.parametrize(
@@ -89,7 +103,7 @@ def test_mistakes_are_explained_as_for_the_methods_here(folder, in_workspace, ca
         make_trainer("EntropyTrainer", entrpy__entropy_weight=1.0)
 
 
-def test_the_readmes_trainer_is_swept_and_compared(folder, in_workspace, tmp_path):
+def test_the_documented_trainer_is_swept_and_compared(folder, in_workspace, tmp_path):
     base = json.loads((in_workspace.preprocessed / DATASET / "tiny.json").read_text())
     trainer = find_trainer("EntropyTrainer")
     sweeps, runs = plan_runs(base, "tiny", "2d", trainer, [["entropy.entropy_weight", "0.01", "0.1"]], None)
@@ -128,7 +142,7 @@ def test_a_trainer_may_share_a_method_and_have_settings_of_its_own(folder, in_wo
     with pytest.raises(UDAError, match="unknown setting 'loundess'"):
         check_uda({"cisfa": {"loundess": 1}}, "x")
     configure.main(["--list"])
-    lines = capsys.readouterr().out.splitlines()
+    lines = [line for line in capsys.readouterr().out.splitlines() if not line.startswith("      ")]  # no remarks
     start = lines.index("Settings of cisfa as LoudTrainer has them, where they differ:")
     assert lines[start + 1 : start + 3] == [
         "  cisfa.foreground_weight = 7.0  (a number)",

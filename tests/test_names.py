@@ -27,7 +27,7 @@ from nnunet_uda.evaluation.sweep_plot import OverSeeds, Point, draw_sweeps
 from nnunet_uda.evaluation.tables import MEAN, Volume
 from nnunet_uda.names import MOST_BYTES, check_name, is_name, is_plain_name, spreadsheet_cell
 from nnunet_uda.training.embedding_picture import Embeddings, write_embedding_picture
-from nnunet_uda.training.pictures import plot_losses, write_panels
+from nnunet_uda.training.pictures import plot_curves, write_panels
 from nnunet_uda.training.prompt_pictures import write_prompt_maps
 
 NO_NAMES = {
@@ -191,8 +191,8 @@ def test_no_text_in_pictures_is_taken_for_mathematics(tmp_path):
     draw_comparison(tmp_path / "2.png", [Bar(MATHS[0], name, one, one, [0.4]) for name in MATHS], MATHS[1])
     points = [Point(name, name, one, one, one, 0, {"agreement": one}) for name in MATHS]
     draw_sweeps(tmp_path / "3.png", {MATHS[0]: points, MATHS[2]: points}, MATHS[1], MATHS[4])
-    write_panels(tmp_path / "4.png", [[(name, classes[1], classes[1]) for name in MATHS]], 5)
-    plot_losses(tmp_path / "5.png", {name: [1.0, 2.0] for name in MATHS})
+    write_panels(tmp_path / "4.png", [[(name, classes[1], classes[1]) for name in MATHS]], MATHS, MATHS[0])
+    plot_curves(tmp_path / "5.png", {name: [1.0, 2.0] for name in MATHS})
     domains = {name: Embeddings(rng.normal(size=(9, 3)), np.arange(9) % 5, np.eye(5)[:, :3]) for name in
                ("source", "target")}  # fmt: skip
     write_embedding_picture(tmp_path / "6.png", domains, domains, MATHS)

@@ -7,7 +7,7 @@ import pytest
 from nnunet_uda.commands import configure
 from nnunet_uda.data.slices import plane_warning
 from nnunet_uda.errors import UDAError
-from nnunet_uda.plans import PROTOCOLS, derive_plans, training_share
+from nnunet_uda.plans import PROTOCOLS, cpu_preset, derive_plans, training_share
 
 
 @pytest.fixture
@@ -91,6 +91,32 @@ def test_cisfa_protocol_writes_section_4_2(in_workspace):
     configure.main(["-d", "501", "-p", "paper196", "-protocol", "cisfa", "-slice_size", "196", "196"])
     written = json.loads((in_workspace.preprocessed / "Dataset501_Blobs" / "paper196.json").read_text())
     assert written["configurations"]["2d"]["patch_size"] == [208, 208], "as docs/reproduce.md says"
+
+
+def test_the_cpu_preset_is_small_keeps_the_data_and_yields_to_set(in_workspace, capsys, monkeypatch):
+    folder = in_workspace.preprocessed / "Dataset501_Blobs"
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    configure.main(["-d", "501", "-p", "on_cpu", "-preset", "cpu", "-set", "num_epochs=7", "cisfa.patches=9"])
+    written, base = (json.loads((folder / f"{name}.json").read_text()) for name in ("on_cpu", "nnUNetPlans"))
+    chosen = written["configurations"]["2d"]
+    assert chosen["data_identifier"] == base["configurations"]["2d"]["data_identifier"]
+    assert max(chosen["patch_size"]) <= 128 and chosen["batch_size"] <= 4
+    assert chosen["architecture"]["arch_kwargs"]["features_per_stage"][0] == 16
+    assert written["uda"]["num_epochs"] == 7 and written["uda"]["iterations_per_epoch"] == 100
+    assert written["uda"]["cisfa"]["patches"] == 9 and written["uda"]["cisfa"]["generator_width"] == 16
+    assert "nnUNetUDA_train 501 2d 0 -tr CASTTrainer -p on_cpu -device cpu" in capsys.readouterr().out
+    epochs = [cpu_preset(base, "2d", cores)[0]["num_epochs"] for cores in (1, 7, 8, 64)]
+    assert epochs == [50, 50, 100, 100], "more on a machine with more cores"
+    big = json.loads(json.dumps(base))
+    big["configurations"]["3d_fullres"] |= {
+        "patch_size": [160, 20, 160],
+        "median_image_size_in_voxels": [50.4, 200, 200],
+        "batch_size": 9,
+    }
+    _, options = cpu_preset(big, "3d_fullres", 1)
+    assert options["patch_size"] == (50, 20, 64) and options["batch_size"] == 2
+    with pytest.raises(UDAError, match="no configuration '4d'"):
+        cpu_preset(base, "4d", 1)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
 import sys
@@ -12,7 +13,7 @@ from nnunet_uda.commands import configure
 from nnunet_uda.errors import UDAError
 from nnunet_uda.methods import check_uda, refuse_unknown_methods
 from nnunet_uda.plans import merge_uda
-from nnunet_uda.settings import UDASettings, describe_settings, parse_settings, split_settings
+from nnunet_uda.settings import UDASettings, describe_settings, parse_settings, setting_notes, split_settings
 
 
 @dataclass(frozen=True)
@@ -129,3 +130,11 @@ def test_list_names_every_setting_and_default(capsys):
     for name, _, default in describe_settings(UDASettings):
         assert f"{name} = {json.dumps(default)}" in text
     assert "cisfa.patch_contrastive_temperature = 0.2" in text
+
+
+def test_a_setting_is_described_where_it_stands():
+    notes = setting_notes(UDASettings)
+    assert {field.name for field in dataclasses.fields(UDASettings)} == set(notes), "each shared setting has a text"
+    assert notes["num_epochs"] == "At least 1. Fewer where training takes too long; schedules and shares follow."
+    made = dataclasses.make_dataclass("Made", [("a", int, 3)])
+    assert setting_notes(made) == {}, "a class without a file has none"

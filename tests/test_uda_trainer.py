@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import json
+import re
 import resource
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import pytest
+import SimpleITK as sitk
 import torch
 from conftest import draw_case, make_trainer, same_weights, weights, write_volume
 from nnunetv2.training.logging.nnunet_logger import LocalLogger
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
+from nnunet_uda.dataset_conversion import quicklook
 from nnunet_uda.errors import UDAError
-from nnunet_uda.training import uda_trainer
+from nnunet_uda.training import pictures, preview
 from nnunet_uda.training.checkpoint import plain
 
 
@@ -147,7 +151,15 @@ def test_pictures_and_logs_are_written(in_workspace):
     for name in ("losses.png", "progress.png", "pictures/epoch_0000.png", "pictures/epoch_0001.png"):
         assert (folder / name).read_bytes()[:4] == b"\x89PNG", name
     log = next(folder.glob("training_log*.txt")).read_text()
-    assert "No target label is read" in log and "'patch_contrastive'" in log
+    assert "No target label is read" in log and "  patch_contrastive  " in log
+
+
+def test_a_log_says_what_a_step_takes_and_holds_no_numpy(in_workspace, capsys):
+    log = next(Path(train(num_epochs=2, iterations_per_epoch=6).output_folder).glob("training_log*.txt")).read_text()
+    assert re.search(r"2 epochs x 6 steps, [\d.]+ s each: .* left, until ", log)
+    assert "WARNING: training on the CPU, with" in log and "-from tiny -preset cpu" in log
+    assert re.search(r"setting +here +default\n +num_epochs +2 +200\n", log)
+    assert "Pseudo dice" in log and "np." not in log and "FutureWarning" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -299,11 +311,60 @@ def test_no_unchanged_source_is_called_translated(in_workspace, monkeypatch, tmp
     trainer = make_trainer(name)
     trainer.on_train_start()
     rows = []
-    monkeypatch.setattr(uda_trainer, "write_panels", lambda path, panels, classes: rows.extend(panels))
+    monkeypatch.setattr(preview, "write_panels", lambda path, panels, structures, *_: rows.extend(panels))
     trainer.draw_pictures(tmp_path / "pictures" / "epoch_0000.png")
-    assert [title for title, _, _ in rows[0]] == titles
-    source, *_, prediction = (image for _, image, _ in rows[0])
-    assert (source == prediction).all() == (name != "CISFATrainer"), "the picture that was segmented"
+    assert len(rows) == preview.SLICES
+    of_target = ["target", "prediction"] if trainer.needs_target else []
+    for row in rows:
+        assert [title.partition(":")[0] for title, _, _ in row] == [*titles, *of_target]
+        assert all(image.shape == (36, 36) for _, image, _ in row), "whole slices, though the patch is smaller"
+        source, *_, prediction = (image for _, image, _ in row[: len(titles)])
+        assert (source == prediction).all() == (name != "CISFATrainer"), "the picture that was segmented"
+        assert row[titles.index("label")][2].any(), "a slice with a structure"
+
+
+def test_pictures_lie_as_the_quicklook_of_the_same_scan(in_workspace):
+    trainer = make_trainer("SourceOnlyTrainer")
+    trainer.on_train_start()
+    case = trainer.validation_dataset.identifiers[0]
+    folder = in_workspace.raw / "Dataset501_Blobs"
+    cuts = quicklook.slices(
+        sitk.ReadImage(str(folder / "imagesTr" / f"{case}_0000.nii.gz")),
+        sitk.ReadImage(str(folder / "labelsTr" / f"{case}.nii.gz")),
+    )
+    _, shown, _ = cuts["axial"]
+    label = trainer.validation_dataset.load_case(case)[1][:][0]
+    assert shown.any() and any((preview.as_seen(cut, preview.REORIENTED) == shown).all() for cut in label)
+    assert preview.orientation(preview.REORIENTED, 0).startswith("Axial: anterior is up, the patient's right is on")
+    assert preview.orientation("SimpleITKIO", 0) is None
+    assert (preview.as_seen(label[5], "SimpleITKIO") == label[5]).all(), "files' own order is left alone"
+
+
+@pytest.mark.parametrize(
+    ("held", "number", "slices"),
+    [([4, 5, 6, 7, 8, 9], 3, [5, 7, 9]), ([3], 3, [3]), ([], 3, [6, 10, 13]), ([], 1, [10]), ([2, 17], 2, [2, 17])],
+)
+def test_which_slices_are_shown(held, number, slices):
+    label = np.zeros((20, 2, 2))
+    label[held] = 1
+    assert preview.shown_slices(label, number) == slices
+
+
+def test_curves_are_drawn_in_a_style_of_their_own_whatever_a_process_has_set(tmp_path):
+    history = {"agreement": [0.5], "snd": [1.0, float("nan"), 2.0]}
+    pictures.plot_curves(tmp_path / "a.png", history, thresholds={"agreement": (0.85, "not adapted")})
+    before = matplotlib.rcParams["font.size"]
+    with matplotlib.rc_context({"font.size": 40, "axes.facecolor": "red", "lines.linewidth": 9}):
+        pictures.plot_curves(tmp_path / "b.png", history, thresholds={"agreement": (0.85, "not adapted")})
+        assert matplotlib.rcParams["font.size"] == 40, "and what was set is set again"
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+    assert matplotlib.rcParams["font.size"] == before
+
+
+def test_running_means_start_without_bias_and_pass_over_gaps():
+    means = pictures.running_mean([2.0, float("nan"), 4.0])
+    assert means[0] == means[1] == pytest.approx(2) and means[2] == pytest.approx((0.16 * 2 + 0.2 * 4) / 0.36)
+    assert np.isnan(pictures.running_mean([float("nan")])[0])
 
 
 def test_source_only_needs_no_target(own_copy):

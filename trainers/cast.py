@@ -29,7 +29,7 @@ from nnunet_uda.data.random_style import (
 from nnunet_uda.losses.pseudo_label import pseudo_label_loss
 from nnunet_uda.settings import require
 from nnunet_uda.training.intensity_posterior import intensity_posterior
-from nnunet_uda.training.pictures import write_panels
+from nnunet_uda.training.preview import write_trainers_panels
 from nnunet_uda.training.self_training import Average, SelfTraining
 from nnunet_uda.training.uda_trainer import UDATrainer, middle_slice
 
@@ -191,7 +191,7 @@ class CASTTrainer(UDATrainer):
         trusted = self.networks["self_training"].label(self.opinion(target))
         shown = middle_slice(target)
         rows = [[("target", shown, None), ("trusted labels", shown, middle_slice(trusted[:, None]))]]
-        write_panels(path, rows, len(self.label_manager.foreground_labels))
+        write_trainers_panels(self, path, rows)
 
 
 def half_of_each(

@@ -37,16 +37,27 @@ class CISFASettings(TranslationSettings):
     """
 
     image_adversarial_weight: float = 1.0
+    """How strongly a translation has to look like the target."""
     patch_contrastive_weight: float = 1.0
+    """How strongly a translation has to keep its image's shapes. More where shapes change."""
     patch_contrastive_temperature: float = 0.2
+    """Positive."""
     patch_contrastive_negatives: Literal["both", "input"] = "both"
+    """Patches of the image and of the translation, or of the image alone."""
     foreground_weight: float = 2.0
+    """At least 1: how much more patches of structures count (eq. 3)."""
     identity_weight: float = 0.0
+    """Not in the paper: a target image should stay as it is."""
     global_contrastive_weight: float = 1.0
+    """How alike an image and its translation are encoded (eq. 5)."""
     global_contrastive_temperature: float = 0.2
+    """Positive."""
     global_contrastive_update: Literal["sum", "sequential"] = "sum"
+    """With the segmenter's other losses, or before them."""
     segmenter_adversarial: Literal["translated", "target", "both"] = "translated"
+    """Whose segmentations have to fool the discriminator."""
     segmenter_adversarial_weight: float = 0.01
+    """The paper's is 1, which holds a segmenter that has found nothing at nothing."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -37,7 +37,7 @@ from nnunet_uda.networks.projection_head import ProjectionHead
 from nnunet_uda.networks.uuds_network import Generated, UUDSNetwork
 from nnunet_uda.settings import parse_settings, require, split_settings
 from nnunet_uda.training.composite_trainer import CompositeTrainer
-from nnunet_uda.training.pictures import write_panels
+from nnunet_uda.training.preview import as_seen, write_trainers_panels
 from nnunet_uda.training.prompt_pictures import write_domain_map, write_prompt_maps
 from nnunet_uda.training.uda_trainer import frozen
 
@@ -432,12 +432,13 @@ class UUDSTrainer(CompositeTrainer):
             ],
             [("target", middle, None), ("translated", made[1], None), ("prediction", middle, predicted[1])],
         ]
-        write_panels(path, rows, len(self.label_manager.foreground_labels))
+        write_trainers_panels(self, path, rows)
         prompts = self.structures if self.own_settings.use_segmentation_prompt else ["none"]
+        reader = self.plans_manager.image_reader_writer_class.__name__
+        seen = [as_seen(x, reader) for x in (targets[:, 0].cpu().numpy(), made[1:], predicted[1:], attention[1:])]
         write_prompt_maps(
-            path.with_name(f"prompts_{path.name}"), targets[:, 0].cpu().numpy(), made[1:], predicted[1:],
-            attention[1:], ["domain prompt", *(f"prompt: {name}" for name in prompts)], entropy[1:],
-            self.own_settings.threshold,
+            path.with_name(f"prompts_{path.name}"), *seen, ["domain prompt", *(f"prompt: {name}" for name in prompts)],
+            as_seen(entropy[1:], reader), self.own_settings.threshold,
         )  # fmt: skip
         if self.current_epoch == self.num_epochs and self.own_settings.use_domain_prompt:
             self.draw_domains(path.with_name("domains.png"))

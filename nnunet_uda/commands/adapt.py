@@ -63,6 +63,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
         "residual) to unlabelled scans of another domain, without its training data, and predict these scans. Where "
         "the label-free estimate of a scan's Dice is lower after adapting than before, the unadapted prediction stays. "
         "A second start of the same command goes on where it stopped.",
+        epilog="Example: nnUNetUDA_adapt -m Dataset501_X/nnUNetTrainer__nnUNetPlans__2d -i scans/ -o adapted/",
     )
     parser.add_argument("-m", type=Path, metavar="FOLDER", help="the model's folder, TRAINER__PLANS__CONFIGURATION")
     parser.add_argument("-d", help="or in nnUNet_results: dataset id or name")

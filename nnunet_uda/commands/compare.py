@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from nnunet_uda.commands.sweep import settings_in_force
-from nnunet_uda.data.convention import environment_folder, is_fold, mend_results, read_json
+from nnunet_uda.data.convention import case_files, environment_folder, is_fold, mend_results, read_json
 from nnunet_uda.errors import UDAError, command, shown
+from nnunet_uda.evaluation.compare_page import MethodRuns, write_compare_page
 from nnunet_uda.evaluation.compare_plot import Bar, draw_comparison
 from nnunet_uda.evaluation.metrics import METRICS
 from nnunet_uda.evaluation.report import DIGITS, jsonable, markdown_table
@@ -82,9 +83,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="nnUNetUDA_compare",
         description="Train every trainer on every dataset, fold and seed, predict the target's test images, score "
-        "them, and write compare.md, compare.csv, compare.json and compare.png. The same command again goes on where "
-        "it stopped, and may name more trainers, datasets, folds or seeds. A run that fails is listed with its log, "
-        "and stops no other.",
+        "them, and write compare.md, compare.csv, compare.json, compare.png and a page for each dataset. The same "
+        "command again goes on where it stopped, and may name more trainers, datasets, folds or seeds. A run that "
+        "fails is listed with its log, and stops no other.",
         epilog="Example: nnUNetUDA_compare -d 501 502 -tr CISFATrainer SimilarityPrototypesTrainer -f 0 -seeds 0 1 2 "
         "-p nnUNetPlansShort -lower SourceOnlyTrainer -upper SupervisedTrainer:511 SupervisedTrainer:512 -o compared",
     )
@@ -356,6 +357,32 @@ def run_record(row: Row, scores: dict[str, Score], failed: dict[str, str], close
     return record
 
 
+def write_pages(out: Path, rows: Sequence[Row], scores: dict[str, Score], num_processes: int) -> list[str]:
+    """Write a page for each test that has scores, ``compare_DATASET.html``; returns their names."""
+    pages = []
+    for test in dict.fromkeys(row.method.test for row in rows):
+        done = [row for row in rows if row.method.test == test and row.job.name in scores]
+        if not done:
+            continue
+        labels, reference = done[0].job.test.labels, done[0].job.test.reference
+        images = {
+            case: paths[0] for row in done for case, paths in case_files(row.job.images, labels.file_ending).items()
+        }
+        methods = {}
+        for label in dict.fromkeys(row.method.label for row in done):
+            of_method = [row.job for row in done if row.method.label == label]
+            predictions = {
+                case: job.folder / "predictions" / f"{case}{labels.file_ending}"
+                for job in reversed(of_method)
+                for case in job.test.cases
+            }
+            methods[label] = MethodRuns([scores[job.name].volumes for job in of_method], predictions)
+        page = out / f"compare_{test}.html"
+        if write_compare_page(page, test, methods, (LOWER, UPPER), images, reference, labels, num_processes):
+            pages.append(page.name)
+    return pages
+
+
 def bars(rows: Sequence[Row], cells: Sequence[Cells], scores: dict[str, Score]) -> list[Bar]:
     """What the plot shows of every method."""
     return [
@@ -419,8 +446,11 @@ def main(argv: list[str] | None = None) -> None:
         run_jobs(engine, jobs, scores, failed, write)
         cells = write()
         draw_comparison(out / "compare.png", bars(rows, cells, scores), f"plans {arguments.p}, {arguments.c}")
+        pages = write_pages(out, rows, scores, arguments.np)
     print((out / "compare.md").read_text(encoding="utf-8"))
-    print(f"Written to {out}: compare.md, compare.csv, compare.json, compare.png")
+    print(
+        f"Written to {out}: compare.md, compare.csv, compare.json, compare.png{''.join(f', {page}' for page in pages)}"
+    )
     if failed:
         listed = "".join(f"\n  {name}: {text}" for name, text in failed.items())
         raise UDAError(

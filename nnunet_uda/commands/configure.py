@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from pathlib import Path
 from typing import Any
 
 from nnunet_uda.data.convention import dataset_name, environment_folder, read_json
@@ -16,12 +17,15 @@ from nnunet_uda.names import check_name
 from nnunet_uda.plans import (
     PLANES,
     PROTOCOLS,
+    cpu_preset,
     derive_plans,
+    merge_presets,
     merge_uda,
     replan_plane,
     training_share,
 )
-from nnunet_uda.settings import UDASettings, describe_settings
+from nnunet_uda.settings import UDASettings, describe_settings, setting_notes
+from nnunet_uda.workers import wished_threads
 
 
 def parse_assignment(text: str) -> tuple[str, Any]:
@@ -38,26 +42,28 @@ def parse_assignment(text: str) -> tuple[str, Any]:
 
 
 def list_settings() -> str:
-    """All settings with type and default, as text: shared ones, then those of every method that is found."""
+    """All settings with type, default and meaning, as text: shared ones, then those of every method that is found."""
 
-    def line(name: str, kind: str, default: Any) -> str:
-        return f"  {name} = {json.dumps(default)}  ({kind})"
+    def line(name: str, kind: str, default: Any, notes: dict[str, str]) -> str:
+        note = notes.get(name.rpartition(".")[2])
+        return f"  {name} = {json.dumps(default)}  ({kind})" + (f"\n      {note}" if note else "")
 
     found = find_methods()
-    lines = ["Shared by all trainers:", *(line(*setting) for setting in describe_settings(UDASettings))]
+    notes = setting_notes(UDASettings)
+    lines = ["Shared by all trainers:", *(line(*setting, notes) for setting in describe_settings(UDASettings))]
     first: dict[str, list[tuple[str, str, Any]]] = {}
     for method in found.methods:
         settings, before = describe_settings(method.settings), first.get(method.name, [])
         heading = f" as {', '.join(method.trainers)} has them, where they differ" if before else ""
         first.setdefault(method.name, settings)
-        own = [line(f"{method.name}.{name}", *rest) for name, *rest in settings if (name, *rest) not in before]
+        notes = setting_notes(method.settings)
+        own = [line(f"{method.name}.{name}", *rest, notes) for name, *rest in settings if (name, *rest) not in before]
         lines += [f"Settings of {method.name}{heading}:", *own] if own else []
     lines += [f"Could not be imported: {path}: {error}" for path, error in found.unreadable.items()]
     return "\n".join(lines)
 
 
-@command
-def main(argv: list[str] | None = None) -> None:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="nnUNetUDA_configure",
         description="Write a plans file of its own name: another plan's configuration with settings for the trainers "
@@ -71,6 +77,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("-c", default="2d", help="configuration to change [2d]")
     parser.add_argument("-set", nargs="+", default=[], metavar="NAME=VALUE", help="settings; see --list")
     parser.add_argument("-protocol", choices=sorted(PROTOCOLS), help="a paper's own schedule and network")
+    parser.add_argument("-preset", choices=["cpu"], help="cpu: small patch, narrow networks and a short schedule, by "
+                        "the number of cores (OMP_NUM_THREADS, else all)")  # fmt: skip
     parser.add_argument("-plane", choices=sorted(PLANES), help="slice plane; plans and data are made anew for it")
     parser.add_argument("-patch_size", nargs="+", type=int, help="voxels an axis")
     parser.add_argument("-batch_size", type=int)
@@ -80,13 +88,17 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("-slice_size", nargs=2, type=int, help="2D: resample so that the median slice has this size")
     parser.add_argument("--overwrite", action="store_true", help="replace plans of that name")
     parser.add_argument("--list", action="store_true", help="list all settings and their defaults, then stop")
-    args = parser.parse_args(argv)
-    if args.list:
-        print(list_settings())
-        return
-    if args.d is None or args.p is None:
-        parser.error("-d and -p are required")
+    return parser
 
+
+def run(args: argparse.Namespace, settings: dict[str, Any]) -> Path:
+    """Write the plans file.
+
+    Args:
+        settings: over all others, by the names that ``-set`` takes.
+    """
+    if args.preset and args.protocol:
+        raise UDAError("-preset and -protocol exclude each other: each is a schedule and a network")
     dataset = dataset_name(args.d)
     folder = environment_folder("nnUNet_preprocessed") / dataset
     path = folder / f"{check_name(args.p, '-p', file=True)}.json"
@@ -108,7 +120,7 @@ def main(argv: list[str] | None = None) -> None:
     for key, value in given.items():
         if min(value if isinstance(value, list) else [value]) < 1:
             raise UDAError(f"-{key} must be at least 1, found {value}")
-    settings = dict(parse_assignment(text) for text in args.set)
+    settings = dict(parse_assignment(text) for text in args.set) | settings
     # planning for another plane takes minutes: what is wrong with the rest is said before
     trial = derive_plans(base, args.c, args.p, merge_uda(base.get("uda", {}), settings), **given)
     patch_size = trial["configurations"][args.c]["patch_size"]
@@ -120,6 +132,9 @@ def main(argv: list[str] | None = None) -> None:
         share = training_share(folder, fingerprint)
         protocol, options = PROTOCOLS[args.protocol](fingerprint, plans["transpose_forward"][0], share)
         uda = uda | protocol
+    if args.preset:
+        preset, options = cpu_preset(plans, args.c, wished_threads())
+        uda = merge_presets(uda, preset)
     uda, options = merge_uda(uda, settings), options | given
     plans = derive_plans(plans, args.c, args.p, uda, **options)
     if former not in (None, plans):
@@ -133,6 +148,21 @@ def main(argv: list[str] | None = None) -> None:
     if chosen["data_identifier"] != base["configurations"][args.c]["data_identifier"]:
         print(f"Its images are preprocessed differently. Next: nnUNetv2_preprocess -d {args.d} -plans_name {args.p} -c "
               f"{args.c} -np 8")  # fmt: skip
+    device = " -device cpu" if args.preset == "cpu" else ""
+    print(f"Train with it: nnUNetUDA_train {args.d} {args.c} 0 -tr CASTTrainer -p {args.p}{device}")
+    return path
+
+
+@command
+def main(argv: list[str] | None = None) -> None:
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    if args.list:
+        print(list_settings())
+        return
+    if args.d is None or args.p is None:
+        parser.error("-d and -p are required")
+    run(args, {})
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from nnunet_uda.dataset_conversion import (
 )
 from nnunet_uda.dataset_conversion.dataset import recover
 from nnunet_uda.dataset_conversion.options import check_arguments
-from nnunet_uda.errors import command
+from nnunet_uda.errors import UDAError, command
 
 CONVERTERS = {
     "mmwhs": mmwhs,
@@ -36,6 +36,27 @@ CONVERTERS = {
 }
 
 
+def make_parser(converter: str) -> argparse.ArgumentParser:
+    """The options of one converter.
+
+    Raises:
+        UDAError: no such converter.
+    """
+    if converter not in CONVERTERS:
+        raise UDAError(f"there is no converter {converter!r}. There are: {', '.join(CONVERTERS)}")
+    parser = argparse.ArgumentParser()
+    CONVERTERS[converter].add_arguments(parser)
+    return parser
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Convert, and say what comes next."""
+    check_arguments(arguments)
+    recover(arguments.d)
+    CONVERTERS[arguments.dataset].convert(arguments)
+    print(f"Next: nnUNetv2_plan_and_preprocess -d {arguments.d} -c 2d --verify_dataset_integrity")
+
+
 @command
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
@@ -43,6 +64,7 @@ def main(argv: list[str] | None = None) -> None:
         description="Make an nnU-Net raw dataset with an unlabelled target: imagesTr + labelsTr (source), imagesTu "
         "(target), imagesTs + labelsTs (target test). It appears in nnUNet_raw whole or not at all. "
         "`nnUNetUDA_convert DATASET -h` shows the expected input.",
+        epilog=f"Example: {folders.EXAMPLE}",
     )
     datasets = parser.add_subparsers(dest="dataset", metavar="DATASET", required=True)
     for name, module in CONVERTERS.items():
@@ -51,13 +73,11 @@ def main(argv: list[str] | None = None) -> None:
             name,
             help=text.splitlines()[0],
             description=text,
+            epilog=f"Example:\n    {module.EXAMPLE}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         module.add_arguments(subparser)
-    args = parser.parse_args(argv)
-    check_arguments(args)
-    recover(args.d)
-    CONVERTERS[args.dataset].convert(args)
+    run(parser.parse_args(argv))
 
 
 if __name__ == "__main__":

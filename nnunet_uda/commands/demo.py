@@ -56,6 +56,7 @@ def main(argv: list[str] | None = None) -> None:
         description="Make a phantom in the MM-WHS layout (MR with labels, CT of other patients), then convert, plan, "
         "train the source-only lower bound, CISFA and the supervised upper bound, predict held-out CT scans and "
         "evaluate: about 20 minutes on 2 CPU cores.",
+        epilog="Example: nnUNetUDA_demo -o demo_run -seed 0",
     )
     parser.add_argument("-o", type=Path, default=Path("demo_run"), help="output folder, new or empty [demo_run]")
     parser.add_argument("-seed", type=int, default=0, help="phantoms and network weights [0]")
@@ -104,7 +105,7 @@ def main(argv: list[str] | None = None) -> None:
                  "-npp", "0", "-nps", "0")  # fmt: skip
 
     demo.say("Evaluate the held-out CT scans")
-    demo.run("nnUNetUDA_evaluate", "-d", "501", "-p", *(f"{name}={predictions / name}" for name, *_ in RUNS),
+    demo.run("nnUNetUDA_evaluate", "-d", "501", "-pred", *(f"{name}={predictions / name}" for name, *_ in RUNS),
              "-lower", "lower_bound", "-upper", "upper_bound", "-o", folder / "evaluation")  # fmt: skip
     demo.say("Pictures")
     demo.run(sys.executable, "-m", "nnunet_uda.demo.figure", "-i", folder, "-p", PLANS)

@@ -14,7 +14,7 @@ from nnunet_uda.data.convention import read_json
 from nnunet_uda.errors import UDAError, command
 from nnunet_uda.evaluation.metrics import evaluate_case, parallel
 from nnunet_uda.evaluation.output import REPORT, check_output, whole_folder
-from nnunet_uda.evaluation.overlays import PLANES, OverlayTask, draw_case, label_colours
+from nnunet_uda.evaluation.overlays import MAX_PIXELS, PLANES, OverlayTask, draw_case
 from nnunet_uda.evaluation.reference_values import (
     Reading,
     describe,
@@ -45,22 +45,24 @@ from nnunet_uda.evaluation.runs import (
 )
 from nnunet_uda.evaluation.tables import Volume, check_bounds, compare_runs
 from nnunet_uda.images.nifti import add_geometry_argument, nifti_geometry
+from nnunet_uda.palette import label_colours
 
 MAX_PANELS = 1000
-"""Pictures in one page at most (about 20 kB each): with more volumes or runs, fewer slices of each are drawn."""
+"""Panels in the folder of overlays at most: with more volumes or runs, fewer slices of each are drawn."""
 
 
-def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="nnUNetUDA_evaluate",
         description="Dice, ASSD (mm) and HD95 (mm) of one or several runs against references: evaluation.json, .csv, "
         ".md and .html (tables, a plot of every volume, overlays), and the tables on the screen.",
-        epilog="Example: nnUNetUDA_evaluate -d 501 -f 0 1 2 3 -p CISFA=preds/fold_{fold} lower=source_only/fold_{fold} "
-        "upper=supervised/fold_{fold} -lower lower -upper upper -o evaluation",
+        epilog="Example: nnUNetUDA_evaluate -d 501 -f 0 1 2 3 -pred CISFA=preds/fold_{fold} "
+        "lower=source_only/fold_{fold} upper=supervised/fold_{fold} -lower lower -upper upper -o evaluation",
     )
     parser.add_argument("-d", metavar="DATASET", help="dataset id or name: gives labels, references and images")
-    parser.add_argument("-p", metavar="[NAME=]FOLDER", nargs="+", required=True, help="runs: folders of predictions; "
-                        "{fold} in FOLDER stands for the fold's number")  # fmt: skip
+    parser.add_argument("-pred", dest="predictions", metavar="[NAME=]FOLDER", nargs="+", help="runs: folders of "
+                        "predictions; {fold} in FOLDER stands for the fold's number")  # fmt: skip
+    parser.add_argument("-p", dest="former", nargs="+", help=argparse.SUPPRESS)
     parser.add_argument("-o", metavar="FOLDER", required=True, help="output folder; a former evaluation is replaced")
     parser.add_argument("-r", metavar="FOLDER", help="references (default: the dataset's labelsTs)")
     parser.add_argument("-labels", metavar="NAME=VALUE", nargs="+", help="what the references' values mean, as in "
@@ -80,13 +82,23 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("-np", metavar="N", type=int, default=min(8, os.cpu_count() or 1), help="number of processes "
                         "(default: %(default)s)")  # fmt: skip
     add_geometry_argument(parser)
-    parser.add_argument("--unsupervised", action="store_true", help="compare trained checkpoints on unlabelled images "
-                        "instead; other options: --unsupervised -h")  # fmt: skip
+    parser.add_argument("--unsupervised", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--no_overlays", action="store_true", help="draw no overlays")
-    arguments = parser.parse_args(argv)
+    return parser
+
+
+def check_arguments(arguments: argparse.Namespace) -> None:
+    """Raise ``UDAError`` for what the parser let through, and take ``-p`` for ``-pred``, which it was called."""
+    if arguments.former:
+        print(
+            "-p means plans in every other command: the predictions of nnUNetUDA_evaluate are now -pred",
+            file=sys.stderr,
+        )
+        arguments.predictions = [*(arguments.predictions or []), *arguments.former]
+    if not arguments.predictions:
+        raise UDAError("-pred is missing: give folders of predictions, -pred NAME=FOLDER")
     if arguments.slices < 1 or arguments.np < 1:
         raise UDAError(f"-slices and -np must be at least 1, found {arguments.slices} and {arguments.np}")
-    return arguments
 
 
 def score_runs(
@@ -125,7 +137,7 @@ def draw_overlays(
     n_slices: int,
     num_processes: int,
 ) -> list[dict[str, Any]]:
-    """Write the overlays' PNG files to ``folder``; ``{"volume", "slices"}`` of each volume for the page."""
+    """Write the overlays' PNG files to ``folder``; what the page shows of each volume."""
     folder.mkdir()
     names = [case if fold is None else f"{case} (fold {fold})" for fold, case in volumes]
     tasks = []
@@ -137,10 +149,13 @@ def draw_overlays(
             segmentations[title] = run.folder_of(fold) / file
         name = case if fold is None else f"fold_{fold}_{case}"
         label_map = reading.maps.get(case)
-        task = OverlayTask(name, images[case], segmentations, labels.structures, folder, n_slices, plane, label_map)
+        task = OverlayTask(
+            name, images[case], segmentations, labels.structures, folder, n_slices, plane, label_map,
+            MAX_PIXELS // len(volumes),
+        )  # fmt: skip
         tasks.append((task,))
     drawn = parallel(draw_case, tasks, num_processes, "Overlays")
-    return [{"volume": name, "slices": slices} for name, slices in zip(names, drawn, strict=True)]
+    return [{"volume": name, **shown} for name, shown in zip(names, drawn, strict=True)]
 
 
 def read_references(
@@ -186,9 +201,15 @@ def main(argv: list[str] | None = None) -> None:
     if "--unsupervised" in words:
         from nnunet_uda.commands import evaluate_unsupervised
 
+        print("--unsupervised has become a command of its own: nnUNetUDA_checkpoints", file=sys.stderr)
         evaluate_unsupervised.main([word for word in words if word != "--unsupervised"])
         return
-    arguments = parse_arguments(argv)
+    run(make_parser().parse_args(argv))
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Score the runs and write the report."""
+    check_arguments(arguments)
     with nifti_geometry(arguments.nifti_geometry):
         _evaluate(arguments)
 
@@ -202,7 +223,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     dataset_json = Path(arguments.djfile) if arguments.djfile else raw / "dataset.json"
     labels = read_labels(dataset_json)
     reference = Path(arguments.r) if arguments.r else raw / "labelsTs"
-    runs = parse_runs(arguments.p)
+    runs = parse_runs(arguments.predictions)
     check_bounds([run.name for run in runs], arguments.lower, arguments.upper)
     check_output(Path(arguments.o))
     fold_cases = None
@@ -226,9 +247,9 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         folders = [Path(arguments.i)] if arguments.i else image_folders(raw, fold_cases is not None)
         images = find_images(sorted({case for _, case in volumes}), folders, labels.file_ending)
         note = (
-            f"At most {n_slices} slice{'s' if n_slices > 1 else ''} of each volume, evenly over the "
-            "reference's extent; one is the slice where the runs together have the most wrong voxels. Axial slices as "
-            "seen from the feet, all others with the head up. The same pictures lie in the folder overlays."
+            "Axial slices as seen from the feet, all others with the head up. Chosen slices lie evenly over the "
+            "reference's extent; one is the slice where the runs together have the most wrong voxels. These "
+            f"({n_slices} of a volume at most) are printed, and lie as pictures in the folder overlays."
         )
 
     reading = read_references(arguments, dataset_json, labels, sorted({case for _, case in volumes}), reference, raw)

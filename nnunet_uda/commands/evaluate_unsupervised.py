@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import csv
 import math
-import os
 from itertools import groupby, product
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from nnunet_uda.evaluation.unsupervised import (
     unlabelled_images,
 )
 from nnunet_uda.files import put_back, write_json
-from nnunet_uda.methods import trainers_folder
+from nnunet_uda.methods import let_find
 from nnunet_uda.names import spreadsheet_cell
 from nnunet_uda.training.criteria import HIGHER_IS_BETTER
 
@@ -56,7 +55,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 def model_folders(arguments: argparse.Namespace) -> list[tuple[Path, str]]:
     """nnU-Net's results folder and the fold of each combination of ``-tr``, ``-p`` and ``-f``."""
-    os.environ.setdefault("nnUNet_extTrainer", str(trainers_folder()))
+    let_find()
     results = environment_folder("nnUNet_results") / dataset_name(arguments.d)
     names = product(arguments.tr, arguments.p)
     return [(results / f"{trainer}__{plans}__{arguments.c}", fold) for trainer, plans in names for fold in arguments.f]
@@ -85,10 +84,10 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(
-        prog="nnUNetUDA_evaluate --unsupervised",
+        prog="nnUNetUDA_checkpoints",
         description="Compare trained checkpoints on unlabelled target images: criteria.json, .csv and .md, and the "
         f"table on the screen. {NOTE}",
-        epilog="Example: nnUNetUDA_evaluate --unsupervised -d 501 -tr CISFATrainer SourceOnlyTrainer -chk "
+        epilog="Example: nnUNetUDA_checkpoints -d 501 -tr CISFATrainer SourceOnlyTrainer -chk "
         "checkpoint_best.pth checkpoint_final.pth -o criteria",
     )
     add_model_arguments(parser)

@@ -16,6 +16,7 @@ def main(argv: list[str] | None = None) -> None:
         prog="nnUNetUDA_fold_images",
         description=f"Put the target images that fold K never trained on ('val' of {SPLITS_TARGET}) into a folder of "
         "their own, as links where the file system allows. Predict them with nnUNetv2_predict -f K.",
+        epilog="Example: nnUNetUDA_fold_images -d 502 -f 0 -o images_fold0",
     )
     parser.add_argument("-d", required=True, help="dataset id or name")
     parser.add_argument("-f", required=True, type=int, help="fold")

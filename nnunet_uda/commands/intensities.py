@@ -36,6 +36,7 @@ def main(argv: list[str] | None = None) -> None:
         description="Clip scans at a window, or at percentiles of their nonzero voxels (and scale them), exactly as "
         "nnUNetUDA_convert did with the scans of dataset -d. nnUNetv2_predict does it by itself where a trainer of "
         "this package made the model; clipping twice changes nothing. The output is CASE_0000.nii.gz.",
+        epilog="Example: nnUNetUDA_intensities -d 505 -i scans/ -o clipped/",
     )
     parser.add_argument("-i", required=True, type=Path, metavar="FOLDER", help="scans, CASE_0000.nii.gz or .nii")
     parser.add_argument("-o", required=True, type=Path, metavar="FOLDER", help="output folder, new or empty")

@@ -26,6 +26,7 @@ def main(argv: list[str] | None = None) -> None:
         prog="nnUNetUDA_preprocess",
         description="Preprocess the unlabelled target images (imagesTu) into a sibling of nnU-Net's preprocessed "
         "folder. Run it after nnUNetv2_plan_and_preprocess. The trainers do the same at their start when it is needed.",
+        epilog="Example: nnUNetUDA_preprocess -d 501 -c 2d",
     )
     parser.add_argument("-d", required=True, nargs="+", help="dataset ids or names")
     parser.add_argument("-c", nargs="+", default=["2d"], help="configurations, for instance 2d 3d_fullres [2d]")

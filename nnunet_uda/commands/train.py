@@ -18,13 +18,14 @@ from torch import distributed
 
 from nnunet_uda.collectives import StoppedWithOthersError, rank, world_size
 from nnunet_uda.data.convention import dataset_name, environment_folder, is_fold, read_json
+from nnunet_uda.devices import best_device, open_device
 from nnunet_uda.errors import UDAError, command, shown
 from nnunet_uda.experiments.job import COST, find_any_trainer
 from nnunet_uda.files import write_json
 from nnunet_uda.foreign_plans import read_plans
-from nnunet_uda.methods import trainers_folder
+from nnunet_uda.methods import let_find
 from nnunet_uda.training.checkpoint import BEST, FINAL, read_checkpoint
-from nnunet_uda.workers import end_with_starter, tied, usable_cores
+from nnunet_uda.workers import end_with_starter, tied, usable_cores, wished_threads
 
 TIMEOUT = timedelta(hours=2)
 """After which a collective call that another process does not answer is an error."""
@@ -32,14 +33,17 @@ POLL_SECONDS = 0.2
 PATIENCE_SECONDS = 5.0
 
 
-def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="nnUNetUDA_train",
-        description="Train as nnUNetv2_train does, with its options. Several processes share each batch: "
+        description="Train as nnUNetv2_train does, with its options, on the device that there is. It finds the "
+        "trainers here without nnUNet_extTrainer, and uses as many threads as OMP_NUM_THREADS says. Several processes "
+        "share each batch: "
         "-num_processes starts them on this machine; torchrun or SLURM's srun, on one machine or several, start them "
         "by starting this command. The plans' batch size is that of all processes together and must be a multiple of "
         "their number.",
-        epilog="Examples: nnUNetUDA_train 501 2d 0 -tr CISFATrainer -num_processes 4    |    torchrun --nnodes 2 "
+        epilog="Examples: nnUNetUDA_train 501 2d 0 -tr CASTTrainer    |    nnUNetUDA_train 501 2d 0 -tr CISFATrainer "
+        "-num_processes 4    |    torchrun --nnodes 2 "
         "--nproc-per-node 4 --rdzv-backend c10d --rdzv-endpoint HOST:29500 --no-python nnUNetUDA_train 501 2d 0 -tr "
         "CISFATrainer    |    srun --ntasks-per-node 4 --gpus-per-node 4 --kill-on-bad-exit nnUNetUDA_train 501 2d 0 "
         "-tr CISFATrainer",
@@ -50,7 +54,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("-tr", required=True, help="trainer")
     parser.add_argument("-p", default="nnUNetPlans", help="plans [nnUNetPlans]")
     parser.add_argument("-pretrained_weights", type=Path, help="checkpoint whose network's weights to start from")
-    parser.add_argument("-device", choices=["cpu", "cuda", "mps"], default="cuda", help="[cuda]")
+    parser.add_argument("-device", choices=["cpu", "cuda", "mps"], help="[cuda where there is one, else cpu]")
     parser.add_argument("-num_processes", type=int, default=1, help="processes to start here; with cuda one for each "
                         "visible device at most [1]")  # fmt: skip
     parser.add_argument("--npz", action="store_true", help="keep probabilities of the final validation")
@@ -58,7 +62,11 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--val", action="store_true", help="only the final validation, of a finished training")
     parser.add_argument("--val_best", action="store_true", help="final validation with checkpoint_best")
     parser.add_argument("--disable_checkpointing", action="store_true", help="write no checkpoint")
-    arguments = parser.parse_args(argv)
+    return parser
+
+
+def check_arguments(arguments: argparse.Namespace) -> None:
+    """Raise ``UDAError`` for what the parser let through."""
     if not is_fold(arguments.fold):
         raise UDAError(f"the fold is a number or 'all', found {shown(arguments.fold)}")
     if arguments.num_processes < 1:
@@ -68,6 +76,11 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
             raise UDAError(f"{pair[0]} and {pair[1]} exclude each other")
     if arguments.pretrained_weights is not None and not arguments.pretrained_weights.exists():
         raise UDAError(f"-pretrained_weights {arguments.pretrained_weights} does not exist")
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    arguments = make_parser().parse_args(argv)
+    check_arguments(arguments)
     return arguments
 
 
@@ -170,11 +183,10 @@ def set_threads(device: str) -> None:
 
     All are those that this process may use: SLURM gives a task some of a machine's.
     """
-    threads = os.environ.get("OMP_NUM_THREADS", "")
     if device == "cuda":
         torch.set_num_threads(1)
-    elif threads.isdigit():
-        torch.set_num_threads(int(threads))
+    elif os.environ.get("OMP_NUM_THREADS", "").isdigit():
+        torch.set_num_threads(wished_threads())
     else:
         cores = usable_cores()
         cores = min(cores, int(os.environ.get("SLURM_CPUS_PER_TASK", cores)))
@@ -184,8 +196,32 @@ def set_threads(device: str) -> None:
 # --- training --------------------------------------------------------------------------------------------------------
 
 
-def train(arguments: argparse.Namespace, device: torch.device) -> None:
-    """What ``nnUNetv2_train`` does in each process."""
+def choose_device(arguments: argparse.Namespace) -> None:
+    """Put the device that there is into ``arguments`` where none is given, and say so."""
+    if arguments.device is None:
+        arguments.device = best_device()
+        if arguments.device == "cpu" and int(os.environ.get("RANK", "0")) == 0:
+            print("No CUDA device is visible: training on the CPU (-device cpu)", flush=True)
+    open_device(arguments.device)
+
+
+def train_here(arguments: argparse.Namespace) -> Path:
+    """Train in this process alone; the fold's folder."""
+    check_arguments(arguments)
+    if arguments.num_processes > 1:
+        raise UDAError("several processes are started by the command: nnUNetUDA_train ... -num_processes N")
+    let_find()
+    choose_device(arguments)
+    set_threads(arguments.device)
+    hook = sys.excepthook
+    try:
+        return train(arguments, torch.device(arguments.device))
+    finally:
+        sys.excepthook = hook  # trainers have errors printed without a traceback
+
+
+def train(arguments: argparse.Namespace, device: torch.device) -> Path:
+    """What ``nnUNetv2_train`` does in each process; the fold's folder."""
     from nnunetv2.run.run_training import get_trainer_from_args, maybe_load_checkpoint
     from torch.backends import cudnn
 
@@ -218,6 +254,7 @@ def train(arguments: argparse.Namespace, device: torch.device) -> None:
     if arguments.val_best:
         trainer.load_checkpoint(str(Path(trainer.output_folder, BEST)))
     trainer.perform_actual_validation(arguments.npz)
+    return Path(trainer.output_folder)
 
 
 def load_pretrained(network: torch.nn.Module, path: Path) -> None:
@@ -258,8 +295,9 @@ def write_cost(path: Path, device: torch.device) -> None:
 def main(argv: list[str] | None = None) -> None:
     end_with_starter()
     arguments = parse_arguments(argv)
-    os.environ.setdefault("nnUNet_extTrainer", str(trainers_folder()))
+    let_find()
     starter = started_by()
+    choose_device(arguments)
     if starter is None and arguments.num_processes > 1:
         spawn(arguments.num_processes, sys.argv[1:] if argv is None else argv)
         return

@@ -13,7 +13,8 @@ def main(argv: list[str] | None = None) -> None:
     argparse.ArgumentParser(
         prog="nnUNetUDA_trainers",
         description="Print the folder of this package's trainers. "
-        'Use it as: export nnUNet_extTrainer="$(nnUNetUDA_trainers)"',
+        "nnUNetUDA_train needs no such line, nnUNetv2_train and nnUNetv2_predict do.",
+        epilog='Example: export nnUNet_extTrainer="$(nnUNetUDA_trainers)"',
     ).parse_args(argv)
     print(trainers_folder())
 

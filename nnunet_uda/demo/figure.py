@@ -14,6 +14,7 @@ from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
 from nnunet_uda.images.listing import files_in
 from nnunet_uda.training.pictures import Panel, write_panels
+from nnunet_uda.training.preview import REORIENTED, as_seen
 from nnunet_uda.training.translated_dataset import translate_volume
 
 
@@ -64,13 +65,17 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("-p", required=True, help="plans of CISFA")
     args = parser.parse_args(argv)
     raw = args.i / "nnUNet_raw" / "Dataset501_Phantom"
+    labels = load_json(str(raw / "dataset.json"))["labels"]
+    structures = [name for name, value in sorted(labels.items(), key=lambda pair: pair[1]) if value]
     pictures = {
         "translation.png": translation_rows(raw.name, args.p, 3),
         "predictions.png": prediction_rows(raw, args.i / "predictions", ["lower_bound", "CISFA", "upper_bound"], 3),
     }
     for name, rows in pictures.items():
-        flipped = [[(t, i[::-1], s if s is None else s[::-1]) for t, i, s in row] for row in rows]  # front side up
-        write_panels(args.i / name, flipped, 4)
+        turned = [
+            [(t, *(x if x is None else as_seen(x, REORIENTED) for x in cuts)) for t, *cuts in row] for row in rows
+        ]
+        write_panels(args.i / name, turned, structures)
         print(f"Wrote {args.i / name}")
 
 

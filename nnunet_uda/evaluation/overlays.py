@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import colorsys
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,33 +12,15 @@ import SimpleITK as sitk
 from scipy.ndimage import binary_erosion, zoom
 
 from nnunet_uda.evaluation.metrics import read_reference
+from nnunet_uda.evaluation.stacks import make_stack
 from nnunet_uda.images.geometry import check_same_geometry
 from nnunet_uda.images.reading import LabelMap, read_image
+from nnunet_uda.palette import label_colours
 
-_COLOURS = (
-    (239, 71, 61),
-    (64, 160, 255),
-    (82, 214, 96),
-    (255, 202, 40),
-    (224, 92, 235),
-    (38, 214, 214),
-    (255, 140, 40),
-    (160, 128, 255),
-    (190, 230, 70),
-    (255, 150, 190),
-)
+MAX_PIXELS = 300_000_000
+"""Of all volumes in one page (about 40 MB): with more, they are shown smaller, and then with fewer slices."""
 PLANES = {"axial": 0, "coronal": 1, "sagittal": 2}
 """Axis of a (z, y, x) array in LPS orientation that is perpendicular to each plane."""
-
-
-def label_colours(labels: dict[str, int]) -> dict[int, tuple[int, int, int]]:
-    """A bright RGB colour (0 to 255) for each foreground label, in the order of ``labels``."""
-    values = [value for value in labels.values() if value != 0]
-    colours = {}
-    for i, value in enumerate(values):
-        spun = colorsys.hsv_to_rgb((i * 0.618034) % 1, 0.65, 1)
-        colours[value] = _COLOURS[i] if i < len(_COLOURS) else tuple(round(255 * part) for part in spun)
-    return colours
 
 
 def draw_overlay(
@@ -102,14 +81,16 @@ class OverlayTask:
     plane: str | None = None
     label_map: LabelMap | None = None
     """The reference's values to those of ``labels``, where they differ."""
+    pixels: int = 10**7
+    """Of the volume on the page, at most."""
 
 
-def draw_case(task: OverlayTask) -> list[dict[str, Any]]:
-    """Write ``NAME_PLANE_INDEX.png`` for the chosen slices of one volume.
+def draw_case(task: OverlayTask) -> dict[str, Any]:
+    """Write ``NAME_PLANE_INDEX.png`` for the chosen slices of one volume, and make its sheets for the page.
 
     Returns:
-        For each slice ``{"title", "file", "panels": [{"title", "jpeg"}]}``: the image alone, then each segmentation;
-        ``jpeg`` is base64.
+        ``plane``, ``depth`` (number of slices), ``chosen``: ``{"index", "title", "file"}`` of each chosen slice, and
+        ``stack`` as ``make_stack`` returns it.
 
     Raises:
         UDAError: if the image lies on another grid than the reference.
@@ -136,18 +117,21 @@ def draw_case(task: OverlayTask) -> list[dict[str, Any]]:
     window = tuple(np.percentile(array, (0.5, 99.5)))
     colours = label_colours(task.labels)
 
-    slices = []
-    stack = list(arrays.values())
-    for index, reason in choose_slices(stack[0], stack[1:], axis, task.n_slices):
+    chosen = []
+    first_array, *others = arrays.values()
+    for index, reason in choose_slices(first_array, others, axis, task.n_slices):
         panels = {"image": draw_overlay(_cut(array, axis, index), None, colours, in_plane, window)}
         for title, labels in arrays.items():
             panels[title] = draw_overlay(_cut(array, axis, index), _cut(labels, axis, index), colours, in_plane, window)
         title = f"{plane} slice {index + 1} of {array.shape[axis]}{reason}"
         file = f"{task.name}_{plane}_{index:03d}.png"
         _save_figure(task.folder / file, f"{task.name}, {title}", panels, task.labels, colours)
-        jpegs = [{"title": name, "jpeg": _jpeg(panel)} for name, panel in panels.items()]
-        slices.append({"title": title, "file": file, "panels": jpegs})
-    return slices
+        chosen.append({"index": index, "title": title, "file": file})
+    cuts = {title: _cuts(labels, axis) for title, labels in arrays.items()}
+    stack = make_stack(
+        _cuts(array, axis), cuts, list(colours), in_plane, window, task.pixels, [part["index"] for part in chosen]
+    )
+    return {"plane": plane, "depth": array.shape[axis], "chosen": chosen, "stack": stack}
 
 
 def _thick_plane(spacing: np.ndarray) -> str:
@@ -161,6 +145,12 @@ def _cut(array: np.ndarray, axis: int, index: int) -> np.ndarray:
     """One slice of an LPS array, anterior or superior side up."""
     cut = np.take(array, index, axis=axis)
     return cut if axis == 0 else cut[::-1]
+
+
+def _cuts(array: np.ndarray, axis: int) -> np.ndarray:
+    """All slices along ``axis``, each as ``_cut`` gives it."""
+    cuts = np.moveaxis(array, axis, 0)
+    return cuts if axis == 0 else cuts[:, ::-1]
 
 
 def choose_slices(
@@ -191,14 +181,6 @@ def choose_slices(
     return [(index, ", most wrong voxels" if index == worst else "") for index in sorted(chosen)]
 
 
-def _jpeg(picture: np.ndarray) -> str:
-    from matplotlib.image import imsave
-
-    buffer = io.BytesIO()
-    imsave(buffer, picture, format="jpeg", pil_kwargs={"quality": 80, "subsampling": 0})
-    return base64.b64encode(buffer.getvalue()).decode()
-
-
 def _save_figure(
     path: Path,
     title: str,
@@ -209,25 +191,26 @@ def _save_figure(
     """All panels side by side, each with its title, and the legend, at one picture pixel a figure pixel."""
     from matplotlib.patches import Patch
 
-    from nnunet_uda.figures import legend_label, new_figure
+    from nnunet_uda.figures import legend_label, new_figure, own_style
 
-    height, width, _ = next(iter(panels.values())).shape
-    structures = [(name, value) for name, value in labels.items() if value != 0]
-    gap, top = 8, 52
-    total = len(panels) * (width + gap) + gap
-    columns = max(1, min(len(structures), total // 130))
-    bottom = 22 * -(-len(structures) // columns) + 10
-    figure_height = top + height + bottom
-    figure = new_figure(total, figure_height)
-    figure.text(gap / total, 1 - 16 / figure_height, title, fontsize=9, color="#333", va="center")
-    for i, (name, panel) in enumerate(panels.items()):
-        box = ((gap + i * (width + gap)) / total, bottom / figure_height, width / total, height / figure_height)
-        axes = figure.add_axes(box)
-        axes.imshow(panel, interpolation="nearest", aspect="auto")
-        axes.set_title(name, fontsize=9, pad=4)
-        axes.axis("off")
-    patches = [
-        Patch(color=[part / 255 for part in colours[value]], label=legend_label(name)) for name, value in structures
-    ]
-    figure.legend(handles=patches, loc="lower center", ncols=columns, frameon=False, fontsize=8, borderaxespad=0.2)
-    figure.savefig(path)
+    with own_style():
+        height, width, _ = next(iter(panels.values())).shape
+        structures = [(name, value) for name, value in labels.items() if value != 0]
+        gap, top = 8, 52
+        total = len(panels) * (width + gap) + gap
+        columns = max(1, min(len(structures), total // 130))
+        bottom = 22 * -(-len(structures) // columns) + 10
+        figure_height = top + height + bottom
+        figure = new_figure(total, figure_height)
+        figure.text(gap / total, 1 - 16 / figure_height, title, fontsize=9, color="#333", va="center")
+        for i, (name, panel) in enumerate(panels.items()):
+            box = ((gap + i * (width + gap)) / total, bottom / figure_height, width / total, height / figure_height)
+            axes = figure.add_axes(box)
+            axes.imshow(panel, interpolation="nearest", aspect="auto")
+            axes.set_title(name, fontsize=9, pad=4)
+            axes.axis("off")
+        patches = [
+            Patch(color=[part / 255 for part in colours[value]], label=legend_label(name)) for name, value in structures
+        ]
+        figure.legend(handles=patches, loc="lower center", ncols=columns, frameon=False, fontsize=8, borderaxespad=0.2)
+        figure.savefig(path)

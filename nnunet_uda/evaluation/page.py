@@ -11,12 +11,17 @@ PAGE = r"""<!doctype html>
  content="default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'">
 <title>@@TITLE@@</title>
 <style>
-:root { --ink: #1d2433; --soft: #5d6679; --line: #dde1e9; --tint: #f5f6f9; --accent: #2456c7; }
+:root { color-scheme: light dark; --ink: #1d2433; --soft: #5d6679; --line: #dde1e9; --tint: #f5f6f9; --accent: #2456c7;
+  --paper: #fff; --edge: #c4cad6; --first: 5.6em; }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e6e9f0; --soft: #a4adbf; --line: #343b4a; --tint: #232936; --accent: #8fb3ff; --paper: #171b24;
+    --edge: #4a5367; }
+}
 * { box-sizing: border-box; }
-body { margin: 0; color: var(--ink); background: #fff; font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto,
-  "Helvetica Neue", Arial, sans-serif; }
+body { margin: 0; color: var(--ink); background: var(--paper); font: 15px/1.5 system-ui, -apple-system, "Segoe UI",
+  Roboto, "Helvetica Neue", Arial, sans-serif; }
 main { max-width: 1320px; margin: 0 auto; padding: 28px 28px 60px; }
-h1 { font-size: 26px; margin: 0 0 4px; }
+h1 { font-size: 26px; margin: 0 0 4px; overflow-wrap: anywhere; }
 h2 { font-size: 19px; margin: 40px 0 12px; padding-bottom: 6px; border-bottom: 1px solid var(--line); }
 h3 { font-size: 14px; margin: 22px 0 8px; font-weight: 600; }
 .soft, .rules p, .notes { color: var(--soft); font-size: 13px; margin: 4px 0; overflow-wrap: anywhere; }
@@ -25,16 +30,17 @@ table { border-collapse: collapse; font-size: 13.5px; font-variant-numeric: tabu
 th, td { text-align: left; padding: 5px 14px 5px 10px; vertical-align: top; white-space: nowrap; }
 thead th { border-bottom: 2px solid var(--ink); font-weight: 600; }
 tbody tr { border-bottom: 1px solid var(--line); }
-tbody th { font-weight: 600; background: #fff; }
+tbody th { font-weight: 600; }
 tbody tr:hover td { background: var(--tint); }
+tbody th, thead th:first-child { position: sticky; left: 0; background: var(--paper); z-index: 1; }
 details { margin-top: 16px; }
 summary { cursor: pointer; color: var(--accent); font-size: 14px; }
 .bar { display: flex; flex-wrap: wrap; gap: 8px; align-items: center; margin: 10px 0; }
-button, select { font: inherit; font-size: 14px; color: var(--ink); background: #fff; border: 1px solid #c4cad6;
-  border-radius: 6px; padding: 4px 12px; cursor: pointer; max-width: 100%; }
+button, select { font: inherit; font-size: 14px; color: var(--ink); background: var(--paper); border: 1px solid
+  var(--edge); border-radius: 6px; padding: 4px 12px; cursor: pointer; max-width: 100%; }
 button:hover, select:hover { border-color: var(--accent); }
-button[aria-pressed=true] { background: var(--accent); border-color: var(--accent); color: #fff; }
-button:focus-visible, select:focus-visible, summary:focus-visible {
+button[aria-pressed=true] { background: var(--accent); border-color: var(--accent); color: var(--paper); }
+button:focus-visible, select:focus-visible, summary:focus-visible, input:focus-visible {
   outline: 2px solid var(--accent); outline-offset: 2px }
 .legend { display: flex; flex-wrap: wrap; gap: 4px 18px; font-size: 13px; margin: 8px 0; }
 .legend i { display: inline-block; width: 12px; height: 12px; border-radius: 3px; margin-right: 6px;
@@ -46,18 +52,44 @@ button:focus-visible, select:focus-visible, summary:focus-visible {
 #plot .grid { stroke: var(--line); }
 #plot .mean { stroke: var(--ink); stroke-width: 2.5; }
 #plot .link { stroke: #98a1b3; stroke-opacity: .28; fill: none; }
-#plot .pt { cursor: pointer; fill-opacity: .85; stroke: #fff; }
+#plot .pt { cursor: pointer; fill-opacity: .85; stroke: var(--paper); }
 #plot .cross { cursor: pointer; stroke-width: 2; }
 #plot .on.link { stroke: var(--ink); stroke-opacity: 1; stroke-width: 1.5; }
 #plot .on.pt { stroke: var(--ink); stroke-width: 2; fill-opacity: 1; }
 #tip { position: fixed; pointer-events: none; background: #1d2433; color: #fff; font-size: 12.5px; padding: 5px 9px;
   border-radius: 5px; display: none; z-index: 2; white-space: pre-line; }
-#panels { display: flex; flex-wrap: wrap; gap: 10px; }
-#panels figure { margin: 0; flex: 1 1 240px; max-width: 400px; }
-#panels img { width: 100%; display: block; background: #000; border-radius: 4px; }
-#panels figcaption { font-size: 13px; font-weight: 600; margin-bottom: 3px; overflow-wrap: anywhere; }
+.panels { display: flex; flex-wrap: wrap; gap: 10px; }
+.panels figure { margin: 0; flex: 1 1 240px; max-width: 420px; }
+.panels canvas { width: 100%; display: block; background: #000; border-radius: 4px; }
+.panels figcaption { font-size: 13px; margin-bottom: 3px; overflow-wrap: anywhere; }
+#slice { flex: 1 1 220px; min-width: 0; accent-color: var(--accent); }
+#wrong { display: block; width: 100%; height: 44px; cursor: pointer; background: var(--tint); border-radius: 4px; }
 #where { font-size: 14px; }
-@media print { .bar, details > summary { display: none; } }
+#printed { display: none; }
+@media (max-width: 640px) {
+  main { padding: 16px 12px 40px; }
+  th, td { padding: 4px 8px 4px 6px; }
+  tbody th, thead th:first-child { min-width: var(--first); max-width: var(--first); white-space: normal;
+    overflow-wrap: anywhere; }
+  td.run { position: sticky; left: var(--first); background: var(--paper); max-width: 7.5em; white-space: normal;
+    min-width: 6.5em; overflow-wrap: anywhere; box-shadow: 1px 0 0 var(--line); }
+}
+@media print {
+  :root { --ink: #000; --soft: #444; --line: #bbb; --tint: #fff; --paper: #fff; --accent: #000; }
+  @page { size: A4 landscape; margin: 12mm; }
+  main { max-width: none; padding: 0; }
+  .bar, details > summary, #panels, #wrong, #where, .screen { display: none; }
+  .scroll, #plot { overflow: visible; }
+  table { font-size: 8.5px; width: 100%; }
+  th, td { white-space: normal; padding: 2px 5px; overflow-wrap: anywhere; }
+  tbody th, thead th:first-child, td.run { position: static; min-width: 0; max-width: none; }
+  tr, figure, #plot, #printed > div { break-inside: avoid; }
+  h2, h3 { break-after: avoid; }
+  #plot svg { width: 100%; height: auto; max-height: 105mm; }
+  #printed { display: block; }
+  .panels figure { flex: 0 0 60mm; max-width: 60mm; }
+  * { print-color-adjust: exact; }
+}
 </style>
 </head>
 <body>
@@ -81,14 +113,25 @@ line joins one volume across the runs. Point at a dot for its name, click it for
 <p class="soft">@@OVERLAY_NOTE@@</p>
 <div id="viewer">
 <div class="bar">
-<button id="previous" title="left arrow key">&#8592; Previous</button>
-<button id="next" title="right arrow key">Next &#8594;</button>
 <select id="volume" aria-label="volume"></select>
-<span id="where"></span>
+<button id="previous" title="left arrow key" aria-label="previous slice">&#8592;</button>
+<input id="slice" type="range" min="0" step="1" aria-label="slice">
+<button id="next" title="right arrow key" aria-label="next slice">&#8594;</button>
+<button id="chosen">Next chosen slice</button>
 </div>
+<svg id="wrong" preserveAspectRatio="none" role="img" aria-label="wrong voxels of every slice"></svg>
+<div class="bar" id="layers">
+<button data-layer="reference" aria-pressed="true">Reference (outline)</button>
+<button data-layer="prediction" aria-pressed="true">Prediction (filled)</button>
+<button data-layer="wrong" aria-pressed="false">Disagreement</button>
+</div>
+<p id="where" aria-live="polite"></p>
 <div class="legend">@@LEGEND@@</div>
-<div id="panels"></div>
-<p class="soft">Left and right arrow keys leaf through the slices, up and down through the volumes.</p>
+<div class="legend" id="kinds"></div>
+<div id="panels" class="panels"></div>
+<div id="printed"></div>
+<p class="soft screen">Left and right arrow keys leaf through the slices, up and down through the volumes. The line over
+the buttons: voxels of each slice that differ from the reference, by run.</p>
 </div>
 </main>
 <div id="tip"></div>
@@ -98,7 +141,7 @@ line joins one volume across the runs. Point at a dot for its name, click it for
 const D = JSON.parse(document.getElementById("data").textContent);
 const el = id => document.getElementById(id);
 const esc = text => String(text).replace(/[&<>"]/g, c => ({"&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;"}[c]));
-const COLOURS = ["#2f6fb7", "#e07b1a", "#3c9a4a", "#a34fa0", "#c8423b", "#1f9c9c", "#8a6a2f", "#6b6f7b"];
+const COLOURS = D.colours.runs;
 const runColour = r => COLOURS[r % COLOURS.length];
 let metric = 0;
 
@@ -165,7 +208,7 @@ function plot() {
     out.push(`<text class="name" x="${start + groupWidth / 2}" y="${height - 8}" text-anchor="middle">` +
       `${esc(name)}</text>`);
   });
-  el("plot").innerHTML = `<svg width="${width}" height="${height}" role="img" ` +
+  el("plot").innerHTML = `<svg width="${width}" height="${height}" viewBox="0 0 ${width} ${height}" role="img" ` +
     `aria-label="${esc(m.label)} of every volume">${out.join("")}</svg>`;
 }
 
@@ -189,44 +232,180 @@ el("plot").addEventListener("click", event => {
   const point = event.target.closest(".pt");
   if (!point || !D.overlays.length) return;
   const found = D.overlays.findIndex(overlay => overlay.volume === D.volumes[point.dataset.v]);
-  if (found >= 0) { show(found, 0); el("overlays").scrollIntoView({behavior: "smooth"}); }
+  if (found >= 0) { show(found); el("overlays").scrollIntoView({behavior: "smooth"}); }
 });
 
-let current = [0, 0];
-function show(volume, slice) {
-  current = [volume, slice];
-  const overlay = D.overlays[volume], shown = overlay.slices[slice];
+const KINDS = [["missed", [230, 159, 0]], ["added", [86, 180, 233]], ["another structure", [204, 121, 167]]];
+const SCALE = 2;
+const layers = {reference: true, prediction: true, wrong: false};
+const sheets = new Map();
+let volume = 0, place = 0;
+
+function picture(kind, text) {
+  const image = new Image();
+  image.src = `data:image/${kind};base64,${text}`;
+  return image.decode().then(() => image);
+}
+function values(image) {
+  const canvas = document.createElement("canvas");
+  canvas.width = image.width; canvas.height = image.height;
+  const context = canvas.getContext("2d", {willReadFrequently: true});
+  context.drawImage(image, 0, 0);
+  const rgba = context.getImageData(0, 0, image.width, image.height).data;
+  const grey = new Uint8Array(rgba.length / 4);
+  for (let i = 0; i < grey.length; i++) grey[i] = rgba[4 * i];
+  return grey;
+}
+async function load(index) {
+  if (sheets.has(index)) return sheets.get(index);
+  const stack = D.overlays[index].stack, names = Object.keys(stack.labels);
+  const [grey, ...masks] = await Promise.all(
+    [picture("jpeg", stack.image), ...names.map(name => picture("png", stack.labels[name]))]);
+  const loaded = {grey, masks: masks.map(values), names};
+  sheets.clear();  /* one volume at a time */
+  sheets.set(index, loaded);
+  return loaded;
+}
+
+function paint(canvas, loaded, run, at) {
+  const {width: w, height: h, columns} = D.overlays[volume].stack;
+  const left = at % columns * w, top = Math.floor(at / columns) * h, whole = columns * w;
+  canvas.width = w * SCALE; canvas.height = h * SCALE;
+  const context = canvas.getContext("2d");
+  context.drawImage(loaded.grey, left, top, w, h, 0, 0, canvas.width, canvas.height);
+  const over = context.getImageData(0, 0, canvas.width, canvas.height), rgba = over.data;
+  const reference = loaded.masks[0], mine = loaded.masks[run + 1], structures = D.colours.structures;
+  const label = (mask, x, y) => mask[(top + Math.floor(y / SCALE)) * whole + left + Math.floor(x / SCALE)];
+  const blend = (i, colour, alpha) => {
+    for (let c = 0; c < 3; c++) rgba[i + c] = rgba[i + c] * (1 - alpha) + colour[c] * alpha;
+  };
+  for (let y = 0; y < canvas.height; y++) for (let x = 0; x < canvas.width; x++) {
+    const p = label(reference, x, y), q = label(mine, x, y), i = 4 * (y * canvas.width + x);
+    if (!p && !q) continue;
+    if (layers.wrong && p !== q) blend(i, KINDS[p && q ? 2 : p ? 0 : 1][1], .85);
+    else if (layers.prediction && q) blend(i, structures[q - 1], .4);
+    if (layers.reference && p) {
+      const edge = (dx, dy) => {
+        const X = x + dx, Y = y + dy;
+        return X < 0 || Y < 0 || X >= canvas.width || Y >= canvas.height || label(reference, X, Y) !== p;
+      };
+      if (edge(1, 0) || edge(-1, 0) || edge(0, 1) || edge(0, -1)) blend(i, structures[p - 1], 1);
+    }
+  }
+  context.putImageData(over, 0, 0);
+}
+
+function figures(loaded, at) {
+  const overlay = D.overlays[volume], row = D.volumes.indexOf(overlay.volume), mean = D.rows[D.rows.length - 1];
+  return loaded.names.slice(1).map((name, run) => {
+    const figure = document.createElement("figure"), canvas = document.createElement("canvas");
+    const dice = D.values.Dice[mean][run] && D.values.Dice[mean][run][row];
+    figure.innerHTML = `<figcaption><b>${esc(D.runs[run])}</b>, Dice of this volume ` +
+      `${dice === null || dice === undefined ? "undefined" : dice.toFixed(3)}</figcaption>`;
+    canvas.setAttribute("role", "img");
+    canvas.setAttribute("aria-label", `${overlay.volume}, slice ${overlay.stack.slices[at] + 1}, ${D.runs[run]}`);
+    figure.appendChild(canvas);
+    paint(canvas, loaded, run, at);
+    return figure;
+  });
+}
+function title(at) {
+  const overlay = D.overlays[volume], index = overlay.stack.slices[at];
+  const chosen = overlay.chosen.find(part => part.index === index);
+  return chosen ? chosen.title : `${overlay.plane} slice ${index + 1} of ${overlay.depth}`;
+}
+async function draw() {
+  const wanted = [volume, place], loaded = await load(volume);
+  if (wanted[0] !== volume || wanted[1] !== place) return;  /* meanwhile another was asked for */
+  el("slice").value = place;
+  el("where").textContent = `${D.overlays[volume].volume}: ${title(place)}`;
+  el("panels").replaceChildren(...figures(loaded, place));
+  el("viewer").dataset.drawn = `${volume}/${place}`;
+  const mark = el("wrong").querySelector(".here");
+  if (mark) { mark.setAttribute("x1", place + .5); mark.setAttribute("x2", place + .5); }
+}
+function show(index, at) {
+  volume = index;
+  const {stack, chosen} = D.overlays[volume], n = stack.slices.length;
+  const worst = chosen.find(part => part.title.includes("most wrong")) || chosen[0];
+  place = at === undefined ? Math.max(0, stack.slices.indexOf(worst ? worst.index : stack.slices[n >> 1])) : at;
   el("volume").value = volume;
-  el("where").textContent = `${shown.title} (picture ${slice + 1} of ${overlay.slices.length})`;
-  el("panels").innerHTML = shown.panels.map(panel => `<figure><figcaption>${esc(panel.title)}</figcaption>` +
-    `<img alt="${esc(overlay.volume)}, ${esc(shown.title)}, ${esc(panel.title)}" ` +
-    `src="data:image/jpeg;base64,${panel.jpeg}"></figure>`).join("");
+  el("slice").max = n - 1;
+  const lines = Object.values(stack.wrong), top = Math.max(1, ...lines.flat());
+  el("wrong").setAttribute("viewBox", `0 0 ${n} 100`);
+  const drawn = line => (n > 1 ? line : [line[0], line[0]]).map(
+    (value, i) => `${i + (n > 1 ? .5 : 0)},${96 - 92 * value / top}`).join(" ");
+  el("wrong").innerHTML = lines.map((line, r) => `<polyline fill="none" stroke="${runColour(r)}" stroke-width="1.6" ` +
+    `vector-effect="non-scaling-stroke" points="${drawn(line)}"/>`).join("") +
+    `<line class="here" y1="0" y2="100" stroke="currentColor" stroke-width="1.5" stroke-dasharray="3 3" ` +
+    `vector-effect="non-scaling-stroke"/>`;
+  draw();
 }
 function step(by) {
-  let [volume, slice] = current;
-  slice += by;
-  const n = D.overlays.length;
-  if (slice < 0) { volume = (volume + n - 1) % n; slice = D.overlays[volume].slices.length - 1; }
-  else if (slice >= D.overlays[volume].slices.length) { volume = (volume + 1) % n; slice = 0; }
-  show(volume, slice);
+  const n = D.overlays[volume].stack.slices.length;
+  place = Math.min(n - 1, Math.max(0, place + by));
+  draw();
 }
+function stepVolume(by) { show((volume + D.overlays.length + by) % D.overlays.length); }
+function nextChosen() {
+  const {stack, chosen} = D.overlays[volume], places = chosen.map(part => stack.slices.indexOf(part.index));
+  const next = places.find(at => at > place);
+  place = next === undefined ? places[0] : next;
+  draw();
+}
+
 if (D.overlays.length) {
   el("volume").innerHTML = D.overlays.map((o, i) => `<option value="${i}">${esc(o.volume)}</option>`).join("");
-  el("volume").addEventListener("change", () => show(+el("volume").value, 0));
+  el("volume").addEventListener("change", () => show(+el("volume").value));
   el("previous").addEventListener("click", () => step(-1));
   el("next").addEventListener("click", () => step(1));
+  el("chosen").addEventListener("click", nextChosen);
+  el("slice").addEventListener("input", () => { place = +el("slice").value; draw(); });
+  el("wrong").addEventListener("click", event => {
+    const box = el("wrong").getBoundingClientRect(), n = D.overlays[volume].stack.slices.length;
+    place = Math.min(n - 1, Math.max(0, Math.floor((event.clientX - box.left) / box.width * n)));
+    draw();
+  });
+  el("layers").addEventListener("click", event => {
+    const layer = event.target.dataset.layer;
+    if (!layer) return;
+    layers[layer] = !layers[layer];
+    event.target.setAttribute("aria-pressed", layers[layer]);
+    draw();
+  });
+  el("kinds").innerHTML = "Disagreement: " + KINDS.map(([name, colour]) =>
+    `<span><i style="background:rgb(${colour})"></i>${name}</span>`).join("");
   document.addEventListener("keydown", event => {
-    if (event.target.tagName === "SELECT" || event.altKey || event.ctrlKey || event.metaKey) return;
-    const n = D.overlays.length;
+    if (/SELECT|INPUT/.test(event.target.tagName) || event.altKey || event.ctrlKey || event.metaKey) return;
     if (event.key === "ArrowLeft") step(-1);
     else if (event.key === "ArrowRight") step(1);
-    else if (event.key === "ArrowUp") show((current[0] + n - 1) % n, 0);
-    else if (event.key === "ArrowDown") show((current[0] + 1) % n, 0);
+    else if (event.key === "ArrowUp") stepVolume(-1);
+    else if (event.key === "ArrowDown") stepVolume(1);
     else return;
     event.preventDefault();
   });
-  show(0, 0);
+  show(0);
 } else el("viewer").hidden = true;
+
+const closed = [];
+window.addEventListener("beforeprint", () => {
+  document.querySelectorAll("details:not([open])").forEach(one => { closed.push(one); one.open = true; });
+  const loaded = sheets.get(volume);
+  if (!loaded) return;
+  const {stack, chosen} = D.overlays[volume];
+  el("printed").replaceChildren(...chosen.map(part => {
+    const block = document.createElement("div"), panels = document.createElement("div");
+    block.innerHTML = `<h3>${esc(D.overlays[volume].volume)}: ${esc(part.title)}</h3>`;
+    panels.className = "panels";
+    panels.append(...figures(loaded, stack.slices.indexOf(part.index)));
+    block.append(panels);
+    return block;
+  }));
+});
+window.addEventListener("afterprint", () => {
+  closed.splice(0).forEach(one => { one.open = false; });
+  el("printed").replaceChildren();
+});
 window.addEventListener("resize", plot);
 plot();
 </script>

@@ -14,6 +14,7 @@ from nnunet_uda.evaluation.metrics import METRICS
 from nnunet_uda.evaluation.page import PAGE
 from nnunet_uda.evaluation.tables import MEAN, Volume
 from nnunet_uda.names import spreadsheet_cell
+from nnunet_uda.palette import RUNS
 
 UNITS = {"Dice": "Dice", "ASSD": "ASSD (mm)", "HD95": "HD95 (mm)"}
 DIGITS = {"Dice": 3, "ASSD": 2, "HD95": 2}
@@ -238,10 +239,11 @@ def html_table(table: dict[str, Any], merge_first: bool = True) -> str:
     """A table as HTML; equal neighbours in the first column share one cell."""
     escape: Callable[[Any], str] = lambda text: html.escape(str(text))  # noqa: E731
     head = "".join(f"<th scope=col>{escape(cell)}</th>" for cell in table["header"])
+    run = " class=run" if table["header"][1:2] == ["run"] else ""
     body = []
     previous = None
     for i, row in enumerate(table["rows"]):
-        cells = "".join(f"<td>{escape(cell)}</td>" for cell in row[1:])
+        cells = "".join(f"<td{run if j == 0 else ''}>{escape(cell)}</td>" for j, cell in enumerate(row[1:]))
         if merge_first and row[0] == previous:
             body.append(f"<tr>{cells}</tr>")
             continue
@@ -273,7 +275,7 @@ def write_html(
         setup: what was scored: ``dataset``, ``reference``, ``runs``, ``folds``, and ``notes`` to be shown with it.
         runs: volumes of each run.
         tables: ``summary_tables``'s result.
-        overlays: ``{"volume", "slices"}`` for each volume, slices as ``draw_case`` returns them.
+        overlays: for each volume its name under ``volume`` and what ``draw_case`` returns.
         colours: RGB of each structure.
         overlay_note: how the slices were chosen, or why there are none.
     """
@@ -295,6 +297,7 @@ def write_html(
             for metric in METRICS
         },
         "overlays": overlays,
+        "colours": {"runs": RUNS, "structures": list(colours.values())},
     }
     legend = "".join(
         f'<span><i style="background:rgb{tuple(colour)}"></i>{html.escape(name)}</span>'

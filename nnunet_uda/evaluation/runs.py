@@ -101,12 +101,12 @@ def parse_runs(arguments: Sequence[str]) -> list[Run]:
         if not separator or Path(argument).is_dir():
             name, folder = os.path.basename(os.path.realpath(argument)), argument
             if FOLD in name:
-                raise UDAError(f"-p {argument}: give the run a name, NAME={argument}")
+                raise UDAError(f"-pred {argument}: give the run a name, NAME={argument}")
         if not name or not folder:
-            raise UDAError(f"-p takes NAME=FOLDER or FOLDER, found {argument!r}")
-        check_name(name, "-p, the run's name (NAME=FOLDER)")
+            raise UDAError(f"-pred takes NAME=FOLDER or FOLDER, found {argument!r}")
+        check_name(name, "-pred, the run's name (NAME=FOLDER)")
         if name in [run.name for run in runs]:
-            raise UDAError(f"-p: two runs are called {name}; give them different names, NAME=FOLDER")
+            raise UDAError(f"-pred: two runs are called {name}; give them different names, NAME=FOLDER")
         runs.append(Run(name, folder))
     return runs
 
@@ -145,7 +145,7 @@ def choose_volumes(
         if fold_cases is None:
             if FOLD in run.folder:
                 raise UDAError(
-                    f"-p {run.name}={run.folder} holds {FOLD}, but no fold is given: add -f, as in -f 0 1 2 3"
+                    f"-pred {run.name}={run.folder} holds {FOLD}, but no fold is given: add -f, as in -f 0 1 2 3"
                 )
             volumes = [(None, case) for case in check_cases(reference, run.folder_of(None), file_ending)]
             continue

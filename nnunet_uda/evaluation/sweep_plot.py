@@ -63,23 +63,26 @@ def draw_sweeps(path: Path, sweeps: dict[str, list[Point]], title: str, note: st
         sweeps: points by the setting's name.
         note: printed under the panels.
     """
-    from nnunet_uda.figures import plt, save_figure
+    from nnunet_uda.figures import own_style, plt, save_figure
 
-    width = max(4.4 * len(sweeps), 7)
-    figure, axes = plt.subplots(2, len(sweeps), figsize=(width, 7.2), sharex="col", sharey="row", squeeze=False)
-    for (setting, points), (upper, lower) in zip(sweeps.items(), axes.T, strict=True):
-        _draw_sweep(upper, lower, points)
-        lower.set_xlabel(setting)
-    axes[0, 0].set_ylim(0, 1)
-    axes[1, 0].set_ylim(bottom=0)
-    axes[0, 0].set_ylabel("Dice")
-    axes[1, 0].set_ylabel("ASSD in mm")
-    figure.suptitle(title, fontsize=10)
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="upper center", bbox_to_anchor=(0.5, 0.965), ncols=3, fontsize=8, frameon=False)
-    figure.text(0.5, 0.01, note, ha="center", va="bottom", fontsize=8, wrap=True)
-    figure.tight_layout(rect=(0, 0.07, 1, 0.96))
-    save_figure(figure, path)
+    with own_style():
+        width = max(4.4 * len(sweeps), 7)
+        figure, axes = plt.subplots(2, len(sweeps), figsize=(width, 7.2), sharex="col", sharey="row", squeeze=False)
+        for (setting, points), (upper, lower) in zip(sweeps.items(), axes.T, strict=True):
+            _draw_sweep(upper, lower, points)
+            lower.set_xlabel(setting)
+        axes[0, 0].set_ylim(0, 1)
+        axes[1, 0].set_ylim(bottom=0)
+        axes[0, 0].set_ylabel("Dice")
+        axes[1, 0].set_ylabel("ASSD in mm")
+        figure.suptitle(title, fontsize=10)
+        handles, labels = axes[0, 0].get_legend_handles_labels()
+        figure.legend(
+            handles, labels, loc="upper center", bbox_to_anchor=(0.5, 0.965), ncols=3, fontsize=8, frameon=False
+        )
+        figure.text(0.5, 0.01, note, ha="center", va="bottom", fontsize=8, wrap=True)
+        figure.tight_layout(rect=(0, 0.07, 1, 0.96))
+        save_figure(figure, path)
 
 
 def _draw_sweep(upper: Any, lower: Any, unsorted: Sequence[Point]) -> None:

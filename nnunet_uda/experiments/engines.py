@@ -13,10 +13,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from nnunet_uda.data.convention import read_json
 from nnunet_uda.devices import open_device
+from nnunet_uda.durations import duration_text, moment_text
 from nnunet_uda.errors import UDAError
 from nnunet_uda.experiments.job import Job, Score, last_error
 from nnunet_uda.files import write_json
@@ -95,6 +97,11 @@ def run_jobs(
     print(f"{len(jobs)} runs, {len(scores)} of them finished before", flush=True)
     if waiting:
         changed()
+    pace = Pace(len(waiting), engine.at_a_time)
+
+    def started(job: Job) -> None:
+        pace.started(job.name)
+        print(f"{job.name} (log: {job.log})", flush=True)
 
     def done(job: Job, reason: str | None) -> None:
         score = job.score() if reason is None else None
@@ -103,9 +110,45 @@ def run_jobs(
         else:
             failed[job.name] = reason or f"it wrote no scores (log: {job.log})"
         print(f"[{len(scores) + len(failed)}/{len(jobs)}] {job.name}: {failed.get(job.name, 'done')}", flush=True)
+        if left := pace.done(job.name, reason is None):
+            print(left, flush=True)
         changed()
 
-    engine.run(waiting, lambda job: print(f"{job.name} (log: {job.log})", flush=True), done)
+    engine.run(waiting, started, done)
+
+
+class Pace:
+    """How many runs are left, and when they will be done.
+
+    Args:
+        number: of runs.
+        at_a_time: of them that run side by side; None where a queue decides.
+        clock: seconds.
+    """
+
+    def __init__(self, number: int, at_a_time: int | None, clock: Callable[[], float] = time.monotonic) -> None:
+        self.left, self.at_a_time, self.clock = number, at_a_time, clock
+        self.starts: dict[str, float] = {}
+        self.took: list[float] = []
+
+    def started(self, name: str) -> None:
+        self.starts[name] = self.clock()
+
+    def done(self, name: str, finished: bool) -> str | None:
+        """What to say when a run has ended, which was ``finished`` or has failed; None after the last one."""
+        self.left -= 1
+        begun = self.starts.pop(name)
+        if finished:
+            self.took.append(self.clock() - begun)
+        if not self.left:
+            return None
+        text = f"{self.left} run{'s' if self.left > 1 else ''} left"
+        if not self.took or self.at_a_time is None:
+            return text
+        mean = fmean(self.took)
+        spent = sum(min(self.clock() - begun, mean) for begun in self.starts.values())
+        seconds = max(mean * self.left - spent, 0) / min(self.at_a_time, self.left)
+        return f"{text}, {duration_text(mean)} each: about {duration_text(seconds)}, until {moment_text(seconds)}"
 
 
 def command_of(job: Job) -> list[str]:
@@ -125,6 +168,7 @@ class LocalEngine:
 
     def __init__(self, number: int, device: str) -> None:
         self.number, self.device = number, device
+        self.at_a_time = number
 
     def environment(self, slot: int) -> dict[str, str]:
         """One of ``number`` shares of this machine's cores and CUDA devices; what the user has set stays."""
@@ -186,6 +230,7 @@ class SubmititEngine:
             raise UDAError("-engine slurm needs submitit: pip install 'nnunet_uda[slurm]'") from error
         self.submitit, self.folder, self.parameters = submitit, folder, parameters
         self.poll_seconds = SLURM_POLL_SECONDS
+        self.at_a_time: int | None = None  # the queue decides
 
     def run(self, jobs: Sequence[Job], started: Callable[[Job], None], done: Done) -> None:
         """Submit what is not under way, and wait for everything.

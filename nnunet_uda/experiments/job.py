@@ -19,8 +19,9 @@ import sys
 import time
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nnunet_uda.data.convention import (
     SPLITS_TARGET,
@@ -37,10 +38,14 @@ from nnunet_uda.evaluation.report import jsonable
 from nnunet_uda.evaluation.runs import Labels, cases_of_folds, read_labels
 from nnunet_uda.evaluation.tables import Volume
 from nnunet_uda.files import exclusive, whole_file, whole_folder, write_json
-from nnunet_uda.methods import trainers_folder
+from nnunet_uda.methods import let_find, trainer_names
 from nnunet_uda.training.interruption import wait_for_fold
 from nnunet_uda.workers import end_with_starter, tied
 
+if TYPE_CHECKING:
+    import torch
+
+FINAL = "checkpoint_final.pth"
 COST = "training_cost.json"
 """What ``nnUNetUDA_train`` writes beside the checkpoints: peak memory in GiB, resident and on the device."""
 
@@ -158,7 +163,7 @@ class Job:
         Raises:
             UDAError: if training fails or predictions cannot be scored.
         """
-        checkpoint = self.trained / "checkpoint_final.pth"
+        checkpoint = self.trained / FINAL
         with exclusive(self.trained):
             wait_for_fold(self.trained)
             if not checkpoint.exists():
@@ -198,16 +203,13 @@ class Job:
     def predict(self, output: Path) -> None:
         """As ``nnUNetv2_predict`` with ``checkpoint_final.pth``, in this process."""
         import torch
-        from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
         print(f"[{time.ctime()}] predicting {len(self.test.cases)} test case(s) with {self.trained}", flush=True)
-        predictor = nnUNetPredictor(device=torch.device(self.device), allow_tqdm=False)
-        predictor.initialize_from_trained_model_folder(str(self.trained.parent), (self.fold,))
-        predictor.predict_from_files_sequential(str(self.images), str(output))
+        predict_folder(self.trained.parent, (self.fold,), self.images, output, torch.device(self.device))
 
     def predicted(self) -> bool:
         """Whether every test case is predicted, by the present checkpoint."""
-        checkpoint, predictions = self.trained / "checkpoint_final.pth", self.folder / "predictions"
+        checkpoint, predictions = self.trained / FINAL, self.folder / "predictions"
         if not checkpoint.exists() or not (predictions / "made_from.json").exists():
             return False
         if read_json(predictions / "made_from.json") != {"checkpoint": _stamp(checkpoint)}:
@@ -217,7 +219,7 @@ class Job:
     def _origin(self) -> dict[str, Any]:
         reference, ending = self.test.reference, self.test.labels.file_ending
         references = {case: _stamp(reference / f"{case}{ending}") for case in self.test.cases}
-        return {"checkpoint": _stamp(self.trained / "checkpoint_final.pth"), "references": references}
+        return {"checkpoint": _stamp(self.trained / FINAL), "references": references}
 
     def score(self) -> Score | None:
         """The scores, where they are those of the present checkpoint, predictions and references."""
@@ -250,6 +252,37 @@ class Job:
             "metrics": metrics,
         }
         write_json(jsonable(content), self.folder / "score.json")
+
+
+def predict_folder(
+    trained: Path,
+    folds: tuple[int | str, ...],
+    images: Path,
+    output: Path,
+    device: torch.device,
+    checkpoint: str = FINAL,
+) -> None:
+    """Segment every case of a folder as ``nnUNetv2_predict`` does, one after the other in this process.
+
+    Args:
+        trained: nnU-Net's folder of a trainer, plans and configuration.
+        output: gets ``CASE.nii.gz``.
+
+    Raises:
+        UDAError: no such checkpoint.
+    """
+    from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+
+    let_find()
+    for fold in folds:
+        if not (path := trained / f"fold_{fold}" / checkpoint).is_file():
+            raise UDAError(f"{path} does not exist: train the fold first, or choose another checkpoint")
+    if not images.is_dir():
+        raise UDAError(f"{images} is no folder of images (CASE_0000.nii.gz)")
+    output.mkdir(parents=True, exist_ok=True)
+    predictor = nnUNetPredictor(device=device, allow_tqdm=False)
+    predictor.initialize_from_trained_model_folder(str(trained), folds, checkpoint)
+    predictor.predict_from_files_sequential(str(images), str(output))
 
 
 def find_target_test(raw: Path, fold: str) -> TargetTest:
@@ -314,12 +347,16 @@ def find_any_trainer(name: str) -> type:
     """
     from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
-    os.environ.setdefault("nnUNet_extTrainer", str(trainers_folder()))
+    let_find()
     try:
         with redirect_stdout(io.StringIO()):  # nnU-Net says which files it looks into
             return recursive_find_trainer_class_by_name(name)
     except RuntimeError as error:
-        raise UDAError(f"-tr {name}: {error}") from error
+        names = trainer_names()
+        by_small = {known.lower().removesuffix("trainer"): known for known in names}
+        near = [by_small[word] for word in get_close_matches(name.lower().removesuffix("trainer"), by_small, 3)]
+        meant = f" Did you mean {' or '.join(near)}?" if near else f" These would be found: {', '.join(names)}"
+        raise UDAError(f"-tr {name}: no trainer of that name.{meant}") from error
     except (AssertionError, TypeError) as error:  # what nnU-Net makes of another class, or of what is no class
         raise UDAError(f"-tr {name} is no trainer ({error})") from error
 
@@ -351,7 +388,7 @@ def main(argv: list[str] | None = None) -> None:
     with open(job.log, "ab", buffering=0) as log:  # also what C code and child processes say
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
-    os.environ.setdefault("nnUNet_extTrainer", str(trainers_folder()))
+    let_find()
     threads = os.environ.get("OMP_NUM_THREADS", "")
     if threads.isdigit():
         import torch

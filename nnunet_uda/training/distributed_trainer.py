@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,7 +28,7 @@ from nnunet_uda.collectives import (
 )
 from nnunet_uda.errors import UDAError
 from nnunet_uda.files import whole_file
-from nnunet_uda.training.checkpoint import seed_everything
+from nnunet_uda.training.checkpoint import plain, seed_everything
 
 Result = TypeVar("Result")
 
@@ -167,8 +168,11 @@ class DistributedTrainer(nnUNetTrainer):
         return on_first_rank(function, self.control) if self.several else function()
 
     def print_to_log_file(self, *args: Any, also_print_to_console: bool = True, add_timestamp: bool = True):
+        """nnU-Net's, of rank 0 alone; numpy's numbers as Python's, and shown at once where the output is a pipe."""
         if self.local_rank == 0:
-            super().print_to_log_file(*args, also_print_to_console=also_print_to_console, add_timestamp=add_timestamp)
+            shown = [plain(each) for each in args]
+            super().print_to_log_file(*shown, also_print_to_console=also_print_to_console, add_timestamp=add_timestamp)
+            sys.stdout.flush()
 
     def on_train_start(self):
         if self.several:

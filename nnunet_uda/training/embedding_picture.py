@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from matplotlib.colors import ListedColormap
 
-from nnunet_uda.figures import legend_label, plt, save_figure
+from nnunet_uda.figures import legend_label, own_style, plt, save_figure
+from nnunet_uda.training.pictures import class_map
 
 MARKERS = {"source": "o", "target": "x"}
 
@@ -48,11 +50,12 @@ def principal_plane(vectors: np.ndarray) -> np.ndarray:
     return centred @ axes.T
 
 
+@own_style()
 def write_embedding_picture(
     path: Path, before: dict[str, Embeddings], after: dict[str, Embeddings], class_names: Sequence[str]
 ) -> None:
     """One panel for ``before`` and one for ``after``, each with both domains and prototypes in one projection."""
-    colours = plt.get_cmap("tab10" if len(class_names) <= 10 else "turbo", max(len(class_names), 10))
+    colours = ListedColormap([(0.5, 0.5, 0.5), *class_map(len(class_names) - 1).colors])  # grey: the background
     figure, axes = plt.subplots(1, 2, figsize=(11, 5))
     for axis, embeddings, title in zip(axes, (before, after), ("before training", "now"), strict=True):
         parts = [part for item in embeddings.values() for part in (item.vectors, item.prototypes)]

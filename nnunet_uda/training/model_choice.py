@@ -96,6 +96,18 @@ class ModelChoice:
             f"that adapted had over 0.9). {advice}"
         )
 
+    def plot(self, path: str) -> None:
+        """Write every criterion with the running mean that is compared, as PNG."""
+        from nnunet_uda.training.pictures import plot_curves
+
+        titles = {name: f"{name} ({'higher' if HIGHER_IS_BETTER.get(name, True) else 'lower'} is better"
+                  f"{'; checkpoint_best follows it' if name == self.criterion else ''})"
+                  for name in self.history}  # fmt: skip
+        plot_curves(
+            path, self.history, {name: running_means(name, values) for name, values in self.history.items()},
+            {"agreement": (LOW_AGREEMENT, "below it, nothing had adapted")}, titles,
+        )  # fmt: skip
+
     def checkpoints(self) -> list[str]:
         """Names of the checkpoints that are to be written after the last epoch."""
         finished, every = len(self.means), self.settings.keep_every

@@ -7,11 +7,14 @@ from pathlib import Path
 
 import numpy as np
 
-from nnunet_uda.figures import plt, save_figure
+from nnunet_uda.figures import own_style, plt, save_figure
+from nnunet_uda.palette import RUNS
+from nnunet_uda.training.pictures import class_map
 
-COLOURS = {"source": "tab:blue", "target": "tab:orange", "translated": "tab:green"}
+COLOURS = dict(zip(("source", "target", "translated"), RUNS, strict=False))
 
 
+@own_style()
 def write_prompt_maps(
     path: Path,
     images: np.ndarray,
@@ -31,6 +34,7 @@ def write_prompt_maps(
         names: P titles.
         uncertainty: ``(N, H, W)`` in [0, 1], certain where below ``threshold``.
     """
+    classes = max(1, int(predicted.max()))
     titles = ["target", "translated", *names, "uncertainty", f"certain (< {threshold:g})"]
     figure, axes = plt.subplots(len(images), len(titles), figsize=(2.4 * len(titles), 2.6 * len(images)), squeeze=False)
     for index, row in enumerate(axes):
@@ -45,11 +49,14 @@ def write_prompt_maps(
         certain = uncertainty[index] < threshold
         row[-1].imshow(np.ma.masked_where(certain, np.ones_like(certain)), cmap="gray", vmin=0, vmax=2, alpha=0.8)
         shown = np.ma.masked_where(~certain | (predicted[index] == 0), predicted[index] - 1)
-        row[-1].imshow(shown, cmap="tab10", vmin=0, vmax=10, alpha=0.6, interpolation="nearest")
+        row[-1].imshow(
+            shown, cmap=class_map(classes), vmin=-0.5, vmax=classes - 0.5, alpha=0.6, interpolation="nearest"
+        )
     figure.tight_layout()
     save_figure(figure, path)
 
 
+@own_style()
 def write_domain_map(path: Path, summaries: dict[str, np.ndarray]) -> None:
     """x_g of source, target and translated slices in one t-SNE; left before the translation, right after.
 

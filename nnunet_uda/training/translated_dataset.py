@@ -20,27 +20,33 @@ if TYPE_CHECKING:
 
 
 def translate_volume(
-    volume: torch.Tensor, translate: Callable[[torch.Tensor], torch.Tensor], patch_size: list[int], batch_size: int = 4
+    volume: torch.Tensor,
+    translate: Callable[[torch.Tensor], torch.Tensor],
+    patch_size: list[int],
+    batch_size: int = 4,
+    overlap: float = 0.5,
 ) -> torch.Tensor:
-    """Translate a whole preprocessed volume by sliding window (overlap 0.5, Gaussian weights).
+    """Translate (or segment) a whole preprocessed volume by sliding window (Gaussian weights).
 
     Args:
         volume: ``(C, Z, Y, X)``, normalised intensities.
-        translate: maps patches ``(B, C, *patch_size)`` to patches of the same shape.
+        translate: maps patches ``(B, C, *patch_size)`` to patches of as many voxels, in any number of channels.
         patch_size: two numbers (each slice along the first axis on its own) or three.
 
     Returns:
-        ``(C, Z, Y, X)``, on the device of ``volume``.
+        ``(C or other channels, Z, Y, X)``, on the device of ``volume``.
     """
     if len(patch_size) == 2:
         slices = volume.transpose(0, 1)
-        parts = [_slide(part, translate, patch_size, batch_size) for part in slices.split(batch_size)]
+        parts = [_slide(part, translate, patch_size, batch_size, overlap) for part in slices.split(batch_size)]
         return torch.cat(parts).transpose(0, 1)
-    return _slide(volume[None], translate, patch_size, batch_size)[0]
+    return _slide(volume[None], translate, patch_size, batch_size, overlap)[0]
 
 
-def _slide(images: torch.Tensor, translate: Callable, patch_size: list[int], batch_size: int) -> torch.Tensor:
-    return sliding_window_inference(images, patch_size, batch_size, translate, overlap=0.5, mode="gaussian")
+def _slide(
+    images: torch.Tensor, translate: Callable, patch_size: list[int], batch_size: int, overlap: float
+) -> torch.Tensor:
+    return sliding_window_inference(images, patch_size, batch_size, translate, overlap=overlap, mode="gaussian")
 
 
 class TranslatedDataset:
@@ -92,7 +98,7 @@ def translated_validation(trainer: UDATrainer) -> Iterator[None]:
     )
     trainer.print_to_log_file(f"Final validation: {note}")
     stored, patch_size = trainer.dataset_class, trainer.configuration_manager.patch_size
-    trainer.dataset_class = TranslatedDataset(stored, trainer._translated, patch_size, trainer.device)
+    trainer.dataset_class = TranslatedDataset(stored, trainer.translate_images, patch_size, trainer.device)
     try:
         yield
     finally:

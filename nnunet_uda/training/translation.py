@@ -27,15 +27,25 @@ class TranslationSettings:
     """
 
     generator_width: int = 64
+    """Channels of the generator's first stage, at least 1. 16 on a CPU."""
     generator_blocks: int = 9
+    """Residual blocks of the generator, at least 1. Fewer for small patches."""
     discriminator_width: int = 64
+    """Channels of the discriminators' first layer, at least 1."""
     discriminator_layers: int = 3
+    """Strided layers, at least 1: each doubles what a discriminator sees at once."""
     gan_learning_rate: float = 2e-4
+    """Of generator and discriminators, positive."""
     gan_beta1: float = 0.5
+    """Of their Adam."""
     gan_schedule: Literal["constant", "linear"] = "constant"
+    """linear: to zero in the second half."""
     patches: int = 256
+    """Positions of PatchNCE in each layer, at least 1. Fewer save memory."""
     patch_features: int = 128
+    """Length of a patch's vector, at least 1."""
     patch_layers: Literal["all", "deep"] = "all"
+    """deep leaves the image and the stem out: a translation's contrast is freer."""
 
     def __post_init__(self) -> None:
         for name in ("generator_width", "generator_blocks", "discriminator_width", "discriminator_layers", "patches",

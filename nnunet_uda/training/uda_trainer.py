@@ -63,8 +63,11 @@ from nnunet_uda.training.checkpoint import (
     write_checkpoint,
 )
 from nnunet_uda.training.cpu import keep_freed_memory, without_denormals
+from nnunet_uda.training.log import in_columns, settings_table
 from nnunet_uda.training.model_choice import ModelChoice
-from nnunet_uda.training.pictures import plot_losses, write_panels
+from nnunet_uda.training.pictures import plot_curves
+from nnunet_uda.training.preview import preview_rows, write_trainers_panels
+from nnunet_uda.training.progress import Progress
 from nnunet_uda.training.stoppable_trainer import StoppableTrainer
 from nnunet_uda.training.streams import (
     Unlabelled,
@@ -128,6 +131,7 @@ class UDATrainer(StoppableTrainer):
         self.optimizers: dict[str, torch.optim.Optimizer] = {}
         self.dataloader_target = None
         self.dataloader_labelled = None
+        self.progress: Progress | None = None
         self.loss_history: dict[str, list[float]] = {}
         self.model_choice = ModelChoice(self.settings)
         self._restored_random_state: dict[str, Any] | None = None
@@ -246,7 +250,9 @@ class UDATrainer(StoppableTrainer):
         if self._do_i_compile():
             for network in self.networks.values():
                 network.compile()
-        self.print_to_log_file(f"Settings: {self.settings_dict()}")
+        own = {self.method: dataclasses.asdict(self.method_settings())} if self.method_settings is not None else {}
+        defaults = dataclasses.asdict(type(self.settings)()) | own
+        self.print_to_log_file(settings_table(self.settings_dict(), defaults))
 
     def prepare_network(self) -> None:
         """Make the passes that training steps call: here the segmenter's encoder and decoder, each compiled."""
@@ -495,8 +501,25 @@ class UDATrainer(StoppableTrainer):
         if self.needs_target:
             self.model_choice.open_target(self.target_dataset, self.configuration_manager.patch_size, self.batch_size)
         self.print_to_log_file(f"checkpoint_best follows {self.model_choice.criterion}, without target labels")
+        self.progress = self._new_progress()
         if self._restored_random_state is not None:
             set_random_state(self._restored_random_state)  # last: opening the loaders has drawn random numbers
+
+    def _new_progress(self) -> Progress:
+        """Warns on the CPU, and says what to do against a training that is too long."""
+        plans = self.plans_manager
+        shorter = (
+            f"nnUNetUDA_configure -d {plans.dataset_name} -c {self.configuration_name} -p NEW_NAME -from "
+            f"{plans.plans_name}"
+        )
+        remedy = f"{shorter} -set num_epochs=... (and -preset cpu on a CPU), then train with -p NEW_NAME"
+        if self.device.type == "cpu":
+            self.print_to_log_file(
+                f"WARNING: training on the CPU, with {torch.get_num_threads()} thread(s); nnU-Net makes its plans for "
+                f"a GPU. Plans for a CPU: {shorter} -preset cpu"
+            )
+        steps = self.num_iterations_per_epoch
+        return Progress(self.num_epochs, steps, self.device.type, remedy, self.print_to_log_file)
 
     def mend_results(self) -> None:
         """Write what describes the results again where a start was killed in the middle, or the disk was full."""
@@ -524,6 +547,8 @@ class UDATrainer(StoppableTrainer):
     def on_train_epoch_start(self):
         super().on_train_epoch_start()
         self.networks.train()
+        if self.progress is not None:
+            self.progress.epoch_begins(self.current_epoch, self.steps_before)
         if self.settings.segmenter_schedule == "constant":
             for group in self.optimizer.param_groups:
                 group["lr"] = self.initial_lr
@@ -546,6 +571,8 @@ class UDATrainer(StoppableTrainer):
         first = losses.get("segmentation", next(iter(losses.values())))  # epochs may leave the segmenter as it is
         outputs = {"loss": first, **losses}
         self.step_done(outputs)
+        if self.progress is not None:
+            self.progress.step_done()
         return outputs
 
     def _new_updates(self) -> Updates:
@@ -592,8 +619,8 @@ class UDATrainer(StoppableTrainer):
                 mean = float(np.mean([output[name] for output in train_outputs]))
                 before = [math.nan] * self.current_epoch  # of a term that appears late
                 self.loss_history.setdefault(name, before).append(mean)
-        shown = {name: round(self.loss_history[name][-1], 4) for name in train_outputs[0] if name != "loss"}
-        self.print_to_log_file("losses:", shown)
+        shown = {name: self.loss_history[name][-1] for name in train_outputs[0] if name != "loss"}
+        self.print_to_log_file(in_columns("losses", shown), add_timestamp=False)
 
     def on_validation_epoch_start(self):
         super().on_validation_epoch_start()
@@ -601,7 +628,7 @@ class UDATrainer(StoppableTrainer):
 
     def validation_step(self, batch: dict) -> dict:
         """nnU-Net's step on source validation images as ``translate`` returns them: no target label is needed."""
-        translated = self._translated(self._to_device(batch["data"]))
+        translated = self.translate_images(self._to_device(batch["data"]))
         return super().validation_step(batch | {"data": translated.float()})
 
     def on_validation_epoch_end(self, val_outputs: list[dict]):
@@ -613,7 +640,7 @@ class UDATrainer(StoppableTrainer):
             mirror_axes=self.inference_allowed_mirroring_axes, num_classes=self.label_manager.num_segmentation_heads,
         )  # fmt: skip
         self.model_choice.history = self.on_first_rank(lambda: self.model_choice.history)  # devices differ in last bits
-        self.print_to_log_file("criteria:", {name: round(value, 4) for name, value in values.items()})
+        self.print_to_log_file(in_columns("criteria", values), add_timestamp=False)
 
     def _predict(self, images: Tensor) -> Tensor:
         with self.autocast():
@@ -632,8 +659,8 @@ class UDATrainer(StoppableTrainer):
         self.current_epoch = epoch + 1
         last = epoch == self.num_epochs - 1
         if self.local_rank == 0 and (last or epoch % self.settings.picture_every == 0):
-            plot_losses(join(self.output_folder, "losses.png"), self.loss_history)
-            plot_losses(join(self.output_folder, "criteria.png"), self.model_choice.history)
+            plot_curves(join(self.output_folder, "losses.png"), self.loss_history)
+            self.model_choice.plot(join(self.output_folder, "criteria.png"))
             self.draw_pictures(Path(self.output_folder, f"pictures/epoch_{epoch:04d}.png"))
 
     def on_train_end(self):
@@ -643,31 +670,15 @@ class UDATrainer(StoppableTrainer):
         if self.local_rank == 0:
             Path(self.output_folder, PREVIOUS).unlink(missing_ok=True)
 
-    @torch.no_grad()
     def draw_pictures(self, path: Path) -> None:
-        """Always the same slices: source | translated | label | prediction, and target | prediction.
+        """Always the same whole slices: source | translated | label | prediction | target | prediction.
 
         Where nothing is translated there is no such panel.
         """
         path.parent.mkdir(exist_ok=True)
         self.network.eval()
         self.networks.eval()
-        source, label = self._whole_patch(self.validation_dataset, by_label=True)
-        translated = self._translated(source)
-        seen = middle_slice(translated)
-        rows = [
-            [
-                ("source", middle_slice(source), None),
-                *([("translated", seen, None)] if self.translates else []),
-                ("label", seen, middle_slice(label)),
-                ("prediction", seen, middle_slice(self._segmentation(translated))),
-            ]
-        ]
-        if self.needs_target:
-            target, _ = self._whole_patch(self.target_dataset, by_label=False)
-            shown = middle_slice(target)
-            rows.append([("target", shown, None), ("prediction", shown, middle_slice(self._segmentation(target)))])
-        write_panels(path, rows, len(self.label_manager.foreground_labels))
+        write_trainers_panels(self, path, preview_rows(self))
 
     def _whole_patch(self, dataset: nnUNetBaseDataset, by_label: bool) -> tuple[Tensor, Tensor]:
         """The patch around the middle of the first case, or around its slice with most label: ``(1, C, *patch)``."""
@@ -682,10 +693,6 @@ class UDATrainer(StoppableTrainer):
         if len(self.configuration_manager.patch_size) == 2:
             tensors = [tensor[:, :, 0] for tensor in tensors]
         return tensors[0].to(self.device), self.known(tensors[1].to(self.device))
-
-    def _segmentation(self, images: Tensor) -> Tensor:
-        with self.autocast():
-            return self.finest(self.segment(images)).argmax(1, keepdim=True)
 
     # -- checkpoints and validation ------------------------------------------------------------------------------
 
@@ -726,7 +733,7 @@ class UDATrainer(StoppableTrainer):
         with translated_validation(self) if self.translates else nullcontext():
             super().perform_actual_validation(save_probabilities)
 
-    def _translated(self, source: Tensor) -> Tensor:
+    def translate_images(self, source: Tensor) -> Tensor:
         with self.autocast():
             return self.translate(source)
 

@@ -1,0 +1,116 @@
+"""The page of ``nnUNetUDA_compare``: ``nnUNetUDA_evaluate``'s, of methods instead of runs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from nnunet_uda.evaluation.metrics import parallel
+from nnunet_uda.evaluation.overlays import MAX_PIXELS, OverlayTask, draw_case
+from nnunet_uda.evaluation.report import summary_tables, write_html
+from nnunet_uda.evaluation.runs import Labels
+from nnunet_uda.evaluation.tables import Volume, compare_runs
+from nnunet_uda.palette import label_colours
+
+SLICES = 5
+NOTE = (
+    "Each volume's scores are means over the runs (seeds, folds) of a method that hold it; deviations and tests are "
+    "over volumes. The slices show the first of these runs. These are test scores: no setting, method or checkpoint is "
+    "to be chosen by them without saying so."
+)
+
+
+@dataclass(frozen=True)
+class MethodRuns:
+    """What one method made of a test: the volumes of each finished run, and one prediction of each case."""
+
+    runs: Sequence[Sequence[Volume]]
+    predictions: Mapping[str, Path]
+
+
+def pool_runs(runs: Sequence[Sequence[Volume]]) -> dict[str, Volume]:
+    """One ``Volume`` a case over all runs that hold it: the mean of the scores that are defined, NaN where none is."""
+    found: dict[str, list[Volume]] = {}
+    for run in runs:
+        for volume in run:
+            found.setdefault(volume.case, []).append(volume)
+    return {
+        case: Volume(
+            case,
+            {
+                structure: {name: _mean([volume.metrics[structure][name] for volume in volumes]) for name in scores}
+                for structure, scores in volumes[0].metrics.items()
+            },
+        )
+        for case, volumes in found.items()
+    }
+
+
+def _mean(values: Sequence[float]) -> float:
+    defined = [value for value in values if not math.isnan(value)]
+    return sum(defined) / len(defined) if defined else math.nan
+
+
+def write_compare_page(
+    path: Path,
+    test: str,
+    methods: Mapping[str, MethodRuns],
+    bounds: tuple[str, str],
+    images: Mapping[str, Path],
+    reference: Path,
+    labels: Labels,
+    num_processes: int,
+) -> bool:
+    """Write the page of one test, and its chosen slices as pictures into ``NAME_overlays`` beside it.
+
+    Args:
+        methods: by their labels in the tables; those without a finished run are left out.
+        bounds: labels of the lower and the upper bound, which may be missing.
+        images: of every case.
+        reference: folder of references.
+
+    Returns:
+        Whether there was a case that every method has.
+    """
+    pooled = {label: pool_runs(method.runs) for label, method in methods.items() if method.runs}
+    cases = [case for case in next(iter(pooled.values()), {}) if all(case in volumes for volumes in pooled.values())]
+    if not cases:
+        return False
+    scores = {label: [volumes[case] for case in cases] for label, volumes in pooled.items()}
+    lower, upper = bounds if all(bound in scores for bound in bounds) else (None, None)
+    comparison = compare_runs(scores, lower, upper)
+    comparison["bounds"] = {"lower": lower, "upper": upper}
+    folder = path.with_name(f"{path.stem}_overlays")
+    folder.mkdir(exist_ok=True)
+    ending = labels.file_ending
+    tasks = [
+        (
+            OverlayTask(
+                case,
+                images[case],
+                {"reference": reference / f"{case}{ending}"}
+                | {label: methods[label].predictions[case] for label in scores},
+                labels.structures,
+                folder,
+                SLICES,
+                pixels=MAX_PIXELS // len(cases),
+            ),
+        )
+        for case in cases
+    ]
+    drawn = parallel(draw_case, tasks, num_processes, "Overlays")
+    overlays = [{"volume": case, **shown} for case, shown in zip(cases, drawn, strict=True)]
+    setup = {
+        "dataset": test,
+        "reference": reference,
+        "runs": dict.fromkeys(scores, ""),
+        "scored_folds": None,
+        "notes": [NOTE],
+    }
+    colours = label_colours(labels.structures)
+    by_name = {name: colours[value] for name, value in labels.structures.items()}
+    note = f"The chosen slices ({SLICES} of a volume at most) are printed, and lie as pictures in {folder.name}."
+    write_html(path, setup, scores, summary_tables(scores, comparison), overlays, by_name, note)
+    return True
