@@ -28,6 +28,14 @@ def test_what_systems_leave_beside_files_is_no_case(raw):
     assert list_cases(raw / "labelsTs", ".nii.gz") == ["ct_Ts00"]
 
 
+@pytest.mark.parametrize("name", ["ct_Tu09.nii.gz", "ct_Tu09_0000.NII.GZ", "ct_Tu09_0000.mha", "ct_Tu09_00.nii.gz"])
+def test_an_image_that_nothing_would_read_is_refused(raw, name):
+    first = raw / "imagesTu" / "ct_Tu00_0000.nii.gz"
+    (raw / "imagesTu" / name).write_bytes(first.read_bytes())
+    with pytest.raises(UDAError, match=rf"imagesTu/{name}: its name is not like CASE_0000\.nii\.gz"):
+        convention.target_cases(raw, convention.read_json(raw / "dataset.json"))
+
+
 def test_missing_and_empty_target_folders_are_refused(raw):
     for path in (raw / "imagesTu").iterdir():
         path.unlink()

@@ -10,6 +10,7 @@ from pathlib import Path
 import nibabel
 import numpy as np
 import pytest
+import SimpleITK as sitk
 from conftest import draw_case, write_volume
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from PIL import Image
@@ -243,6 +244,13 @@ def test_pictures_are_read_by_the_reader_of_pictures(dataset, tmp_path):
     path.write_bytes(path.read_bytes()[:60])
     with pytest.raises(UDAError, match=r"a_0000\.png: cannot be read .* expected an image for NaturalImage2DIO"):
         preprocess_case([path], plans, manager, dataset_json)
+
+
+def test_several_volumes_in_one_file_are_refused_as_such(dataset):
+    volume = sitk.GetImageFromArray(np.ones((10, 36, 36), np.float32))
+    sitk.WriteImage(sitk.JoinSeries([volume, volume]), str(dataset[0] / "imagesTu" / "ct_Tu02_0000.nii.gz"))
+    with pytest.raises(UDAError, match=r"ct_Tu02_0000\.nii\.gz: the image has 4 dimensions.*Split a 4D file"):
+        run(dataset)
 
 
 def test_a_truncated_image_is_named(dataset):

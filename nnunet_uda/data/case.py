@@ -14,7 +14,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from nnunet_uda.errors import UDAError
 from nnunet_uda.images.geometry import Grid, check_against_source, check_possible, check_same_geometry
 from nnunet_uda.images.nifti import is_nifti
-from nnunet_uda.images.reading import check_nifti, check_voxels, check_whole, readable
+from nnunet_uda.images.reading import check_kind, check_nifti, check_voxels, check_whole, readable
 
 
 def preprocess_case(
@@ -91,5 +91,7 @@ def _read_label(
 def _checked_grid(path: Path, by_itk: bool) -> Grid | None:
     """The grid of a file, which must be whole; None where the format has none."""
     if by_itk:
-        return Grid.of(check_whole(path))
+        reader = check_whole(path)
+        check_kind(path, reader, (2, 3))
+        return Grid.of(reader)
     return check_nifti(path) if is_nifti(path) else None

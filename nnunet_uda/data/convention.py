@@ -23,7 +23,7 @@ from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_datas
 
 from nnunet_uda.errors import UDAError, nested_deeper, shown, system_fault
 from nnunet_uda.files import write_json
-from nnunet_uda.images.listing import entries
+from nnunet_uda.images.listing import ENDINGS, entries, files_in
 from nnunet_uda.names import check_name, is_name, is_plain_name
 
 TARGET_FOLDER = "imagesTu"
@@ -319,8 +319,8 @@ def target_cases(raw_dataset: Path, dataset_json: dict[str, Any]) -> dict[str, l
     """The target's training images by id, after checking everything that can be checked without reading them.
 
     Raises:
-        UDAError: no ``imagesTu`` or an empty one, a target label in a training folder that ``dataset.json`` does not
-            name, a wrong number of channels.
+        UDAError: no ``imagesTu`` or an empty one, an image in it that is not called so, a target label in a training
+            folder that ``dataset.json`` does not name, a wrong number of channels.
     """
     folder = raw_dataset / TARGET_FOLDER
     if not folder.is_dir():
@@ -329,6 +329,13 @@ def target_cases(raw_dataset: Path, dataset_json: dict[str, Any]) -> dict[str, l
     cases = case_files(folder, ending)
     if not cases:
         raise UDAError(f"{folder} holds no image: expected files named like CASE_0000{ending}")
+    taken = {path for paths in cases.values() for path in paths}
+    images = [path for path in files_in(folder) if path.name.lower().endswith((ending.lower(), *ENDINGS))]
+    if left_out := [path for path in images if path not in taken]:
+        raise UDAError(
+            f"{left_out[0]}: its name is not like CASE_0000{ending}, so that nothing would read it. Rename it (0000 is "
+            "the channel), or move it elsewhere"
+        )
     labelled_target_files(raw_dataset, dataset_json, cases)
     for forbidden in ("labelsTr", "imagesTr"):
         suffix = ending if forbidden == "labelsTr" else f"_0000{ending}"

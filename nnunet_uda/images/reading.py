@@ -62,6 +62,22 @@ def read_image(path: Path, dimensions: tuple[int, ...] = (3,)) -> sitk.Image:
             a geometry that cannot be (NIfTI: or two of them).
     """
     reader, nifti = _open(Path(path))
+    check_kind(path, reader, dimensions)
+    with readable(path):
+        if nifti is not None:
+            return _read_by_slabs(reader, nifti)
+        _check_length(path, reader)
+        image = reader.Execute()
+    for key in image.GetMetaDataKeys():  # vendor header fields are not carried on: image and label geometry must agree
+        image.EraseMetaData(key)
+    voxels = sitk.GetArrayViewFromImage(image)
+    if voxels.dtype.kind == "f" and not np.isfinite([voxels.min(), voxels.max()]).all():
+        raise _not_finite(voxels, path)
+    return image
+
+
+def check_kind(path: Path, reader: sitk.ImageFileReader, dimensions: tuple[int, ...]) -> None:
+    """Raise ``UDAError`` for a header that announces other dimensions, or not one real number per voxel."""
     if reader.GetDimension() not in dimensions:
         raise UDAError(
             f"{path}: the image has {reader.GetDimension()} dimensions, size {reader.GetSize()}; expected one "
@@ -74,17 +90,6 @@ def read_image(path: Path, dimensions: tuple[int, ...] = (3,)) -> sitk.Image:
             f"{path}: {reader.GetNumberOfComponents()} components per voxel, type {pixel_type}; expected one real "
             "number per voxel. Write each component to a file of its own."
         )
-    with readable(path):
-        if nifti is not None:
-            return _read_by_slabs(reader, nifti)
-        _check_length(path, reader)
-        image = reader.Execute()
-    for key in image.GetMetaDataKeys():  # vendor header fields are not carried on: image and label geometry must agree
-        image.EraseMetaData(key)
-    voxels = sitk.GetArrayViewFromImage(image)
-    if voxels.dtype.kind == "f" and not np.isfinite([voxels.min(), voxels.max()]).all():
-        raise _not_finite(voxels, path)
-    return image
 
 
 def check_whole(path: Path) -> sitk.ImageFileReader:
