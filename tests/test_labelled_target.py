@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
-from conftest import make_trainer, same_weights, weights
+from conftest import make_trainer, same_weights, sampled, weights
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from test_trainers_uuds import write_plans
 
@@ -125,10 +125,11 @@ def write_value(path: Path, value: int, slices: int | None = None) -> None:
     sitk.WriteImage(written, str(path))
 
 
-@pytest.mark.parametrize(
+@sampled(
     "name",
     ["RandomStyleTrainer", "SupervisedTrainer", "CASTTrainer", "CISFATrainer", "SimilarityPrototypesTrainer",
      "EntMinTrainer", "ADVENTTrainer"],
+    "CASTTrainer", "SimilarityPrototypesTrainer",
 )  # fmt: skip
 def test_every_trainer_learns_them_in_the_segmenters_update(labelled, name):
     trainer = make_trainer(name)
