@@ -13,7 +13,7 @@ import SimpleITK as sitk
 import torch
 from conftest import make_trainer, same_weights, sampled, weights
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
-from test_trainers_uuds import write_plans
+from support.tiny import write_plans
 
 from nnunet_uda.commands import preprocess
 from nnunet_uda.data.target import preprocess_target
