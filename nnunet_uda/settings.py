@@ -36,6 +36,9 @@ class UDASettings:
     ``labelled_target_share`` is, in a step, the share of labelled patches, and of their losses, that is of the target
     scans that ``dataset.json`` names as labelled; 0 leaves these labels alone. Without such scans it does nothing.
 
+    At the end of training ``quality_volumes`` source validation volumes (0: none), each in six random styles, calibrate
+    what ``nnUNetUDA_quality`` expects of the network's segmentations.
+
     ``mirror`` is nnU-Net's mirroring, in training and prediction; with ``auto`` not along the axis from left to right
     where two structures' names differ in the side alone (left_kidney, right_kidney): it would exchange them.
     """
@@ -78,13 +81,15 @@ class UDASettings:
     """Target patches that the criteria look at each epoch; 0: none is opened for them."""
     picture_every: int = 10
     """Epochs between pictures and plots."""
+    quality_volumes: int = 4
+    """Source validation volumes that calibrate the quality estimate at the end; 0: none."""
     seed: int | None = None
     """For runs that can be repeated; to the last bit with nnUNet_n_proc_DA=0."""
 
     def __post_init__(self) -> None:
         for name in ("num_epochs", "iterations_per_epoch", "val_iterations_per_epoch", "save_every", "picture_every"):
             require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
-        for name in ("keep_every", "criterion_patches"):
+        for name in ("keep_every", "criterion_patches", "quality_volumes"):
             require(getattr(self, name) >= 0, name, "at least 0", getattr(self, name))
         if self.checkpoint_criterion not in ("pseudo_dice", UDASettings.checkpoint_criterion):
             require(self.criterion_patches >= 1, "criterion_patches", "at least 1 for this checkpoint_criterion", 0)

@@ -243,6 +243,7 @@ class Workspace:
             "nnUNetUDA_configure", "-d", "501", "-p", name, "-c", configuration, "-patch_size", *patch,
             "-batch_size", "2", "-base_features", "4", "-max_features", "8", "-stages", "3", *options, "-set",
             "num_epochs=2", "iterations_per_epoch=2", "val_iterations_per_epoch=1", "save_every=1", "seed=7",
+            "quality_volumes=0",
             "cisfa.generator_width=4", "cisfa.generator_blocks=2", "cisfa.discriminator_width=4", "cisfa.patches=16",
             *settings,
         )  # fmt: skip

@@ -373,4 +373,34 @@ def test_maps_and_layouts_that_do_not_fit_are_refused(dataset, capsys, prepare, 
     with pytest.raises(SystemExit):
         run(dataset, *(("-labels", *options) if options else ()))
     assert re.search(words, capsys.readouterr().err)
+
+
+def quality_report(path: Path, dices: dict[str, float | None]) -> str:
+    cases = [{"case": case, "overall": {"dice": dice}, "structures": {}} for case, dice in dices.items()]
+    path.write_text(json.dumps({"cases": cases}))
+    return str(path)
+
+
+def test_cases_of_low_estimated_quality_are_left_out(dataset, tmp_path, capsys):
+    dices = {"ct_Tu00": 0.9, "ct_Tu01": 0.59, "ct_Tu02": None, "ct_Tu03": 0.6}
+    report = quality_report(tmp_path / "quality_report.json", dices)
+    made = run(dataset, "-q", report)
+    kept = json.loads((made / "dataset.json").read_text())["pseudo_labelled"]
+    assert kept == ["pseudo_ct_Tu00", "pseudo_ct_Tu03"]
+    assert "ct_Tu01: left out, its estimated Dice is 0.59, below 0.6" in capsys.readouterr().out
+    made = run(dataset, "-q", report, "-least_dice", "0.5", name="Dataset602_Third")
+    assert len(json.loads((made / "dataset.json").read_text())["pseudo_labelled"]) == 3
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [({"cases": [{"case": "ct_Tu00"}]}, "is no report of nnUNetUDA_quality"), (None, "has no case ct_Tu01")],
+)
+def test_another_quality_report_is_refused(content, message, dataset, tmp_path, capsys):
+    report = quality_report(tmp_path / "quality_report.json", {"ct_Tu00": 0.9})
+    if content is not None:
+        Path(report).write_text(json.dumps(content))
+    with pytest.raises(SystemExit):
+        run(dataset, "-q", report)
+    assert message in capsys.readouterr().err
     assert not (dataset.parent / "Dataset601_Second").exists()

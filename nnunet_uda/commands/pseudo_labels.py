@@ -30,6 +30,7 @@ from nnunet_uda.data.convention import (
 from nnunet_uda.data.general_model import StructureMap, find_predictions, parse_map, read_prediction
 from nnunet_uda.data.pseudo_labels import implausible_structures, keep_components, structure_volumes
 from nnunet_uda.errors import UDAError, command, shown
+from nnunet_uda.evaluation.quality_report import read_estimates
 from nnunet_uda.files import cannot_write, whole_folder, write_json
 from nnunet_uda.images.reading import LabelMap, check_whole, read_image, read_label
 from nnunet_uda.names import check_name
@@ -51,6 +52,7 @@ class Request:
         predictions: folder with one label file a target case, or one folder (``data.general_model``).
         share, factor: see ``keep_components`` and ``implausible_structures``.
         names: what the predictions call the structures; None where they are of a model of this dataset.
+        estimates: of each case's Dice, by ``nnUNetUDA_quality``; least: what they must be.
     """
 
     raw: Path
@@ -60,6 +62,8 @@ class Request:
     share: float
     factor: float
     names: StructureMap | None = None
+    estimates: dict[str, float] | None = None
+    least: float = 0.0
 
     @property
     def label_map(self) -> LabelMap:
@@ -104,6 +108,11 @@ def main(argv: list[str] | None = None) -> None:
         "-volume_factor", type=float, default=2.0,
         help="a volume is plausible from the source's least divided by this to its greatest times this (default 2)",
     )  # fmt: skip
+    parser.add_argument(
+        "-q", type=Path, metavar="FILE",
+        help="quality_report.json of nnUNetUDA_quality on imagesTu: leave out cases with an estimate below -least_dice",
+    )  # fmt: skip
+    parser.add_argument("-least_dice", type=float, default=0.6, help="least estimate of a case with -q (default 0.6)")
     args = parser.parse_args(argv)
     root = environment_folder("nnUNet_raw")
     request = _request(args, root / dataset_name(args.d))
@@ -120,7 +129,7 @@ def main(argv: list[str] | None = None) -> None:
             if identifier in labelled:
                 label, found = _own_label(request, labelled[identifier], images[0])
             else:
-                label, found = _pseudo_label(request, predictions[identifier], images[0], known)
+                label, found = _pseudo_label(request, identifier, predictions[identifier], images[0], known)
             report[identifier] = found
             why, notes = found["left_out"], "; ".join(found["notes"])
             lines.append(f"  {identifier}: {'left out, ' + why if why else 'taken'}{notes and f' ({notes})'}")
@@ -152,7 +161,11 @@ def _request(args: argparse.Namespace, raw: Path) -> Request:
         raise UDAError(f"{raw / 'dataset.json'}: region-based labels are not supported: one integer for each structure")
     structures = sorted(labels, key=labels.__getitem__)
     names = parse_map(args.labels, structures) if args.labels else None
-    return Request(raw, dataset_json, structures, args.i, args.component_share, args.volume_factor, names)
+    if not 0 <= args.least_dice <= 1:
+        raise UDAError(f"-least_dice must be between 0 and 1, found {args.least_dice}")
+    estimates = read_estimates(args.q) if args.q else None
+    filters = (args.component_share, args.volume_factor)
+    return Request(raw, dataset_json, structures, args.i, *filters, names, estimates, args.least_dice)
 
 
 def _new_dataset(root: Path, name: str) -> Path:
@@ -202,7 +215,9 @@ def _on_grid(classes: np.ndarray, scan: sitk.Image) -> sitk.Image:
     return label
 
 
-def _pseudo_label(request: Request, place: Path, image: Path, known: np.ndarray) -> tuple[sitk.Image, dict[str, Any]]:
+def _pseudo_label(
+    request: Request, case: str, place: Path, image: Path, known: np.ndarray
+) -> tuple[sitk.Image, dict[str, Any]]:
     """The cleaned prediction of a case; why it is left out, empty where it is taken; volumes and what was removed."""
     scan = read_image(image)
     number = len(request.structures)
@@ -226,6 +241,12 @@ def _pseudo_label(request: Request, place: Path, image: Path, known: np.ndarray)
         f"{known[:, i - 1].min() / 1000:.1f} to {known[:, i - 1].max() / 1000:.1f} ml)"
         for i in implausible_structures(volumes, known, request.factor)
     ]
+    if request.estimates is not None:
+        if case not in request.estimates:
+            raise UDAError(f"the quality report (-q) has no case {case}: make it of all of {image.parent}")
+        estimate = request.estimates[case]
+        if not estimate >= request.least:
+            wrong.append(f"its estimated Dice is {estimate:.2f}, below {request.least:g}")
     in_ml = dict(zip(request.structures, (round(float(volume) / 1000, 3) for volume in volumes), strict=True))
     return _on_grid(cleaned, scan), {
         "left_out": "; ".join(wrong), "notes": notes, "volumes_ml": in_ml, "removed_ml": removed,

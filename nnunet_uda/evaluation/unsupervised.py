@@ -72,7 +72,10 @@ def open_model(model: TrainedModel, device: torch.device) -> tuple[nnUNetPredict
     require_checkpoint(model)
     check_plans(read_json(model.folder / "plans.json"), model.folder / "plans.json")
     checkpoint = read_checkpoint(model.path)
-    predictor = nnUNetPredictor(use_mirroring=False, device=device, allow_tqdm=False)
+    on_device = device.type == "cuda"
+    predictor = nnUNetPredictor(
+        use_mirroring=False, device=device, perform_everything_on_device=on_device, allow_tqdm=False
+    )
     try:
         with redirect_stdout(StringIO()):
             predictor.initialize_from_trained_model_folder(str(model.folder), (model.fold,), model.checkpoint)

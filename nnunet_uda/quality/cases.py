@@ -71,7 +71,19 @@ class CaseQuality:
 def make_calibration(
     asked: Asked,
     structures: list[str],
-    labelled: Sequence[Any],
+    labelled: Any,
+    held_out: Sequence[Any],
+    targets: Any | None = None,
+    **options: Any,
+) -> Calibration:
+    """Calibrate on labelled volumes in random styles; arguments and ``options`` are those of ``calibration_pairs``."""
+    return calibrate(structures, *calibration_pairs(asked, len(structures), labelled, held_out, targets, **options))
+
+
+def calibration_pairs(
+    asked: Asked,
+    num_structures: int,
+    labelled: Any,
     held_out: Sequence[Any],
     targets: Any | None = None,
     *,
@@ -79,27 +91,30 @@ def make_calibration(
     styles: int = 6,
     seconds: float = math.inf,
     log: Callable[[str], None] = print,
-) -> Calibration:
-    """Calibrate on labelled volumes in random styles, from mild to wild; no target label is read.
+) -> tuple[list[dict[str, Any]], dict[str, Any], list[Pair], dict[str, Any]]:
+    """What is usual in training, and pairs of features and Dice of volumes in random styles, from mild to wild.
+
+    No target label is read.
 
     Args:
         asked: the network.
-        structures: names, in the order of their values.
         labelled: nnU-Net's dataset of labelled cases, whose shapes are what is usual.
         held_out: datasets of labelled cases for the styles, each with the same cases: as they are, and translated.
         targets: dataset of unlabelled target cases seen in training, whose intensities are usual too.
         volumes, styles: how many of ``held_out``, and of styles of each.
         seconds: no further volume is begun after that time.
+
+    Returns:
+        Usual shapes, usual scans, the pairs, and what they were made of.
     """
-    number = len(structures)
     shapes, scans = [], []
     for case in _evenly(labelled.identifiers, SHAPES_OF):
-        volume, label, spacing = load(asked, labelled, case, number)
-        shapes.append(describe_shapes(label, spacing, number))
+        volume, label, spacing = load(asked, labelled, case, num_structures)
+        shapes.append(describe_shapes(label, spacing, num_structures))
         scans.append(describe_scan(volume, spacing))
-    known, usual = source_shapes(shapes, number), {"source": known_scans(scans)}
+    known, usual = source_shapes(shapes, num_structures), {"source": known_scans(scans)}
     if targets is not None and targets.identifiers:
-        seen = (load(asked, targets, case, number) for case in _evenly(targets.identifiers, SHAPES_OF))
+        seen = (load(asked, targets, case, num_structures) for case in _evenly(targets.identifiers, SHAPES_OF))
         usual["target"] = known_scans([describe_scan(volume, spacing) for volume, _, spacing in seen])
     begin, pairs, used = time.monotonic(), [], []
     chosen = _evenly(held_out[0].identifiers, volumes)
@@ -110,12 +125,11 @@ def make_calibration(
         used.append(case)
         for style in range(styles):
             dataset = held_out[style % len(held_out)]
-            volume, label, spacing = block(*load(asked, dataset, case, number))
+            volume, label, spacing = block(*load(asked, dataset, case, num_structures))
             strength = style / max(1, styles - 1)
             volume, label, spacing = degrade(volume, label, spacing, strength, 1000 * place + style)
             pairs += pairs_of(asked, volume, label, spacing, known, case)
-    about = {"volumes": used, "styles": styles, "pairs": len(pairs)}
-    return calibrate(structures, known, usual, pairs, about)
+    return known, usual, pairs, {"volumes": used, "styles": styles, "pairs": len(pairs)}
 
 
 def pairs_of(

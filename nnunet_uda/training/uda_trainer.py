@@ -45,12 +45,14 @@ from nnunet_uda.data.target import (
 )
 from nnunet_uda.devices import open_device
 from nnunet_uda.errors import UDAError, print_without_traceback
+from nnunet_uda.files import write_json
 from nnunet_uda.foreign_plans import check_before_building, check_plans
 from nnunet_uda.losses.dice import soft_dice_loss
 from nnunet_uda.losses.prototypes import IGNORED
 from nnunet_uda.methods import settings_of
 from nnunet_uda.networks.instance_norm import use_fast_instance_norm
 from nnunet_uda.networks.recomputed import use_slim_blocks
+from nnunet_uda.quality.cases import FILE as QUALITY
 from nnunet_uda.training.background import outside_mask
 from nnunet_uda.training.checkpoint import (
     PREVIOUS,
@@ -63,6 +65,7 @@ from nnunet_uda.training.checkpoint import (
     write_checkpoint,
 )
 from nnunet_uda.training.cpu import keep_freed_memory, without_denormals
+from nnunet_uda.training.expectation import calibrate_trainer, expectation
 from nnunet_uda.training.log import in_columns, settings_table
 from nnunet_uda.training.model_choice import ModelChoice
 from nnunet_uda.training.pictures import plot_curves
@@ -669,6 +672,24 @@ class UDATrainer(StoppableTrainer):
             self.print_to_log_file(warning)
         if self.local_rank == 0:
             Path(self.output_folder, PREVIOUS).unlink(missing_ok=True)
+        if self.settings.quality_volumes:
+            self.on_first_rank(self._write_quality)
+
+    def _write_quality(self) -> None:
+        """Calibrate what is to be expected of the final weights, and say it of the target's training scans."""
+        if self.stop is not None:
+            self.stop.at_once = True  # the final checkpoint is written: with --c this is done again
+        self.print_to_log_file(f"Calibrating the quality estimate ({QUALITY}); setting quality_volumes=0 leaves it out")
+        self.network.eval()
+        self.networks.eval()
+        self.set_deep_supervision_enabled(False)
+        try:
+            asked, calibration = calibrate_trainer(self, self.print_to_log_file)
+            write_json(calibration.to_json(), join(self.output_folder, QUALITY))
+            if self.needs_target:
+                self.print_to_log_file(expectation(asked, calibration, self.target_dataset))
+        finally:
+            self.set_deep_supervision_enabled(self.enable_deep_supervision)
 
     def draw_pictures(self, path: Path) -> None:
         """Always the same whole slices: source | translated | label | prediction | target | prediction.
@@ -708,6 +729,8 @@ class UDATrainer(StoppableTrainer):
     def _write_checkpoint(self, filename: str, position: dict[str, Any]) -> None:
         if self._begins_anew and (former := set_former_aside(Path(self.output_folder))):
             self.print_to_log_file(f"An earlier training of this fold lay here; its checkpoint is now {former}")
+        if self._begins_anew:
+            Path(self.output_folder, QUALITY).unlink(missing_ok=True)  # it is of other weights
         self._begins_anew = False
         epochs = self.current_epoch + (self.within_epoch is None)
         write_checkpoint(checkpoint_of(self, epochs, position), filename)

@@ -1,0 +1,308 @@
+"""A trained model as one of nnU-Net's own, for who has neither this package nor its environment variables."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from contextlib import redirect_stdout
+from datetime import date
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import SimpleITK as sitk
+import torch
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+from nnunet_uda.data.convention import read_domains, read_json
+from nnunet_uda.errors import UDAError
+from nnunet_uda.evaluation.unsupervised import TrainedModel, open_model
+from nnunet_uda.files import sha256, write_json
+from nnunet_uda.foreign_plans import check_plans
+from nnunet_uda.images.intensities import Intensities, read_intensities
+from nnunet_uda.quality.cases import FILE as QUALITY
+from nnunet_uda.training.checkpoint import FINAL, read_checkpoint, write_checkpoint
+
+TRAINER = "nnUNetTrainer"
+CARD = "MODEL_CARD.md"
+KEPT_KEYS = (
+    "network_weights",
+    "init_args",
+    "inference_allowed_mirroring_axes",
+    "current_epoch",
+    "_best_ema",
+    "logging",
+)
+
+
+def stock_plans(plans: dict[str, Any]) -> dict[str, Any]:
+    """Plans without the settings of this package."""
+    return {key: value for key, value in plans.items() if key not in ("uda", "continue_training")}
+
+
+def stock_dataset(dataset_json: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in dataset_json.items() if key != "uda"}
+
+
+def check_plain(folder: Path, checkpoint: dict[str, Any], where: Path) -> None:
+    """Whether nnU-Net's own network takes the weights.
+
+    Raises:
+        UDAError: if it does not; it says what a receiver of the model needs.
+    """
+    plans = PlansManager(stock_plans(read_json(folder / "plans.json")))
+    dataset_json = read_json(folder / "dataset.json")
+    configuration = plans.get_configuration(checkpoint["init_args"]["configuration"])
+    channels = determine_num_input_channels(plans, configuration, dataset_json)
+    heads = plans.get_label_manager(dataset_json).num_segmentation_heads
+    with torch.device("meta"), redirect_stdout(StringIO()):
+        network = nnUNetTrainer.build_network_architecture(plans, configuration, channels, heads, False)
+    expected = {name: tuple(weight.shape) for name, weight in network.state_dict().items()}
+    found = {name: tuple(weight.shape) for name, weight in checkpoint["network_weights"].items()}
+    if expected != found:
+        trainer = checkpoint.get("trainer_name")
+        raise UDAError(
+            f"{where}: the network of {trainer} is not nnU-Net's plain one, so nnU-Net alone cannot predict with it. "
+            "Hand over the model as it is (nnUNetv2_export_model_to_zip): the receiver needs nnunet_uda "
+            '(pip install) and nnUNet_extTrainer="$(nnUNetUDA_trainers)"'
+        )
+
+
+def write_stock_model(folder: Path, folds: Sequence[str], checkpoint: str, results: Path) -> Path:
+    """Write the model below ``results`` as nnU-Net's own trainer would have; returns its folder.
+
+    Raises:
+        UDAError: no such checkpoint, or a network that is not nnU-Net's.
+    """
+    plans = read_json(folder / "plans.json")
+    check_plans(plans, folder / "plans.json")
+    dataset_json = read_json(folder / "dataset.json")
+    configuration = folder.name.rpartition("__")[2]
+    place = results / plans["dataset_name"] / f"{TRAINER}__{plans['plans_name']}__{configuration}"
+    place.mkdir(parents=True)
+    for fold in folds:
+        path = TrainedModel(folder, fold, checkpoint).path
+        if not path.is_file():
+            raise UDAError(f"{path} does not exist: there is no such model, or its training has not ended")
+        content = read_checkpoint(path)
+        check_plain(folder, content, path)
+        kept = {key: content[key] for key in KEPT_KEYS if key in content}
+        arguments = {**content["init_args"], "plans": stock_plans(plans), "dataset_json": stock_dataset(dataset_json)}
+        kept |= {"trainer_name": TRAINER, "init_args": arguments, "optimizer_state": {}, "grad_scaler_state": None}
+        (place / f"fold_{fold}").mkdir()
+        write_checkpoint(kept, place / f"fold_{fold}" / FINAL)
+        if (quality := folder / f"fold_{fold}" / QUALITY).is_file():
+            shutil.copyfile(quality, place / f"fold_{fold}" / QUALITY)
+    write_json(stock_plans(plans), place / "plans.json")
+    write_json(stock_dataset(dataset_json), place / "dataset.json")
+    if (fingerprint := folder / "dataset_fingerprint.json").is_file():
+        shutil.copyfile(fingerprint, place / fingerprint.name)
+    return place
+
+
+# -- the check ---------------------------------------------------------------------------------------------------------
+
+
+def predict_here(folder: Path, folds: Sequence[str], checkpoint: str, scans: Path, output: Path, device: Any) -> None:
+    """Predict a folder of scans in this process, with the model's own trainer and nnU-Net's settings."""
+    open_model(TrainedModel(folder, folds[0], checkpoint), device)  # its messages
+    from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+
+    predictor = nnUNetPredictor(device=device, allow_tqdm=False, perform_everything_on_device=device.type == "cuda")
+    output.mkdir()
+    with redirect_stdout(StringIO()):
+        predictor.initialize_from_trained_model_folder(str(folder), tuple(folds), checkpoint)
+        predictor.predict_from_files_sequential(str(scans), str(output), overwrite=True)
+
+
+def predict_as_a_receiver(results: Path, place: Path, folds: Sequence[str], scans: Path, output: Path,
+                          device: Any) -> None:  # fmt: skip
+    """``nnUNetv2_predict`` in a process that knows nothing of this package.
+
+    Raises:
+        UDAError: with nnU-Net's last words, if it fails.
+    """
+    plans_name, configuration = place.name.split("__")[1:]
+    environment = {key: value for key, value in os.environ.items() if key not in ("nnUNet_extTrainer",)
+                   and not key.startswith("NNUNET_UDA")}  # fmt: skip
+    environment |= {"nnUNet_results": str(results), "nnUNet_raw": str(results), "nnUNet_preprocessed": str(results)}
+    words = [
+        sys.executable, "-c", "from nnunetv2.inference.predict_from_raw_data import predict_entry_point as go; go()",
+        "-d", place.parent.name, "-tr", TRAINER, "-p", plans_name, "-c", configuration, "-f", *folds,
+        "-i", str(scans), "-o", str(output), "-device", device.type, "-npp", "1", "-nps", "1",
+        "--disable_progress_bar",
+    ]  # fmt: skip
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        last = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1:] or ["no message"]
+        raise UDAError(f"nnUNetv2_predict alone fails with the exported model: {last[0]}. Nothing was exported")
+
+
+def compare_segmentations(first: Path, second: Path, ending: str) -> tuple[int, int, int]:
+    """Scans, voxels, and voxels that differ, of two folders of predictions of the same scans."""
+    files = sorted(path.name for path in first.iterdir() if path.name.endswith(ending))
+    voxels = differ = 0
+    for name in files:
+        one, two = (sitk.GetArrayFromImage(sitk.ReadImage(str(folder / name))) for folder in (first, second))
+        if one.shape != two.shape:
+            raise UDAError(f"{name} has another shape when nnU-Net predicts it alone: {two.shape}, not {one.shape}")
+        voxels += one.size
+        differ += int(np.count_nonzero(one != two))
+    return len(files), voxels, differ
+
+
+# -- the card ----------------------------------------------------------------------------------------------------------
+
+
+def what_to_clip(dataset_json: dict[str, Any]) -> Intensities | None:
+    """What new scans of the target get before this package's trainers predict them, and nnU-Net's does not do."""
+    return read_intensities(dataset_json, "dataset.json of the model", "target")
+
+
+def clipping_words(intensities: Intensities) -> str:
+    """What the receiver must do, with the lines that do it."""
+    low, high = intensities.window or intensities.percentiles
+    if intensities.window is not None:
+        find = [f"low, high = {low}, {high}"]
+    else:
+        find = [
+            f'low = np.percentile(scan[scan != 0], {low:g}, method="lower")',
+            f'high = np.percentile(scan[scan != 0], {high:g}, method="higher")',
+        ]
+    lines = [
+        "import numpy as np, SimpleITK as sitk",
+        'image = sitk.ReadImage("scan.nii.gz")',
+        "scan = sitk.GetArrayFromImage(image).astype(np.float32)",
+        *find,
+        "clipped = np.clip(scan, low, high)",
+    ]
+    bottom, top = intensities.scale or (0.0, 0.0)
+    if intensities.scale is not None:
+        lines.append(f"clipped = {bottom:g} + (clipped - low) * ({top - bottom:g} / (high - low))")
+    if intensities.window is None:
+        lines.append(f"clipped = np.where(scan == 0, {bottom:g}, clipped).astype(np.float32)")
+    lines += [
+        "result = sitk.GetImageFromArray(clipped)",
+        "result.CopyInformation(image)",
+        'sitk.WriteImage(result, "clipped/CASE_0000.nii.gz")',
+    ]
+    code = "\n".join(f"    {line}" for line in lines)
+    return f"Clip every scan first ({intensities}); nnU-Net alone does not:\n\n{code}\n"
+
+
+def model_card(
+    folder: Path,
+    place: Path,
+    folds: Sequence[str],
+    checkpoint: str,
+    check: str,
+    quality: dict[str, Any] | None = None,
+) -> str:
+    """Markdown: what the model is, what it was trained on, how well it is expected to do, and how to use it.
+
+    Args:
+        folder: the trained model.
+        place: the exported one.
+        check: what was compared, in words.
+        quality: content of a quality report of ``nnUNetUDA_quality``.
+    """
+    plans, dataset_json = read_json(folder / "plans.json"), read_json(folder / "dataset.json")
+    content = read_checkpoint(TrainedModel(folder, folds[0], checkpoint).path)
+    configuration = folder.name.rpartition("__")[2]
+    name, uda = plans["dataset_name"], dataset_json.get("uda", {})
+    domains = read_domains(dataset_json) if {"source_domain", "target_domain"} <= set(uda) else None
+    settings = content.get("uda", {}).get("settings", {})
+    labels = [f"{value} {label}" for label, value in dataset_json["labels"].items()]
+    steps = f"{content['current_epoch']} epochs"
+    if settings:
+        steps += f" of {settings['iterations_per_epoch']} steps"
+    rows = [
+        ("Labels", ", ".join(labels)),
+        ("Channels", ", ".join(dataset_json["channel_names"].values())),
+        ("Labelled domain (source)", domains.source if domains else "not recorded"),
+        ("Domain to predict (target)", domains.target if domains else "not recorded"),
+        ("Labelled scans", f"{dataset_json.get('numTraining', 'not recorded')} of the source"),
+        ("Unlabelled scans", f"{uda.get('numTarget', 'not recorded')} of the target"),
+        ("Trainer", f"{content['trainer_name']} (nnunet_uda), fold(s) {', '.join(folds)}, {checkpoint}"),
+        ("Schedule", steps),
+        ("Configuration", f"{configuration}, spacing {plans['configurations'][configuration].get('spacing')} mm, patch "
+                          f"{plans['configurations'][configuration].get('patch_size')}"),
+        ("Exported", f"{date.today().isoformat()}; {check}"),
+    ]  # fmt: skip
+    clip = what_to_clip(dataset_json)
+    blocks = [
+        f"# Model card: {name}",
+        f"Segments {domains.target if domains else 'scans'} with labels learnt from "
+        f"{domains.source if domains else 'another domain'}, without a label of the domain that it predicts. A stock "
+        "model of nnU-Net v2: it needs no other package and no environment variable of another.",
+        "\n".join(["| | |", "| --- | --- |", *(f"| {key} | {_cell(value)} |" for key, value in rows)]),
+        "## Use",
+        f"    nnUNetv2_install_pretrained_model_from_zip {name}.zip\n"
+        f"    nnUNetv2_predict -d {name} -tr {TRAINER} -p {plans['plans_name']} -c {configuration} "
+        f"-f {' '.join(folds)} -i scans/ -o predictions/",
+        clipping_words(clip) if clip else "Scans go in as they are.",
+        "## Validation",
+        _validation(folder, folds, domains),
+        "## Expected quality",
+        _expected(folder, folds, quality),
+        "## Limits",
+        "- No label of the domain to predict was used, neither to train nor to choose a checkpoint. Test the model on "
+        "labelled scans of your own before you rely on it.\n"
+        "- Scanners, sequences, ages and diseases that are not among the scans above may be segmented worse, without a "
+        "sign of it.\n"
+        "- Not a medical device: not for diagnosis or treatment.",
+        "## Checkpoints",
+        "\n".join(f"- fold {fold}: sha256 {sha256(place / f'fold_{fold}' / FINAL)}" for fold in folds),
+        "## To fill in",
+        "- Licence of the weights: ...\n- Licences and sources of the scans: ...\n- Patients (age, sex, disease) and "
+        "scanners: ...\n- Contact: ...",
+    ]
+    return "\n\n".join(blocks) + "\n"
+
+
+def _cell(value: Any) -> str:
+    return str(value).replace("|", "\\|").replace("\n", " ")
+
+
+def _validation(folder: Path, folds: Sequence[str], domains: Any) -> str:
+    lines = []
+    for fold in folds:
+        summary = folder / f"fold_{fold}" / "validation" / "summary.json"
+        if not summary.is_file():
+            continue
+        mean = read_json(summary).get("foreground_mean", {}).get("Dice")
+        mean = f"{mean:.3f}" if isinstance(mean, float) else "not defined"
+        about = summary.with_name("about.json")
+        on = read_json(about)["validated_on"] if about.is_file() else (
+            f"{domains.source if domains else 'source'} validation cases, not the domain to predict"
+        )  # fmt: skip
+        lines.append(f"- fold {fold}: Dice {mean} on {on}")
+    return "\n".join(lines) or "No final validation was run."
+
+
+def _expected(folder: Path, folds: Sequence[str], quality: dict[str, Any] | None) -> str:
+    blocks = []
+    if quality is not None:
+        known = [case["overall"] for case in quality["cases"] if case["overall"]["dice"] is not None]
+        counts = [f"{sum(case['overall']['verdict'] == verdict for case in quality['cases'])} {verdict}"
+                  for verdict in ("good", "look at it", "failed")]  # fmt: skip
+        if known:
+            dice, low, high = (float(np.mean([each[key] for each in known])) for key in ("dice", "low", "high"))
+            blocks.append(
+                f"Estimated without labels on {len(quality['cases'])} scan(s) of the target: Dice {dice:.2f} "
+                f"({low:.2f} to {high:.2f}); {', '.join(counts)}."
+            )
+    path = folder / f"fold_{folds[0]}" / QUALITY
+    if path.is_file():
+        about = read_json(path).get("about", {})
+        blocks.append(
+            f"{QUALITY} in the fold's folder is the calibration of nnUNetUDA_quality (nnunet_uda), which estimates the "
+            f"Dice of each case; made on {about.get('calibrated_on', 'source cases')} in random styles."
+        )
+    return "\n\n".join(blocks) or "Not estimated: see nnUNetUDA_quality of nnunet_uda."

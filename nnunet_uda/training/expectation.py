@@ -1,0 +1,89 @@
+"""What a training says at its end of the quality of its segmentations: ``quality.json`` and one line."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+
+from nnunet_uda.quality.asked import Asked
+from nnunet_uda.quality.calibration import Calibration
+from nnunet_uda.quality.cases import CaseQuality, load, make_calibration, quality_of_volume
+from nnunet_uda.training.translated_dataset import TranslatedDataset
+
+if TYPE_CHECKING:
+    from nnunet_uda.training.uda_trainer import UDATrainer
+
+SECONDS = 600.0
+"""After which no further calibration volume is begun."""
+TARGETS = 6
+"""Target scans that the line at the end is of, at most."""
+
+
+def calibrate_trainer(trainer: UDATrainer, log: Callable[[str], None]) -> tuple[Asked, Calibration]:
+    """Calibrate a trainer's network on its source validation cases, half of them translated where it translates.
+
+    The network must be in evaluation mode, with deep supervision off.
+    """
+    asked = Asked(_predictor(trainer), {}, {})
+    held_out: list[Any] = [trainer.validation_dataset]
+    if trainer.translates:
+        held_out.append(_translated(trainer))
+    calibration = make_calibration(
+        asked,
+        trainer.structures,
+        trainer.training_dataset,
+        held_out,
+        trainer.target_dataset if trainer.needs_target else None,
+        volumes=trainer.settings.quality_volumes,
+        seconds=SECONDS,
+        log=log,
+    )
+    seen = "that it has trained on" if trainer.fold == "all" else "that it has not trained on"
+    calibration.about["calibrated_on"] = f"{len(calibration.about['volumes'])} labelled cases {seen}"
+    return asked, calibration
+
+
+def expectation(asked: Asked, calibration: Calibration, targets: Any) -> str:
+    """One line of what is to be expected of ``targets``, a preprocessed dataset whose labels nobody reads."""
+    number = min(TARGETS, len(targets.identifiers))
+    cases = [targets.identifiers[index * len(targets.identifiers) // number] for index in range(number)]
+    found = []
+    for case in cases:
+        volume, _, spacing = load(asked, targets, case, len(calibration.structures))
+        found.append(quality_of_volume(case, asked, calibration, volume, spacing)[0])
+    return expectation_line(found)
+
+
+def expectation_line(found: list[CaseQuality]) -> str:
+    """The mean estimate and range, how many are doubtful, and where to look first."""
+    known = [each for each in found if not math.isnan(each.overall.dice)]
+    if not known:
+        return f"Expected on the target: nothing is found in {len(found)} training scan(s)"
+    dice, low, high = (np.mean([getattr(each.overall, part) for each in known]) for part in ("dice", "low", "high"))
+    doubtful = sum(each.overall.verdict != "good" for each in found)
+    worst = min(known, key=lambda each: each.overall.dice)
+    first = f": {worst.reasons[0]}" if worst.reasons else ""
+    return (
+        f"Expected on the target, without its labels: Dice {dice:.2f} ({low:.2f} to {high:.2f}), {doubtful} of "
+        f"{len(found)} training scan(s) in doubt. Look first at {worst.case}{first}"
+    )
+
+
+def _predictor(trainer: UDATrainer) -> nnUNetPredictor:
+    predictor = nnUNetPredictor(use_mirroring=False, device=trainer.device, perform_everything_on_device=False,
+                                allow_tqdm=False)  # fmt: skip
+    predictor.manual_initialization(
+        trainer.network, trainer.plans_manager, trainer.configuration_manager, None, trainer.dataset_json,
+        type(trainer).__name__, trainer.inference_allowed_mirroring_axes,
+    )  # fmt: skip
+    return predictor
+
+
+def _translated(trainer: UDATrainer) -> TranslatedDataset:
+    patch_size = trainer.configuration_manager.patch_size
+    dataset = TranslatedDataset(trainer.dataset_class, trainer._translated, patch_size, trainer.device)
+    return dataset(trainer.preprocessed_dataset_folder, list(trainer.validation_dataset.identifiers))
