@@ -107,6 +107,8 @@ def test_a_structure_cut_off_by_the_scan_may_be_small():
     cut = describe_shapes(ball(18)[7:], SPACING, 1)[0]
     inside = describe_shapes(ball(9), SPACING, 1)[0]
     assert shape_deviations(cut, known)["size_bound"] == 1 > shape_deviations(inside, known)["size_bound"]
+    assert shape_deviations(cut, known)["roundness"] == shape_deviations(cut, known)["place"] == 0
+    assert shape_deviations(inside, known)["roundness"] > 0
 
 
 # -- signals -----------------------------------------------------------------------------------------------------------

@@ -136,8 +136,9 @@ def shape_deviations(shape: dict[str, Any], known: dict[str, Any]) -> dict[str, 
 
     Returns:
         ``size`` (signed), ``size_bound`` (the best Dice that a mask of this size can have with one of a plausible size,
-        2 v / (v + V)), ``roundness``, ``place``, ``contacts`` (share of the surface that lies at other neighbours than
-        the source's spread allows), ``pieces`` (share outside of the largest component beyond the source's).
+        2 v / (v + V)), ``roundness``, ``place`` (both 0 where the scan cuts the structure off), ``contacts`` (share of
+        the surface that lies at other neighbours than the source's spread allows), ``pieces`` (share outside of the
+        largest component beyond the source's).
     """
     size = _log_size(shape, known["open"])
     median, spread = known["size"]
@@ -145,7 +146,8 @@ def shape_deviations(shape: dict[str, Any], known: dict[str, Any]) -> dict[str, 
     low, high = min(low, median - 2 * spread) - spread / 2, max(high, median + 2 * spread) + spread / 2
     cut = any(touches and not is_open for touches, is_open in zip(shape["touches"], known["open"], strict=True))
     beyond = max(size - high, 0.0 if cut else low - size, 0.0)
-    roundness = _units(math.log(max(shape["roundness"], 1e-3)), known["roundness"])
+    roundness = 0.0 if cut else _units(math.log(max(shape["roundness"], 1e-3)), known["roundness"])
+    place = max(_units(part, of) for part, of in zip(shape["place"], known["place"], strict=True))
     excess = [
         max(0.0, abs(share - middle) - 2 * width)
         for share, (middle, width) in zip(shape["contacts"], known["contacts"], strict=True)
@@ -154,7 +156,7 @@ def shape_deviations(shape: dict[str, Any], known: dict[str, Any]) -> dict[str, 
         "size": float(np.clip((size - median) / spread, -MOST, MOST)),
         "size_bound": 2 / (1 + math.exp(beyond)),
         "roundness": roundness,
-        "place": max(_units(part, of) for part, of in zip(shape["place"], known["place"], strict=True)),
+        "place": 0.0 if cut else place,
         "contacts": min(1.0, sum(excess)),
         "pieces": max(0.0, known["largest_share"] - shape["largest_share"]),
     }
