@@ -86,7 +86,7 @@ def test_deviations_bound_the_dice_by_the_volume():
     assert usual["size_bound"] == 1 and usual["pieces"] == 0 and usual["place"] < 1
     assert large["size"] > 3 and small["size"] < -3
     assert large["size_bound"] < 0.85 and small["size_bound"] < 0.4
-    moved = shape_deviations(describe_shapes(ball(18, (8, 10, 22)), SPACING, 1)[0], known)
+    moved = shape_deviations(describe_shapes(ball(18, (8, 11, 21)), SPACING, 1)[0], known)
     assert moved["size_bound"] == 1 and moved["place"] > 1.5
 
 
