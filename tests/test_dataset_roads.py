@@ -26,7 +26,8 @@ def vendor(tmp_path_factory) -> dict[str, str]:
 
 CONFIGURE = [
     "-patch_size", "32", "32", "-batch_size", "2", "-base_features", "4", "-max_features", "8", "-stages", "3", "-set",
-    "num_epochs=1", "iterations_per_epoch=1", "val_iterations_per_epoch=1", "mirror=false", "cisfa.generator_width=4",
+    "num_epochs=1", "iterations_per_epoch=1", "val_iterations_per_epoch=1", "mirror=false", "quality_volumes=0",
+    "cisfa.generator_width=4",
     "cisfa.generator_blocks=1", "cisfa.discriminator_width=4", "cisfa.patches=16",
 ]  # fmt: skip
 

@@ -35,7 +35,8 @@ TINY = {
     "SIZE": "-slice_size 32 32 -batch_size 4 -base_features 4 -max_features 8 -stages 3",
     "SET": " ".join(
         [
-            "num_epochs=1", "iterations_per_epoch=1", "val_iterations_per_epoch=1", "cisfa.generator_width=4",
+            "num_epochs=1", "iterations_per_epoch=1", "val_iterations_per_epoch=1", "quality_volumes=0",
+            "cisfa.generator_width=4",
             "cisfa.generator_blocks=1", "cisfa.discriminator_width=4", "cisfa.patches=16",
             "similarity_prototypes.embedding_dim=8", "similarity_prototypes.discriminator_width=4",
             "similarity_prototypes.warmup_epochs=0", "uuds.warmup_epochs=0",
