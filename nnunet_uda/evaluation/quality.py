@@ -15,7 +15,7 @@ from torch import Tensor
 
 from nnunet_uda.data.case import preprocess_case
 from nnunet_uda.data.convention import environment_folder, read_json
-from nnunet_uda.data.target import target_folder
+from nnunet_uda.data.target import TargetDataset, target_folder
 from nnunet_uda.errors import UDAError
 from nnunet_uda.evaluation.unsupervised import TrainedModel, dataset_of, open_model
 from nnunet_uda.files import write_json
@@ -121,7 +121,7 @@ def preprocessed_source(plans: PlansManager, configuration: Any, fold: str) -> t
     of_target = target_folder(base, configuration)
     targets = None
     if of_target.is_dir() and any(of_target.glob("*.pkl")):
-        targets = infer_dataset_class(str(of_target))(str(of_target))
+        targets = TargetDataset(str(of_target))
     return labelled, held_out, targets, words
 
 
