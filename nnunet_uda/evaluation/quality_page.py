@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from nnunet_uda.evaluation.overlays import draw_overlay, label_colours
+from nnunet_uda.evaluation.overlays import draw_overlay
 from nnunet_uda.evaluation.report import jsonable
+from nnunet_uda.palette import label_colours
 
 GAP = 4
 """Pixels between the planes of a thumbnail."""
