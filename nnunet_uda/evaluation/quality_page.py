@@ -53,7 +53,7 @@ def thumbnail(
         strip[top : top + panel.shape[0], start : start + panel.shape[1]] = panel
         start += panel.shape[1] + GAP
     buffer = io.BytesIO()
-    imsave(buffer, strip, format="jpeg", pil_kwargs={"quality": 70})
+    imsave(buffer, strip, format="jpeg", pil_kwargs={"quality": 75, "subsampling": 0})
     return base64.b64encode(buffer.getvalue()).decode()
 
 
