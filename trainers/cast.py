@@ -41,9 +41,10 @@ RAMP_SHARE = 0.1
 class CASTSettings(StyleAugmentationSettings):
     """Settings under ``uda.cast``; those of random styles are RandomStyleTrainer's.
 
-    Self-training begins after ``start_share`` of the epochs; its loss has the weight ``self_training_weight``. With
-    ``intensity_labels`` the teacher's opinion of an image is corrected by the image's intensities. A pixel is learned
-    where the confidence is over ``confidence`` times how sure it is of that class, relative to the surest class
+    Self-training begins after ``start_share`` of the epochs: late, because a teacher that has not learned enough
+    teaches its errors. Its loss has the weight ``self_training_weight``. With ``intensity_labels`` the teacher's
+    opinion of an image is corrected by the image's intensities. A pixel is learned where the confidence is over
+    ``confidence`` times how sure it is of that class, relative to the surest class
     (``losses.pseudo_label.class_thresholds``). ``target_style_probability`` is the share of target images that the
     student sees in a random style; it must see most as they are, or it never learns the target's own contrast.
     ``teacher_horizon`` is the share of the schedule's steps over which the teacher averages the student, so that short
@@ -51,7 +52,7 @@ class CASTSettings(StyleAugmentationSettings):
     """
 
     self_training: bool = True
-    start_share: float = 0.4
+    start_share: float = 0.7
     self_training_weight: float = 1.0
     intensity_labels: bool = True
     confidence: float = 0.9
