@@ -18,6 +18,7 @@ from nnunet_uda.evaluation.quality import estimate_quality
 from nnunet_uda.evaluation.quality_page import thumbnail, write_page
 from nnunet_uda.evaluation.unsupervised import unlabelled_images
 from nnunet_uda.quality.calibration import Calibration
+from nnunet_uda.training.expectation import seconds_for
 
 
 @pytest.fixture
@@ -163,6 +164,24 @@ def test_a_training_writes_its_calibration_and_says_what_to_expect(in_workspace)
     (log,) = Path(trainer.output_folder).glob("training_log_*.txt")
     assert "Expected on the target" in log.read_text()
     assert trainer.plain_network.decoder.deep_supervision
+
+
+def test_a_training_ends_well_where_the_estimate_cannot_be_made(in_workspace, monkeypatch):
+    def fails(*_):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr("nnunet_uda.training.uda_trainer.calibrate_trainer", fails)
+    trainer = make_trainer("RandomStyleTrainer", quality_volumes=1, num_epochs=1)
+    trainer.run_training()
+    folder = Path(trainer.output_folder)
+    assert (folder / "checkpoint_final.pth").is_file() and not (folder / "quality.json").exists()
+    (log,) = folder.glob("training_log_*.txt")
+    assert "WARNING: no quality estimate was made: out of memory. nnUNetUDA_quality makes it later" in log.read_text()
+    assert trainer.plain_network.decoder.deep_supervision
+
+
+def test_the_estimate_takes_a_small_part_of_the_trainings_time():
+    assert [seconds_for(training) for training in (0, 100, 2000, 1e6)] == [30, 30, 100, 600]
 
 
 def test_a_training_begun_anew_forgets_the_former_calibration(model):

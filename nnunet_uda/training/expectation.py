@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -17,16 +18,23 @@ from nnunet_uda.training.translated_dataset import TranslatedDataset
 if TYPE_CHECKING:
     from nnunet_uda.training.uda_trainer import UDATrainer
 
-SECONDS = 600.0
-"""After which no further calibration volume is begun."""
+SHARE, SHORTEST, LONGEST = 0.05, 30.0, 600.0
+"""Of the training's time, and in seconds: after it no further calibration volume or target scan is begun."""
 TARGETS = 6
 """Target scans that the line at the end is of, at most."""
 
 
-def calibrate_trainer(trainer: UDATrainer, log: Callable[[str], None]) -> tuple[Asked, Calibration]:
+def seconds_for(training: float) -> float:
+    """How many seconds may be spent behind a training of ``training`` seconds."""
+    return min(LONGEST, max(SHORTEST, SHARE * training))
+
+
+def calibrate_trainer(
+    trainer: UDATrainer, log: Callable[[str], None], seconds: float = LONGEST
+) -> tuple[Asked, Calibration]:
     """Calibrate a trainer's network on its source validation cases, half of them translated where it translates.
 
-    The network must be in evaluation mode, with deep supervision off.
+    The network must be in evaluation mode, with deep supervision off. After ``seconds`` no further case is begun.
     """
     asked = Asked(_predictor(trainer), {}, {})
     held_out: list[Any] = [trainer.validation_dataset]
@@ -39,7 +47,7 @@ def calibrate_trainer(trainer: UDATrainer, log: Callable[[str], None]) -> tuple[
         held_out,
         trainer.target_dataset if trainer.needs_target else None,
         volumes=trainer.settings.quality_volumes,
-        seconds=SECONDS,
+        seconds=seconds,
         log=log,
     )
     seen = "that it has trained on" if trainer.fold == "all" else "that it has not trained on"
@@ -47,14 +55,20 @@ def calibrate_trainer(trainer: UDATrainer, log: Callable[[str], None]) -> tuple[
     return asked, calibration
 
 
-def expectation(asked: Asked, calibration: Calibration, targets: Any) -> str:
-    """One line of what is to be expected of ``targets``, a preprocessed dataset whose labels nobody reads."""
+def expectation(asked: Asked, calibration: Calibration, targets: Any, seconds: float = LONGEST) -> str:
+    """One line of what is to be expected of ``targets``, a preprocessed dataset whose labels nobody reads.
+
+    After ``seconds`` no further scan is begun.
+    """
+    begin = time.monotonic()
     number = min(TARGETS, len(targets.identifiers))
     cases = [targets.identifiers[index * len(targets.identifiers) // number] for index in range(number)]
     found = []
     for case in cases:
         volume, _, spacing = load(asked, targets, case, len(calibration.structures))
         found.append(quality_of_volume(case, asked, calibration, volume, spacing)[0])
+        if time.monotonic() - begin > seconds:
+            break
     return expectation_line(found)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -65,7 +66,7 @@ from nnunet_uda.training.checkpoint import (
     write_checkpoint,
 )
 from nnunet_uda.training.cpu import keep_freed_memory, without_denormals
-from nnunet_uda.training.expectation import calibrate_trainer, expectation
+from nnunet_uda.training.expectation import calibrate_trainer, expectation, seconds_for
 from nnunet_uda.training.log import in_columns, settings_table
 from nnunet_uda.training.model_choice import ModelChoice
 from nnunet_uda.training.pictures import plot_curves
@@ -494,6 +495,7 @@ class UDATrainer(StoppableTrainer):
             super().run_training()
 
     def on_train_start(self):
+        self._began = time.monotonic()
         self.on_first_rank(self.mend_results)
         self._refuse_other_settings()
         if not self.was_initialized:
@@ -683,11 +685,14 @@ class UDATrainer(StoppableTrainer):
         self.network.eval()
         self.networks.eval()
         self.set_deep_supervision_enabled(False)
+        seconds = seconds_for(time.monotonic() - self._began)
         try:
-            asked, calibration = calibrate_trainer(self, self.print_to_log_file)
+            asked, calibration = calibrate_trainer(self, self.print_to_log_file, seconds)
             write_json(calibration.to_json(), join(self.output_folder, QUALITY))
             if self.needs_target:
-                self.print_to_log_file(expectation(asked, calibration, self.target_dataset))
+                self.print_to_log_file(expectation(asked, calibration, self.target_dataset, seconds))
+        except (UDAError, RuntimeError, ValueError) as error:  # the training is done, and is worth more than this
+            self.print_to_log_file(f"WARNING: no quality estimate was made: {error}. nnUNetUDA_quality makes it later")
         finally:
             self.set_deep_supervision_enabled(self.enable_deep_supervision)
 
