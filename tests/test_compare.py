@@ -232,7 +232,7 @@ REFUSED = [
     (["-f", "0", "0"], "-f: a value is given twice"),
     (["-f", "first"], "-f takes folds' numbers"),
     (["-seeds", "1", "1"], "-seeds: a value is given twice"),
-    (["-tr", "AbsentTrainer"], "Could not find requested nnunet trainer"),
+    (["-tr", "AbsentTrainer"], "-tr AbsentTrainer: no trainer of that name"),
     (["-p", "absent"], "absent.json does not exist"),
     (["-c", "3d_lowres"], "no configuration '3d_lowres'"),
     (["-jobs", "0"], "-jobs must be at least 1"),

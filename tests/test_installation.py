@@ -20,7 +20,7 @@ NAMES = [
     "UUDSTrainer", "UUDSAdversarialTrainer", "UUDSNoDomainPromptTrainer", "UUDSNoSegmentationPromptTrainer",
     "UUDSNoUncertaintyTrainer",
     "CASTTrainer", "CASTNoSelfTrainingTrainer", "RandomStyleTrainer", "CUTTrainer", "EntMinTrainer",
-    "ADVENTTrainer",
+    "ADVENTTrainer", "LabelledTargetTrainer",
 ]  # fmt: skip
 FIND = f"""
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name

@@ -186,8 +186,10 @@ def test_bounds_know_them(labelled):
 
 
 def test_training_on_them_alone_needs_some(in_workspace):
+    trainer = make_trainer("LabelledTargetTrainer")
     with pytest.raises(UDAError, match="dataset.json names none.*-few"):
-        make_trainer("LabelledTargetTrainer").get_tr_and_val_datasets()
+        trainer.initialize()
+        trainer.get_tr_and_val_datasets()
 
 
 def test_a_fold_never_trains_on_its_test_scans_labels(labelled):

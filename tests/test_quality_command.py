@@ -131,7 +131,7 @@ def test_a_prediction_of_another_dataset_is_refused(model, in_workspace, tmp_pat
     words = ["-m", str(model), "-i", str(folder), "-p", str(tmp_path / "predictions"), "-o", str(tmp_path / "q")]
     with pytest.raises(SystemExit):
         command.main([*words, "-device", "cpu"])
-    assert "ct_Ts00.nii.gz holds the label" in capsys.readouterr().err
+    assert "ct_Ts00.nii.gz holds the value(s) 3, 6; expected" in capsys.readouterr().err
 
 
 def test_several_folds_are_asked_and_how_far_they_agree_counts(model, in_workspace, tmp_path):

@@ -15,6 +15,7 @@ from nnunet_uda.dataset_conversion.case import Case, Group
 from nnunet_uda.dataset_conversion.dataset import write_dataset
 from nnunet_uda.dataset_conversion.quicklook import draw_quicklook, obliquity, slices, window
 from nnunet_uda.images.reading import LabelMap
+from nnunet_uda.palette import structure_colour
 
 SPACING = (1.0, 2.0, 4.0)
 
@@ -81,7 +82,7 @@ def test_window_and_obliquity(scan):
 
 def coloured(picture: np.ndarray) -> np.ndarray:
     """Where a picture in grey has the first structure's colour (0 to 1)."""
-    return (np.abs(picture[..., :3] - np.array([239, 71, 61]) / 255) < 0.02).all(axis=-1)
+    return (np.abs(picture[..., :3] - np.array(structure_colour(0)) / 255) < 0.02).all(axis=-1)
 
 
 def test_picture_shows_labels_in_their_row_alone(tmp_path, scan, label):

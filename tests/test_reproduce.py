@@ -157,7 +157,7 @@ def test_commands_parse_and_use_what_earlier_ones_made(commands, parse, monkeypa
                 for value in values:
                     check_uda(merge_uda({}, dict([parse_assignment(f"{name}={value}")])), shlex.join(words))
         elif words[0] == "nnUNetUDA_evaluate":
-            runs = dict(run.split("=") for run in args.p)
+            runs = dict(run.split("=") for run in args.predictions)
             assert {args.lower, args.upper} <= set(runs)
             scored |= {folder.replace("{fold}", str(fold)) for folder in runs.values() for fold in args.f or [0]}
         else:

@@ -109,7 +109,7 @@ REFUSED = [
     (["-vary", "mirror", "true", "-f", "first"], "-f takes a fold's number"),
     (["-vary", "mirror", "true", "-c", "3d_lowres"], "no configuration '3d_lowres'"),
     (["-vary", "mirror", "true", "-p", "absent"], "absent.json does not exist"),
-    (["-vary", "mirror", "true", "-tr", "AbsentTrainer"], "Could not find requested nnunet trainer"),
+    (["-vary", "mirror", "true", "-tr", "AbsentTrainer"], "-tr AbsentTrainer: no trainer of that name"),
     (["-vary", "mirror", "true", "-tr", "nnUNetTrainer_1epoch"], "does not read the settings"),
     (["-vary", "cisfa.foreground_weight", "2", "-tr", "CISFANoWeightTrainer"], "fixes it to 1.0"),
 ]  # fmt: skip

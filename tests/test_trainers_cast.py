@@ -90,11 +90,13 @@ def test_the_teacher_sees_target_images_as_they_are_and_the_student_restyled(in_
     assert len(studied) == 2 and torch.equal(studied[0], source[1:]) and torch.equal(studied[1], styled[1:])
 
 
-def test_a_step_takes_half_a_batch_of_each_domain_and_the_patches_on_structures(in_workspace):
+def test_a_step_takes_half_a_batch_of_each_domain_its_last_patch_included(in_workspace):
     source, target = torch.arange(5.0)[:, None], torch.arange(10.0, 15)[:, None]
     half, label, other = half_of_each(source, [source, source * 2], target)
-    assert half.flatten().tolist() == [3, 4] and other.flatten().tolist() == [13, 14]
-    assert [scale.flatten().tolist() for scale in label] == [[3, 4], [6, 8]]
+    assert half.flatten().tolist() == [0, 2, 4] and other.flatten().tolist() == [10, 12, 14]
+    assert [scale.flatten().tolist() for scale in label] == [[0, 2, 4], [0, 4, 8]]
+    half, label, _ = half_of_each(source[:4], source[:4], target)
+    assert half.flatten().tolist() == label.flatten().tolist() == [1, 3]
     one, label, other = half_of_each(source[:1], source[:1], target[:1])
     assert len(one) == len(label) == len(other) == 1
     trainer = started(num_epochs=10)  # before self-training

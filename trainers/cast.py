@@ -198,13 +198,15 @@ class CASTTrainer(UDATrainer):
 def half_of_each(
     source: Tensor, label: Tensor | list[Tensor], target: Tensor
 ) -> tuple[Tensor, Tensor | list[Tensor], Tensor]:
-    """The last half of a source batch and its labels, where nnU-Net puts the patches on structures, and of a target's.
+    """Every other patch of a source batch, its labels, and a target batch: the last, the last but two, and so on.
 
-    At least one patch of each.
+    nnU-Net puts patches on structures last, so they have the same share in the half as in the whole.
     """
-    labels = [scale[-max(1, len(scale) // 2) :] for scale in label] if isinstance(label, list) else None
-    source, target = (batch[-max(1, len(batch) // 2) :] for batch in (source, target))
-    return source, label[-len(source) :] if labels is None else labels, target
+
+    def half(batch: Tensor) -> Tensor:
+        return batch[(len(batch) - 1) % 2 :: 2]
+
+    return half(source), [half(scale) for scale in label] if isinstance(label, list) else half(label), half(target)
 
 
 class CASTNoSelfTrainingTrainer(CASTTrainer):
