@@ -38,8 +38,8 @@ for index in range(6):
     shift = random.uniform(-0.3, 0.3, 2)
     label = ((x - shift[0]) ** 2 + (y - shift[1]) ** 2 + z**2 < 0.25).astype(np.uint8)
     noise = random.normal(0, 20, label.shape)
-    write(work / "bright" / f"{index}.nii.gz", (300 + 400 * label + noise).astype(np.float32))
-    write(work / "dark" / f"{index}.nii.gz", (700 - 400 * label + noise).astype(np.float32))
+    write(work / "bright" / f"{index}.nii.gz", (300 + 400.0 * label + noise).astype(np.float32))
+    write(work / "dark" / f"{index}.nii.gz", (700 - 400.0 * label + noise).astype(np.float32))
     write(work / "labels" / f"{index}.nii.gz", label)
 
 # %% [markdown]
