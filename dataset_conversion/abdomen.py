@@ -49,10 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-source", choices=("ct", "mr"), required=True, help="modality whose labels are used")
     parser.add_argument("-target", choices=("ct", "mr"), required=True, help="modality to adapt to")
     parser.add_argument("-sequence", choices=MR_SEQUENCES, default="t2spir", help="CHAOS's MR sequence [t2spir]")
-    parser.add_argument(
-        "-structures", nargs="+", choices=chaos.STRUCTURES, default=list(chaos.STRUCTURES), metavar="NAME",
-        help=f"classes 1, 2, ... among {', '.join(chaos.STRUCTURES)} [all, in this order]",
-    )  # fmt: skip
+    protocols.add_structures(parser, chaos.STRUCTURES, "all, in this order")
     protocols.add_arguments(parser, "13")
     add_common_arguments(parser)
 

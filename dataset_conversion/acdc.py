@@ -157,10 +157,7 @@ def _chosen_frame(folder: Path, frame: str, frames: list[int], strict: bool, war
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-i", type=Path, required=True, metavar="VENDOR_TREE", help="folder with training and testing")
     parser.add_argument("-frame", choices=FRAMES, default="ed", help="end of diastole or of systole [ed]")
-    parser.add_argument(
-        "-structures", nargs="+", choices=tuple(VALUES), default=list(VALUES), metavar="NAME",
-        help=f"classes 1, 2, ... among {', '.join(VALUES)} [all]",
-    )  # fmt: skip
+    protocols.add_structures(parser, tuple(VALUES))
     protocols.add_supervised_arguments(parser, "7", "101 to 150")
     add_common_arguments(parser)
 

@@ -108,10 +108,7 @@ def find_domain(tree: Path, label_map: LabelMap) -> Domain:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-i", type=Path, required=True, metavar="VENDOR_TREE", help="folder with RawData/Training")
-    parser.add_argument(
-        "-structures", nargs="+", choices=tuple(VALUES), default=list(VALUES), metavar="NAME",
-        help=f"classes 1, 2, ... among {', '.join(VALUES)} [all]",
-    )  # fmt: skip
+    protocols.add_structures(parser, tuple(VALUES))
     protocols.add_supervised_arguments(parser, "9", "none")
     add_common_arguments(parser)
 

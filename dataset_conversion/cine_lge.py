@@ -52,10 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-source", choices=DOMAINS, default="cine", help="domain whose labels are used [cine]")
     parser.add_argument("-target", choices=DOMAINS, default="lge", help="domain to adapt to [lge]")
     parser.add_argument("-frame", choices=acdc.FRAMES, default="ed", help="cine: end of diastole or of systole [ed]")
-    parser.add_argument(
-        "-structures", nargs="+", choices=STRUCTURES, default=list(STRUCTURES), metavar="NAME",
-        help=f"classes 1, 2 among {', '.join(STRUCTURES)} [both, in this order]",
-    )  # fmt: skip
+    protocols.add_structures(parser, STRUCTURES, "both, in this order")
     protocols.add_arguments(parser, "101, or P007", vendor="ACDC and EMIDEC", kind=emidec.number)
     add_common_arguments(parser)
 

@@ -118,10 +118,7 @@ def with_drawn_test(domain: Domain, seed: int) -> Domain:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-i", type=Path, required=True, metavar="VENDOR_TREE", help="folder with Case_P001, ...")
-    parser.add_argument(
-        "-structures", nargs="+", choices=tuple(VALUES), default=list(VALUES), metavar="NAME",
-        help=f"classes 1, 2, ... among {', '.join(VALUES)} [all]",
-    )  # fmt: skip
+    protocols.add_structures(parser, tuple(VALUES))
     protocols.add_supervised_arguments(parser, "P007 N012", "a third, drawn", number)
     add_common_arguments(parser)
 

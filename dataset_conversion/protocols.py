@@ -54,6 +54,14 @@ def number(text: str) -> str:
     return str(int(text))
 
 
+def add_structures(parser: argparse.ArgumentParser, names: Sequence[str], default: str = "all") -> None:
+    """Option -structures: which of ``names``, all by default, are the classes 1, 2, ...; ``default`` says so."""
+    parser.add_argument(
+        "-structures", nargs="+", choices=tuple(names), default=list(names), metavar="NAME",
+        help=f"classes 1, 2, ... among {', '.join(names)} [{default}]",
+    )  # fmt: skip
+
+
 def add_arguments(
     parser: argparse.ArgumentParser, example: str, vendor: str | None = None, kind: Callable[[str], str] = number
 ) -> None:

@@ -1,8 +1,16 @@
-"""The report page: inline style and script, ``@@NAME@@`` where ``report.write_html`` puts content."""
+"""Pages in one file: what they share, and the report's, ``@@NAME@@`` where ``write_filled`` puts content."""
 
 from __future__ import annotations
 
-PAGE = r"""<!doctype html>
+import html
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from nnunet_uda.palette import RGB
+
+HEAD = r"""<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
@@ -10,7 +18,36 @@ PAGE = r"""<!doctype html>
 <meta http-equiv="Content-Security-Policy"
  content="default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'">
 <title>@@TITLE@@</title>
-<style>
+"""
+"""The beginning of every page, up to its style; nothing is asked for from elsewhere."""
+
+
+def write_filled(
+    path: Path, page: str, title: str, colours: Mapping[str, RGB], data: Any, parts: Mapping[str, str]
+) -> None:
+    """Write ``HEAD`` and ``page`` with their content.
+
+    Args:
+        path: the file to write.
+        page: HTML behind ``HEAD``, with @@LEGEND@@, @@DATA@@ and the names of ``parts``.
+        title: its heading, plain text.
+        colours: of the legend, by structure.
+        data: what the script reads, as JSON can say it.
+        parts: HTML by name.
+    """
+    legend = "".join(
+        f'<span><i style="background:rgb{tuple(colour)}"></i>{html.escape(name)}</span>'
+        for name, colour in colours.items()
+    )
+    # "<" escaped, so that no name can end the script element
+    script = json.dumps(data, allow_nan=False).replace("<", "\\u003c")
+    content = {"TITLE": html.escape(title), "LEGEND": legend, "DATA": script, **parts}
+    pieces = (HEAD + page).split("@@")  # text, name, text, name, ..., text
+    text = "".join(content[piece] if index % 2 else piece for index, piece in enumerate(pieces))
+    path.write_text(text, "utf-8", "backslashreplace")
+
+
+PAGE = r"""<style>
 :root { color-scheme: light dark; --ink: #1d2433; --soft: #5d6679; --line: #dde1e9; --tint: #f5f6f9; --accent: #2456c7;
   --paper: #fff; --edge: #c4cad6; --first: 5.6em; }
 @media (prefers-color-scheme: dark) {

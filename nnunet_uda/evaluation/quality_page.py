@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import html
 import io
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from nnunet_uda.evaluation.overlays import draw_overlay
+from nnunet_uda.evaluation.page import write_filled
 from nnunet_uda.evaluation.report import jsonable
 from nnunet_uda.palette import label_colours
 
@@ -91,30 +91,12 @@ def write_page(
             for case in cases
         ],
     }
-    legend = "".join(
-        f'<span><i style="background:rgb{tuple(colour)}"></i>{html.escape(name)}</span>'
-        for name, colour in zip(structures, label_colours(structures).values(), strict=True)
-    )
-    parts = {
-        "TITLE": html.escape(title),
-        "NOTES": "".join(f"<p>{html.escape(note)}</p>" for note in notes),
-        "LEGEND": legend,
-        "DATA": json.dumps(jsonable(data), allow_nan=False).replace("<", "\\u003c"),
-    }
-    pieces = PAGE.split("@@")
-    text = "".join(parts[piece] if index % 2 else piece for index, piece in enumerate(pieces))
-    path.write_text(text, "utf-8", "backslashreplace")
+    colours = dict(zip(structures, label_colours(structures).values(), strict=True))
+    sentences = "".join(f"<p>{html.escape(note)}</p>" for note in notes)
+    write_filled(path, PAGE, title, colours, jsonable(data), {"NOTES": sentences})
 
 
-PAGE = r"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy"
- content="default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'">
-<title>@@TITLE@@</title>
-<style>
+PAGE = r"""<style>
 :root { color-scheme: light dark; --ink: #1d2433; --soft: #545d70; --line: #d5dae4; --paper: #fff; --tint: #f3f5f9;
   --good: #0072b2; --look: #a86f00; --failed: #b84300; --bar: #8b95a8; --accent: #2456c7; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e6e9f0; --soft: #a9b1c1; --line: #3a4150; --paper: #14171d;

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from nnunet_uda.evaluation.metrics import METRICS
-from nnunet_uda.evaluation.page import PAGE
+from nnunet_uda.evaluation.page import PAGE, write_filled
 from nnunet_uda.evaluation.tables import MEAN, Volume
 from nnunet_uda.names import spreadsheet_cell
 from nnunet_uda.palette import RUNS
@@ -299,21 +299,11 @@ def write_html(
         "overlays": overlays,
         "colours": {"runs": RUNS, "structures": list(colours.values())},
     }
-    legend = "".join(
-        f'<span><i style="background:rgb{tuple(colour)}"></i>{html.escape(name)}</span>'
-        for name, colour in colours.items()
-    )
     parts = {
-        "TITLE": html.escape(_title(setup)),
         "DESCRIPTION": "<br>".join(html.escape(text) for text in (_description(setup), *setup["notes"])),
         "TABLES": "".join(html_table(table) for table in tables),
         "VOLUMES": html_table(volume_table(runs)),
         "RULES": "".join(f"<p>{html.escape(rule)}</p>" for rule in RULES),
-        "LEGEND": legend,
         "OVERLAY_NOTE": html.escape(overlay_note),
-        # "<" escaped, so that no name can end the script element
-        "DATA": json.dumps(jsonable(data), allow_nan=False).replace("<", "\\u003c"),
     }
-    pieces = PAGE.split("@@")  # text, name, text, name, ..., text
-    text = "".join(parts[piece] if i % 2 else piece for i, piece in enumerate(pieces))
-    path.write_text(text, "utf-8", "backslashreplace")
+    write_filled(path, PAGE, _title(setup), colours, jsonable(data), parts)
