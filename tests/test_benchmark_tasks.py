@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from conftest import REPOSITORY
+from support.folders import use_folders
 
 from nnunet_uda.commands.convert import main as convert_main
 from nnunet_uda.errors import UDAError
@@ -209,8 +210,7 @@ def test_the_real_scans_make_these_datasets(tasks, tmp_path, monkeypatch, name, 
     data = Path(DATA)
     if not (data / tasks.TASKS[name].scans).is_dir():
         pytest.skip(f"{data / tasks.TASKS[name].scans} does not exist")
-    for variable in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
-        monkeypatch.setenv(variable, str(tmp_path / variable))
+    use_folders(monkeypatch, tmp_path)
     for _ in range(2):  # again, as after a stop
         commands = tasks.conversions(name, tmp_path, data)
     (words,) = (words for words in commands if f"Dataset{of(words, '-d')[0]}_{of(words, '-name')[0]}" == dataset)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from conftest import litter
 from support.btcv import save
+from support.folders import refusal, use_folders
 from support.scans import load, names
 
 from nnunet_uda.commands.convert import main
@@ -51,8 +52,7 @@ def made(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def tree(made, tmp_path, monkeypatch) -> Path:
-    for variable in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
-        monkeypatch.setenv(variable, str(tmp_path / variable))
+    use_folders(monkeypatch, tmp_path)
     return Path(shutil.copytree(made, tmp_path / "vendor"))
 
 
@@ -62,10 +62,7 @@ def convert(tree: Path, *options: str, source: str = "ct", target: str = "mr", d
 
 
 def refused(capsys, *arguments, **options) -> str:
-    with pytest.raises(SystemExit) as exit_:
-        convert(*arguments, **options)
-    assert exit_.value.code == 1
-    return capsys.readouterr().err.split("ERROR: ")[1]
+    return refusal(capsys, convert, *arguments, **options)
 
 
 def ids(modality: str, *numbers: int) -> list[str]:

@@ -15,6 +15,7 @@ import pytest
 import SimpleITK as sitk
 from conftest import litter
 from support.brats import FOLDERS, LPS, SHAPE, brain, case_folder, file, make_case, make_tree, save, tumour
+from support.folders import refusal, use_folders
 
 from nnunet_uda.commands.convert import main
 from nnunet_uda.dataset_conversion.brats import NAMINGS, PATIENTS
@@ -26,8 +27,7 @@ RAS = (-1.0, 0, 0, 0, -1.0, 0, 0, 0, 1.0)
 
 @pytest.fixture
 def raw(tmp_path, monkeypatch) -> Path:
-    for variable in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
-        monkeypatch.setenv(variable, str(tmp_path / variable))
+    use_folders(monkeypatch, tmp_path)
     return tmp_path / "nnUNet_raw"
 
 
@@ -65,10 +65,7 @@ def read(path: Path) -> dict:
 
 
 def refused(capsys, tree: Path, *options: str, **keywords: str) -> str:
-    with pytest.raises(SystemExit) as exit_:
-        convert(tree, *options, **keywords)
-    assert exit_.value.code == 1
-    return capsys.readouterr().err.split("ERROR: ")[1]
+    return refusal(capsys, convert, tree, *options, **keywords)
 
 
 # --- the split --------------------------------------------------------------------------------------------------------

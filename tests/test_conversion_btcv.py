@@ -13,6 +13,7 @@ import SimpleITK as sitk
 from conftest import litter
 from support.btcv import MADE, SHAPE, make_btcv, organs, renumbered, save, scan
 from support.dicom import shorter
+from support.folders import refusal, use_folders
 from support.scans import names
 
 from nnunet_uda.commands.convert import main
@@ -27,8 +28,7 @@ def made(tmp_path_factory) -> Path:
 @pytest.fixture
 def tree(made, tmp_path, monkeypatch) -> Path:
     """A copy of the tree for one test, with nnU-Net's folders beside it."""
-    for variable in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
-        monkeypatch.setenv(variable, str(tmp_path / variable))
+    use_folders(monkeypatch, tmp_path)
     return Path(shutil.copytree(made, tmp_path / "vendor"))
 
 
@@ -38,10 +38,7 @@ def convert(tree: Path, *options: str, d: str = "520") -> Path:
 
 
 def refused(capsys, *arguments, **options) -> str:
-    with pytest.raises(SystemExit) as exit_:
-        convert(*arguments, **options)
-    assert exit_.value.code == 1
-    return capsys.readouterr().err.split("ERROR: ")[1]
+    return refusal(capsys, convert, *arguments, **options)
 
 
 def test_round_trip_of_all_organs(tree):

@@ -27,6 +27,7 @@ from support.chaos import (
     stored,
 )
 from support.dicom import edit, shorter
+from support.folders import refusal, use_folders
 from support.scans import load, names
 
 from nnunet_uda.commands.convert import main
@@ -43,8 +44,7 @@ def made(tmp_path_factory) -> Path:
 @pytest.fixture
 def tree(made, tmp_path, monkeypatch) -> Path:
     """A copy of the tree for one test, with nnU-Net's folders beside it."""
-    for variable in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
-        monkeypatch.setenv(variable, str(tmp_path / variable))
+    use_folders(monkeypatch, tmp_path)
     return Path(shutil.copytree(made, tmp_path / "vendor"))
 
 
@@ -57,10 +57,7 @@ def convert(tree: Path, *options: str, source: str = "ct", target: str = "t2spir
 
 
 def refused(capsys, *arguments, **options) -> str:
-    with pytest.raises(SystemExit) as exit_:
-        convert(*arguments, **options)
-    assert exit_.value.code == 1
-    return capsys.readouterr().err.split("ERROR: ")[1]
+    return refusal(capsys, convert, *arguments, **options)
 
 
 # --- what is written --------------------------------------------------------------------------------------------------
@@ -313,8 +310,7 @@ def test_existing_dataset(tree, capsys):
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="NNUNET_UDA_TEST_DATA is not set, or holds no CHAOS: no real CT case")
 def test_real_case(tmp_path, monkeypatch):
-    for variable in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
-        monkeypatch.setenv(variable, str(tmp_path / variable))
+    use_folders(monkeypatch, tmp_path)
     tree = make_chaos(tmp_path / "vendor", mr=(1, 2), ct=())
     (tree / "Train_Sets/CT").mkdir()
     (tree / "Train_Sets/CT/3").symlink_to(REAL)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from conftest import litter
 from support.btcv import save
+from support.folders import refusal, use_folders
 from support.scans import load, names
 
 from nnunet_uda.commands.convert import main
@@ -72,8 +73,7 @@ def made(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def trees(made, tmp_path, monkeypatch) -> Path:
-    for variable in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
-        monkeypatch.setenv(variable, str(tmp_path / variable))
+    use_folders(monkeypatch, tmp_path)
     return Path(shutil.copytree(made, tmp_path / "vendor"))
 
 
@@ -86,10 +86,7 @@ def convert(trees: Path, name: str, *options: str, d: str = "540") -> Path:
 
 
 def refused(capsys, *arguments, **options) -> str:
-    with pytest.raises(SystemExit) as exit_:
-        convert(*arguments, **options)
-    assert exit_.value.code == 1
-    return capsys.readouterr().err.split("ERROR: ")[1]
+    return refusal(capsys, convert, *arguments, **options)
 
 
 def patient(trees: Path, number: int) -> Path:

@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 from conftest import two_geometries
+from support.folders import use_folders
 
 from nnunet_uda.commands import convert
 from nnunet_uda.dataset_conversion.case import Case, Group
@@ -60,8 +61,7 @@ def save(image: sitk.Image, path: Path) -> Path:
 
 @pytest.fixture
 def raw(tmp_path, monkeypatch) -> Path:
-    for variable in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
-        monkeypatch.setenv(variable, str(tmp_path / variable))
+    use_folders(monkeypatch, tmp_path)
     return tmp_path / "nnUNet_raw"
 
 

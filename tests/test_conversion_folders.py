@@ -13,6 +13,7 @@ import pytest
 import SimpleITK as sitk
 from conftest import litter
 from support.dicom import DIRECTIONS, write_series
+from support.folders import use_folders
 from support.rtstruct import save_rtstruct
 
 from nnunet_uda.commands.convert import main
@@ -38,8 +39,7 @@ def organs(*values: int) -> np.ndarray:
 
 @pytest.fixture
 def data(tmp_path, monkeypatch) -> Path:
-    for variable in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
-        monkeypatch.setenv(variable, str(tmp_path / variable))
+    use_folders(monkeypatch, tmp_path)
     for i in range(3):
         save(tmp_path / "si" / f"a{i}.nii.gz", i)
         save(tmp_path / "sl" / f"a{i}.nrrd", array=organs(5, 1))
@@ -486,8 +486,7 @@ def test_real_ct_to_mr(tmp_path, monkeypatch, capsys):
     real = Path(os.environ["NNUNET_UDA_TEST_DATA"]) / "totalseg"
     if not real.is_dir():
         pytest.skip(f"{real} is absent")
-    for variable in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
-        monkeypatch.setenv(variable, str(tmp_path / variable))
+    use_folders(monkeypatch, tmp_path)
     main(
         [
             "folders", "-d", "510", "-source", "CT", "-target", "MR", "-np", "1", "--ignore_other_labels",

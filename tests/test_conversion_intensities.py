@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import SimpleITK as sitk
+from support.folders import use_folders
 from support.reproduce import make_vendor_trees
 from support.scans import body
 
@@ -42,8 +43,7 @@ def load(path: Path) -> np.ndarray:
 
 @pytest.fixture
 def data(tmp_path, monkeypatch) -> Path:
-    for variable in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
-        monkeypatch.setenv(variable, str(tmp_path / variable))
+    use_folders(monkeypatch, tmp_path)
     for i in range(2):
         save(tmp_path / "ct" / f"a{i}.nii.gz", body(i))
         save(tmp_path / "mr" / f"b{i}.nii.gz", mr(i))
@@ -206,8 +206,7 @@ def test_the_organs_of_a_real_ct_lie_apart(tmp_path, monkeypatch):
     files = Path(DATA or "", "totalseg")
     if not files.is_dir():
         pytest.skip(f"{files} does not exist")
-    for variable in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
-        monkeypatch.setenv(variable, str(tmp_path / variable))
+    use_folders(monkeypatch, tmp_path)
     main(
         [
             "folders",
@@ -279,8 +278,7 @@ def vendor(tmp_path_factory) -> dict[str, str]:
     ],
 )
 def test_every_converter(vendor, tmp_path, monkeypatch, words, source, target):
-    for variable in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
-        monkeypatch.setenv(variable, str(tmp_path / variable))
+    use_folders(monkeypatch, tmp_path)
     main([*(vendor.get(word, word) for word in words.split()), "-d", "511", "-np", "1"])
     out = next((tmp_path / "nnUNet_raw").iterdir())
     found = recorded(out, "source")

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 from conftest import litter
+from support.folders import refusal, use_folders
 from support.mmwhs import DIRECTIONS, IDS, SHAPE, heart, save
 
 from nnunet_uda.commands.convert import main
@@ -19,8 +20,7 @@ from nnunet_uda.dataset_conversion.mmwhs import VALUES, border_pieces
 
 @pytest.fixture
 def tree(tmp_path, monkeypatch) -> Path:
-    for variable in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
-        monkeypatch.setenv(variable, str(tmp_path / variable))
+    use_folders(monkeypatch, tmp_path)
     for modality, ids in IDS.items():
         folder = tmp_path / "vendor" / f"{modality}_train"
         folder.mkdir(parents=True)
@@ -50,10 +50,7 @@ def load(path: Path) -> np.ndarray:
 
 
 def refused(capsys, *arguments, **options) -> str:
-    with pytest.raises(SystemExit) as exit_:
-        convert(*arguments, **options)
-    assert exit_.value.code == 1
-    return capsys.readouterr().err.split("ERROR: ")[1]
+    return refusal(capsys, convert, *arguments, **options)
 
 
 def test_sifa_split_both_directions(tree):

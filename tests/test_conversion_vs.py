@@ -17,6 +17,7 @@ import SimpleITK as sitk
 from conftest import litter
 from pydicom import dcmread
 from pydicom.dataset import Dataset
+from support.folders import use_folders
 from support.rtstruct import save_rtstruct
 from support.vs import NUMBERS, ROLES, direction, make_tcia, outline, save_series, scan, structures, tumour, uid
 
@@ -123,8 +124,7 @@ def pristine(tmp_path_factory) -> Callable[[str], Path]:
 
 @pytest.fixture
 def root(tmp_path, monkeypatch) -> Path:
-    for variable in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
-        monkeypatch.setenv(variable, str(tmp_path / variable))
+    use_folders(monkeypatch, tmp_path)
     return tmp_path
 
 

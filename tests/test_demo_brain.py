@@ -11,6 +11,7 @@ import pytest
 import SimpleITK as sitk
 from conftest import litter
 from scipy.ndimage import binary_erosion
+from support.folders import use_folders
 
 from nnunet_uda.commands.convert import main as convert_main
 from nnunet_uda.demo.brain import STRUCTURES, TISSUES, convert_command, main, make_brains, render
@@ -136,8 +137,7 @@ def test_a_seed_decides_everything(heads: Path, tmp_path: Path) -> None:
 
 
 def test_the_printed_commands_convert(heads: Path, tmp_path: Path, monkeypatch, capsys) -> None:
-    for variable in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
-        monkeypatch.setenv(variable, str(tmp_path / variable))
+    use_folders(monkeypatch, tmp_path)
     main(["-i", str(heads), "-o", str(tmp_path / "out"), "-seed", "1"])
     commands = [shlex.split(line) for line in capsys.readouterr().out.splitlines() if line.startswith("nnUNetUDA")]
     assert [words[3] for words in commands] == ["531", "533", "532", "534"]

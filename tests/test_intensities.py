@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 from conftest import litter, two_geometries
+from support.folders import use_folders
 from support.scans import body
 
 from nnunet_uda.commands.convert import main as convert
@@ -308,8 +309,7 @@ def test_broken_parameters(found):
 
 @pytest.fixture
 def scans(tmp_path, monkeypatch) -> Path:
-    for variable in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
-        monkeypatch.setenv(variable, str(tmp_path / variable))
+    use_folders(monkeypatch, tmp_path)
     for i in range(3):
         save(image_of(brain(i)), tmp_path / "scans" / f"new{i}_0000.nii.gz")
     return tmp_path / "scans"

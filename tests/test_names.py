@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 from matplotlib.image import imread
+from support.folders import use_folders
 
 from nnunet_uda.commands import evaluate, fold_images, pseudo_labels
 from nnunet_uda.data import convention
@@ -136,8 +137,7 @@ def test_what_is_no_fold(fold):
 
 @pytest.mark.parametrize("what", ["structures", "channels", "domain", "name", "case"])
 def test_every_converter_refuses_what_is_no_name(bad, what, tmp_path, monkeypatch):
-    for variable in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
-        monkeypatch.setenv(variable, str(tmp_path / variable))
+    use_folders(monkeypatch, tmp_path)
     given = {"structures": "liver", "channels": "intensity", "domain": "MR", "name": "X", "case": "a"} | {what: bad}
     cases = [Case(given["case"], (tmp_path / "a.nii.gz",), tmp_path / "l.nii.gz")]
     groups = [Group(given["domain"], cases, "imagesTr", "labelsTr")]

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 from matplotlib.image import imread
+from support.folders import use_folders
 
 from nnunet_uda.dataset_conversion import dataset as conversion
 from nnunet_uda.dataset_conversion.case import Case, Group
@@ -99,8 +100,7 @@ def test_picture_shows_labels_in_their_row_alone(tmp_path, scan, label):
 
 @pytest.fixture
 def dataset(tmp_path, monkeypatch, scan, label) -> list[Group]:
-    for variable in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
-        monkeypatch.setenv(variable, str(tmp_path / variable))
+    use_folders(monkeypatch, tmp_path)
     cases = {}
     for name in ("few", "many", "t", "u"):
         sitk.WriteImage(scan, str(tmp_path / f"{name}.nii.gz"))

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import SimpleITK as sitk
+from support.folders import use_folders
 
 from nnunet_uda import plans
 from nnunet_uda.commands import configure, preprocess
@@ -128,8 +129,7 @@ def test_a_new_scan_whose_thick_axis_lies_elsewhere(spacing, trained, transpose,
 
 
 def convert(folder: Path, monkeypatch, scans: dict[str, list[sitk.Image]], *options: str) -> dict:
-    for variable in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
-        monkeypatch.setenv(variable, str(folder / variable))
+    use_folders(monkeypatch, folder)
     for domain, images in scans.items():
         for i, scan in enumerate(images):
             label = sitk.GetImageFromArray((np.indices((5, 12, 10)).sum(0) % 5 == 0).astype(np.uint8))
