@@ -386,6 +386,15 @@ def make_trainer(
     return trainer_class(content, configuration, fold, dataset, torch.device("cpu"))
 
 
+def written_model(trainer) -> Path:
+    """The folder of a trainer's model, complete for prediction, with its present weights as the final ones."""
+    folder = Path(trainer.output_folder_base)
+    for name, content in (("plans", trainer.plans_manager.plans), ("dataset", trainer.dataset_json)):
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    trainer.save_checkpoint(str(Path(trainer.output_folder, "checkpoint_final.pth")))
+    return folder
+
+
 def weights(trainer) -> dict[str, torch.Tensor]:
     """All weights of a trainer: the segmenter's and every other network's."""
     return {**trainer.plain_network.state_dict(), **trainer.networks.state_dict()}

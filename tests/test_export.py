@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
-from conftest import make_trainer, write_volume
+from conftest import make_trainer, write_volume, written_model
 
 from nnunet_uda.commands import export
 from nnunet_uda.errors import UDAError
@@ -26,11 +26,7 @@ def trained_folder(trainer_name: str, **settings) -> Path:
     """A model's folder with the weights of a training that was begun, as good as another for what is tested here."""
     trainer = make_trainer(trainer_name, **settings)
     trainer.initialize()
-    folder = Path(trainer.output_folder_base)
-    for name, content in (("plans", trainer.plans_manager.plans), ("dataset", trainer.dataset_json)):
-        (folder / f"{name}.json").write_text(json.dumps(content))
-    trainer.save_checkpoint(str(Path(trainer.output_folder, "checkpoint_final.pth")))
-    return folder
+    return written_model(trainer)
 
 
 def test_an_exported_model_is_nnunets_own_and_predicts_the_same(in_workspace, tmp_path, monkeypatch, capsys):

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import make_trainer
+from conftest import make_trainer, written_model
 
 from nnunet_uda.commands import quality as command
 from nnunet_uda.evaluation.quality import estimate_quality
@@ -27,11 +27,7 @@ def model(in_workspace) -> Path:
     trainer = make_trainer("RandomStyleTrainer")
     trainer.initialize()
     trainer.do_split()
-    folder = Path(trainer.output_folder_base)
-    for name, content in (("plans", trainer.plans_manager.plans), ("dataset", trainer.dataset_json)):
-        (folder / f"{name}.json").write_text(json.dumps(content))
-    trainer.save_checkpoint(str(Path(trainer.output_folder, "checkpoint_final.pth")))
-    return folder
+    return written_model(trainer)
 
 
 def scans(workspace, tmp_path: Path, number: int = 2) -> Path:
