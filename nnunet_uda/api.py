@@ -55,11 +55,14 @@ def plan(dataset: int | str, *configurations: str, num_processes: int = 2) -> Pa
     """
     from nnunetv2.experiment_planning.plan_and_preprocess_api import extract_fingerprints, plan_experiments, preprocess
 
+    from nnunet_uda.plans import planning
+
     name = dataset_name(str(dataset))
     number = int(name[7:10])
     chosen = configurations or ("2d",)
     extract_fingerprints([number], num_processes=num_processes, check_dataset_integrity=True)
-    plan_experiments([number])
+    with planning():
+        plan_experiments([number])
     preprocess([number], configurations=chosen, num_processes=[num_processes] * len(chosen))
     return environment_folder("nnUNet_preprocessed") / name
 

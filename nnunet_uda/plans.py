@@ -6,13 +6,15 @@ own name. nnU-Net copies that file into the results: a run is described by files
 
 from __future__ import annotations
 
-import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from nnunetv2.experiment_planning.experiment_planners.network_topology import get_pool_and_conv_props
+from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 from nnunetv2.utilities.json_export import recursive_fix_for_json_export
 
 from nnunet_uda.data.convention import check_splits, environment_folder, read_json
@@ -21,6 +23,7 @@ from nnunet_uda.errors import UDAError
 from nnunet_uda.foreign_plans import find_in_nnunet
 from nnunet_uda.methods import check_uda, find_methods
 from nnunet_uda.settings import describe_settings
+from nnunet_uda.workers import environment
 
 PLANES = {"axial": [0, 1, 2], "coronal": [1, 0, 2], "sagittal": [2, 0, 1]}
 """``transpose_forward`` of images that nnU-Net's reader has reoriented to RAS, whose array axes are (S, A, R)."""
@@ -257,8 +260,6 @@ def replan_plane(dataset: str, plans: dict[str, Any], plane: str, name: str) -> 
             f"{dataset}'s raw dataset.json and plan again"
         )
     planner_class = find_in_nnunet("experiment_planner_used", plans["experiment_planner_used"], f"plans of {dataset}")
-    if os.environ.get("nnUNet_n_proc_DA") == "0":
-        raise UDAError("nnU-Net cannot plan with nnUNet_n_proc_DA=0: unset it, and set it again for training")
     forward = PLANES[plane]
 
     class PlanePlanner(planner_class):
@@ -270,4 +271,12 @@ def replan_plane(dataset: str, plans: dict[str, Any], plane: str, name: str) -> 
 
     PlanePlanner.__name__ = planner_class.__name__  # recorded in the plans, and looked up in nnU-Net by name
     planner = PlanePlanner(dataset, plans_name=name)
-    return planner.plan_experiment()
+    with planning():
+        return planner.plan_experiment()
+
+
+@contextmanager
+def planning() -> Iterator[None]:
+    """nnU-Net's planner takes ``nnUNet_n_proc_DA`` for its number of threads, and 0 (load in this process) for none."""
+    with environment("nnUNet_n_proc_DA", str(max(1, get_allowed_n_proc_DA()))):
+        yield

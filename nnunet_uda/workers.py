@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from multiprocessing import get_context
 from typing import Any
 
@@ -29,6 +30,20 @@ def wished_threads() -> int:
     """Threads for work on the CPU: OMP_NUM_THREADS where that is a number, else this process's cores."""
     threads = os.environ.get("OMP_NUM_THREADS", "")
     return int(threads) if threads.isdigit() and int(threads) else usable_cores()
+
+
+@contextmanager
+def environment(variable: str, value: str) -> Iterator[None]:
+    """The environment variable has this value inside."""
+    before = os.environ.get(variable)
+    os.environ[variable] = value
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[variable]
+        else:
+            os.environ[variable] = before
 
 
 def end_with(parent: int) -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from conftest import draw_case, write_volume
+from nnunetv2.experiment_planning import plan_and_preprocess_api
+from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 from numpy.random import default_rng
 
 import nnunet_uda
@@ -93,6 +96,18 @@ def test_from_a_planned_dataset_to_scores(in_workspace, tmp_path):
     scores = api.evaluate({"source only": out}, tmp_path / "evaluation", dataset=501, np=1, slices=1)
     assert [volume["case"] for volume in scores["volumes"]["source only"]] == ["ct_Ts00", "ct_Ts01"]
     assert Path(tmp_path, "evaluation", "evaluation.html").is_file()
+
+
+@pytest.mark.parametrize(("before", "threads"), [("0", 1), ("2", 2)])
+def test_planning_has_a_thread_where_training_loads_in_its_own_process(in_workspace, monkeypatch, before, threads):
+    """nnU-Net's planner fails with ``nnUNet_n_proc_DA=0``."""
+    seen = []
+    monkeypatch.setenv("nnUNet_n_proc_DA", before)
+    monkeypatch.setattr(plan_and_preprocess_api, "plan_experiments", lambda _: seen.append(get_allowed_n_proc_DA()))
+    for name in ("extract_fingerprints", "preprocess"):
+        monkeypatch.setattr(plan_and_preprocess_api, name, lambda *_, **__: None)
+    assert api.plan(501, num_processes=1) == in_workspace.preprocessed / "Dataset501_Blobs"
+    assert seen == [threads] and os.environ["nnUNet_n_proc_DA"] == before
 
 
 def test_a_signal_is_a_uda_error_too(in_workspace, monkeypatch):

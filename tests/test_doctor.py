@@ -56,6 +56,13 @@ def test_what_is_wrong_has_a_line_and_a_status(healthy, monkeypatch, capsys, cha
     assert any(line.startswith(WRONG) and text in line for line in said.out.splitlines()), said.out
 
 
+@pytest.mark.parametrize("value", ["0", "2"])
+def test_what_planning_fails_with_is_noted(monkeypatch, value):
+    monkeypatch.setenv("nnUNet_n_proc_DA", value)
+    noted = [finding.state for finding in doctor.devices() if finding.what == "nnUNet_n_proc_DA"]
+    assert noted == ([NOTE] if value == "0" else [])
+
+
 def test_a_trainer_of_the_users_that_cannot_be_imported(healthy, monkeypatch, capsys):
     (healthy / "mine").mkdir()
     (healthy / "mine" / "broken.py").write_text("import nothing_of_this_name\n")

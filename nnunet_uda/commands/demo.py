@@ -90,7 +90,7 @@ def main(argv: list[str] | None = None) -> None:
 
     demo.say("Plan and preprocess")
     demo.run("nnUNetv2_plan_and_preprocess", "-d", "501", "511", "-c", "2d", "--verify_dataset_integrity", "-npfp", "1",
-             "-np", "1")  # fmt: skip
+             "-np", "1", nnUNet_n_proc_DA="1")  # fmt: skip
     demo.run("nnUNetUDA_preprocess", "-d", "501", "-c", "2d", "-np", "1")
     for dataset in ("501", "511"):
         demo.run("nnUNetUDA_configure", "-d", dataset, "-p", PLANS, *NETWORK, "-set", *SETTINGS, f"seed={args.seed}")

@@ -92,6 +92,9 @@ def devices() -> Iterator[Finding]:
         yield Finding(NOTE, "device", f"no CUDA device: {other} (-device cpu; nnUNetUDA_configure -preset cpu)")
     threads = os.environ.get("OMP_NUM_THREADS", "not set")
     yield Finding(OK, "cores", f"{usable_cores()} usable, OMP_NUM_THREADS {threads}: {wished_threads()} thread(s)")
+    if os.environ.get("nnUNet_n_proc_DA") == "0":
+        text = "0: nnUNetv2_plan_and_preprocess fails with it. Set it for training alone"
+        yield Finding(NOTE, "nnUNet_n_proc_DA", text)
 
 
 def finder() -> Iterator[Finding]:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -140,17 +138,3 @@ def refuse_empty_labels(dataset: nnUNetBaseDataset, labels: Sequence[int], folde
         f"{folder}: none of the {len(dataset.identifiers)} labelled training cases of fold {fold} holds a foreground "
         "voxel; expected a structure of dataset.json in at least one of them. Check labelsTr and the label values"
     )
-
-
-@contextmanager
-def environment(variable: str, value: str) -> Iterator[None]:
-    """The environment variable has this value inside."""
-    before = os.environ.get(variable)
-    os.environ[variable] = value
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[variable]
-        else:
-            os.environ[variable] = before

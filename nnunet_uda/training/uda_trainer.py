@@ -77,7 +77,6 @@ from nnunet_uda.training.streams import (
     Unlabelled,
     allowed_mirroring,
     check_source_fold,
-    environment,
     make_loader,
     reduced,
     refuse_empty_labels,
@@ -85,6 +84,7 @@ from nnunet_uda.training.streams import (
 from nnunet_uda.training.trainer_state import check_checkpoint, checkpoint_of, restore
 from nnunet_uda.training.translated_dataset import translated_validation
 from nnunet_uda.training.updates import Updates, adam, frozen
+from nnunet_uda.workers import environment
 
 __all__ = ["NonFiniteLossError", "UDATrainer", "adam", "frozen", "middle_slice"]
 
