@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
+from importlib.metadata import entry_points
 from pathlib import Path
 
 import numpy as np
 import pytest
 import SimpleITK as sitk
-from conftest import TRAINERS
+from conftest import TRAINERS, call
 from support.plans import plans
 
 from nnunet_uda.commands import (
@@ -27,6 +29,7 @@ from nnunet_uda.commands import (
 
 JSON = {"channel_names": {"0": "x"}, "labels": {"background": 0, "a": 1}, "numTraining": 1, "file_ending": ".nii.gz",
         "uda": {"source_domain": "A", "target_domain": "B"}}  # fmt: skip
+COMMANDS = [entry for entry in entry_points(group="console_scripts") if entry.name.startswith("nnUNetUDA_")]
 
 
 @pytest.fixture
@@ -137,3 +140,12 @@ def test_an_argument_is_refused_before_work_begins(work, monkeypatch, capsys, ma
     error = capsys.readouterr().err
     assert stopped.value.code == 1 and text in error and "Traceback" not in error, error
     assert sorted(work.rglob("*")) == before
+
+
+@pytest.mark.parametrize("name", sorted({entry.name for entry in COMMANDS} - {"nnUNetUDA_clip"}))
+def test_every_command_reads_its_own_words_and_turns_errors_into_a_message(name):
+    """As the console script calls it, without arguments."""
+    [main] = [entry.load() for entry in COMMANDS if entry.name == name]
+    assert hasattr(main, "__wrapped__"), "decorated with nnunet_uda.errors.command"
+    done = call(name, (name, "--no_such_option"), {**os.environ})
+    assert done.returncode == 2 and f"usage: {name}" in done.stderr, done.stderr

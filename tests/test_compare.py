@@ -191,6 +191,13 @@ def test_methods_seeds_folds_and_bounds_are_planned(in_workspace, tmp_path):
     assert compare.plan_plans(methods, arguments)[DATASET, None]["plans_name"] == "tiny", "the plans as they are"
 
 
+def test_a_bound_among_the_trainers_has_one_row(in_workspace):
+    arguments = parse("-lower", "SourceOnlyTrainer", "-upper", "SupervisedTrainer:501")
+    arguments.tr = ["SourceOnlyTrainer", "CISFATrainer", "SupervisedTrainer"]
+    labels = [method.label for method in compare.find_methods(arguments)]
+    assert labels == [LOWER, "CISFATrainer", UPPER]
+
+
 def test_a_bound_trained_elsewhere_is_tested_on_this_target(tmp_path, monkeypatch):
     for name in (DATASET, "Dataset502_Back", "Dataset511_Upper", "Dataset512_UpperBack"):
         make_raw_dataset(tmp_path / "raw", name, num_source=1, num_target=1, num_test=1, size=(2, 6, 6))

@@ -3,12 +3,26 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import runpy
+import shlex
+import subprocess
 import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
-from conftest import REPOSITORY
+import yaml
+from conftest import REPOSITORY, TRAINERS
+from packaging.specifiers import SpecifierSet
+from support.documents import bash_blocks, command_lines, inline_commands, options, parsed
+
+from nnunet_uda.commands.configure import parse_assignment
+from nnunet_uda.errors import UDAError
+from nnunet_uda.experiments.job import find_any_trainer
+from nnunet_uda.methods import check_uda
+from nnunet_uda.plans import merge_uda
 
 DOCS = REPOSITORY / "docs"
 
@@ -55,6 +69,76 @@ def test_generated_pages_name_every_command_setting_and_function():
         and "| `cast.start_share` | `0.7` |" in settings
     )
     assert "## train" in made["python_page"]() and "trainer: 'str' = 'CASTTrainer'" in made["python_page"]()
+
+
+def pages_with_commands() -> list[Path]:
+    pages = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"))]
+    return [page for page in pages if page.name != "reproduce.md"]  # test_reproduce.py runs those
+
+
+@pytest.mark.parametrize("page", pages_with_commands(), ids=lambda page: page.name)
+def test_the_commands_of_a_page_parse(page, monkeypatch):
+    """Commands, options, values and subcommands of bash blocks; of commands in a line or with ``...`` the options."""
+    monkeypatch.setenv("nnUNet_extTrainer", str(TRAINERS))
+    text = page.read_text("utf-8")
+    lines = [words for block in bash_blocks(text) for words in command_lines(block)]
+    for words in [*lines, *inline_commands(text)]:
+        if words not in lines or "..." in words:
+            unknown = {word for word in words if re.match("--?[a-z]", word)} - options(words)
+            assert not unknown, (shlex.join(words), unknown)
+            continue
+        found = vars(parsed(words))
+        for name in np.ravel(found.get("tr") or []):
+            assert name == "TRAINER" or find_any_trainer(name).__name__ == name
+        check_settings(found.get("set") or [], words)
+        check_settings([f"{name}={value}" for name, *values in found.get("vary") or [] for value in values], words)
+
+
+def check_settings(assignments: list[str], words: list[str]) -> None:
+    """Settings exist and take these values, but for placeholders (``seed=S``, ``$CLIP``)."""
+    for name, value in map(parse_assignment, assignments):
+        if not (isinstance(value, str) and (value.isupper() or "$" in value)):
+            check_uda(merge_uda({}, {name: value}), shlex.join(words))
+
+
+def test_a_page_of_yesterday_is_seen(monkeypatch):
+    """The check of pages can fail."""
+    monkeypatch.setenv("nnUNet_extTrainer", str(TRAINERS))
+    [words] = command_lines("X=1 torchrun --x 2 nnUNetUDA_train 501 2d 0 -trainer A  # one\n")
+    assert words == ["nnUNetUDA_train", "501", "2d", "0", "-trainer", "A"]
+    for line in (words, ["nnUNetUDA_none"], ["python", "benchmarks/none.py"], ["nnUNetUDA_convert", "heart"]):
+        with pytest.raises(AssertionError):
+            parsed(line)
+    assert "-target_few_labels" in options(["nnUNetUDA_convert", "folders"]) and "-x" not in options(
+        ["nnUNetUDA_adapt"]
+    )
+    with pytest.raises(UDAError, match="num_epohs"):
+        check_settings(["num_epohs=3"], words)
+
+
+def test_what_is_made_exists():
+    targets = set(re.findall(r"^(\w[\w-]*):", (REPOSITORY / "Makefile").read_text(), flags=re.M))
+    texts = [page.read_text("utf-8") for page in (*pages_with_commands(), REPOSITORY / ".ci" / "run")]
+    named = {name for text in texts for name in re.findall(r"(?:^|`|&& )make ([a-z-]+)", text, flags=re.M)}
+    assert {"test", "lint", "docs", "demo"} <= named <= targets
+
+
+def test_what_runs_elsewhere_calls_what_is_here():
+    """The workflow, the container and the hooks, none of which is run here."""
+    [job] = yaml.safe_load((REPOSITORY / ".github" / "workflows" / "ci.yml").read_text())["jobs"].values()
+    commands = [step["run"] for step in job["steps"] if "run" in step]
+    assert commands == [".ci/run"] and os.access(REPOSITORY / ".ci" / "run", os.X_OK)
+    subprocess.run(["bash", "-n", REPOSITORY / ".ci" / "run"], check=True)
+    project = (REPOSITORY / "pyproject.toml").read_text()
+    wanted = SpecifierSet(re.search(r'^requires-python = "(.*)"', project, flags=re.M)[1])
+    container = (REPOSITORY / "Dockerfile").read_text()
+    versions = [step["with"]["python-version"] for step in job["steps"] if "python-version" in step.get("with", {})]
+    versions += re.findall(r"^FROM python:([\d.]+)", container, flags=re.M)
+    assert len(versions) == 2 and all(version in wanted for version in versions)
+    [words] = re.findall(r"^CMD (\[.*\])$", container, flags=re.M)
+    assert parsed(json.loads(words)).o == Path("/demo")
+    hooks = yaml.safe_load((REPOSITORY / ".pre-commit-config.yaml").read_text())["repos"]
+    assert [hook["entry"] for hook in hooks[0]["hooks"]] == ["make lint"]
 
 
 def test_links_between_pages_lead_somewhere():

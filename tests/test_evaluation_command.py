@@ -19,6 +19,7 @@ from scipy.ndimage import zoom
 from nnunet_uda.commands.evaluate import main, make_parser
 from nnunet_uda.evaluation import draw_overlay, evaluate_case
 from nnunet_uda.evaluation.overlays import choose_slices
+from nnunet_uda.evaluation.runs import parse_runs, runs_and_bound
 from nnunet_uda.evaluation.stacks import make_stack
 from nnunet_uda.evaluation.tables import MEAN
 from nnunet_uda.palette import label_colours
@@ -169,6 +170,32 @@ def test_one_folder_for_all_folds_and_one_fold_alone(dataset, capsys):
     assert result["folds"] is None
     message = fails(capsys, dataset, "-d", "501", "-f", "0", "-pred", folder)
     assert "ct_3.nii.gz, ct_4.nii.gz" in message
+
+
+@pytest.mark.parametrize(
+    ("bound", "name", "runs"),
+    [
+        ("a", "a", ["a", "b"]),
+        ("b=preds", "b", ["a", "b"]),
+        ("c=preds/fold_{fold}", "c", ["a", "b", "c"]),
+        ("preds", "preds", ["a", "b", "preds"]),
+        ("nowhere", "nowhere", ["a", "b"]),
+        (None, None, ["a", "b"]),
+    ],
+)
+def test_a_bound_is_one_of_the_runs_or_one_more(tmp_path, monkeypatch, bound, name, runs):
+    """As the trainers that nnUNetUDA_compare takes."""
+    (tmp_path / "preds").mkdir()
+    monkeypatch.chdir(tmp_path)
+    words, found = runs_and_bound(["a=x", "b=preds"], bound)
+    assert found == name and [run.name for run in parse_runs(words)] == runs
+
+
+def test_bounds_need_not_be_given_twice(dataset):
+    predictions = dataset / "preds" / "ours_all"
+    bounds = ("-lower", f"low={predictions}", "-upper", f"up={predictions}")
+    result = evaluate(dataset, "-d", "501", "-pred", f"a={predictions}", *bounds, "--no_overlays")
+    assert result["bounds"] == {"lower": "low", "upper": "up"} and list(result["volumes"]) == ["a", "low", "up"]
 
 
 def test_without_dataset(dataset, capsys):

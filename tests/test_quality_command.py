@@ -44,7 +44,7 @@ def test_a_report_of_predictions_and_a_calibration_made_on_the_way(model, in_wor
     shutil.copytree(in_workspace.raw / "Dataset501_Blobs" / "labelsTs", predictions)
     folder = scans(in_workspace, tmp_path)
     output = tmp_path / "quality"
-    arguments = ["-m", str(model), "-i", str(folder), "-p", str(predictions), "-o", str(output), "-device", "cpu"]
+    arguments = ["-m", str(model), "-i", str(folder), "-pred", str(predictions), "-o", str(output), "-device", "cpu"]
     command.main(arguments)
     said = capsys.readouterr().out
     assert "does not exist: calibrating on 1 labelled cases that it has not trained on" in said
@@ -93,7 +93,10 @@ def test_without_source_cases_the_estimate_is_from_what_is_there(model, in_works
         (["-m", "nowhere", "-i", "x"], "nowhere does not exist: no such model"),
         (["-m", "MODEL"], "without -d, -i is needed too"),
         (["-m", "MODEL", "-f", "3", "-i", "SCANS"], "fold_3/checkpoint_final.pth does not exist"),
-        (["-m", "MODEL", "-i", "SCANS", "-p", "EMPTY"], "holds no ct_Ts00.nii.gz, expected a prediction of every scan"),
+        (
+            ["-m", "MODEL", "-i", "SCANS", "-pred", "EMPTY"],
+            "holds no ct_Ts00.nii.gz, expected a prediction of every scan",
+        ),
         (["-m", "MODEL", "-i", "EMPTY"], "holds no image"),
         (["-m", "MODEL", "-i", "SCANS", "-o", "SCANS"], "holds no former evaluation"),
     ],
@@ -127,7 +130,9 @@ def test_a_prediction_of_another_dataset_is_refused(model, in_workspace, tmp_pat
     words = ["-m", str(model), "-i", str(folder), "-p", str(tmp_path / "predictions"), "-o", str(tmp_path / "q")]
     with pytest.raises(SystemExit):
         command.main([*words, "-device", "cpu"])
-    assert "ct_Ts00.nii.gz holds the value(s) 3, 6; expected" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "ct_Ts00.nii.gz holds the value(s) 3, 6; expected" in said
+    assert "the predictions of nnUNetUDA_quality are now -pred" in said, "-p was their name"
 
 
 def test_several_folds_are_asked_and_how_far_they_agree_counts(model, in_workspace, tmp_path):

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import argparse
-import importlib.metadata
 import json
 import os
 import re
 import shlex
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import REPOSITORY, TRAINERS
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
+from support.documents import bash_blocks, parsed
 from support.reproduce import make_vendor_trees, run_commands
 
 from nnunet_uda.commands.configure import parse_assignment
@@ -50,10 +48,7 @@ TINY = {
 def sections() -> dict[str, list[str]]:
     """Second-level headings of the document, and the bash blocks under each."""
     parts = re.split(r"^## (.+)$", DOCUMENT.read_text(), flags=re.M)
-    return {
-        title: re.findall(r"^```bash\n(.*?)^```$", text, flags=re.M | re.S)
-        for title, text in zip(parts[1::2], parts[2::2], strict=True)
-    }
+    return {title: bash_blocks(text) for title, text in zip(parts[1::2], parts[2::2], strict=True)}
 
 
 def script(paper: str) -> str:
@@ -82,41 +77,9 @@ def unroll(text: str, folder: Path, **variables: str) -> list[list[str]]:
 # --- what the commands say ----------------------------------------------------------------------------------------
 
 
-class Parsed(BaseException):
-    """Carries the namespace out of a command before it does anything."""
-
-
 @pytest.fixture(scope="module")
 def commands(tmp_path_factory) -> dict[str, list[list[str]]]:
     return {paper: unroll(script(paper), tmp_path_factory.mktemp("recorded")) for paper in PAPERS}
-
-
-@pytest.fixture
-def parse(monkeypatch):
-    """Options of a command as its own parser reads them; an unknown command or option is an error."""
-    entries = {entry.name: entry for entry in importlib.metadata.entry_points(group="console_scripts")}
-    parse_known = argparse.ArgumentParser.parse_known_args
-
-    def parse_only(self, args=None, namespace=None):
-        monkeypatch.setattr(argparse.ArgumentParser, "parse_known_args", parse_known)  # for a subcommand's parser
-        found, unknown = parse_known(self, args, namespace)
-        assert not unknown, unknown
-        raise Parsed(found)
-
-    def parsed(words: list[str]) -> argparse.Namespace:
-        assert words[0] in entries, f"there is no command {words[0]}"
-        main = entries[words[0]].load()
-        monkeypatch.setattr(sys, "argv", words)
-        monkeypatch.setattr(argparse.ArgumentParser, "parse_known_args", parse_only)
-        try:
-            main()
-        except Parsed as caught:
-            return caught.args[0]
-        except SystemExit as error:
-            raise AssertionError(shlex.join(words)) from error
-        raise AssertionError(f"{words[0]} parsed nothing")
-
-    return parsed
 
 
 def fingerprint() -> dict:
@@ -124,13 +87,13 @@ def fingerprint() -> dict:
 
 
 @pytest.mark.parametrize("paper", PAPERS)
-def test_commands_parse_and_use_what_earlier_ones_made(commands, parse, monkeypatch, paper):
+def test_commands_parse_and_use_what_earlier_ones_made(commands, monkeypatch, paper):
     """Trainers, protocols and settings exist; a dataset is converted before it is planned, and so on to the scores."""
     monkeypatch.setenv("nnUNet_extTrainer", str(TRAINERS))
     converted, planned, preprocessed, predicted = set(), set(), set(), set()
     trained, scored = set(), set()
     for words in commands[paper]:
-        args = parse(words)
+        args = parsed(words)
         if words[0] == "nnUNetUDA_convert":
             assert args.d not in converted, "an id is used twice"
             converted.add(args.d)

@@ -98,10 +98,11 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("-seeds", nargs="+", type=int, help="train with each seed, in plans named PLANS_seed_N [the "
                         "plans as they are]")  # fmt: skip
     bound = (
-        "TRAINER or TRAINER:DATASET, what to train it on [that of -d]; one for all -d, or one for each in their order"
+        "bound, for the gap closed: one of -tr, or one more, trained on DATASET [that of -d]; one for all -d, or one "
+        "for each in their order"
     )
-    parser.add_argument("-lower", nargs="+", default=[], metavar="TRAINER[:DATASET]", help=f"lower bound: {bound}")
-    parser.add_argument("-upper", nargs="+", default=[], metavar="TRAINER[:DATASET]", help=f"upper bound: {bound}")
+    parser.add_argument("-lower", nargs="+", default=[], metavar="TRAINER[:DATASET]", help=f"lower {bound}")
+    parser.add_argument("-upper", nargs="+", default=[], metavar="TRAINER[:DATASET]", help=f"upper {bound}")
     parser.add_argument("-o", type=Path, required=True, help="output folder: new, empty, or of this command before")
     parser.add_argument("-device", default="cuda", help="device of training and prediction: cpu, cuda or mps [cuda]")
     parser.add_argument("-np", type=int, default=min(8, os.cpu_count() or 1), help="processes that score a run's "
@@ -144,9 +145,10 @@ def find_methods(arguments: argparse.Namespace) -> list[Method]:
             trainer, _, trained = words[index if len(words) > 1 else 0].partition(":")
             return [Method(label, trainer, find_raw_dataset(trained).name if trained else test, test)]
 
-        methods += bound(arguments.lower, LOWER)
-        methods += [Method(trainer, trainer, test, test) for trainer in arguments.tr]
-        methods += bound(arguments.upper, UPPER)
+        lower, upper = bound(arguments.lower, LOWER), bound(arguments.upper, UPPER)
+        bounds = [(method.trainer, method.dataset) for method in (*lower, *upper)]
+        others = [Method(name, name, test, test) for name in arguments.tr if (name, test) not in bounds]
+        methods += [*lower, *others, *upper]
     for trainer in {method.trainer for method in methods}:
         find_trainer(trainer)
     return methods

@@ -42,6 +42,7 @@ from nnunet_uda.evaluation.runs import (
     image_folders,
     parse_runs,
     read_labels,
+    runs_and_bound,
 )
 from nnunet_uda.evaluation.tables import Volume, check_bounds, compare_runs
 from nnunet_uda.images.nifti import add_geometry_argument, nifti_geometry
@@ -57,7 +58,7 @@ def make_parser() -> argparse.ArgumentParser:
         description="Dice, ASSD (mm) and HD95 (mm) of one or several runs against references: evaluation.json, .csv, "
         ".md and .html (tables, a plot of every volume, overlays), and the tables on the screen.",
         epilog="Example: nnUNetUDA_evaluate -d 501 -f 0 1 2 3 -pred CISFA=preds/fold_{fold} "
-        "lower=source_only/fold_{fold} upper=supervised/fold_{fold} -lower lower -upper upper -o evaluation",
+        "-lower source=source_only/fold_{fold} -upper target=supervised/fold_{fold} -o evaluation",
     )
     parser.add_argument("-d", metavar="DATASET", help="dataset id or name: gives labels, references and images")
     parser.add_argument("-pred", dest="predictions", metavar="[NAME=]FOLDER", nargs="+", help="runs: folders of "
@@ -73,8 +74,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("-djfile", metavar="FILE", help="dataset.json with the labels (default: the dataset's)")
     parser.add_argument("-f", metavar="FOLD", nargs="+", type=int, help="score exactly the 'val' cases of these folds")
     parser.add_argument("-splits", metavar="FILE", help="splits for -f (default: the dataset's splits_target.json)")
-    parser.add_argument("-lower", metavar="NAME", help="run that is the lower bound, for the gap closed")
-    parser.add_argument("-upper", metavar="NAME", help="run that is the upper bound, for the gap closed")
+    bound = "bound, for the gap closed: one of the runs by its name, or one more as in -pred"
+    parser.add_argument("-lower", metavar="NAME|[NAME=]FOLDER", help=f"lower {bound}")
+    parser.add_argument("-upper", metavar="NAME|[NAME=]FOLDER", help=f"upper {bound}")
     parser.add_argument(
         "-slices", metavar="N", type=int, default=5, help="overlays of each volume, at most (default: 5)"
     )
@@ -223,8 +225,10 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     dataset_json = Path(arguments.djfile) if arguments.djfile else raw / "dataset.json"
     labels = read_labels(dataset_json)
     reference = Path(arguments.r) if arguments.r else raw / "labelsTs"
-    runs = parse_runs(arguments.predictions)
-    check_bounds([run.name for run in runs], arguments.lower, arguments.upper)
+    words, lower = runs_and_bound(arguments.predictions, arguments.lower)
+    words, upper = runs_and_bound(words, arguments.upper)
+    runs = parse_runs(words)
+    check_bounds([run.name for run in runs], lower, upper)
     check_output(Path(arguments.o))
     fold_cases = None
     if arguments.f is not None:
@@ -256,8 +260,8 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     with whole_folder(Path(arguments.o)) as folder:
         scores = score_runs(runs, volumes, reference, labels, reading, arguments.np)
         notes = [*reading.notes, *exchanged_structures(runs, volumes, reference, labels, reading, scores, arguments.np)]
-        comparison = compare_runs(scores, arguments.lower, arguments.upper)
-        comparison["bounds"] = {"lower": arguments.lower, "upper": arguments.upper}
+        comparison = compare_runs(scores, lower, upper)
+        comparison["bounds"] = {"lower": lower, "upper": upper}
         setup = {
             "dataset": raw.name if raw else None,
             "reference": str(reference),

@@ -11,6 +11,7 @@ from typing import Any
 
 from nnunet_uda.data.convention import TARGET_FOLDER, dataset_name, environment_folder
 from nnunet_uda.devices import open_device
+from nnunet_uda.errors import command
 from nnunet_uda.evaluation.output import check_output, whole_folder
 from nnunet_uda.evaluation.report import jsonable, markdown_table
 from nnunet_uda.evaluation.runs import find_raw_dataset
@@ -82,7 +83,8 @@ def table(rows: list[dict[str, Any]]) -> str:
     return markdown_table({"caption": f"{len(rows)} checkpoint(s)", "header": header, "rows": lines})
 
 
-def main(argv: list[str]) -> None:
+@command
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="nnUNetUDA_checkpoints",
         description="Compare trained checkpoints on unlabelled target images: criteria.json, .csv and .md, and the "

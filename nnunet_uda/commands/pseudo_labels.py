@@ -89,10 +89,12 @@ def main(argv: list[str] | None = None) -> None:
         "Predictions are made with nnUNetv2_predict -i .../imagesTu, or by a general model (TotalSegmentator, an older "
         "one): then -labels says what it calls the structures. No target label is read but of scans that dataset.json "
         "names as labelled, which keep their own. What was taken and why stands in pseudo_labels.json.",
-        epilog="Example: nnUNetUDA_pseudo_labels -d 501 -i predictions_of_imagesTu/ -o Dataset601_Second",
+        epilog="Example: nnUNetUDA_pseudo_labels -d 501 -pred predictions_of_imagesTu/ -o Dataset601_Second",
     )
     parser.add_argument("-d", required=True, help="dataset id or name")
-    parser.add_argument("-i", required=True, type=Path, metavar="FOLDER", help="predictions of imagesTu")
+    parser.add_argument(
+        "-pred", "-i", dest="i", required=True, type=Path, metavar="FOLDER", help="predictions of imagesTu"
+    )
     parser.add_argument("-o", required=True, metavar="DatasetXXX_NAME", help="the new dataset")
     parser.add_argument(
         "-labels", nargs="+", metavar="NAME=VALUE",

@@ -7,6 +7,7 @@ import csv
 import json
 import math
 import os
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -46,10 +47,11 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     """The options that name one trained model, and the device."""
     parser.add_argument("-d", metavar="DATASET", help="dataset id or name (or -m)")
     parser.add_argument("-tr", metavar="TRAINER", help="trainer (or -m)")
-    parser.add_argument("-plans", metavar="PLANS", default="nnUNetPlans", help="plans (default: nnUNetPlans)")
+    parser.add_argument("-p", metavar="PLANS", help="plans (default: nnUNetPlans)")
+    parser.add_argument("-plans", default="nnUNetPlans", help=argparse.SUPPRESS)  # a former name
     parser.add_argument("-c", metavar="CONFIGURATION", default="2d", help="configuration (default: 2d)")
     parser.add_argument("-m", metavar="FOLDER", type=Path, help="the model's folder, TRAINER__PLANS__CONFIGURATION, "
-                        "in place of -d, -tr, -plans and -c")  # fmt: skip
+                        "in place of -d, -tr, -p and -c")  # fmt: skip
     parser.add_argument("-f", metavar="FOLD", nargs="+", default=["0"], help="folds that predict together (default: "
                         "0); of several it counts, too, how far they agree")  # fmt: skip
     parser.add_argument("-chk", metavar="FILE", default="checkpoint_final.pth", help="checkpoint (default: "
@@ -62,22 +64,25 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         prog="nnUNetUDA_quality",
         description="For each scan and structure an estimate of Dice with a range, a verdict (good, look at it, "
         f"failed) and the reasons in words: {REPORT}, quality.csv and quality.html. {BLIND}",
-        epilog="Example: nnUNetUDA_quality -d 510 -tr CASTTrainer -c 2d -f 0 -i scans/ -p predictions/ -o quality/",
+        epilog="Example: nnUNetUDA_quality -d 510 -tr CASTTrainer -c 2d -f 0 -i scans/ -pred predictions/ -o quality/",
     )
     add_model(parser)
     parser.add_argument("-i", metavar="FOLDER", type=Path, help=f"scans (default: the dataset's {TARGET_FOLDER})")
-    parser.add_argument("-p", metavar="FOLDER", type=Path, help="their predictions, by nnUNetv2_predict; without, the "
-                        "network is asked, less carefully than nnUNetv2_predict does")  # fmt: skip
+    parser.add_argument("-pred", metavar="FOLDER", type=Path, help="their predictions, by nnUNetv2_predict; without, "
+                        "the network is asked, less carefully than nnUNetv2_predict does")  # fmt: skip
     parser.add_argument("-o", metavar="FOLDER", required=True, help="output folder; a former report is replaced")
     parser.add_argument("--no_pictures", action="store_true", help="draw no thumbnails")
     arguments = parser.parse_args(argv)
+    if arguments.p is not None and Path(arguments.p).is_dir():
+        print("-p means plans in every command: the predictions of nnUNetUDA_quality are now -pred", file=sys.stderr)
+        arguments.pred, arguments.p = arguments.pred or Path(arguments.p), None
     if arguments.i is None and arguments.d is None:
         raise UDAError("without -d, -i is needed too: the folder of the scans")
     return arguments
 
 
 def model_folder(arguments: argparse.Namespace) -> Path:
-    """The model's folder of ``-m``, or of ``-d``, ``-tr``, ``-plans`` and ``-c``.
+    """The model's folder of ``-m``, or of ``-d``, ``-tr``, ``-p`` and ``-c``.
 
     Raises:
         UDAError: where neither is given.
@@ -87,7 +92,7 @@ def model_folder(arguments: argparse.Namespace) -> Path:
     if arguments.d is None or arguments.tr is None:
         raise UDAError("-d and -tr are needed, or the model's folder: -m .../TRAINER__PLANS__CONFIGURATION")
     results = environment_folder("nnUNet_results") / dataset_name(arguments.d)
-    return results / f"{arguments.tr}__{arguments.plans}__{arguments.c}"
+    return results / f"{arguments.tr}__{arguments.p or arguments.plans}__{arguments.c}"
 
 
 def find_predictions(folder: Path | None, cases: Sequence[str], ending: str) -> dict[str, Path]:
@@ -103,7 +108,7 @@ def find_predictions(folder: Path | None, cases: Sequence[str], ending: str) -> 
     if missing:
         raise UDAError(
             f"{folder} holds no {missing[0]}, expected a prediction of every scan ({len(missing)} of {len(cases)} are "
-            "missing). Predict them with nnUNetv2_predict, or leave -p out"
+            "missing). Predict them with nnUNetv2_predict, or leave -pred out"
         )
     return found
 
@@ -167,7 +172,7 @@ def main(argv: list[str] | None = None) -> None:
     device = open_device(arguments.device)
     scans = arguments.i or find_raw_dataset(arguments.d) / TARGET_FOLDER
     images = unlabelled_images(scans, dataset_json)
-    predictions = find_predictions(arguments.p, list(images), dataset_json["file_ending"])
+    predictions = find_predictions(arguments.pred, list(images), dataset_json["file_ending"])
     judge = Judge(folder, arguments.f, arguments.chk, device)
     structures = {name: value for value, name in enumerate(judge.calibration.structures, 1)}
 
@@ -186,7 +191,7 @@ def main(argv: list[str] | None = None) -> None:
             if about["pairs"]
             else "Not calibrated on this model: neither quality.json nor the source's preprocessed cases were there."
         )
-        judged = f"the predictions in {arguments.p}" if arguments.p else "the network's own segmentations"
+        judged = f"the predictions in {arguments.pred}" if arguments.pred else "the network's own segmentations"
         notes = [
             f"Judged: {judged}, {len(found)} case(s). Dice from 0 to 1, with a range that holds {COVERAGE:.0%} of "
             f"calibration's cases. good: {GOOD} or more and a range from {FAILED} on; failed: below {FAILED}. A case's "
@@ -196,7 +201,7 @@ def main(argv: list[str] | None = None) -> None:
         ]
         content = {
             "model": str(folder), "folds": arguments.f, "checkpoint": arguments.chk, "scans": str(scans),
-            "predictions": str(arguments.p) if arguments.p else None, "calibration": about, "notes": notes,
+            "predictions": str(arguments.pred) if arguments.pred else None, "calibration": about, "notes": notes,
             "cases": [case.to_json() for case in found],
         }  # fmt: skip
         text = json.dumps(jsonable(content), indent=2, allow_nan=False, ensure_ascii=False)

@@ -111,6 +111,20 @@ def parse_runs(arguments: Sequence[str]) -> list[Run]:
     return runs
 
 
+def runs_and_bound(words: Sequence[str], bound: str | None) -> tuple[list[str], str | None]:
+    """``words`` of ``parse_runs`` with the bound's among them, and the name of the bound's run.
+
+    Args:
+        bound: name of one of the runs, or one more run: ``NAME=FOLDER`` or ``FOLDER``.
+    """
+    if bound is None or bound in [run.name for run in parse_runs(words)]:
+        return list(words), bound
+    if "=" not in bound and not Path(bound).is_dir():
+        return list(words), bound  # no run, which ``check_bounds`` says
+    words = [*(word for word in words if word != bound), bound]
+    return words, parse_runs(words)[-1].name
+
+
 def cases_of_folds(splits_file: Path, folds: Sequence[int]) -> dict[int, list[str]]:
     """The test cases (``val``) of each fold in a splits file.
 

@@ -135,7 +135,9 @@ def check_bounds(names: Sequence[str], lower: str | None, upper: str | None) -> 
     """Raise ``UDAError`` for an unknown bound, only one bound, or the same run for both."""
     for option, name in (("lower", lower), ("upper", upper)):
         if name is not None and name not in names:
-            raise UDAError(f"-{option} {name} is not among the runs: {', '.join(names)}")
+            raise UDAError(
+                f"-{option} {name} is not among the runs: {', '.join(names)}. It takes a run's name, or NAME=FOLDER"
+            )
     if (lower is None) != (upper is None) or (lower is not None and lower == upper):
         raise UDAError("the gap closed needs two bounds: give -lower and -upper, each the name of another run")
 
