@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from conftest import TRAINERS
 
-from support import brats, btcv, chaos, mmwhs, vs
+from support import brats, btcv, chaos, dicom, mmwhs, rtstruct, vs
 
 
 def wider(draw: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
@@ -23,12 +23,16 @@ def wider(draw: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
 
 
 def make_vendor_trees(folder: Path) -> dict[str, str]:
-    """All trees that the document names, as variables of its script."""
+    """All trees that the document names, as variables of its script; thick slices lie along one axis of the body."""
+    axial = {name for module in (dicom, rtstruct) for name in module.DIRECTIONS} - {"coronal", "sagittal"}
     drawn = {chaos: ("stored", "organs"), btcv: ("scan", "organs"), brats: ("brain", "tumour"), mmwhs: ("heart",)}
     with pytest.MonkeyPatch.context() as patch:
         for module, names in drawn.items():
             for name in names:
                 patch.setattr(module, name, wider(getattr(module, name)))
+        patch.setattr(chaos, "ORIENTATIONS", tuple(name for name in chaos.ORIENTATIONS if name in axial))
+        for module in (btcv, vs):
+            patch.setattr(module, "DIRECTIONS", {name: d for name, d in module.DIRECTIONS.items() if name in axial})
         chaos.make_chaos(folder / "CHAOS", mr=(1, 2, 3, 13, 20, 38), ct=(2,))
         btcv.make_btcv(folder / "BTCV", (1, 2, 9, 21, 30, 40))
         brats.make_tree(folder / "BRATS", kinds=("t2", "flair", "seg"))
@@ -37,8 +41,8 @@ def make_vendor_trees(folder: Path) -> dict[str, str]:
             for i, number in enumerate(ids):
                 path = folder / "MMWHS" / f"{modality}_train" / f"{modality}_train_{number}"
                 image = np.random.default_rng(i).integers(-100, 900, mmwhs.heart().shape).astype(np.int16)
-                mmwhs.save(image, path.with_name(f"{path.name}_image.nii.gz"), mmwhs.DIRECTIONS[i % 3])
-                mmwhs.save(mmwhs.heart(i), path.with_name(f"{path.name}_label.nii.gz"), mmwhs.DIRECTIONS[i % 3])
+                mmwhs.save(image, path.with_name(f"{path.name}_image.nii.gz"), mmwhs.DIRECTIONS[i % 2])
+                mmwhs.save(mmwhs.heart(i), path.with_name(f"{path.name}_label.nii.gz"), mmwhs.DIRECTIONS[i % 2])
         patch.setattr(vs, "SIZE", (36, 32, 6))
         vs.make_tcia(folder / "VS")
     return {name: str(folder / name) for name in ("CHAOS", "BTCV", "BRATS", "MMWHS", "VS")}
