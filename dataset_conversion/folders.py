@@ -60,7 +60,7 @@ from nnunet_uda.images.dicom import (
     read_volume,
     series_folders,
 )
-from nnunet_uda.images.listing import contents, files_in, folders_below, passed_over
+from nnunet_uda.images.listing import contents, files_in, folders_below, folders_in, passed_over
 from nnunet_uda.images.reading import ENDINGS, LabelMap, check_same_geometry, parse_labels, read_image, read_label, stem
 from nnunet_uda.names import check_name
 
@@ -115,7 +115,7 @@ def list_scans(inputs: Sequence[str], option: str, warnings: list[str]) -> dict[
                 raise UDAError(_single_dicom(file, option))
         if not named:
             for folder in folders:
-                images, below = _in_folder(folder, option)
+                images, below = _in_folder(folder, option, warnings)
                 files += images
                 series += [(base, inside) for inside in below]
         files += named
@@ -136,7 +136,7 @@ def _is_series(path: Path) -> bool:
     return path.is_dir() and not _is_image(path)
 
 
-def _in_folder(folder: Path, option: str) -> tuple[list[Path], list[Path]]:
+def _in_folder(folder: Path, option: str, warnings: list[str]) -> tuple[list[Path], list[Path]]:
     """Image files in a folder, or else the folders of DICOM slices in it: itself, or any below."""
     inside = files_in(folder)
     images = [path for path in inside if _is_image(path)]
@@ -145,6 +145,12 @@ def _in_folder(folder: Path, option: str) -> tuple[list[Path], list[Path]]:
             raise UDAError(
                 f"{folder} ({option}) holds images, as {images[0].name}, and DICOM files, as {slices[0].name}; "
                 "expected one kind. Move one of them to a folder of its own."
+            )
+        deeper = [path for below in folders_in(folder) for inner in folders_below(below) for path in files_in(inner)]
+        if left := next((path for path in deeper if _is_image(path) or is_dicom(path)), None):
+            warnings.append(
+                f"{folder} ({option}) holds images, as {images[0].name}, which are taken, and folders with others, as "
+                f"{left.relative_to(folder)}, which are not"
             )
         return images, []
     series = series_folders(folder)

@@ -115,6 +115,17 @@ def test_refuses_damaged_nifti(tmp_path):
         read_image(tmp_path / "none.nii")
 
 
+def test_an_ending_in_letters_of_both_kinds_is_named(tmp_path):
+    """ITK calls such a file unreadable, whatever it holds."""
+    for name, wrong in (("a.NII.GZ", False), ("b.Nii.gz", True), ("c.nii.GZ", True), ("d.NII", False)):
+        path = save(image_of(scan(0)), tmp_path / name.lower()).rename(tmp_path / name)
+        if wrong:
+            with pytest.raises(UDAError, match=rf"{name}: its name ends in {name[1:]}, .* Rename the file"):
+                read_image(path)
+        else:
+            assert read_image(path).GetSize() == (10, 8, 6)
+
+
 def test_refuses_dimensions_and_components(tmp_path):
     flat = save(sitk.GetImageFromArray(scan(0)[0]), tmp_path / "flat.nii.gz")
     four = save(sitk.JoinSeries([image_of(scan(0)), image_of(scan(1))]), tmp_path / "four.nii.gz")

@@ -17,6 +17,7 @@ from support.folders import use_folders
 from support.rtstruct import save_rtstruct
 
 from nnunet_uda.commands.convert import main
+from nnunet_uda.dataset_conversion.folders import list_scans
 from nnunet_uda.images.dicom import read_series
 
 SHAPE = (6, 8, 10)
@@ -303,6 +304,20 @@ def test_dicom_that_is_no_folder_of_slices_is_refused(data, capsys):
     series(folder, 3, names=[f"2.2.{z}" for z in range(6)])
     text = refused(capsys, data, target_images=str(data / "dicom"))
     assert "2 series in one folder, of 6, 6 slices; expected one" in text
+
+
+def test_folders_beside_images_that_are_not_taken_are_warned_of(tmp_path):
+    save(tmp_path / "b.nii.gz", 1)
+    for beside, name in (("P1", "P1/1.2.0"), ("nifti", "nifti/c.nii.gz")):
+        if beside == "P1":
+            series(tmp_path / beside, 1, names=[f"1.2.{z}" for z in range(6)])
+        else:
+            save(tmp_path / beside / "c.nii.gz", 2)
+        warnings: list[str] = []
+        assert list_scans([str(tmp_path)], "-target_images", warnings) == {"b": tmp_path / "b.nii.gz"}
+        (warning,) = warnings
+        assert "holds images, as b.nii.gz, which are taken, and folders with others" in warning and name in warning
+        shutil.rmtree(tmp_path / beside)
 
 
 def test_multi_frame_dicom_and_structures_as_labels_are_refused(data, capsys):

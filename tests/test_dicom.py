@@ -146,9 +146,10 @@ def test_large_unsigned_values_and_rle(tmp_path):
     assert voxels.dtype == np.int32 and (voxels == array).all()
 
 
-def test_what_an_anonymiser_does_to_series_uids_is_accepted(tmp_path):
+@pytest.mark.parametrize("uid", [generate_uid, str, lambda: None])
+def test_what_an_anonymiser_does_to_series_uids_is_accepted(tmp_path, uid):
     def own_series(ds: pydicom.Dataset, z: int) -> None:
-        ds.SeriesInstanceUID = generate_uid()
+        ds.SeriesInstanceUID = uid()
 
     write_series(tmp_path, scan(), change=own_series)
     assert (sitk.GetArrayFromImage(read_series(tmp_path)[0]) == scan()).all()
@@ -238,6 +239,11 @@ def copied(files: list[Path], name: str, **tags: object) -> None:
     edit(path, **tags)
 
 
+def in_micrometres(files: list[Path]) -> None:
+    for z, path in enumerate(files):
+        edit(path, PixelSpacing=["0.0005", "0.00075"], ImagePositionPatient=[0, 0, z * 0.002])
+
+
 def all_gone(files: list[Path]) -> None:
     for path in files:
         path.unlink()
@@ -273,7 +279,14 @@ MALFORMED = {
     "spacing of zero": (lambda f: edit(f[3], PixelSpacing=[0, 1]), r"IMG-0004\.dcm: size .*positive"),
     "compressed": (compressed, r"IMG-0005\.dcm: .*JPEG Lossless.*1\.2\.840\.10008\.1\.2\.4\.70.*gdcmconv --raw"),
     "empty position": (lambda f: edit(f[3], ImagePositionPatient=None), r"0004\.dcm: without ImagePositionPatient"),
-    "empty series": (lambda f: edit(f[3], SeriesInstanceUID=""), r"IMG-0004\.dcm: without SeriesInstanceUID"),
+    "empty series": (
+        lambda f: edit(f[3], SeriesInstanceUID=""), r"IMG-0004\.dcm: 2 series in one folder.*UID is empty"
+    ),
+    "several volumes in one series": (
+        lambda f: [copied([f[z]] * 3, f"echo{z}.dcm") for z in range(6)],
+        r"at the same position as \S+\.dcm.* So it is with 6 of 12 slices: .*several volumes .times, echoes, phases",
+    ),
+    "micrometres": (in_micrometres, r"IMG-0001\.dcm: its voxels are 0\.00075 x 0\.0005 x 0\.002 mm.*another unit"),
     "a position of two numbers": (
         lambda f: edit(f[3], ImagePositionPatient=[1, 2]), r"0004\.dcm: ImagePositionPatient is \(1.0, 2.0\); .*3 num"
     ),

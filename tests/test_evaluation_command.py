@@ -311,6 +311,9 @@ def test_foreign_output_folder_is_left_alone(dataset, capsys):
         ({"background": 0, "a": [1, 2]}, "is a region"),
         ({"background": 0, "a": "1"}, "an integer"),
         ({}, "no structure"),
+        ({"background": 1, "a": 0, "b": 2}, "the value 0 must be the background's and no other's"),
+        ({"a": 0, "b": 1}, "the value 0 must be the background's and no other's"),
+        ({"background": 0, "a": 1, "b": 1}, "one value for two structures"),
     ],
 )
 def test_bad_dataset_json(dataset, capsys, labels, message):

@@ -432,6 +432,9 @@ def test_folders_that_are_refused(scans, tmp_path, capsys):
     odd.unlink()
     save(image_of(brain()), scans / "new1_0000.nii")
     assert "new1_0000.nii: there is also new1_0000.nii.gz" in refused(capsys, "-i", scans, "-o", out, *clip)
+    (scans / "new1_0000.nii").unlink()
+    save(image_of(brain()), scans / "new1_0000.mha")  # another image, and not to be passed over
+    assert "new1_0000.mha: there is also new1_0000.nii.gz" in refused(capsys, "-i", scans, "-o", out, *clip)
     assert leftovers(out) == ["mine.txt"]
 
 

@@ -45,10 +45,12 @@ def test_a_littered_tree_lists_as_a_clean_one(tmp_path):
     assert [path.name for path in files_in(tmp_path / "b")] == ["1.dcm", "2.dcm", "link.dcm"]  # not missed in silence
 
 
-def test_a_folder_that_is_called_as_an_image_is_not_missed_in_silence(tmp_path):
+def test_folders_and_pipes_that_are_called_as_images_are_not_missed_in_silence(tmp_path):
     for name in ("a.nii.gz", "b.MHA", "c"):
         (tmp_path / name).mkdir()
-    assert [path.name for path in files_in(tmp_path)] == ["a.nii.gz", "b.MHA"]
+    for name in ("d.nii", "e"):
+        os.mkfifo(tmp_path / name)
+    assert [path.name for path in files_in(tmp_path)] == ["a.nii.gz", "b.MHA", "d.nii"]
     assert [path.name for path in folders_in(tmp_path)] == ["c"] and len(list(folders_below(tmp_path))) == 2
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -73,6 +74,69 @@ def test_what_a_header_does_not_say_is_remarked(tmp_path):
     assert "a.mha: its header holds no orientation" in remarks(meta)[1][0]
 
 
+def test_a_space_that_is_not_the_bodys_is_remarked(tmp_path):
+    for space in ("left-posterior-superior", "RAS", "right-anterior-superior-time"):
+        assert remarks(nrrd(tmp_path / "a.nrrd", PLACED | {"space": space})) == ([], [])
+    other = nrrd(tmp_path / "a.nrrd", PLACED | {"space": "scanner-xyz"})
+    read_image(other)
+    assert "holds the space 'scanner-xyz', so which side is left is a guess" in remarks(other)[1][0]
+
+
+def test_formats_that_hold_no_orientation_are_remarked(tmp_path):
+    for ending, more in ((".gipl", False), (".tif", True), (".vtk", True)):
+        path = image(tmp_path / f"a{ending}")
+        read_image(path)
+        (warning,) = remarks(path)[1]
+        assert f"a{ending}: the format holds no orientation" in warning
+        assert ("no way to tell whether a file is whole" in warning) == more
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        (("Offset = 0 0 0", "Offset = nan 0 0"), "offset in its header is 'nan 0 0'; expected 3 finite numbers"),
+        (("Offset = 0 0 0", "Offset = 1e30 0 0"), "its first voxel lies at 1e.30 x 0 x 0 mm; expected a place within"),
+        (("ElementSpacing = 1 1 3", "ElementSpacing = -1 1 3"), "elementspacing in .*; expected 3 positive numbers"),
+        (("ElementSpacing = 1 1 3", "ElementSpacing = 1 3"), "elementspacing in .* is '1 3'; expected 3"),
+        (("TransformMatrix = 1 0", "TransformMatrix = x 0"), "transformmatrix in its header is .*; expected 9"),
+    ],
+)
+def test_numbers_that_are_none_are_refused(tmp_path, changed, said):
+    path = image(tmp_path / "a.mha", changed)
+    for read in (read_image, check_whole):
+        with pytest.raises(UDAError, match=rf"a\.mha: {said}"):
+            read(path)
+
+
+@pytest.mark.parametrize(
+    "changed", [{"space directions": "none (0,1,0) (0,0,3)"}, {"space directions": "(1,0,0) (0,1,0) none"}]
+)
+def test_an_axis_without_a_length_is_refused(tmp_path, changed):
+    path = nrrd(tmp_path / "a.nrrd", PLACED | changed)
+    with pytest.raises(UDAError, match=r"a\.nrrd: 'space directions' in its header is .*none.*length of every axis"):
+        read_image(path)
+
+
+@pytest.mark.parametrize("ending", [".mha", ".mhd"])
+def test_damaged_compressed_voxels_are_refused(tmp_path, ending):
+    """ITK prints that inflating failed, and returns the voxels that it has beside what was in memory."""
+    path = tmp_path / f"a{ending}"
+    sitk.WriteImage(sitk.GetImageFromArray(VOXELS), str(path), True)
+    assert (sitk.GetArrayFromImage(read_image(path)) == VOXELS).all()
+    data = path if ending == ".mha" else tmp_path / "a.zraw"
+    whole = data.read_bytes()
+    flipped = bytearray(whole)
+    flipped[-100] ^= 255
+    for damaged in (bytes(flipped), whole[:-2], whole[:-200]):
+        data.write_bytes(damaged)
+        for read in (read_image, check_whole):
+            with pytest.raises(UDAError, match=rf"a\{ending}: its compressed voxels are .*It is corrupt: get it again"):
+                read(path)
+    plain = image(tmp_path / f"b{ending}", ("CompressedData = False", "CompressedData = True"))
+    with pytest.raises(UDAError, match=rf"b\{ending}: its compressed voxels are 0 bytes, 768 are announced"):
+        read_image(plain)
+
+
 def test_axes_that_are_not_at_right_angles_are_refused(tmp_path):
     path = image(tmp_path / "a.mha", ("TransformMatrix = 1 0 0 0 1 0 0 0 1", "TransformMatrix = 1 0.5 0 0 1 0 0 0 1"))
     for read in (read_image, check_whole):
@@ -97,7 +161,9 @@ def test_folders_and_links_in_place_of_files(tmp_path):
         "b.nii.gz": "a link to .*gone, where there is no file",
         "c.mha": "a link to .*c.mha, where there is no file",
         "d.mha": "there is no such file",
+        "e.nii.gz": "a pipe, a socket or a device; expected an image",
     }
+    os.mkfifo(tmp_path / "e.nii.gz")
     for name, words in said.items():
         with pytest.raises(UDAError, match=f"{name}: {words}"):
             read_image(tmp_path / name)

@@ -16,11 +16,9 @@ from nnunet_uda.data.convention import case_files, dataset_name, environment_fol
 from nnunet_uda.errors import UDAError, command
 from nnunet_uda.files import cannot_write, whole_folder
 from nnunet_uda.images.intensities import PRESETS, Intensities, parse_intensities, read_clipped, read_intensities
-from nnunet_uda.images.listing import entries
+from nnunet_uda.images.listing import ENDINGS, entries
 from nnunet_uda.images.nifti import add_geometry_argument, nifti_geometry
 from nnunet_uda.images.reading import check_whole
-
-ENDINGS = (".nii.gz", ".nii")
 
 
 def clip(argv: list[str] | None = None) -> None:
@@ -38,7 +36,7 @@ def main(argv: list[str] | None = None) -> None:
         "this package made the model; clipping twice changes nothing. The output is CASE_0000.nii.gz.",
         epilog="Example: nnUNetUDA_intensities -d 505 -i scans/ -o clipped/",
     )
-    parser.add_argument("-i", required=True, type=Path, metavar="FOLDER", help="scans, CASE_0000.nii.gz or .nii")
+    parser.add_argument("-i", required=True, type=Path, metavar="FOLDER", help="scans, CASE_0000.nii.gz, .mha, ...")
     parser.add_argument("-o", required=True, type=Path, metavar="FOLDER", help="output folder, new or empty")
     parser.add_argument("-d", help="dataset id or name: clip as its dataset.json says")
     parser.add_argument(

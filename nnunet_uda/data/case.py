@@ -44,7 +44,7 @@ def preprocess_case(
         check_voxels(voxels, files[min(channel, len(files) - 1)])  # colours are channels of one file
     shape, spacing = data.shape[1:], [float(step) for step in properties["spacing"]]
     if grids[0] is not None:
-        check_possible(files[0], shape, spacing)  # of pictures the reader makes a spacing up
+        check_possible(files[0], shape, spacing, grids[0].origin)  # of pictures the reader makes a spacing up
     forward = plans.transpose_forward
     shape, spacing = ([values[axis] for axis in forward] for values in (shape, spacing))
     wanted = [*spacing[: 3 - len(configuration.spacing)], *configuration.spacing]  # 2D keeps the slices' distance

@@ -69,7 +69,7 @@ def read_labels(dataset_json: Path) -> Labels:
         if not isinstance(content, dict) or not isinstance(content.get(key), kind):
             raise UDAError(f"{dataset_json} has no '{key}' as every nnU-Net dataset.json must have")
     labels = content["labels"]
-    if not is_plain_name(content["file_ending"]):
+    if not is_plain_name(content["file_ending"]) or not content["file_ending"].startswith("."):
         raise UDAError(f"{dataset_json}: 'file_ending' must be like .nii.gz, found {shown(content['file_ending'])}")
     for name, value in labels.items():
         check_name(name, f"{dataset_json}, 'labels'")
@@ -83,6 +83,10 @@ def read_labels(dataset_json: Path) -> Labels:
             raise UDAError(f"{dataset_json}: label '{name}' must be an integer, found {shown(value)}")
         if not 0 <= value <= 65535:
             raise UDAError(f"{dataset_json}: label '{name}' must be from 0 to 65535, found {shown(value)}")
+    if labels.get("background", 0) != 0 or any(value == 0 and name != "background" for name, value in labels.items()):
+        raise UDAError(f"{dataset_json}: the value 0 must be the background's and no other's, found {shown(labels)}")
+    if len(set(labels.values())) < len(labels):
+        raise UDAError(f"{dataset_json}: 'labels' has one value for two structures, found {shown(labels)}")
     structures = {name: value for name, value in labels.items() if value != 0 and name != "ignore"}
     if not structures:
         raise UDAError(f"{dataset_json}: 'labels' has no structure besides the background")

@@ -25,6 +25,7 @@ from pydicom.datadict import dictionary_VR, tag_for_keyword
 from pydicom.dataelem import DataElement, RawDataElement, convert_raw_data_element
 
 from nnunet_uda.errors import UDAError, printable, shown
+from nnunet_uda.images.geometry import FARTHEST, check_possible
 from nnunet_uda.images.listing import files_in, folders_below
 from nnunet_uda.images.reading import readable
 
@@ -44,8 +45,6 @@ MOST_PIXELS = 2**26
 """Of a slice, 8192 x 8192: decoders take the memory that a header asks for before they look at its pixels."""
 MOST_INFLATED = 2**28
 """Bytes of a deflated file: a slice of ``MOST_PIXELS`` with 32 bits."""
-FARTHEST = 1e6
-"""In mm: no spacing and no position is beyond it."""
 LARGEST_VALUE = 1e10
 """A rescaled intensity beyond this comes from a damaged slope or intercept."""
 
@@ -217,7 +216,7 @@ def dicom_in(folder: Path) -> list[Path]:
     Where files without an ending are among them, another one without is taken too unless it is text: a slice that was
     cut short must be refused, not missed.
     """
-    files = [path for path in files_in(folder) if path.name.upper() != "DICOMDIR" and not path.is_dir()]
+    files = [p for p in files_in(folder) if p.name.upper() != "DICOMDIR" and (p.is_file() or not p.exists())]
     found = [path for path in files if is_dicom(path)]
     nameless = [path for path in files if re.fullmatch(r"|\.[\d,]+", path.suffix)]
     if set(found) & set(nameless):
@@ -256,7 +255,8 @@ def order_series(source: Path | Sequence[Path]) -> Series:
 
     Raises:
         UDAError: naming the file: unreadable, no single-frame greyscale slice, of another series, size, orientation or
-            pixel spacing than the others, at another slice's position, shifted in plane, or unevenly spaced.
+            pixel spacing than the others, at another slice's position, shifted in plane, unevenly spaced, or of a
+            spacing that no scan has.
     """
     files = dicom_files(source) if isinstance(source, Path) else list(source)
     slices = [_slice(path) for path in files]
@@ -270,10 +270,12 @@ def order_series(source: Path | Sequence[Path]) -> Series:
     normal = np.cross(right, down)
     slices.sort(key=lambda s: float(normal @ s.position))
     step = _check_positions(slices, normal, min(first.spacing))
+    size, spacing = (*first.size, len(slices)), (*first.spacing, step)
+    check_possible(slices[0].path, size, spacing)
     return Series(
         tuple(slices),
-        (*first.size, len(slices)),
-        (*first.spacing, step),
+        size,
+        spacing,
         tuple(float(v) for v in slices[0].position),
         tuple(float(v) for v in np.stack([right, down, normal], axis=1).ravel()),
     )
@@ -311,20 +313,20 @@ def _slice(path: Path) -> Slice:
             f"{path}: a multi-frame DICOM of {frames} frames; expected one slice per file. Split it "
             "into single frames (emf2sf of dcm4che), or convert it to NIfTI (dcm2niix)."
         )
-    lengths = {
-        "SeriesInstanceUID": 0, "Rows": 1, "Columns": 1, "PixelSpacing": 2, "ImagePositionPatient": 3,
-        "ImageOrientationPatient": 6,
-    }  # fmt: skip
+    lengths = {"Rows": 1, "Columns": 1, "PixelSpacing": 2, "ImagePositionPatient": 3, "ImageOrientationPatient": 6}
     missing = [keyword for keyword in lengths if header.value(keyword) is None]
     if missing:
-        raise UDAError(f"{path}: without {', '.join(missing)}; expected a slice of a CT or MR series. Remove the file.")
+        raise UDAError(
+            f"{path}: without {', '.join(missing)}; expected a slice of a CT or MR series. Remove the file; where all "
+            "slices are so, convert the series with a program that knows its scanner (dcm2niix)."
+        )
     samples = header.whole("SamplesPerPixel", 1)
     colours = header.text("PhotometricInterpretation")
     if samples != 1 or not re.fullmatch(r"(MONOCHROME[12])?", colours):
         raise UDAError(
             f"{path}: {samples} samples per pixel, {colours or 'no known kind'}; expected greyscale. Remove the file."
         )
-    values = {keyword: header.numbers(keyword) or () for keyword, length in lengths.items() if length}
+    values = {keyword: header.numbers(keyword) or () for keyword in lengths}
     for keyword, numbers in values.items():
         if len(numbers) != lengths[keyword]:
             raise UDAError(
@@ -392,7 +394,8 @@ def _pixels(slice_: Slice) -> np.ndarray:
 
 def _check_one_series(slices: Sequence[Slice]) -> None:
     counts = Counter(slice_.series for slice_ in slices)
-    # dicomanon of MATLAB and some scanners give every slice a series of its own: then the grid alone decides
+    # dicomanon of MATLAB and some scanners give every slice a series of its own, other anonymisers none: then the grid
+    # alone decides
     if 1 < len(counts) < len(slices):
         rare = min(counts, key=lambda series: counts[series])
         odd = next(slice_ for slice_ in slices if slice_.series == rare)
@@ -400,8 +403,8 @@ def _check_one_series(slices: Sequence[Slice]) -> None:
         names = sorted({slice_.description or "(none)" for slice_ in slices})
         raise UDAError(
             f"{odd.path}: {len(counts)} series in one folder, of {sizes} slices; expected one. This file's "
-            f"SeriesInstanceUID is {rare}. Descriptions: {shown(names)}. Move the slices of each series to a folder of "
-            "its own (dcm2niix and dicomsort do so by themselves)."
+            f"SeriesInstanceUID is {rare or 'empty'}. Descriptions: {shown(names)}. Move the slices of each series to "
+            "a folder of its own (dcm2niix and dicomsort do so by themselves)."
         )
 
     def grid(slice_: Slice) -> str:
@@ -425,12 +428,19 @@ def _check_positions(slices: Sequence[Slice], normal: np.ndarray, pixel: float) 
     along = positions @ normal
     gaps = np.diff(along)
     step = float(np.median(gaps))
-    for i, gap in enumerate(gaps):
-        if gap < 0.01 * max(step, pixel):
-            raise UDAError(
-                f"{slices[i + 1].path}: at the same position as {slices[i].path.name}, {along[i]:.2f} mm along the "
-                "slice normal; expected every slice once. Remove the extra slice."
+    if repeated := [i for i, gap in enumerate(gaps) if gap < 0.01 * max(step, pixel)]:
+        i = repeated[0]
+        remedy = "Remove the extra slice."
+        if len(repeated) > 1:
+            remedy = (
+                f"So it is with {len(repeated)} of {len(slices)} slices: where the series holds several volumes "
+                "(times, echoes, phases), move the slices of each to a folder of its own (dcm2niix splits them); else "
+                "remove the copies."
             )
+        raise UDAError(
+            f"{slices[i + 1].path}: at the same position as {slices[i].path.name}, {along[i]:.2f} mm along the "
+            f"slice normal; expected every slice once. {remedy}"
+        )
     for i, gap in enumerate(gaps):
         if abs(gap - step) > max(0.05 * step, 0.11):  # some vendors round positions to 0.1 mm
             what = f"about {round(gap / step) - 1} missing" if gap > 1.5 * step else "extra or misplaced slices"

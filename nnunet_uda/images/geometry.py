@@ -23,6 +23,8 @@ MOST_RATIO = 20.0
 """Of the finest spacings of a scan and of the source, either way: 0.1 mm for a cochlea, 2 mm for a body."""
 MOST_VOXELS = 1e9
 """Voxels that a case may have when it is resampled: 4 GB for each of the arrays that this needs."""
+FARTHEST = 1e6
+"""In mm: no spacing and no position is beyond it."""
 
 
 @dataclass(frozen=True)
@@ -103,11 +105,17 @@ def check_same_geometry(image: Any, path: Path, other: Any, other_path: Path) ->
         )
 
 
-def check_possible(path: Path, size: Sequence[int], spacing: Sequence[float]) -> None:
+def check_possible(path: Path, size: Sequence[int], spacing: Sequence[float], origin: Sequence[float] = ()) -> None:
     """Raise ``UDAError`` for voxels (mm) that no scan of a body has: metres or micrometres in place of mm, 0, NaN.
 
-    Of an axis with one slice the spacing says nothing, and may be anything but NaN.
+    Of an axis with one slice the spacing says nothing, and may be anything but NaN. ``origin`` (mm) is the first
+    voxel's place.
     """
+    if not all(abs(place) <= FARTHEST for place in origin):
+        raise UDAError(
+            f"{path}: its first voxel lies at {mm(origin)}; expected a place within {FARTHEST:g} mm. The header is "
+            "corrupt: repair it, or get the file again."
+        )
     steps = [step for n, step in zip(size, spacing, strict=True) if n > 1]
     reach = [n * step for n, step in zip(size, spacing, strict=True) if n > 1]
     if (

@@ -37,13 +37,13 @@ def entries(folder: Path) -> list[Path]:
 
 
 def files_in(folder: Path) -> list[Path]:
-    """Files of ``entries``. What reading will refuse by name counts, too: links that lead nowhere, and folders that are
-    called as an image, as some programs unpack one."""
+    """Files of ``entries``. What reading will refuse by name counts, too: links that lead nowhere, and folders (as some
+    programs unpack an image), pipes and devices that are called as an image."""
     return [path for path in entries(folder) if path.is_file() or not path.exists() or _called_as_an_image(path)]
 
 
-def _called_as_an_image(folder: Path) -> bool:
-    return folder.is_dir() and folder.name.lower().endswith(ENDINGS)
+def _called_as_an_image(path: Path) -> bool:
+    return path.name.lower().endswith(ENDINGS)
 
 
 def folders_in(folder: Path) -> list[Path]:

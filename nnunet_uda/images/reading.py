@@ -18,9 +18,11 @@ from nnunet_uda.errors import UDAError, printable
 from nnunet_uda.images.geometry import Grid, check_possible, check_same_geometry, short
 from nnunet_uda.images.listing import ENDINGS
 from nnunet_uda.images.nifti import Nifti, is_nifti, not_finite, opened, read_header, slabs, truncated
-from nnunet_uda.images.text_headers import check_text_header, has_text_header
+from nnunet_uda.images.text_headers import check_inflated, check_text_header, has_text_header
 from nnunet_uda.names import check_name
 
+_WITHOUT_ORIENTATION = (".gipl", ".gipl.gz", ".tif", ".tiff", ".png", ".jpg", ".jpeg", ".bmp", ".vtk", ".mrc")
+"""Formats that hold none, or from which ITK reads none."""
 MOST = 1e10
 """Intensities are below: whole numbers of 32 bits are. Greater ones overflow when they are normalised."""
 
@@ -121,6 +123,7 @@ def check_nifti(path: Path) -> Grid | None:
 def _open(path: Path) -> tuple[sitk.ImageFileReader, Nifti | None]:
     """A reader with the header read, after everything that the header alone tells was checked."""
     _check_file(path)
+    _check_ending(path)
     reader = sitk.ImageFileReader()
     reader.SetFileName(str(path))
     with readable(path):
@@ -130,7 +133,7 @@ def _open(path: Path) -> tuple[sitk.ImageFileReader, Nifti | None]:
             check_text_header(path)
         reader.ReadImageInformation()
         grid = grid or Grid.of(reader)
-        check_possible(path, grid.size, grid.spacing)
+        check_possible(path, grid.size, grid.spacing, grid.origin)
         if not grid.is_orthogonal:
             raise UDAError(
                 f"{path}: its axes are not at right angles (directions {short(grid.direction)}); expected a scan on a "
@@ -147,8 +150,20 @@ def _check_file(path: Path) -> None:
             f"{path}: a folder; expected an image file. Where a program unpacked it so, move the file that lies in the "
             "folder to its place."
         )
-    link = f"a link to {os.readlink(path)}, where there is no file" if path.is_symlink() else "there is no such file"
-    raise UDAError(f"{path}: {link}; expected an image.")
+    found = "a pipe, a socket or a device" if path.exists() else "there is no such file"
+    if path.is_symlink() and not path.exists():
+        found = f"a link to {os.readlink(path)}, where there is no file"
+    raise UDAError(f"{path}: {found}; expected an image.")
+
+
+def _check_ending(path: Path) -> None:
+    """ITK takes a NIfTI file for one by its ending, in small letters or in capitals throughout."""
+    ending = path.name[len(stem(path)) :]
+    if is_nifti(path) and ending not in (ending.lower(), ending.upper()):
+        raise UDAError(
+            f"{path}: its name ends in {ending}, letters of both kinds, which other programs do not take for an image; "
+            f"expected {ending.lower()}. Rename the file."
+        )
 
 
 def _check_length(path: Path, reader: sitk.ImageFileReader) -> None:
@@ -158,10 +173,12 @@ def _check_length(path: Path, reader: sitk.ImageFileReader) -> None:
     if name.endswith(".gz"):
         with opened(path) as stream:
             length = sum(len(chunk) for chunk in iter(lambda: stream.read(1 << 20), b""))
-    if name.endswith((".gipl", ".gipl.gz")):
-        expected = 256 + math.prod(reader.GetSize()) * sitk.Image(1, 1, reader.GetPixelID()).GetSizeOfPixelComponent()
-        if length < expected:
-            raise truncated(path, length, expected)
+    component = sitk.Image([1] * reader.GetDimension(), reader.GetPixelID(), reader.GetNumberOfComponents())
+    voxels = math.prod(reader.GetSize()) * reader.GetNumberOfComponents() * component.GetSizeOfPixelComponent()
+    if name.endswith((".gipl", ".gipl.gz")) and length < 256 + voxels:
+        raise truncated(path, length, 256 + voxels)
+    if has_text_header(path):
+        check_inflated(path, voxels)
 
 
 def _read_by_slabs(reader: sitk.ImageFileReader, nifti: Nifti) -> sitk.Image:
@@ -207,6 +224,11 @@ def remarks(path: Path) -> tuple[list[str], list[str]]:
     """Repairs and warnings about the geometry of a file that was read, whatever its format."""
     header = read_header(path) if is_nifti(path) and path.is_file() else None
     note = check_text_header(path) if has_text_header(path) and path.is_file() else header.note if header else ""
+    if path.name.lower().endswith(_WITHOUT_ORIENTATION):
+        note = f"{path.name}: the format holds no orientation, so which side is left is a guess of the reader"
+        if not path.name.lower().endswith(ENDINGS):
+            note += ", no sure distance of slices, and no way to tell whether a file is whole"
+        note += ": compare the picture with the scan"
     return ([header.repair] if header and header.repair else []), ([note] if note else [])
 
 

@@ -14,7 +14,8 @@ import SimpleITK as sitk
 from skimage.draw import polygon
 
 from nnunet_uda.errors import UDAError, printable
-from nnunet_uda.images.dicom import FARTHEST, Header, read_header
+from nnunet_uda.images.dicom import Header, read_header
+from nnunet_uda.images.geometry import FARTHEST
 from nnunet_uda.images.reading import readable
 
 SAME_PLANE = 0.1
