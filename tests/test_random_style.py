@@ -14,7 +14,7 @@ from nnunet_uda.data.random_style import (
     LocationScaleTransform,
     RandomConvolutionTransform,
     StyleAugmentationSettings,
-    TwoViewsTransform,
+    ViewsTransform,
     bezier_curve,
     location_scale,
     look_up,
@@ -245,7 +245,7 @@ def test_settings_choose_the_transforms():
 def test_two_views_are_the_image_and_what_the_transform_makes_of_it():
     image, segmentation = sample(2, 24, 20)
     np.random.seed(2)
-    views = TwoViewsTransform(TRANSFORMS["clusters"])(image=image, segmentation=segmentation)
+    views = ViewsTransform(TRANSFORMS["clusters"])(image=image, segmentation=segmentation)
     assert views["image"].shape == (4, 24, 20) and torch.equal(views["image"][:2], image)
     assert torch.equal(views["segmentation"], segmentation)
     np.random.seed(2)
@@ -256,7 +256,7 @@ def test_two_views_are_the_image_and_what_the_transform_makes_of_it():
 def test_a_transform_that_works_in_place_leaves_the_first_view():
     image, segmentation = sample(2, 24, 20)
     before = image.clone()
-    views = TwoViewsTransform(lambda image, segmentation: {"image": image.add_(1.0)})(
+    views = ViewsTransform(lambda image, segmentation: {"image": image.add_(1.0)})(
         image=image, segmentation=segmentation
     )["image"]
     torch.testing.assert_close(views, torch.cat((before, before + 1)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import shutil
 from pathlib import Path
 
@@ -13,8 +14,8 @@ from conftest import batch, changed, make_trainer, parameters, same_weights, wei
 
 from nnunet_uda.errors import UDAError
 from nnunet_uda.losses.prototypes import IGNORED
-from nnunet_uda.trainers.cast import half_of_each
-from nnunet_uda.training.intensity_posterior import intensity_posterior
+from nnunet_uda.trainers.cast import every_other
+from nnunet_uda.training.intensity_posterior import IntensityPosterior
 from nnunet_uda.training.uda_trainer import UDATrainer
 
 TERMS = {"loss", "segmentation", "self_training"}
@@ -57,11 +58,12 @@ def test_the_gradient_is_that_of_both_terms(in_workspace, monkeypatch):
     monkeypatch.setattr(trainer.optimizer, "step", lambda: gradients.append(
         [p.grad.clone() for p in trainer.networks["student"].parameters() if p.grad is not None]))  # fmt: skip
     trainer.train_on(source, label, target)
-    source, label, target = half_of_each(source, label, target)
-    plain, styled = target.chunk(2, dim=1)
+    source, label = every_other(source), [every_other(scale) for scale in label]
+    plain, styled, *views = target.split(1, dim=1)
     trainer.networks["self_training"].class_confidence.fill_(1)
+    trainer.networks["intensities"].domain.zero_()
     student = trainer.networks["student"]
-    pseudo = trainer.pseudo_label(plain)
+    pseudo = trainer.pseudo_label(plain, *views)
     from nnunet_uda.losses.pseudo_label import pseudo_label_loss
 
     loss = trainer.loss(student(source), label)
@@ -75,35 +77,62 @@ def test_the_gradient_is_that_of_both_terms(in_workspace, monkeypatch):
         torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-3)
 
 
-def test_the_teacher_sees_target_images_as_they_are_and_the_student_restyled(in_workspace, monkeypatch):
+def test_the_teacher_sees_target_images_plain_and_restyled_and_the_student_its_own_view(in_workspace, monkeypatch):
     trainer = started(**TEACHING)
     source, label, target = batch(trainer)
-    assert source.shape[1] == 1 and target.shape[1] == 2
-    plain, styled = target.chunk(2, dim=1)
-    assert not torch.allclose(plain, styled, atol=0.05)
+    assert source.shape[:2] == (2, 1) and target.shape[:2] == (1, 4)
+    plain, styled, *views = target.split(1, dim=1)
+    for one, other in itertools.combinations((plain, styled, *views), 2):
+        assert not torch.allclose(one, other, atol=0.05)
     asked, studied = [], []
     predict, study = trainer._predict, trainer.study
     monkeypatch.setattr(trainer, "_predict", lambda images: asked.append(images) or predict(images))
     monkeypatch.setattr(trainer, "study", lambda images: studied.append(images) or study(images))
     trainer.train_on(source, label, target)
-    assert len(asked) == 1 and torch.equal(asked[0], plain[1:])
-    assert len(studied) == 2 and torch.equal(studied[0], source[1:]) and torch.equal(studied[1], styled[1:])
+    assert len(asked) == 3 and all(map(torch.equal, asked, (plain, *views)))
+    assert len(studied) == 2 and torch.equal(studied[0], source[1:]) and torch.equal(studied[1], styled)
+
+
+def test_the_teachers_opinion_is_the_mean_over_its_views(in_workspace, monkeypatch):
+    trainer = made(cast__intensity_labels=False, **TEACHING)
+    trainer.initialize()
+    logits = {1.0: [8.0, 0.0, 0.0], 2.0: [0.0, 8.0, 0.0], 3.0: [0.0, 8.0, 0.0]}
+    monkeypatch.setattr(
+        trainer,
+        "_predict",
+        lambda images: torch.tensor(logits[images.max().item()]).view(1, 3, 1, 1).expand(1, 3, 4, 4),
+    )
+    views = [torch.full((1, 1, 4, 4), value) for value in logits]
+    expected = torch.stack([torch.tensor(each).softmax(0) for each in logits.values()]).mean(0)
+    torch.testing.assert_close(trainer.opinion(*views), expected.view(1, 3, 1, 1).expand(1, 3, 4, 4))
 
 
 def test_a_step_takes_half_a_batch_of_each_domain_its_last_patch_included(in_workspace):
-    source, target = torch.arange(5.0)[:, None], torch.arange(10.0, 15)[:, None]
-    half, label, other = half_of_each(source, [source, source * 2], target)
-    assert half.flatten().tolist() == [0, 2, 4] and other.flatten().tolist() == [10, 12, 14]
-    assert [scale.flatten().tolist() for scale in label] == [[0, 2, 4], [0, 4, 8]]
-    half, label, _ = half_of_each(source[:4], source[:4], target)
-    assert half.flatten().tolist() == label.flatten().tolist() == [1, 3]
-    one, label, other = half_of_each(source[:1], source[:1], target[:1])
-    assert len(one) == len(label) == len(other) == 1
+    batch = torch.arange(5.0)[:, None]
+    assert every_other(batch).flatten().tolist() == [0, 2, 4]
+    assert every_other(batch[:4]).flatten().tolist() == [1, 3]
+    assert len(every_other(batch[:1])) == 1
     trainer = started(num_epochs=10)  # before self-training
     studied, study = [], trainer.study
     trainer.study = lambda images: studied.append(len(images)) or study(images)
     trainer.train_step(next(trainer.dataloader_train))
     assert studied == [trainer.batch_size]
+    for size, half in ((1, 1), (4, 2), (5, 3)):
+        trainer.batch_size = size
+        assert trainer.target_batch_size == half
+
+
+def test_what_it_trusts_is_remembered_as_the_intensities_of_the_domain(in_workspace):
+    trainer = started(**TEACHING)
+    intensities = trainer.networks["intensities"]
+    volume = trainer.target_dataset.load_case(trainer.target_dataset.identifiers[0])[0][:]
+    assert intensities.has_range and volume.min() <= intensities.low < intensities.high <= volume.max()
+    target = batch(trainer)[2][:, :1]
+    labels = trainer.pseudo_label(target)
+    expected = IntensityPosterior(3, 1)
+    expected.low, expected.high = intensities.low, intensities.high
+    expected.observe(labels, target)
+    assert intensities.domain.sum() > 0 and torch.equal(intensities.domain, expected.domain)
 
 
 def test_the_plain_view_has_the_intensities_of_the_scan(in_workspace):
@@ -146,9 +175,11 @@ def test_pseudo_labels_carry_no_gradient_and_come_from_the_teacher(in_workspace,
     trainer = started(**TEACHING)
     target = batch(trainer)[2][:, :1]
     labels = trainer.pseudo_label(target)
-    assert not labels.requires_grad and labels.shape == (2, 32, 32)
+    assert not labels.requires_grad and labels.shape == (1, 32, 32)
+    trainer.networks["intensities"].domain.zero_()
     with torch.no_grad():
-        found = intensity_posterior(trainer.finest(trainer.network(target)).softmax(1), target).argmax(1)
+        prior = trainer.finest(trainer.network(target)).softmax(1)
+        found = trainer.networks["intensities"](prior, target).argmax(1)
     known = labels != IGNORED
     assert known.any() and torch.equal(labels[known], found[known])
     state = trainer.networks["self_training"]
@@ -167,6 +198,7 @@ def test_the_image_corrects_the_teacher_unless_asked_not_to(in_workspace, monkey
     for corrected, edge in ((True, 12), (False, 16)):
         trainer = made(cast__intensity_labels=corrected, **TEACHING)
         trainer.initialize()
+        trainer.networks["intensities"].set_range([image[0].numpy()])
         monkeypatch.setattr(trainer, "_predict", lambda images: logits)
         labels = trainer.pseudo_label(image)
         assert (labels[..., :edge] == 1).float().mean() > 0.98 and (labels[..., edge:] == 2).float().mean() > 0.98
@@ -182,7 +214,10 @@ def test_a_share_of_the_target_images_is_restyled_for_the_student(in_workspace):
         image = torch.randn(1, *trainer.configuration_manager.patch_size)
         segmentation = torch.zeros_like(image, dtype=torch.int16)
         views = [pipeline(image=image.clone(), segmentation=segmentation.clone())["image"] for _ in range(200)]
-        restyled = sum(not torch.equal(plain, student) for plain, student in views) / 200
+        assert views[0].shape == (4, *trainer.configuration_manager.patch_size)
+        restyled = sum(not torch.equal(plain, student) for plain, student, *_ in views) / 200
+        for_teacher = sum(not torch.equal(plain, restyled) for plain, _, restyled, _ in views) / 200
+        assert for_teacher == pytest.approx(0.95, abs=0.06)
         assert restyled == pytest.approx(0.95 * share, abs=0.1)
 
 
@@ -234,8 +269,8 @@ def test_styles_are_those_of_the_settings(in_workspace):
     off = {f"cast__{part}_probability": 0.0 for part in (
         "cluster_contrast", "random_convolution", "global_location_scale")}  # fmt: skip
     trainer = started(augmentation="none", **off, **TEACHING)
-    plain, styled = batch(trainer)[2].chunk(2, dim=1)
-    assert torch.equal(plain, styled)
+    plain, *others = batch(trainer)[2].split(1, dim=1)
+    assert len(others) == 3 and all(torch.equal(plain, other) for other in others)
 
 
 def test_half_precision_trains(in_workspace):

@@ -2,18 +2,20 @@
 
 The student learns labelled source images in random contrasts and styles (``RandomStyleTrainer``'s). The teacher is the
 student's exponential average (Tarvainen and Valpola 2017) and what predicts: ``network``. From a part of the schedule
-on it labels unlabelled target images as they are, each corrected by its own intensities (``intensity_posterior``); the
-student learns these labels, where they are sure, on the same images, some of them in random styles. A step then takes
-half a batch of each domain, so that it costs little more than before. No generator, no discriminator: on real scans
-translation did not earn its time (docs/results.md).
+on it labels unlabelled target images, seen as they are and in some random styles, and corrected by the intensities that
+the classes have in the domain and the image (``IntensityPosterior``). The student learns these labels, where they are
+sure, on the same images, some of them restyled. A step then takes half a batch of each domain, so that it costs little
+more than before. No generator, no discriminator: on real scans translation did not earn its time (docs/results.md).
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
 from batchgeneratorsv2.transforms.utils.nnunet_masking import MaskImageTransform
@@ -22,17 +24,19 @@ from torch import Tensor, nn
 
 from nnunet_uda.data.random_style import (
     StyleAugmentationSettings,
-    TwoViewsTransform,
+    ViewsTransform,
     insert_after_spatial,
     style_transforms,
 )
 from nnunet_uda.losses.pseudo_label import pseudo_label_loss
 from nnunet_uda.settings import require
-from nnunet_uda.training.intensity_posterior import intensity_posterior
+from nnunet_uda.training.intensity_posterior import IntensityPosterior
 from nnunet_uda.training.preview import write_trainers_panels
 from nnunet_uda.training.self_training import Average, SelfTraining
 from nnunet_uda.training.uda_trainer import UDATrainer, middle_slice
 
+RANGE_OF = 16
+"""Target cases that say which intensities there are."""
 RAMP_SHARE = 0.1
 """Of the schedule: over so many epochs the weight of pseudo labels rises to its value."""
 
@@ -42,9 +46,10 @@ class CASTSettings(StyleAugmentationSettings):
     """Settings under ``uda.cast``; those of random styles are RandomStyleTrainer's.
 
     Self-training begins after ``start_share`` of the epochs: late, because a teacher that has not learned enough
-    teaches its errors. Its loss has the weight ``self_training_weight``. With ``intensity_labels`` the teacher's
-    opinion of an image is corrected by the image's intensities. A pixel is learned where the confidence is over
-    ``confidence`` times how sure it is of that class, relative to the surest class
+    teaches its errors. Its loss has the weight ``self_training_weight``. The teacher's opinion of an image is the mean
+    over the image as it is and ``teacher_views`` restyled ones: a structure found in one contrast alone is not sure.
+    With ``intensity_labels`` it is then corrected by the image's intensities. A pixel is learned where the confidence
+    is over ``confidence`` times how sure it is of that class, relative to the surest class
     (``losses.pseudo_label.class_thresholds``). ``target_style_probability`` is the share of target images that the
     student sees in a random style; it must see most as they are, or it never learns the target's own contrast.
     ``teacher_horizon`` is the share of the schedule's steps over which the teacher averages the student, so that short
@@ -54,6 +59,7 @@ class CASTSettings(StyleAugmentationSettings):
     self_training: bool = True
     start_share: float = 0.7
     self_training_weight: float = 1.0
+    teacher_views: int = 2
     intensity_labels: bool = True
     confidence: float = 0.9
     target_style_probability: float = 0.25
@@ -64,6 +70,7 @@ class CASTSettings(StyleAugmentationSettings):
         for name in ("start_share", "confidence", "target_style_probability"):
             require(0 <= getattr(self, name) <= 1, name, "between 0 and 1", getattr(self, name))
         require(0 < self.teacher_horizon <= 1, "teacher_horizon", "over 0 and at most 1", self.teacher_horizon)
+        require(self.teacher_views >= 0, "teacher_views", "at least 0", self.teacher_views)
         require(self.self_training_weight >= 0, "self_training_weight", "at least 0", self.self_training_weight)
 
 
@@ -91,10 +98,12 @@ class CASTTrainer(UDATrainer):
     def build_networks(self) -> dict[str, nn.Module]:
         settings = self.own_settings
         steps = self.num_epochs * self.num_iterations_per_epoch
+        num_classes = self.label_manager.num_segmentation_heads
         return {
             "student": self.student,
             "average": Average(1 - 1 / max(2.0, settings.teacher_horizon * steps)),
-            "self_training": SelfTraining(self.label_manager.num_segmentation_heads, settings.confidence),
+            "self_training": SelfTraining(num_classes, settings.confidence),
+            "intensities": IntensityPosterior(num_classes, self.num_input_channels),
         }
 
     def prepare_network(self) -> None:
@@ -113,13 +122,20 @@ class CASTTrainer(UDATrainer):
         return pipeline
 
     def get_target_transforms(self, *args, **kwargs) -> ComposeTransforms:
-        """Each target patch twice: moved alone for the teacher; augmented, and some restyled, for the student."""
+        """Target patches moved alone; augmented, some restyled, for the student; and restyled for the teacher."""
         pipeline = super().get_training_transforms(*args, **kwargs)
         changes = [step for step in pipeline.transforms if isinstance(step, RandomTransform | MaskImageTransform)]
         pipeline.transforms = [step for step in pipeline.transforms if not isinstance(step, RandomTransform)]
-        styles = RandomTransform(style_transforms(self.own_settings), self.own_settings.target_style_probability)
-        insert_after_spatial(pipeline, TwoViewsTransform(ComposeTransforms([styles, *changes])))
+        styles = style_transforms(self.own_settings)
+        restyled = RandomTransform(styles, self.own_settings.target_style_probability)
+        teachers = [styles] * self.own_settings.teacher_views
+        insert_after_spatial(pipeline, ViewsTransform(ComposeTransforms([restyled, *changes]), *teachers))
         return pipeline
+
+    @property
+    def target_batch_size(self) -> int:
+        """Half of a batch, as it is what a step takes of each domain."""
+        return (self.batch_size + 1) // 2
 
     # -- schedule ------------------------------------------------------------------------------------------------
 
@@ -127,6 +143,14 @@ class CASTTrainer(UDATrainer):
         super().on_train_start()
         if self.networks["average"].steps == 0:
             self.student.load_state_dict(self.plain_network.state_dict())  # -pretrained_weights reach the network alone
+        if self.needs_target and not self.networks["intensities"].has_range:
+            self.networks["intensities"].set_range(self._some_target_volumes())
+
+    def _some_target_volumes(self) -> Iterator[np.ndarray]:
+        """Evenly chosen target training cases, ``(C, Z, Y, X)``, at most ``RANGE_OF``."""
+        cases = self.target_dataset.identifiers
+        for case in cases[:: -(-len(cases) // RANGE_OF)]:
+            yield np.asarray(self.target_dataset.load_case(case)[0][:])
 
     def on_train_epoch_start(self):
         super().on_train_epoch_start()
@@ -149,13 +173,14 @@ class CASTTrainer(UDATrainer):
 
     def train_on(self, source: Tensor, label: Tensor | list[Tensor], target: Tensor | None) -> None:
         if target is not None:
-            source, label, target = half_of_each(source, label, target)
+            source = every_other(source)
+            label = [every_other(scale) for scale in label] if isinstance(label, list) else every_other(label)
         with self.updating("segmenter", max_norm=12) as add:
             with self.autocast():
                 add({"segmentation": self.loss(self.study(source), label)})
             if target is not None:
-                plain, styled = target.chunk(2, dim=1)
-                pseudo_label = self.pseudo_label(plain)
+                plain, styled, *views = target.split(self.num_input_channels, dim=1)
+                pseudo_label = self.pseudo_label(plain, *views)
                 with self.autocast():
                     loss = pseudo_label_loss(self.finest(self.study(styled)), pseudo_label)
                     add({"self_training": self.self_training_weight * loss})
@@ -166,17 +191,26 @@ class CASTTrainer(UDATrainer):
         return self.student_decoder(self.student_encoder(images))
 
     @torch.no_grad()
-    def pseudo_label(self, target: Tensor) -> Tensor:
-        """The labels of target images, ``(B, *patch)``, where they are sure."""
-        state = self.networks["self_training"]
-        probabilities = self.opinion(target)
-        state.observe(probabilities)
-        return state.label(probabilities)
+    def pseudo_label(self, target: Tensor, *views: Tensor) -> Tensor:
+        """The labels of target images, ``(B, *patch)``, where they are sure; arguments are those of ``opinion``."""
+        trust, probabilities = self.networks["self_training"], self.opinion(target, *views)
+        trust.observe(probabilities)
+        labels = trust.label(probabilities)
+        self.networks["intensities"].observe(labels, target)
+        return labels
 
-    def opinion(self, target: Tensor) -> Tensor:
-        """The teacher's class probabilities of target images, ``(B, K, *patch)``, corrected by their intensities."""
-        probabilities = self._predict(target).float().softmax(1)
-        return intensity_posterior(probabilities, target) if self.own_settings.intensity_labels else probabilities
+    def opinion(self, target: Tensor, *views: Tensor) -> Tensor:
+        """The teacher's class probabilities of target images, ``(B, K, *patch)``, corrected by their intensities.
+
+        Args:
+            target: ``(B, C, *patch)`` as they are.
+            views: the same in other styles.
+        """
+        images = (target, *views)
+        probabilities = sum(self._predict(view).float().softmax(1) for view in images) / len(images)
+        return (
+            self.networks["intensities"](probabilities, target) if self.own_settings.intensity_labels else probabilities
+        )
 
     # -- pictures ------------------------------------------------------------------------------------------------
 
@@ -195,18 +229,12 @@ class CASTTrainer(UDATrainer):
         write_trainers_panels(self, path, rows)
 
 
-def half_of_each(
-    source: Tensor, label: Tensor | list[Tensor], target: Tensor
-) -> tuple[Tensor, Tensor | list[Tensor], Tensor]:
-    """Every other patch of a source batch, its labels, and a target batch: the last, the last but two, and so on.
+def every_other(batch: Tensor) -> Tensor:
+    """Every other patch of a batch: the last, the last but two, and so on.
 
     nnU-Net puts patches on structures last, so they have the same share in the half as in the whole.
     """
-
-    def half(batch: Tensor) -> Tensor:
-        return batch[(len(batch) - 1) % 2 :: 2]
-
-    return half(source), [half(scale) for scale in label] if isinstance(label, list) else half(label), half(target)
+    return batch[(len(batch) - 1) % 2 :: 2]
 
 
 class CASTNoSelfTrainingTrainer(CASTTrainer):

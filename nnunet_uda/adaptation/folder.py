@@ -1,6 +1,6 @@
 """A network adapted to a folder of scans: an averaged teacher labels them, the student learns that on moved patches.
 
-As CAST does it beside its source, here without one: the teacher's opinion is corrected by each image's intensities.
+As CAST does it beside its source, here without one: the teacher's opinion is corrected by intensities.
 What holds the place of the source's labels is the start: the teacher begins as the model, and the sizes of structures
 that the model's validation knows say which of its labels are not to be believed.
 """
@@ -28,7 +28,7 @@ from nnunet_uda.losses.prototypes import IGNORED
 from nnunet_uda.losses.pseudo_label import pseudo_label_loss
 from nnunet_uda.settings import require
 from nnunet_uda.training.checkpoint import seed_everything
-from nnunet_uda.training.intensity_posterior import intensity_posterior
+from nnunet_uda.training.intensity_posterior import IntensityPosterior
 from nnunet_uda.training.self_training import Average, SelfTraining
 
 SIZE_FACTOR = 2.0
@@ -39,8 +39,9 @@ SIZE_FACTOR = 2.0
 class FolderSettings:
     """``steps`` of the student with Adam, whose rate falls from ``learning_rate`` to 0; the teacher's label of a pixel
     is learned where its confidence is over ``confidence`` times that of the class (``SelfTraining``). With
-    ``intensity_labels`` its opinion is corrected by each image's intensities before (``intensity_posterior``). The
-    student sees a share ``style_probability`` of its patches in a random style; the others as they are, but moved."""
+    ``intensity_labels`` its opinion is corrected by the intensities of the folder and of the patch before
+    (``IntensityPosterior``). The student sees a share ``style_probability`` of its patches in a random style; the
+    others as they are, but moved."""
 
     steps: int = 400
     learning_rate: float = 3e-4
@@ -136,6 +137,8 @@ def adapt_to_folder(
     average = Average(max(0.9, 1 - 10 / settings.steps)).to(device)
     average.steps += 10_000  # the teacher begins as the model, not as noise: its start is not to be forgotten
     trust = SelfTraining(model.num_classes, settings.confidence).to(device)
+    intensities = IntensityPosterior(model.num_classes, volumes[0].shape[0]).to(device)
+    intensities.set_range(volumes)
     optimizer = torch.optim.Adam(student.parameters(), settings.learning_rate)
     for step in range(settings.steps):
         for group in optimizer.param_groups:
@@ -145,9 +148,10 @@ def adapt_to_folder(
         with torch.no_grad(), autocast(device):
             probabilities = teacher(images).float().softmax(1)
         if settings.intensity_labels:
-            probabilities = intensity_posterior(probabilities, images)
+            probabilities = intensities(probabilities, images)
         trust.observe(probabilities)
         labels = trust.label(probabilities)
+        intensities.observe(labels, images)
         for index, scan in enumerate(scans):
             for value in left_out[scan]:
                 labels[index][labels[index] == value] = IGNORED

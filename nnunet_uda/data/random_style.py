@@ -272,17 +272,17 @@ def quantiles(values: Tensor, shares: tuple[float, ...]) -> list[float]:
     return torch.quantile(sample, torch.tensor(shares, device=sample.device)).tolist()
 
 
-class TwoViewsTransform(BasicTransform):
-    """An image as it is and changed by ``transform``, one behind the other in the channels: [C, *S] to [2 C, *S]."""
+class ViewsTransform(BasicTransform):
+    """An image as it is and changed by each of ``transforms``, one behind the other: [C, *S] to [(1 + n) C, *S]."""
 
-    def __init__(self, transform: Callable[..., dict]):
+    def __init__(self, *transforms: Callable[..., dict]):
         super().__init__()
-        self.transform = transform
+        self.transforms = transforms
 
     def apply(self, data_dict: dict, **params) -> dict:
-        image = data_dict["image"]
-        changed = self.transform(**data_dict | {"image": image.clone()})["image"]  # nnU-Net's transforms work in place
-        return data_dict | {"image": torch.cat((image, changed))}
+        image = data_dict["image"]  # nnU-Net's transforms work in place: each gets a copy
+        changed = [transform(**data_dict | {"image": image.clone()})["image"] for transform in self.transforms]
+        return data_dict | {"image": torch.cat((image, *changed))}
 
 
 def insert_after_spatial(pipeline: ComposeTransforms, transform: Callable[..., dict]) -> None:

@@ -1,71 +1,141 @@
-"""What the intensities of an image say about a network's labels: expectation maximisation with the network as prior."""
+"""What intensities say about a network's labels: expectation maximisation with the network as prior."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-BINS = 48
+from nnunet_uda.collectives import global_sum
+from nnunet_uda.losses.prototypes import IGNORED
+
+BINS = 96
 ROUNDS = 5
-PERCENTILES = (0.002, 0.998)
-SMOOTHING = 1.2
+PERCENTILES = (0.1, 99.9)
+SAMPLED = 50_000
+"""Voxels of a scan that its percentiles are taken from."""
+SMOOTHING = 1.6
+"""Of histograms, in bins."""
 FLOOR = 1e-3
 """Share of each class's histogram that is spread over all bins, so that no intensity is impossible."""
 SMALLEST_PRIOR = 1e-6
+DOMAIN_SHARE = 0.3
+"""For each class the domain's histogram counts as much as this share of the image's positions."""
+MOMENTUM = 0.99
+"""Of the domain's histograms over batches."""
 
 
-@torch.no_grad()
-def intensity_posterior(probabilities: Tensor, images: Tensor) -> Tensor:
-    r"""The class of each position by a network's opinion and by the intensities that its classes have in this image.
+class IntensityPosterior(nn.Module):
+    r"""The class of each position by a network's opinion and by the intensities of the classes, in domain and image.
 
     A network that was trained on another contrast knows roughly where a structure lies and has the edges wrong. The
-    image itself shows them: positions that are called one class mostly have its intensity. So each image, alone, is
-    seen as a mixture whose prior at each position is the network's p, and whose classes have the intensity histograms
-    h, found by expectation maximisation:
+    image itself shows them: positions that are called one class mostly have its intensity. So each image is seen as a
+    mixture whose prior at each position is the network's p, and whose classes have intensity histograms h, found by
+    expectation maximisation:
 
-    .. math:: q_k(x) \propto p_k(x) \, h_k(I(x)), \qquad h_k(b) \propto \sum_{x: I(x) = b} q_k(x)
+    .. math:: q_k(x) \propto p_k(x) \, h_k(I(x)), \qquad
+              h_k(b) \propto \sum_{x: I(x) = b} q_k(x) + \lambda N \, d_k(b)
 
-    h has ``BINS`` bins between two percentiles of the channel and is smoothed by a Gaussian. Over several channels
-    the geometric mean of their h is taken, because channels are not independent.
+    d is the histogram of the class in the domain, a running mean over the labels that were trusted (``observe``), N the
+    number of positions. It decides for a class that is small in this image or not in it at all: the image alone would
+    make a false label grow over everything of its intensity. The image's own part follows a scan that is brighter or
+    darker than others.
+
+    Intensities are binned between two percentiles of the domain (``set_range``); values beyond them are in the outer
+    bins. Over several channels the geometric mean of their h is taken, because channels are not independent.
 
     Sources: mixture models whose prior is a map of tissue probabilities (Van Leemput et al., IEEE TMI 1999; Ashburner
     and Friston, NeuroImage 2005); a network in place of the map, histograms in place of Gaussians.
 
     Args:
-        probabilities: [B, K, *S] float, sums over K are 1.
-        images: [B, C, *S] float, any scale.
-
-    Returns:
-        [B, K, *S] float32, sums over K are 1, without a graph.
+        num_classes: K, background included.
+        num_channels: C.
     """
-    prior = probabilities.float().flatten(2).clamp(min=SMALLEST_PRIOR)
-    prior = prior / prior.sum(1, keepdim=True)
-    bins = [_binned(channel) for channel in images.float().flatten(2).unbind(1)]
-    posterior = prior
-    for _ in range(ROUNDS):
-        evidence = sum(_log_likelihood(posterior, channel) for channel in bins) / len(bins)
-        posterior = (prior.log() + evidence).softmax(1)
-    return posterior.view(probabilities.shape)
+
+    def __init__(self, num_classes: int, num_channels: int) -> None:
+        super().__init__()
+        self.register_buffer("low", torch.zeros(num_channels))
+        self.register_buffer("high", torch.zeros(num_channels))
+        self.register_buffer("domain", torch.zeros(num_channels, num_classes, BINS))
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
+        """CAST's checkpoints of before hold no intensities: they begin anew."""
+        for name, buffer in self.named_buffers():
+            state_dict.setdefault(prefix + name, buffer)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    @property
+    def has_range(self) -> bool:
+        return bool((self.high > self.low).all())
+
+    def set_range(self, volumes: Iterable[np.ndarray]) -> None:
+        """Bin between the percentiles of ``volumes``, each [C, *S], of the domain; forgets what was observed."""
+        samples = [volume.reshape(len(volume), -1) for volume in volumes]
+        samples = [flat[:, :: max(1, flat.shape[1] // SAMPLED)] for flat in samples]
+        low, high = np.percentile(np.concatenate(samples, 1).astype(np.float64), PERCENTILES, axis=1)
+        self.low.copy_(torch.from_numpy(low))
+        self.high.copy_(torch.from_numpy(np.maximum(high, low + 1e-6)))
+        self.domain.zero_()
+
+    @torch.no_grad()
+    def forward(self, probabilities: Tensor, images: Tensor) -> Tensor:
+        """The posterior q.
+
+        Args:
+            probabilities: [B, K, *S] float, sums over K are 1.
+            images: [B, C, *S] float, on the scale of ``set_range``.
+
+        Returns:
+            [B, K, *S] float32, sums over K are 1, without a graph.
+        """
+        prior = probabilities.float().flatten(2).clamp(min=SMALLEST_PRIOR)
+        prior = prior / prior.sum(1, keepdim=True)
+        bins = self._binned(images)
+        known = DOMAIN_SHARE * prior.shape[2] * self.domain / self.domain.sum(2, keepdim=True).clamp(min=1e-6)
+        posterior = prior
+        for _ in range(ROUNDS):
+            evidence = sum(
+                _log_likelihood(histogram + domain, channel)
+                for histogram, domain, channel in zip(self._histograms(posterior, bins), known, bins, strict=True)
+            )
+            posterior = (prior.log() + evidence / len(bins)).softmax(1)
+        return posterior.view(probabilities.shape)
+
+    @torch.no_grad()
+    def observe(self, labels: Tensor, images: Tensor) -> None:
+        """Remember the intensities of trusted labels, [B, *S] int64, ``IGNORED`` where there is none."""
+        known = (labels != IGNORED)[:, None]
+        members = F.one_hot(labels.clamp(min=0), self.domain.shape[1]).movedim(-1, 1) * known
+        bins = self._binned(images)
+        seen = torch.stack([each.sum(0) for each in self._histograms(members.flatten(2).float(), bins)])
+        self.domain.mul_(MOMENTUM).add_(global_sum(seen), alpha=1 - MOMENTUM)
+
+    def _binned(self, images: Tensor) -> list[Tensor]:
+        """The bin of each position of ``images`` [B, C, *S], for each channel [B, N] int64."""
+        values = images.float().flatten(2)
+        low, high = self.low[:, None], self.high[:, None]
+        return list(((values - low) / (high - low) * BINS).clamp(0, BINS - 1).long().unbind(1))
+
+    def _histograms(self, members: Tensor, bins: list[Tensor]) -> list[Tensor]:
+        """Smoothed histograms [B, K, BINS] of ``members`` [B, K, N] for each channel's ``bins`` [B, N]."""
+        reach = round(3 * SMOOTHING)
+        places = torch.arange(-reach, reach + 1, device=members.device)
+        kernel = torch.exp(-0.5 * (places / SMOOTHING) ** 2)
+        kernel = (kernel / kernel.sum()).view(1, 1, -1)
+        found = []
+        for channel in bins:
+            histogram = members.new_zeros(*members.shape[:2], BINS)
+            histogram.scatter_add_(2, channel[:, None].expand_as(members), members)
+            padded = F.pad(histogram.flatten(0, 1)[:, None], (reach, reach), mode="replicate")
+            found.append(F.conv1d(padded, kernel).view_as(histogram))
+        return found
 
 
-def _binned(values: Tensor) -> Tensor:
-    """The bin of each of ``values`` [B, N] float, [B, N] int64; each row has its own range."""
-    step = max(1, values.shape[1] // 2**16)  # torch.quantile takes 2**24 values
-    shares = torch.tensor(PERCENTILES, device=values.device)
-    low, high = torch.quantile(values[:, ::step], shares, dim=1)[..., None]
-    return ((values - low) / (high - low).clamp(min=1e-6) * BINS).clamp(0, BINS - 1).long()
-
-
-def _log_likelihood(posterior: Tensor, bins: Tensor) -> Tensor:
-    """Log h_k at each position, [B, K, N], of ``posterior`` [B, K, N] and ``bins`` [B, N]."""
-    number, classes, _ = posterior.shape
-    index = bins[:, None].expand_as(posterior)
-    histogram = posterior.new_zeros(number, classes, BINS).scatter_add_(2, index, posterior)
-    reach = round(3 * SMOOTHING)
-    places = torch.arange(-reach, reach + 1, device=posterior.device)
-    kernel = torch.exp(-0.5 * (places / SMOOTHING) ** 2)
-    padded = F.pad(histogram.flatten(0, 1)[:, None], (reach, reach), mode="replicate")
-    histogram = F.conv1d(padded, (kernel / kernel.sum()).view(1, 1, -1)).view_as(histogram)
+def _log_likelihood(histogram: Tensor, bins: Tensor) -> Tensor:
+    """Log h_k at each position, [B, K, N], of counts [B, K, BINS] and ``bins`` [B, N]."""
     histogram = histogram + (FLOOR * histogram.sum(2, keepdim=True) + FLOOR) / BINS
-    return (histogram / histogram.sum(2, keepdim=True)).log().gather(2, index)
+    shares = (histogram / histogram.sum(2, keepdim=True)).log()
+    return shares.gather(2, bins[:, None].expand(-1, histogram.shape[1], -1))

@@ -336,6 +336,11 @@ class UDATrainer(StoppableTrainer):
         pipeline = nnUNetTrainer.get_training_transforms(*args, **kwargs)
         return reduced(pipeline, self.settings.augmentation, self.settings.seed is not None)
 
+    @property
+    def target_batch_size(self) -> int:
+        """Unlabelled target patches in a step."""
+        return self.batch_size
+
     def get_target_transforms(self, *args, **kwargs):
         """The pipeline of unlabelled target patches; takes what ``get_training_transforms`` takes."""
         return self.get_training_transforms(*args, **kwargs)
@@ -455,7 +460,13 @@ class UDATrainer(StoppableTrainer):
         self.target_dataset = self.prepare_target()
         refuse_damaged((self.target_dataset,), self._target_remedy)
         return self._further_loader(
-            self.target_dataset, self.batch_size, Unlabelled(), 0.0, self.get_target_transforms, None, num_processes
+            self.target_dataset,
+            self.target_batch_size,
+            Unlabelled(),
+            0.0,
+            self.get_target_transforms,
+            None,
+            num_processes,
         )
 
     def _further_loader(
