@@ -9,7 +9,7 @@ MINUTES ?= 120
 JOBS ?= 2
 PYTEST = OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile
 
-.PHONY: demo docs test test-slow test-all soak lint clean
+.PHONY: demo docs test test-slow test-all soak lint types clean
 
 demo: $(VENV)/installed
 	$(VENV)/bin/nnUNetUDA_demo -o $(RUN) -seed $(SEED)
@@ -32,6 +32,13 @@ docs: $(VENV)/documenting
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(MAKE) types
+
+# the package as it is when installed, with trainers/ and dataset_conversion/ in it
+types: $(VENV)/installed
+	rm -rf .types && mkdir -p .types/nnunet_uda
+	ln -s $(CURDIR)/nnunet_uda/* $(CURDIR)/trainers $(CURDIR)/dataset_conversion .types/nnunet_uda
+	cd .types && $(abspath $(VENV))/bin/mypy --config-file ../pyproject.toml --cache-dir ../.mypy_cache -p nnunet_uda
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -44,4 +51,4 @@ $(VENV)/documenting: $(VENV)/installed
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(RUN) site
+	rm -rf $(VENV) $(RUN) site .types .mypy_cache

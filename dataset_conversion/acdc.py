@@ -90,9 +90,11 @@ def find_domain(
         )
     patients: dict[int, Path] = {}
     for folder in folders:
-        if other := patients.get(_number(folder)):
+        number = _number(folder)
+        assert number is not None, "patient_folders lists numbered folders alone"
+        if other := patients.get(number):
             raise UDAError(f"{folder}: the same patient as {other}; expected each once. Remove one of them.")
-        patients[_number(folder)] = folder
+        patients[number] = folder
     cases = {}
     for number, folder in sorted(patients.items()):
         images, labels = _frames(folder)

@@ -264,7 +264,7 @@ def convert(args: argparse.Namespace, warnings: list[str]) -> None:
         cases(group, args.target, args.upper_bound or bool(args.few)) for group in ("target", "target validation")
     )
     test_group = Group(target_name, cases("test", args.target, True), "imagesTs", "labelsTs")
-    target_splits = _one_fold(training, validation)
+    target_splits: list[dict[str, list[str]]] | None = _one_fold(training, validation)
     if args.upper_bound:
         name = args.name or f"BraTS_{target_name}_upper_bound"
         source_splits, target_splits = target_splits, None

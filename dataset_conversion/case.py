@@ -7,7 +7,7 @@ bounds alone: no label of its own can change it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -149,7 +149,7 @@ def convert_case(
             _remark(report, case.label)
             classes = case.label_map.apply(label, case.label)
             del label
-            counts = sum(np.bincount(plane.ravel(), minlength=structures + 1)[1:] for plane in classes)  # memory
+            counts = _counts((plane.ravel() for plane in classes), structures)
             report.volumes_ml = [float(count * np.prod(grid.GetSpacing()) / 1000) for count in counts]
             if beyond:
                 report.outside = np.min([_outside(mask, classes, structures) for mask in beyond], axis=0).tolist()
@@ -189,15 +189,15 @@ def _beyond(image: sitk.Image, intensities: Intensities) -> np.ndarray:
     return np.stack([(plane < low) | (plane > high) for plane in voxels])
 
 
+def _counts(parts: Iterable[np.ndarray], structures: int) -> np.ndarray:
+    """How many voxels of ``parts`` each structure has; part by part, for memory."""
+    return np.sum([np.bincount(part, minlength=structures + 1)[1:] for part in parts], axis=0)
+
+
 def _outside(beyond: np.ndarray, classes: np.ndarray, structures: int) -> list[float]:
     """The share of each structure's voxels that is ``beyond``, NaN without voxels; by planes, for memory."""
-    found, whole = (
-        sum(np.bincount(part, minlength=structures + 1)[1:] for part in parts)
-        for parts in (
-            (plane[mask] for plane, mask in zip(classes, beyond, strict=True)),
-            (plane.ravel() for plane in classes),
-        )
-    )
+    found = _counts((plane[mask] for plane, mask in zip(classes, beyond, strict=True)), structures)
+    whole = _counts((plane.ravel() for plane in classes), structures)
     return [float(b / n) if n else float("nan") for b, n in zip(found, whole, strict=True)]
 
 

@@ -113,8 +113,8 @@ def read_label(
         planes.append(plane)
     label = sitk.GetImageFromArray(np.stack(planes))
     label.CopyInformation(image)
-    values = ", ".join(f"{value} ({name})" for value, name in sorted(unusual.items()))
-    return label, [f"{folder}: unusual grey values read as {values}"] if unusual else []
+    named = ", ".join(f"{value} ({name})" for value, name in sorted(unusual.items()))
+    return label, [f"{folder}: unusual grey values read as {named}"] if unusual else []
 
 
 def _png_files(folder: Path) -> list[Path]:

@@ -423,12 +423,12 @@ def _refuse(messages: Sequence[str]) -> None:
 
 def _check_spacings(groups: Sequence[Group], reports: dict[str, list[CaseReport]]) -> None:
     """Refuse scans whose voxels are of another order than the labelled ones' median, to which nnU-Net resamples."""
-    source = np.median([report.spacing for report in reports["imagesTr"]], axis=0)
+    source = np.median([report.spacing for report in reports["imagesTr"]], axis=0).tolist()
     messages = []
     for group in groups:
         paths = {case.identifier: case.images[0] for case in group.cases}
         for report in reports[group.images]:
-            new_size = np.maximum(1, np.multiply(report.size, report.spacing) / source)
+            new_size = np.maximum(1, np.multiply(report.size, report.spacing) / source).tolist()
             try:
                 check_against_source(paths[report.identifier], report.size, report.spacing, source, new_size)
             except UDAError as error:

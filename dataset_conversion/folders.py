@@ -225,8 +225,9 @@ def group_channels(scans: Mapping[str, Path], single_channel: bool) -> dict[str,
     cases: dict[str, dict[int, Path]] = {}
     for name, path in scans.items():
         match = re.fullmatch(r"(.+)_(\d{4})", name)
-        channel = match and f"{match[1]}_0000" in scans and not single_channel
-        case, number = (match[1], int(match[2])) if channel else (name, 0)
+        case, number = name, 0
+        if match and f"{match[1]}_0000" in scans and not single_channel:
+            case, number = match[1], int(match[2])
         if other := cases.setdefault(case, {}).get(number):
             raise UDAError(f"{path}: its case id {case} is already that of {other}; rename or remove one of them.")
         cases[case][number] = path
@@ -363,10 +364,10 @@ def convert(args: argparse.Namespace, warnings: list[str]) -> None:
     labelled = target if args.upper_bound else source
     ids = [case.identifier for case in labelled]
     if args.folds is not None:
-        splits, few = folds_of(ids, args.folds, args.seed), []
+        splits = folds_of(ids, args.folds, args.seed)
     else:
         splits, few = source_folds(ids, 5, args.seed)
-    warnings += few
+        warnings += few
     target_splits = None
     if args.target_folds:
         target_splits = folds_of([case.identifier for case in target], args.target_folds, args.seed)

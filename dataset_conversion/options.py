@@ -72,11 +72,13 @@ def intensity_request(
         preset: see ``IntensityRequest``.
         otherwise: of a domain whose option is not given; a paper's protocol has its own.
     """
-    asked = [
+    source, target = (
         parse_intensities(getattr(args, f"{domain}_intensities"), f"-{domain}_intensities")
         for domain in ("source", "target")
-    ]
-    return IntensityRequest(*(otherwise if wanted == DEFAULT else wanted for wanted in asked), preset)
+    )
+    return IntensityRequest(
+        otherwise if source == DEFAULT else source, otherwise if target == DEFAULT else target, preset
+    )
 
 
 def channel_names(given: Sequence[str] | None, count: int) -> list[str]:

@@ -39,8 +39,9 @@ def slices(image: sitk.Image, label: sitk.Image | None) -> dict[str, tuple[np.nd
             if counts.any():
                 index = int(np.argmax((counts > 0).sum(axis=1) + counts.sum(axis=1) / (counts.sum() + 1)))
         up = slice(None, None, 1 if plane == "axial" else -1)  # z grows towards the head, rows grow downwards
-        cut, mask = (None if array is None else np.take(array, index, axis=axis)[up] for array in (voxels, classes))
-        cuts[plane] = (cut, mask, tuple(spacing[i] for i in others))
+        cut = np.take(voxels, index, axis=axis)[up]
+        mask = None if classes is None else np.take(classes, index, axis=axis)[up]
+        cuts[plane] = (cut, mask, (spacing[others[0]], spacing[others[1]]))
     return cuts
 
 

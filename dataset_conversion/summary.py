@@ -97,8 +97,8 @@ def _single_slices(group: Group, reports: Sequence[CaseReport]) -> list[str]:
 def _domain_warnings(source: Sequence[CaseReport], target: Sequence[CaseReport], order: SliceOrder) -> list[str]:
     warnings = []
     spacings = [np.median([r.spacing for r in reports], axis=0) for reports in (source, target)]
-    thick = [int(np.argmax(s)) if np.max(s) > 1.2 * np.median(s) else None for s in spacings]
-    if order.order == REORIENTED and None not in thick and thick[0] != thick[1]:
+    thick = [int(np.argmax(s)) for s in spacings if np.max(s) > 1.2 * np.median(s)]
+    if order.order == REORIENTED and len(set(thick)) == 2:
         warnings.append(
             f"the thick slices lie along {AXES[thick[0]]} in the source and along {AXES[thick[1]]} in the target "
             f"(median spacings {_short(spacings[0])} and {_short(spacings[1])} mm): a 2D network trained in the "
@@ -122,5 +122,5 @@ def _domain_warnings(source: Sequence[CaseReport], target: Sequence[CaseReport],
     return warnings
 
 
-def _short(values: Sequence[float]) -> str:
+def _short(values: Sequence[float] | np.ndarray) -> str:
     return " x ".join(f"{v:.3g}" for v in values)

@@ -56,8 +56,9 @@ from __future__ import annotations
 import argparse
 import functools
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import SimpleITK as sitk
 
@@ -366,7 +367,7 @@ def find_crossmoda(folders: Sequence[Path], structures: Sequence[str]) -> tuple[
     """The year, and the cases of source, target and validation."""
     by_role: dict[str, Path] = {}
     for folder in folders:
-        role = _role(folder)
+        role = str(_role(folder))
         if other := by_role.get(role):
             raise UDAError(
                 f"{folder}: {other} is the {role} folder already; expected one year's tree, as 2022 and 2023 hold "
@@ -456,7 +457,7 @@ def _test_patients(patients: Patients, args: argparse.Namespace) -> list[int]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    modality: Mapping[str, Callable | tuple] = {"type": str.lower, "choices": tuple(MODALITIES)}
+    modality: dict[str, Any] = {"type": str.lower, "choices": tuple(MODALITIES)}
     parser.add_argument("-i", type=Path, required=True, metavar="VENDOR_TREE", help="one of the trees above")
     parser.add_argument("-source", **modality, required=True, help="modality whose labels are used")
     parser.add_argument("-target", **modality, required=True, help="modality to adapt to")

@@ -56,18 +56,18 @@ def choose_intensities(groups: Sequence[Group], request: IntensityRequest, adapt
     found: Intensities | None = None
     chosen = {}
     for group in groups:
-        wanted = request.source if adaptation and group.images == "imagesTr" else request.target
-        hounsfield, given = False, wanted != DEFAULT
-        if wanted == DEFAULT and not is_ct(group.domain):
+        asked = request.source if adaptation and group.images == "imagesTr" else request.target
+        wanted: Intensities | None
+        hounsfield = False
+        if not isinstance(asked, str):
+            wanted = asked
+            hounsfield = wanted is not None and wanted.window is not None and wanted.origin != "given"
+        elif not is_ct(group.domain):
             wanted = Intensities(PERCENTILES, origin="default")
-        elif wanted == DEFAULT:
+        else:
             hounsfield = True
-            if found is None:
-                found = _found_window(groups, request.preset, adaptation)
-            wanted = found
-        elif wanted is not None:
-            hounsfield = wanted.window is not None and wanted.origin != "given"
-        chosen[group.images] = Clipping(wanted, hounsfield, given, checked=group.images == "imagesTr")
+            found = wanted = found or _found_window(groups, request.preset, adaptation)
+        chosen[group.images] = Clipping(wanted, hounsfield, asked != DEFAULT, checked=group.images == "imagesTr")
     return chosen
 
 
@@ -77,14 +77,14 @@ def _found_window(groups: Sequence[Group], preset: str, adaptation: bool) -> Int
     source = next(group for group in groups if group.images == "imagesTr")
     if not (adaptation and is_ct(source.domain)):
         return of_preset
-    cases = [case for case in source.cases if case.label is not None and case.label_map is not None]
+    cases = [(case, case.label, case.label_map) for case in source.cases if case.label and case.label_map]
     step = max(1.0, len(cases) / MEASURED_CASES)
     bounds: list[tuple[float, float]] = []
-    for case in (cases[int(i * step)] for i in range(min(len(cases), MEASURED_CASES))):
+    for case, path_of_label, label_map in (cases[int(i * step)] for i in range(min(len(cases), MEASURED_CASES))):
         try:
             images = [case.read_image(path) for path in case.images]
-            label, _ = case.read_label(case.label, images[0], case.images[0])
-            classes = case.label_map.apply(label, case.label)
+            label, _ = case.read_label(path_of_label, images[0], case.images[0])
+            classes = label_map.apply(label, path_of_label)
             for image in images:
                 if image.GetSize() == images[0].GetSize() and not not_hounsfield(sitk.GetArrayViewFromImage(image)):
                     bounds += structure_bounds(image, classes)
@@ -108,7 +108,7 @@ def check_outside(
             f"at least {min(shares):.0%} of the voxels of '{structure}' lie outside of the {clipping.intensities} in "
             f"all {len(shares)} labelled {group.domain} case(s) that hold it"
         )
-        if clipping.given and clipping.intensities.window is not None:
+        if clipping.given and clipping.intensities is not None and clipping.intensities.window is not None:
             raise UDAError(
                 f"{group.cases[0].images[0]}: {fact}; expected a window that shows every structure. Give another one "
                 "(-source_intensities; with --upper_bound -target_intensities), or none."

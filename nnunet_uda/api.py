@@ -181,7 +181,9 @@ def evaluate(
     """
     from nnunet_uda.commands.evaluate import make_parser, run
 
-    given = {"predictions": [f"{name}={folder}" for name, folder in runs.items()], "o": str(output)}
+    given: dict[str, Any] = {
+        "predictions": [f"{name}={folder}" for name, folder in runs.items()], "o": str(output)
+    }  # fmt: skip
     given |= {"d": None if dataset is None else str(dataset)}
     given |= {name: _as_words(value) for name, value in options.items()}
     run(_arguments(make_parser(), "evaluate()", given))

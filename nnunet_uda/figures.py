@@ -6,8 +6,8 @@ reaches what is drawn in ``own_style``. ``$``, ``\\`` and ``_`` are letters of a
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import matplotlib.pyplot as plt
@@ -44,7 +44,7 @@ _STYLE = (
 )
 
 
-def own_style() -> AbstractContextManager:
+def own_style() -> Any:  # what contextmanager makes: no public type is a context and a decorator
     """The style of every figure here, as a context or a decorator; what was set before is set again behind it."""
     return matplotlib.rc_context(_STYLE)
 

@@ -55,16 +55,21 @@ def find_methods() -> Found:
     Raises:
         UDAError: for a trainer whose settings cannot be read from a plans file.
     """
-    found, unreadable = {}, {}
+    found: dict[tuple[str, type], Method] = {}
+    unreadable: dict[str, str] = {}
     for module in _modules(unreadable):
         for name, trainer in vars(module).items():
             if isinstance(trainer, type) and getattr(trainer, "method_settings", None) is not None:
-                check_trainer(trainer)
-                method = Method(trainer.method, trainer.method_settings, [])
+                method = _method_of(trainer)
                 trainers = found.setdefault((method.name, method.settings), method).trainers
                 if name not in trainers:
                     trainers.append(name)
     return Found(sorted(found.values(), key=lambda method: method.name), unreadable)
+
+
+def _method_of(trainer: type[Any]) -> Method:
+    check_trainer(trainer)
+    return Method(trainer.method, trainer.method_settings, [])
 
 
 def _modules(unreadable: dict[str, str]) -> Iterator[ModuleType]:
@@ -110,7 +115,7 @@ def _names(folder: Path, package: str) -> Iterator[str]:
             yield from _names(folder / name, f"{package}{name}.")
 
 
-def check_trainer(trainer: type) -> None:
+def check_trainer(trainer: type[Any]) -> None:
     """Refuse a trainer whose settings cannot lie under ``uda.METHOD`` in a plans file, which holds JSON.
 
     Raises:
@@ -135,7 +140,7 @@ def check_trainer(trainer: type) -> None:
         raise UDAError(f"{name}: {settings.__name__} has no default for {', '.join(without)}: every setting needs one")
 
 
-def settings_of(trainer: type, plans: dict[str, Any]) -> tuple[UDASettings, Any]:
+def settings_of(trainer: type[Any], plans: dict[str, Any]) -> tuple[UDASettings, Any]:
     """The shared settings in ``plans``, and the trainer's own, or None where it has none.
 
     Raises:

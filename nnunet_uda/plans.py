@@ -262,7 +262,7 @@ def replan_plane(dataset: str, plans: dict[str, Any], plane: str, name: str) -> 
     planner_class = find_in_nnunet("experiment_planner_used", plans["experiment_planner_used"], f"plans of {dataset}")
     forward = PLANES[plane]
 
-    class PlanePlanner(planner_class):
+    class PlanePlanner(planner_class):  # type: ignore[misc, valid-type] # nnU-Net's, by its name in the plans
         def determine_transpose(self):
             return forward, [int(np.argwhere(np.array(forward) == axis)[0][0]) for axis in range(3)]
 

@@ -235,7 +235,7 @@ def steps(rank: int, name: str, options: dict[str, Any], number: int = 1) -> dic
     Tensor.float = Tensor.double  # this process is the test's own
     trainer = make_trainer(name, "four", **options)
     trainer.initialize()
-    trainer.start_together(trainer.plain_network, trainer.networks)
+    trainer.ranks.start_together((trainer.plain_network, trainer.networks), trainer.settings.seed, 0)
     before = {key: value.clone() for key, value in weights(trainer).items()}
     for key, optimizer in trainer.optimizers.items():  # Adam would enlarge rounding where a gradient is nothing else
         trainer.optimizers[key] = torch.optim.SGD([{"params": g["params"]} for g in optimizer.param_groups], lr=0.002)
@@ -323,7 +323,7 @@ def loop(rank: int, name: str, options: dict[str, Any], stop_after: int | None =
         trainer.run_training()
     except Killed:
         pass
-    history = {key: list(values) for key, values in trainer.loss_history.items()}
+    history = {key: list(values) for key, values in trainer.record.history.items()}
     return {"written": sorted(written), "weights": weights(trainer), "drawn": drawn, "history": history,
             "dice": trainer.logger.get_value("mean_fg_dice", None), "batch": trainer.batch_size}  # fmt: skip
 
@@ -351,7 +351,7 @@ def test_a_training_of_two_goes_on_bit_for_bit_and_rank_0_writes_alone(workspace
     final.rename(final.with_name("checkpoint_latest.pth"))
     alone = make_trainer(name, "four", **options)
     alone.load_checkpoint(str(final.with_name("checkpoint_latest.pth")))
-    assert same_weights(weights(alone), whole[0]["weights"]) and alone._restored_random_state is None
+    assert same_weights(weights(alone), whole[0]["weights"]) and alone.checkpoints.random_state is None
 
 
 def not_finite(rank: int) -> list[str]:
@@ -385,7 +385,7 @@ def signalled(rank: int) -> Any:
     try:
         trainer.run_training()
     except SystemExit as end:
-        return end.code, len(trainer.steps), weights(trainer)
+        return end.code, len(trainer.record.steps), weights(trainer)
     return None
 
 

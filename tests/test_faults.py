@@ -26,6 +26,7 @@ from nnunet_uda.data.target import MANIFEST, TargetDataset
 from nnunet_uda.errors import UDAError
 from nnunet_uda.training import checkpoint, interruption
 from nnunet_uda.training.interruption import StopSignals, fold_lock
+from nnunet_uda.training.streams import refuse_damaged_cases
 from nnunet_uda.workers import as_done
 
 
@@ -337,7 +338,7 @@ def test_damage_inside_a_file_is_found_when_loading_fails(own_copy, monkeypatch)
     dataset.save_case(voxels, labels, properties, str(Path(trainer.preprocessed_dataset_folder, case)))
     refuse_damaged((dataset,), "x")  # opens
     with pytest.raises(UDAError, match=rf"{case} \(voxels are NaN.*Preprocess the source again"):
-        trainer.refuse_damaged_cases()
+        refuse_damaged_cases(trainer)
 
 
 def test_a_damaged_or_missing_target_file_is_made_again(own_copy, capsys):

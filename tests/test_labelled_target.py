@@ -18,7 +18,7 @@ from support.tiny import write_plans
 from nnunet_uda.commands import preprocess
 from nnunet_uda.data.target import preprocess_target
 from nnunet_uda.errors import UDAError
-from nnunet_uda.training import uda_trainer
+from nnunet_uda.training import streams, target_scans
 
 NAME = "Dataset501_Blobs"
 FEW = ["ct_Tu00", "ct_Tu02"]
@@ -42,7 +42,7 @@ def labelled(in_workspace, monkeypatch, tmp_path):
     for name in ("raw", "preprocessed"):
         shutil.copytree(getattr(in_workspace, name), tmp_path / name)
         monkeypatch.setenv(f"nnUNet_{name}", str(tmp_path / name))
-    monkeypatch.setattr(uda_trainer, "default_num_processes", 1)  # no process is started
+    monkeypatch.setattr(target_scans, "default_num_processes", 1)  # no process is started
     raw = tmp_path / "raw" / NAME
     for case in FEW:
         write_label(raw / "labelsTu" / f"{case}.nii.gz", raw / "imagesTu" / f"{case}_0000.nii.gz")
@@ -74,7 +74,7 @@ def test_labelled_scans_lie_with_their_labels_in_a_folder_of_their_own(labelled)
     folder = prepared(labelled, labelled=True, log=said.append)
     assert folder.name == "nnUNetPlans_2d_target_labelled" and "2 labelled target" in said[0]
     trainer = make_trainer("RandomStyleTrainer")
-    dataset = trainer.prepare_labelled_target()
+    dataset = streams.target_scans(trainer).labelled()
     assert dataset.identifiers == FEW
     data, seg, _, properties = dataset.load_case("ct_Tu00")
     image, mask, *_ = trainer_target_case(labelled, "ct_Tu00")
@@ -198,8 +198,8 @@ def test_a_fold_never_trains_on_its_test_scans_labels(labelled):
     splits = [{"train": [*rest, "ct_Tu00"], "val": ["ct_Tu02"]}, {"train": rest, "val": FEW}]
     for folder in (preprocessed, labelled / "raw" / NAME):
         (folder / "splits_target.json").write_text(json.dumps(splits))
-    assert make_trainer("RandomStyleTrainer").prepare_labelled_target().identifiers == ["ct_Tu00"]
-    assert make_trainer("RandomStyleTrainer", fold=1).prepare_labelled_target() is None
+    assert streams.target_scans(make_trainer("RandomStyleTrainer")).labelled().identifiers == ["ct_Tu00"]
+    assert streams.target_scans(make_trainer("RandomStyleTrainer", fold=1)).labelled() is None
 
 
 def test_no_other_target_label_decides_anything(labelled):
@@ -221,8 +221,8 @@ def test_no_other_target_label_decides_anything(labelled):
 def test_the_preprocessed_folder_alone_is_enough_and_must_hold_them_all(labelled, monkeypatch):
     prepared(labelled, labelled=True)
     shutil.move(labelled / "raw" / NAME, labelled / "elsewhere")
-    assert make_trainer("RandomStyleTrainer").prepare_labelled_target().identifiers == FEW
+    assert streams.target_scans(make_trainer("RandomStyleTrainer")).labelled().identifiers == FEW
     trainer = make_trainer("RandomStyleTrainer")
     trainer.dataset_json["uda"]["labelled_target"] = [*FEW, "ct_Tu03"]
     with pytest.raises(UDAError, match=r"lacks the labelled target case\(s\) ct_Tu03"):
-        trainer.prepare_labelled_target()
+        streams.target_scans(trainer).labelled()

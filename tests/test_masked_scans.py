@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import TRAINERS
 
+from nnunet_uda.training.background import outside_mask
 from nnunet_uda.training.uda_trainer import UDATrainer
 
 
@@ -39,13 +40,13 @@ def test_background_comes_back_in_masked_channels_alone(dimensions):
     assert torch.equal(restored[:, 1], restyled[:, 1])
     restored.sum().backward()
     assert (restyled.grad[:, 0, ..., :3] == 0).all() and (restyled.grad[:, 0, ..., 3:] == 1).all()
-    assert trainer.outside_mask(reference).shape == reference.shape
+    assert outside_mask(reference, [True, False]).shape == reference.shape
 
 
 def test_nothing_is_done_without_a_mask():
     trainer = bare(UDATrainer, False)
     restyled = stripped() + 1
-    assert trainer.outside_mask(stripped()) is None
+    assert outside_mask(stripped(), [False]) is None
     assert trainer.restore_background(restyled, stripped()) is restyled
 
 

@@ -23,6 +23,7 @@ from nnunet_uda.data import new_scans
 from nnunet_uda.data.new_scans import NewScans, check_prediction, clip_scan, treat_new_scans
 from nnunet_uda.errors import UDAError
 from nnunet_uda.images.intensities import Intensities
+from nnunet_uda.training import start
 from nnunet_uda.training.uda_trainer import UDATrainer
 
 WINDOW = Intensities(window=(-100, 200), origin="preset abdomen")
@@ -256,14 +257,12 @@ def test_training_checks_first_and_draws_no_random_number(in_workspace, monkeypa
     calls = []
     trainer = make_trainer("SourceOnlyTrainer", seed=3)
     trainer.initialize()
-    monkeypatch.setattr(
-        "nnunet_uda.training.uda_trainer.check_prediction", lambda *arguments: calls.append(torch.rand(3))
-    )
+    monkeypatch.setattr("nnunet_uda.training.start.check_prediction", lambda *arguments: calls.append(torch.rand(3)))
     before = torch.get_rng_state()
-    trainer._check_prediction()
+    start.try_prediction(trainer)
     assert torch.equal(torch.get_rng_state(), before) and len(calls) == 1
     monkeypatch.setattr(
-        "nnunet_uda.training.uda_trainer.check_prediction", lambda *arguments: (_ for _ in ()).throw(UDAError("no"))
+        "nnunet_uda.training.start.check_prediction", lambda *arguments: (_ for _ in ()).throw(UDAError("no"))
     )
     with pytest.raises(UDAError, match="no"):
         trainer.on_train_start()

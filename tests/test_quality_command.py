@@ -154,8 +154,9 @@ def test_several_folds_are_asked_and_how_far_they_agree_counts(model, in_workspa
 # -- a training --------------------------------------------------------------------------------------------------------
 
 
-def test_a_training_writes_its_calibration_and_says_what_to_expect(in_workspace):
-    trainer = make_trainer("CASTTrainer", quality_volumes=1, num_epochs=1)
+@pytest.mark.parametrize("name", ["CASTTrainer", "CISFATrainer"])
+def test_a_training_writes_its_calibration_and_says_what_to_expect(in_workspace, name):
+    trainer = make_trainer(name, quality_volumes=1, num_epochs=1)
     trainer.run_training()
     content = json.loads(Path(trainer.output_folder, "quality.json").read_text())
     made = Calibration.from_json(content, "quality.json")
@@ -171,7 +172,7 @@ def test_a_training_ends_well_where_the_estimate_cannot_be_made(in_workspace, mo
     def fails(*_):
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr("nnunet_uda.training.uda_trainer.calibrate_trainer", fails)
+    monkeypatch.setattr("nnunet_uda.training.expectation.calibrate_trainer", fails)
     trainer = make_trainer("RandomStyleTrainer", quality_volumes=1, num_epochs=1)
     trainer.run_training()
     folder = Path(trainer.output_folder)

@@ -8,7 +8,7 @@ import pytest
 from conftest import make_trainer
 
 from nnunet_uda.data.sides import paired_names
-from nnunet_uda.training.trainer_state import check_checkpoint
+from nnunet_uda.training.trainer_state import check_checkpoint, settings_in_force
 
 
 @pytest.mark.parametrize(
@@ -65,7 +65,7 @@ def test_other_structures_and_false_are_as_ever(in_workspace):
 
 def test_checkpoints_from_before_go_on(in_workspace):
     trainer = make_trainer("CISFATrainer")
-    settings = trainer.settings_dict()
+    settings = settings_in_force(trainer)
 
     def check(**changes):
         written = {"uda": {"settings": settings | changes}, "trainer_name": "CISFATrainer", "init_args": {

@@ -16,6 +16,7 @@ from nnunet_uda.errors import UDAError
 from nnunet_uda.losses.prototypes import IGNORED
 from nnunet_uda.trainers.cast import every_other
 from nnunet_uda.training.intensity_posterior import IntensityPosterior
+from nnunet_uda.training.streams import target_batch_size
 from nnunet_uda.training.uda_trainer import UDATrainer
 
 TERMS = {"loss", "segmentation", "self_training"}
@@ -119,7 +120,7 @@ def test_a_step_takes_half_a_batch_of_each_domain_its_last_patch_included(in_wor
     assert studied == [trainer.batch_size]
     for size, half in ((1, 1), (4, 2), (5, 3)):
         trainer.batch_size = size
-        assert trainer.target_batch_size == half
+        assert target_batch_size(trainer) == half
 
 
 def test_what_it_trusts_is_remembered_as_the_intensities_of_the_domain(in_workspace):
@@ -285,7 +286,7 @@ def test_continuing_ends_where_an_uninterrupted_run_ends(in_workspace, monkeypat
     options = {"num_epochs": 3, **TEACHING}
     whole = made(**options)
     whole.run_training()
-    assert whole.loss_history["self_training"][-1] > 0
+    assert whole.record.history["self_training"][-1] > 0
     shutil.rmtree(whole.output_folder)
 
     class Killed(Exception):

@@ -11,6 +11,7 @@ import torch
 from conftest import batch, changed, make_trainer, parameters
 
 from nnunet_uda.losses.adversarial import lsgan_loss
+from nnunet_uda.training.streams import target_scans
 
 
 @pytest.fixture
@@ -66,7 +67,7 @@ def gradients_of(trainer, monkeypatch, update):
     def keep(optimizer):
         seen.append([p.grad.clone() for group in optimizer.param_groups for p in group["params"] if p.grad is not None])
 
-    monkeypatch.setattr(trainer, "share_gradients", keep)
+    monkeypatch.setattr(trainer.ranks, "share_gradients", keep)
     update()
     return seen[0]
 
@@ -322,5 +323,5 @@ def test_three_dimensions_and_the_papers_protocol_train_too(in_workspace):
 def test_the_trainer_warns_of_a_channel_called_ct(in_workspace):
     trainer = make_trainer("CISFATrainer")
     trainer.dataset_json["channel_names"] = {"0": "CT"}
-    trainer.prepare_target()
+    target_scans(trainer).unlabelled()
     assert "WARNING: channel 0 is called CT" in Path(trainer.log_file).read_text()

@@ -311,10 +311,10 @@ def test_a_killed_run_goes_on_to_the_same_weights(in_workspace, monkeypatch, nam
     assert resumed.current_epoch == epochs - 1
     resumed.run_training()
     assert same_weights(weights(whole), weights(resumed))
-    assert {len(values) for values in resumed.loss_history.values()} <= {epochs, 2}
+    assert {len(values) for values in resumed.record.history.values()} <= {epochs, 2}
     if name == "CUTTrainer":
-        assert [math.isnan(value) for value in resumed.loss_history["segmentation"]] == [True, True, False]
-        assert len(resumed.loss_history["patch_contrastive"]) == 2
+        assert [math.isnan(value) for value in resumed.record.history["segmentation"]] == [True, True, False]
+        assert len(resumed.record.history["patch_contrastive"]) == 2
     for picture in ("losses.png", "progress.png"):
         assert (folder / picture).read_bytes()[:4] == b"\x89PNG"
 

@@ -93,7 +93,7 @@ def test_worker_processes_can_restyle(in_workspace, monkeypatch):
     monkeypatch.setenv("nnUNet_n_proc_DA", "2")
     trainer = make_trainer(NAME, num_epochs=1)
     trainer.run_training()
-    assert np.isfinite(trainer.loss_history["segmentation"]).all()
+    assert np.isfinite(trainer.record.history["segmentation"]).all()
 
 
 def test_a_wrong_probability_is_named(in_workspace):

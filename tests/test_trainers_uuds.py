@@ -374,8 +374,8 @@ def test_a_run_writes_pictures_and_watches_the_structure(workspace):
              "prompts_epoch_0000.png", "prompts_epoch_0001.png", "domains.png"))]  # fmt: skip
     for name in names:
         assert (folder / name).read_bytes()[:4] == b"\x89PNG", name
-    assert len(trainer.loss_history["structure"]) == 2
-    assert set(trainer.loss_history) == TERMS | {"structure"}
+    assert len(trainer.record.history["structure"]) == 2
+    assert set(trainer.record.history) == TERMS | {"structure"}
     log = next(folder.glob("training_log*.txt")).read_text()
     assert "WARNING: translations keep little" in log and "content_weight=1" in log
     assert "'A photo of a source domain'" in log and "['left', 'right']" in log

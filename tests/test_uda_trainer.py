@@ -90,7 +90,7 @@ def test_continuing_ends_where_an_uninterrupted_run_ends(in_workspace, monkeypat
     assert resumed.current_epoch == 1
     resumed.run_training()
     assert same_weights(whole, weights(resumed))
-    assert [len(values) for values in resumed.loss_history.values()] == [3] * len(resumed.loss_history)
+    assert [len(values) for values in resumed.record.history.values()] == [3] * len(resumed.record.history)
 
 
 def test_the_running_mean_goes_on_to_the_last_bit_after_any_epoch(in_workspace, monkeypatch):
@@ -142,8 +142,8 @@ def test_a_checkpoint_holds_everything(in_workspace):
         for index, state in ours["state"].items():
             for key, value in state.items():
                 assert torch.equal(torch.as_tensor(value), torch.as_tensor(theirs["state"][index][key]))
-    assert loaded.loss_history == trainer.loss_history
-    assert set(loaded.loss_history) >= {"segmentation", "patch_contrastive", "global_contrastive"}
+    assert loaded.record.history == trainer.record.history
+    assert set(loaded.record.history) >= {"segmentation", "patch_contrastive", "global_contrastive"}
 
 
 def test_pictures_and_logs_are_written(in_workspace):
@@ -370,14 +370,14 @@ def test_running_means_start_without_bias_and_pass_over_gaps():
 def test_source_only_needs_no_target(own_copy):
     shutil.rmtree(own_copy / "raw" / "Dataset501_Blobs" / "imagesTu")
     trainer = train("SourceOnlyTrainer", num_epochs=1)
-    assert list(trainer.loss_history) == ["segmentation"]
+    assert list(trainer.record.history) == ["segmentation"]
 
 
 def test_worker_processes_serve_both_streams(in_workspace, monkeypatch):
     monkeypatch.setenv("nnUNet_n_proc_DA", "2")
     trainer = train(num_epochs=1)
     assert trainer.dataloader_target.num_processes == 1
-    assert np.isfinite(trainer.loss_history["segmentation"]).all()
+    assert np.isfinite(trainer.record.history["segmentation"]).all()
 
 
 def test_terms_in_parts_make_the_step_of_their_sum(in_workspace):

@@ -39,7 +39,7 @@ class ADVENTSettings:
         require(self.adversarial_weight >= 0, "adversarial_weight", "at least 0", self.adversarial_weight)
 
 
-class ADVENTTrainer(UDATrainer):
+class ADVENTTrainer(UDATrainer[ADVENTSettings]):
     """The paper's AdvEnt at one level, the full resolution. ``uda.advent`` in the plans holds its settings."""
 
     method = "advent"
@@ -59,6 +59,7 @@ class ADVENTTrainer(UDATrainer):
             group["lr"] = rate * self.own_settings.discriminator_learning_rate
 
     def train_on(self, source: Tensor, label: Tensor | list[Tensor], target: Tensor | None) -> None:
+        assert target is not None
         discriminator = self.networks["discriminator"]
         with self.autocast(), frozen(discriminator):
             of_source = self.segment(source)

@@ -14,6 +14,7 @@ import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,9 +32,9 @@ from nnunet_uda.data.random_style import (
 from nnunet_uda.losses.pseudo_label import pseudo_label_loss
 from nnunet_uda.settings import require
 from nnunet_uda.training.intensity_posterior import IntensityPosterior
-from nnunet_uda.training.preview import write_trainers_panels
+from nnunet_uda.training.preview import middle_slice, whole_patch, write_trainers_panels
 from nnunet_uda.training.self_training import Average, SelfTraining
-from nnunet_uda.training.uda_trainer import UDATrainer, middle_slice
+from nnunet_uda.training.uda_trainer import UDATrainer
 
 RANGE_OF = 16
 """Target cases that say which intensities there are."""
@@ -74,7 +75,7 @@ class CASTSettings(StyleAugmentationSettings):
         require(self.self_training_weight >= 0, "self_training_weight", "at least 0", self.self_training_weight)
 
 
-class CASTTrainer(UDATrainer):
+class CASTTrainer(UDATrainer[CASTSettings]):
     """The whole method. ``uda.cast`` in the plans holds its settings (``CASTSettings``).
 
     ``network`` is the teacher: validation, checkpoints and prediction are its. The student that gradients reach is
@@ -83,6 +84,8 @@ class CASTTrainer(UDATrainer):
 
     method = "cast"
     method_settings = CASTSettings
+    target_share = 0.5  # a step takes half a batch of each domain
+    student: Any  # a copy of the network, whose class is the plans' business
 
     # -- networks ------------------------------------------------------------------------------------------------
 
@@ -131,11 +134,6 @@ class CASTTrainer(UDATrainer):
         teachers = [styles] * self.own_settings.teacher_views
         insert_after_spatial(pipeline, ViewsTransform(ComposeTransforms([restyled, *changes]), *teachers))
         return pipeline
-
-    @property
-    def target_batch_size(self) -> int:
-        """Half of a batch, as it is what a step takes of each domain."""
-        return (self.batch_size + 1) // 2
 
     # -- schedule ------------------------------------------------------------------------------------------------
 
@@ -190,6 +188,9 @@ class CASTTrainer(UDATrainer):
         """The student's logits, a list from fine to coarse with deep supervision."""
         return self.student_decoder(self.student_encoder(images))
 
+    def labelled_target_loss(self, images: Tensor, label: Tensor | list[Tensor]) -> Tensor:
+        return self.loss(self.study(images), label)
+
     @torch.no_grad()
     def pseudo_label(self, target: Tensor, *views: Tensor) -> Tensor:
         """The labels of target images, ``(B, *patch)``, where they are sure; arguments are those of ``opinion``."""
@@ -222,7 +223,7 @@ class CASTTrainer(UDATrainer):
     @torch.no_grad()
     def draw_trusted(self, path: Path) -> None:
         """Which of the teacher's labels of a target slice the student learns."""
-        target, _ = self._whole_patch(self.target_dataset, by_label=False)
+        target, _ = whole_patch(self, self.target_dataset, by_label=False)
         trusted = self.networks["self_training"].label(self.opinion(target))
         shown = middle_slice(target)
         rows = [[("target", shown, None), ("trusted labels", shown, middle_slice(trusted[:, None]))]]

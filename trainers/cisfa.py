@@ -16,11 +16,17 @@ from torch import Tensor, nn
 
 from nnunet_uda.losses.adversarial import lsgan_loss
 from nnunet_uda.losses.global_contrastive import GlobalContrastiveLoss
-from nnunet_uda.losses.patch_nce import layers_patch_nce
+from nnunet_uda.losses.patch_nce import PatchNCELoss, layers_patch_nce
 from nnunet_uda.networks.projection_head import ProjectionHead
 from nnunet_uda.settings import require
-from nnunet_uda.training.translation import TranslatingTrainer, TranslationSettings, patch_discriminator
-from nnunet_uda.training.uda_trainer import frozen
+from nnunet_uda.training.translation import (
+    TranslationSettings,
+    patch_discriminator,
+    set_translation_rate,
+    translation_networks,
+    translation_optimizers,
+)
+from nnunet_uda.training.uda_trainer import UDATrainer, frozen
 
 LARGEST_MAP = 16 * 2**20
 """Bytes of the generator's largest map for as many images as go through its update at once on a CPU: a batch of 4 at
@@ -66,7 +72,7 @@ class CISFASettings(TranslationSettings):
         require(self.foreground_weight >= 1, "foreground_weight", "at least 1 (eq. 3)", self.foreground_weight)
 
 
-class CISFATrainer(TranslatingTrainer):
+class CISFATrainer(UDATrainer[CISFASettings]):
     """The paper's method. ``uda.cisfa`` in the plans holds its settings (``CISFASettings``)."""
 
     method = "cisfa"
@@ -75,8 +81,11 @@ class CISFATrainer(TranslatingTrainer):
     def build_networks(self) -> dict[str, nn.Module]:
         settings = self.own_settings
         self.global_contrastive = GlobalContrastiveLoss(settings.global_contrastive_temperature)
+        self.patch_contrastive = PatchNCELoss(
+            settings.patch_contrastive_temperature, settings.patch_contrastive_negatives
+        )
         return {
-            **self.build_generator(settings.patch_contrastive_temperature, settings.patch_contrastive_negatives),
+            **translation_networks(self),
             "projection_head": ProjectionHead(self.plain_network.encoder.output_channels[-1]),
             "image_discriminator": patch_discriminator(self, self.num_input_channels),
             "segmentation_discriminator": patch_discriminator(self, self.label_manager.num_segmentation_heads),
@@ -84,13 +93,17 @@ class CISFATrainer(TranslatingTrainer):
 
     def build_optimizers(self) -> dict[str, torch.optim.Optimizer]:
         self.optimizer.add_param_group({"params": list(self.networks["projection_head"].parameters())})
-        return self.gan_optimizers("image_discriminator", "segmentation_discriminator")
+        return translation_optimizers(self, "image_discriminator", "segmentation_discriminator")
 
     def on_train_epoch_start(self):
         super().on_train_epoch_start()
-        self.set_gan_rate(self.current_epoch / self.num_epochs)
+        set_translation_rate(self, self.current_epoch / self.num_epochs)
+
+    def translate(self, source: Tensor) -> Tensor:
+        return self.restore_background(self.networks["generator"](source), source)
 
     def train_on(self, source: Tensor, label: Tensor | list[Tensor], target: Tensor | None) -> None:
+        assert target is not None
         self.update_generator(source, self.known(label), target)
         with torch.no_grad(), self.autocast():
             translated = self.translate(source)  # with the new weights (section 3.4)

@@ -17,9 +17,16 @@ from torch import Tensor, nn
 
 from nnunet_uda.errors import UDAError
 from nnunet_uda.losses.adversarial import lsgan_loss
+from nnunet_uda.losses.patch_nce import PatchNCELoss
 from nnunet_uda.settings import require
-from nnunet_uda.training.translation import TranslatingTrainer, TranslationSettings, patch_discriminator
-from nnunet_uda.training.uda_trainer import frozen
+from nnunet_uda.training.translation import (
+    TranslationSettings,
+    patch_discriminator,
+    set_translation_rate,
+    translation_networks,
+    translation_optimizers,
+)
+from nnunet_uda.training.uda_trainer import UDATrainer, frozen
 
 
 @dataclass(frozen=True)
@@ -58,7 +65,7 @@ class LatePolyLRScheduler(PolyLRScheduler):
         super().step(max(0, (current_step or 0) - self.start))
 
 
-class CUTTrainer(TranslatingTrainer):
+class CUTTrainer(UDATrainer[CUTSettings]):
     """Translate, then train. ``uda.cut`` in the plans holds its settings (``CUTSettings``).
 
     Until the generator is fixed the segmenter stays at its random start, and so does pseudo Dice.
@@ -85,13 +92,14 @@ class CUTTrainer(TranslatingTrainer):
         super().initialize()
 
     def build_networks(self) -> dict[str, nn.Module]:
+        self.patch_contrastive = PatchNCELoss(self.own_settings.temperature, negatives="input")
         return {
-            **self.build_generator(self.own_settings.temperature, negatives="input"),
+            **translation_networks(self),
             "discriminator": patch_discriminator(self, self.num_input_channels),
         }
 
     def build_optimizers(self) -> dict[str, torch.optim.Optimizer]:
-        return self.gan_optimizers("discriminator")
+        return translation_optimizers(self, "discriminator")
 
     def configure_optimizers(self):
         optimizer, _ = super().configure_optimizers()
@@ -99,13 +107,16 @@ class CUTTrainer(TranslatingTrainer):
 
     def on_train_epoch_start(self):
         super().on_train_epoch_start()
-        self.set_gan_rate(self.current_epoch / self.translation_epochs)
+        set_translation_rate(self, self.current_epoch / self.translation_epochs)
+
+    def translate(self, source: Tensor) -> Tensor:
+        return self.restore_background(self.networks["generator"](source), source)
 
     def reads_target(self) -> bool:
         return self.generator_learns
 
     def train_on(self, source: Tensor, label: Tensor | list[Tensor], target: Tensor | None) -> None:
-        if self.generator_learns:
+        if target is not None:  # while the generator learns
             self.update_generator(source, target)
         else:
             self.update_segmenter(source, label)

@@ -29,13 +29,14 @@ class EntMinSettings:
         require(self.entropy_weight >= 0, "entropy_weight", "at least 0", self.entropy_weight)
 
 
-class EntMinTrainer(UDATrainer):
+class EntMinTrainer(UDATrainer[EntMinSettings]):
     """Source loss and entropy of target predictions at full resolution. ``uda.entropy_minimisation`` holds settings."""
 
     method = "entropy_minimisation"
     method_settings = EntMinSettings
 
     def train_on(self, source: Tensor, label: Tensor | list[Tensor], target: Tensor | None) -> None:
+        assert target is not None
         with self.autocast():
             terms = {"segmentation": self.loss(self.segment(source), label)}
             entropy = entropy_loss(self.finest(self.segment(target)))  # eq. 3

@@ -19,7 +19,7 @@ class RandomStyleSettings(StyleAugmentationSettings):
     """Settings under ``uda.random_style``: how often an image gets each of the random styles."""
 
 
-class RandomStyleTrainer(UDATrainer):
+class RandomStyleTrainer(UDATrainer[RandomStyleSettings]):
     """The segmenter learns from restyled source images and never sees a target image."""
 
     method = "random_style"

@@ -34,15 +34,15 @@ from nnunet_uda.networks.instance_norm import use_fast_instance_norm
 from nnunet_uda.networks.prototype_network import GeneratorOutput, PrototypeNetwork, SegmentingGenerator
 from nnunet_uda.networks.recomputed import use_slim_blocks
 from nnunet_uda.settings import parse_settings, require, split_settings
-from nnunet_uda.training.composite_trainer import CompositeTrainer
 from nnunet_uda.training.embedding_picture import (
     Embeddings,
     load_embeddings,
     save_embeddings,
     write_embedding_picture,
 )
+from nnunet_uda.training.preview import whole_patch
 from nnunet_uda.training.translation import patch_discriminator
-from nnunet_uda.training.uda_trainer import adam, frozen
+from nnunet_uda.training.uda_trainer import UDATrainer, adam, frozen
 
 RATES = (1, 6, 12, 18)
 
@@ -137,7 +137,7 @@ class View(NamedTuple):
         return self.prototypes[self.present], self.present.nonzero()[:, 1]
 
 
-class SimilarityPrototypesTrainer(CompositeTrainer):
+class SimilarityPrototypesTrainer(UDATrainer[SimilarityPrototypesSettings]):
     """The paper's method. ``uda.similarity_prototypes`` in the plans holds its settings.
 
     ``target_images: false`` trains without any target image: a random convolution of x_s stands for x_{s->t}, and G_T
@@ -214,6 +214,9 @@ class SimilarityPrototypesTrainer(CompositeTrainer):
         return [network for name, network in self.networks.items() if name.endswith(f"_{kind}_discriminator")]
 
     # -- a step --------------------------------------------------------------------------------------------------
+
+    def segment(self, images: Tensor) -> list[Tensor] | Tensor:
+        return self.network(images)
 
     def train_on(self, source: Tensor, label: Tensor | list[Tensor], target: Tensor | None) -> None:
         passes = self.update_generators(source, label, target)
@@ -383,7 +386,7 @@ class SimilarityPrototypesTrainer(CompositeTrainer):
 
     def on_train_start(self):
         super().on_train_start()
-        if self.uses_prototypes and self.current_epoch == 0 and not self.steps and self.local_rank == 0:
+        if self.uses_prototypes and self.current_epoch == 0 and not self.record.steps and self.local_rank == 0:
             Path(self.output_folder, "pictures").mkdir(exist_ok=True)
             save_embeddings(self._embeddings_before, self.sample_embeddings())
 
@@ -405,7 +408,7 @@ class SimilarityPrototypesTrainer(CompositeTrainer):
         sampled = {}
         for domain in ("source", "target") if self.needs_target else ("source",):
             dataset = self.validation_dataset if domain == "source" else self.target_dataset
-            image, label = self._whole_patch(dataset, by_label=domain == "source")
+            image, label = whole_patch(self, dataset, by_label=domain == "source")
             with self.autocast():
                 output = getattr(self.plain_network, f"{domain}_generator")(image, image=False)
             embedding = output.embedding

@@ -5,10 +5,11 @@ from __future__ import annotations
 from torch import Tensor
 
 from nnunet_uda.errors import UDAError
+from nnunet_uda.training.streams import target_scans
 from nnunet_uda.training.uda_trainer import UDATrainer
 
 
-class SourceOnlyTrainer(UDATrainer):
+class SourceOnlyTrainer(UDATrainer[None]):
     """Lower bound: the segmenter learns from labelled source images and never sees a target image, labelled or not."""
 
     needs_target = False
@@ -34,7 +35,7 @@ class LabelledTargetTrainer(SourceOnlyTrainer):
 
     def get_tr_and_val_datasets(self):
         _, validation = super().get_tr_and_val_datasets()
-        dataset = self.prepare_labelled_target()
+        dataset = target_scans(self).labelled()
         if dataset is None:
             raise UDAError(
                 f"{type(self).__name__} trains on labelled target scans, and dataset.json names none for the fold "

@@ -36,10 +36,10 @@ from nnunet_uda.networks.patch_projector import PatchProjector
 from nnunet_uda.networks.projection_head import ProjectionHead
 from nnunet_uda.networks.uuds_network import Generated, UUDSNetwork
 from nnunet_uda.settings import parse_settings, require, split_settings
-from nnunet_uda.training.composite_trainer import CompositeTrainer
-from nnunet_uda.training.preview import as_seen, write_trainers_panels
+from nnunet_uda.training.preview import as_seen, whole_patch, write_trainers_panels
 from nnunet_uda.training.prompt_pictures import write_domain_map, write_prompt_maps
-from nnunet_uda.training.uda_trainer import frozen
+from nnunet_uda.training.start import refuse_unsupported
+from nnunet_uda.training.uda_trainer import UDATrainer, frozen
 
 SHOWN_SLICES = 3
 MAPPED_SLICES = 24
@@ -141,7 +141,7 @@ class UUDSAdversarialSettings(UUDSSettings):
     threshold: float = 0.6
 
 
-class UUDSTrainer(CompositeTrainer):
+class UUDSTrainer(UDATrainer[UUDSSettings]):
     """The paper's method. ``uda.uuds`` in the plans holds its settings (``UUDSSettings``).
 
     Patch, batch, spacing, deep supervision and the widths of both decoders come from the plans, everything up to 1/32
@@ -189,7 +189,13 @@ class UUDSTrainer(CompositeTrainer):
         return use_fast_instance_norm(network)
 
     def initialize(self):
-        self._refuse_unsupported()
+        refuse_unsupported(self)
+        if len(self.configuration_manager.patch_size) != 2:
+            raise UDAError(
+                f"{type(self).__name__} trains 2D configurations only: CLIP's image encoder, pretrained on "
+                f"photographs, is 2D. Train the configuration 2d (found {self.configuration_name!r}); scans are "
+                "segmented slice by slice"
+            )
         settings = self.own_settings
         state = None
         if self.needs_clip_weights:  # before anything else is built: what is missing is said at once
@@ -202,15 +208,6 @@ class UUDSTrainer(CompositeTrainer):
         prompt = settings.domain_prompt.format(source=domains.source, target=domains.target)
         self.plain_network.set_prompts(prompt, self.structures, state)
         self.print_to_log_file(f"Domain prompt: {prompt!r}; segmentation prompts end in {self.structures}")
-
-    def _refuse_unsupported(self) -> None:
-        super()._refuse_unsupported()
-        if len(self.configuration_manager.patch_size) != 2:
-            raise UDAError(
-                f"{type(self).__name__} trains 2D configurations only: CLIP's image encoder, pretrained on "
-                f"photographs, is 2D. Train the configuration 2d (found {self.configuration_name!r}); scans are "
-                "segmented slice by slice"
-            )
 
     def prepare_network(self) -> None:
         if self._do_i_compile():
@@ -258,6 +255,9 @@ class UUDSTrainer(CompositeTrainer):
         return MixedSliceLoader(loader, self.label_manager, self.print_to_log_file)
 
     # -- a step --------------------------------------------------------------------------------------------------
+
+    def segment(self, images: Tensor) -> list[Tensor] | Tensor:
+        return self.network(images)
 
     def train_on(self, source: Tensor, label: Tensor | list[Tensor], target: Tensor | None) -> None:
         settings, network, count = self.own_settings, self.plain_network, len(source)
@@ -381,7 +381,7 @@ class UUDSTrainer(CompositeTrainer):
 
     def on_train_epoch_end(self, train_outputs: list[dict]):
         super().on_train_epoch_end(train_outputs)
-        structure, bound = self.loss_history["structure"][-1], self.own_settings.structure_bound
+        structure, bound = self.record.history["structure"][-1], self.own_settings.structure_bound
         if self.current_epoch >= self.own_settings.warmup_epochs and structure < bound:
             self.print_to_log_file(
                 f"WARNING: translations keep little of their images' structure: their normalised mutual information is "
@@ -419,7 +419,7 @@ class UUDSTrainer(CompositeTrainer):
         """Three files: the panel of all trainers, the prompts' maps over target slices; at the end, t-SNE of x_g."""
         path.parent.mkdir(exist_ok=True)
         self.network.eval()
-        source, label = self._whole_patch(self.validation_dataset, by_label=True)
+        source, label = whole_patch(self, self.validation_dataset, by_label=True)
         targets = self.slices(self.target_dataset, SHOWN_SLICES)
         made, predicted, attention, entropy = self.shown(torch.cat([source, targets]))
         image, middle = source[0, 0].cpu().numpy(), targets[0, 0].cpu().numpy()

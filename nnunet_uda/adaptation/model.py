@@ -61,7 +61,7 @@ class Model:
     weights: list[Weights]
     checkpoints: list[dict[str, Any]]
     predictor: nnUNetPredictor
-    trainer: type
+    trainer: type[Any]
     configuration: str
 
     @property
@@ -116,11 +116,12 @@ class Model:
         """``(K, Z, Y, X)`` on the CPU, mean over ``weights``, as nnU-Net predicts; ``mirror`` as it was trained."""
         self.predictor.use_mirroring, self.predictor.tile_step_size = mirror, TILE_STEP
         volume = torch.as_tensor(np.asarray(volume))
-        total = None
+        total: Tensor | None = None
         for one in weights:
             self.network.load_state_dict(one)
             logits = self.predictor.predict_sliding_window_return_logits(volume).cpu().float()
             total = logits if total is None else total + logits
+        assert total is not None, "a model has weights"
         return total / len(weights)
 
     def estimate(self, volume: np.ndarray, properties: dict[str, Any], weights: Sequence[Weights]) -> float:
@@ -312,7 +313,7 @@ def _read(path: Path, trusted: bool) -> dict[str, Any]:
     return content
 
 
-def _find_trainer(name: Any, folder: Path) -> type:
+def _find_trainer(name: Any, folder: Path) -> type[Any]:
     if not isinstance(name, str) or not name.isidentifier():
         raise UDAError(f"{folder}: the checkpoint's 'trainer_name' must be a class's name, found {shown(name)}")
     os.environ.setdefault("nnUNet_extTrainer", str(trainers_folder()))

@@ -90,7 +90,7 @@ def adapt_to_scan(model: Model, volume: np.ndarray, segmentation: np.ndarray, se
                         logits = network(view)
                     outputs.append(warp(logits.float().softmax(1), inverse(one)))
                 seen = [warp(warp(torch.ones_like(images[:, :1]), one), inverse(one)) for one in maps]
-                loss = consistency_loss(*outputs, (seen[0] * seen[1] > 0.99).float())
+                loss = consistency_loss(outputs[0], outputs[1], (seen[0] * seen[1] > 0.99).float())
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 optimizer.step()

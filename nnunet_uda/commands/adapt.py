@@ -34,10 +34,10 @@ def main(argv: list[str] | None = None) -> None:
     from nnunet_uda.devices import open_device
     from nnunet_uda.evaluation.unsupervised import unlabelled_images
 
-    kind = ScanSettings if args.mode == "scan" else FolderSettings
+    kind: type[ScanSettings] | type[FolderSettings] = ScanSettings if args.mode == "scan" else FolderSettings
     given = {name: value for name in ("what", "steps", "learning_rate", "runs", "confidence", "seed")
              if (value := getattr(args, name)) is not None}  # fmt: skip
-    settings = parse_settings(kind, given, f"-mode {args.mode}")
+    settings: ScanSettings | FolderSettings = parse_settings(kind, given, f"-mode {args.mode}")
     model = open_model(_model_folder(args), args.f, args.chk, open_device(args.device), args.trusted)
     if not args.i.is_dir():
         raise UDAError(f"{args.i} (-i) is no folder; expected one that holds the scans, CASE_0000.nii.gz")
@@ -229,7 +229,9 @@ def _adapted_folds(
     from nnunet_uda.training.checkpoint import read_checkpoint
 
     volumes = [volume for _, volume, _ in scans]
-    adapted, segmentations, left_out = [], None, None
+    adapted: list[dict[str, Any]] = []
+    segmentations: list[np.ndarray] | None = None
+    left_out: Sequence[Sequence[int]] = ()
     for fold, weights in zip(model.folds, model.weights, strict=True):
         path = model.results_folder(out) / f"fold_{fold}" / "checkpoint_final.pth"
         if path.exists():

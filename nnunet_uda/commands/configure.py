@@ -57,7 +57,7 @@ def list_settings() -> str:
         heading = f" as {', '.join(method.trainers)} has them, where they differ" if before else ""
         first.setdefault(method.name, settings)
         notes = setting_notes(method.settings)
-        own = [line(f"{method.name}.{name}", *rest, notes) for name, *rest in settings if (name, *rest) not in before]
+        own = [line(f"{method.name}.{each[0]}", *each[1:], notes) for each in settings if each not in before]
         lines += [f"Settings of {method.name}{heading}:", *own] if own else []
     lines += [f"Could not be imported: {path}: {error}" for path, error in found.unreadable.items()]
     return "\n".join(lines)
@@ -126,7 +126,8 @@ def run(args: argparse.Namespace, settings: dict[str, Any]) -> Path:
     patch_size = trial["configurations"][args.c]["patch_size"]
     refuse_mixed_slices(read_json(folder / "dataset.json"), patch_size, f"{folder / 'dataset.json'}, -c {args.c}")
     plans = replan_plane(dataset, base, args.plane, args.p) if args.plane else base
-    uda, options = base.get("uda", {}), {}
+    uda = base.get("uda", {})
+    options: dict[str, Any] = {}
     if args.protocol:
         fingerprint = read_json(folder / "dataset_fingerprint.json")
         share = training_share(folder, fingerprint)

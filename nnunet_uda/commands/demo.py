@@ -41,10 +41,10 @@ class Demo:
 
     def run(self, *words: str | int | Path, **variables: str) -> None:
         """Print a command as a user would type it, then run it; its output goes to the screen."""
-        words = tuple(str(word) for word in words)
+        command = [str(word) for word in words]
         prefix = "".join(f"{name}={value} " for name, value in variables.items())
-        print(f"$ {prefix}{shlex.join(words)}", flush=True)
-        done = subprocess.run(words, env=self.environment | variables, check=False)
+        print(f"$ {prefix}{shlex.join(command)}", flush=True)
+        done = subprocess.run(command, env=self.environment | variables, check=False)
         if done.returncode != 0:
             raise UDAError(f"the command above ended with status {done.returncode}; its files are in {self.folder}")
 

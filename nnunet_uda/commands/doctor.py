@@ -37,7 +37,8 @@ def packages() -> Iterator[Finding]:
     wanted = SpecifierSet(distribution("nnunet_uda").metadata["Requires-Python"])
     python = ".".join(map(str, sys.version_info[:3]))
     yield Finding(OK if wanted.contains(python) else WRONG, "Python", f"{python}, needed: {wanted}")
-    wrong, right = [], []
+    wrong: list[str] = []
+    right: list[str] = []
     for requirement in map(Requirement, requires("nnunet_uda") or []):
         if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
             continue
@@ -115,11 +116,11 @@ def finder() -> Iterator[Finding]:
     if missing:
         yield Finding(WRONG, EXTERNAL, f"{', '.join(missing)} is no folder")
     find_any_trainer("CASTTrainer")
-    found = find_methods()
-    for path, error in found.unreadable.items():
+    methods = find_methods()
+    for path, error in methods.unreadable.items():
         yield Finding(WRONG, "trainers", f"{path} cannot be imported: {error}")
-    number = sum(len(method.trainers) for method in found.methods)
-    yield Finding(OK, "trainers", f"found, {number} with settings of {len(found.names())} methods")
+    number = sum(len(method.trainers) for method in methods.methods)
+    yield Finding(OK, "trainers", f"found, {number} with settings of {len(methods.names())} methods")
 
 
 CHECKS: tuple[Callable[[], Iterator[Finding]], ...] = (packages, folders, devices, finder)

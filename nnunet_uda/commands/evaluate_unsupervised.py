@@ -119,8 +119,13 @@ def main(argv: list[str] | None = None) -> None:
                 for model in same_plans:
                     values, checkpoint = measure(model, volumes, device)
                     trainer, plans = names_of(folder)
-                    row = {"trainer": trainer, "plans": plans, "fold": model.fold, "checkpoint": model.checkpoint}
-                    row |= {"epochs": checkpoint["current_epoch"], "pseudo_dice": pseudo_dice(checkpoint), **values}
+                    row: dict[str, Any] = {"trainer": trainer, "plans": plans, "fold": model.fold}
+                    row |= {
+                        "checkpoint": model.checkpoint,
+                        "epochs": checkpoint["current_epoch"],
+                        "pseudo_dice": pseudo_dice(checkpoint),
+                        **values,
+                    }
                     rows.append(row)
         text = f"{table(rows)}\n\n{len(cases)} image(s) of {images}. {NOTE}\n"
         content = {"dataset": dataset_name(arguments.d), "configuration": arguments.c, "images": str(images),

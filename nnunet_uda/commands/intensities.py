@@ -70,7 +70,7 @@ def _intensities(args: argparse.Namespace) -> Intensities:
         raise UDAError("-range goes with -percentiles.")
     if args.window:
         window = parse_intensities(args.window, "-window")
-        if window is None or window.window is None:
+        if not isinstance(window, Intensities) or window.window is None:
             raise UDAError(f"-window {' '.join(args.window)}: expected two numbers, or one of {', '.join(PRESETS)}.")
         return window
     if args.d is None:

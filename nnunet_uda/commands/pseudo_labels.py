@@ -183,7 +183,7 @@ def _new_dataset(root: Path, name: str) -> Path:
 
 def _source_volumes(request: Request) -> np.ndarray:
     """``(N, structures)`` volumes of the labelled cases, in cubic mm."""
-    label_map = replace(request.label_map, values=request.label_map.values | _ignored(request.dataset_json))
+    label_map = replace(request.label_map, values={**request.label_map.values, **_ignored(request.dataset_json)})
     volumes = []
     for images, path in source_cases(request.raw, request.dataset_json).values():
         other = [file for file in (*images, path) if not file.name.endswith(request.ending)]
@@ -207,7 +207,8 @@ def _own_label(request: Request, path: Path, image: Path) -> tuple[sitk.Image, d
     """The label of a scan that was labelled by hand, as ``_pseudo_label`` returns one."""
     scan = read_image(image)
     label, _ = read_label(path, scan, image)
-    label_map = replace(request.label_map, values=request.label_map.values | _ignored(request.dataset_json, keep=True))
+    values = {**request.label_map.values, **_ignored(request.dataset_json, keep=True)}
+    label_map = replace(request.label_map, values=values)
     return _on_grid(label_map.apply(label, path), scan), {"left_out": "", "notes": ["its own label"]}
 
 
@@ -225,7 +226,8 @@ def _pseudo_label(
     number = len(request.structures)
     if request.names is None and not place.is_dir():  # of a model of this dataset: other values are a mistake
         prediction, _ = read_label(place, scan, image)
-        classes, notes = request.label_map.apply(prediction, place), []
+        classes = request.label_map.apply(prediction, place)
+        notes: list[str] = []
     else:
         classes, notes = read_prediction(place, scan, image, request.names, request.structures)
     cleaned = keep_components(classes, number, request.share)

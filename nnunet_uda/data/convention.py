@@ -114,7 +114,7 @@ def check_dataset_json(content: Any, where: Path | str) -> None:
     if not isinstance(content, dict) or nested_deeper(content, 20):
         raise UDAError(f"{where} must hold a JSON object with 'channel_names', 'labels', 'numTraining', 'file_ending'")
     ending, channels, labels = (content.get(key) for key in ("file_ending", "channel_names", "labels"))
-    if not is_plain_name(ending) or not ending.startswith("."):
+    if not is_plain_name(ending) or not str(ending).startswith("."):
         raise UDAError(f"{where}: 'file_ending' must be like .nii.gz, found {shown(ending)}")
     if not isinstance(channels, dict) or not channels or set(channels) != {str(i) for i in range(len(channels))}:
         raise UDAError(f'{where}: \'channel_names\' must be like {{"0": "intensity"}}, found {shown(channels)}')

@@ -21,13 +21,14 @@ from functools import cache, wraps
 from io import StringIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from batchgenerators.utilities.file_and_folder_operations import load_json, save_json
 from nnunetv2.inference.data_iterators import PreprocessAdapterFromNpy
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
 from nnunet_uda.data.slices import elsewhere
@@ -39,7 +40,7 @@ from nnunet_uda.images.reading import check_values, remarks
 VARIABLE = "NNUNET_UDA_DOMAIN"
 
 
-class NewScans:
+class NewScans(DefaultPreprocessor if TYPE_CHECKING else object):  # type: ignore[misc] # it is put before any
     """What is put before a preprocessor of nnU-Net.
 
     A scan with voxels that no scan has is refused. What reads the files is nnU-Net's, so that a geometry which other
@@ -102,6 +103,13 @@ def treating_new_scans(build_network_architecture: Callable) -> Callable:
         return build_network_architecture(*args, **kwargs)
 
     return build
+
+
+def treat_networks_of(trainer: type[Any]) -> None:
+    """Let a trainer's own ``build_network_architecture``, if it has one, call ``treat_new_scans``."""
+    own = trainer.__dict__.get("build_network_architecture")
+    if isinstance(own, staticmethod | classmethod):
+        trainer.build_network_architecture = type(own)(treating_new_scans(own.__func__))
 
 
 def domain_of_new_scans() -> str:
@@ -194,7 +202,7 @@ def check_prediction(
     expected = _preprocess(clipped, stock, stock.get_configuration(configuration), dataset_json)
     for managers in ((predictor.plans_manager, predictor.configuration_manager), of_worker):
         for scan in (raw, clipped):
-            if not np.allclose(_preprocess(scan, *managers, dataset_json), expected, atol=1e-4):
+            if not np.allclose(_preprocess(scan, managers[0], managers[1], dataset_json), expected, atol=1e-4):
                 raise UDAError(
                     "nnunetv2 of this version does not predict with the intensities that the dataset was converted "
                     "with: nnUNetv2_predict would take new scans as they are. Train with nnunetv2 2.8.1, or convert "

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import SimpleITK as sitk
+from numpy.typing import ArrayLike
 from scipy.ndimage import gaussian_filter, zoom
 from scipy.spatial.transform import Rotation
 from tqdm import tqdm
@@ -52,7 +53,7 @@ def _smooth_field(rng: np.random.Generator, shape: tuple[int, ...], knots: tuple
     return field / field.std()
 
 
-def _ellipsoid(p: Array, centre: Array, axes: Array, frame: Array | None = None) -> Array:
+def _ellipsoid(p: Array, centre: ArrayLike, axes: ArrayLike, frame: Array | None = None) -> Array:
     """Signed distance (mm, first order) to an ellipsoid; the rows of ``frame`` are its axes."""
     q = p - np.reshape(centre, (3, 1, 1, 1))
     if frame is not None:

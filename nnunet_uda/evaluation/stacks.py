@@ -89,7 +89,7 @@ def _encode(tiles: np.ndarray, columns: int, kind: str, **options: Any) -> str:
     height, width = tiles.shape[1:]
     sheet = np.zeros((rows * columns, height, width), np.uint8)
     sheet[: len(tiles)] = tiles
-    sheet = sheet.reshape(rows, columns, height, width).transpose(0, 2, 1, 3).reshape(rows * height, columns * width)
+    page = sheet.reshape(rows, columns, height, width).transpose(0, 2, 1, 3).reshape(rows * height, columns * width)
     buffer = io.BytesIO()
-    Image.fromarray(sheet).save(buffer, kind, **options)
+    Image.fromarray(page).save(buffer, kind, **options)
     return base64.b64encode(buffer.getvalue()).decode()

@@ -167,7 +167,7 @@ def what_to_clip(dataset_json: dict[str, Any]) -> Intensities | None:
 
 def clipping_words(intensities: Intensities) -> str:
     """What the receiver must do, with the lines that do it."""
-    low, high = intensities.window or intensities.percentiles
+    low, high = intensities.window or intensities.percentiles or (0, 100)
     if intensities.window is not None:
         find = [f"low, high = {low}, {high}"]
     else:

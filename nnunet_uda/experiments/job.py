@@ -103,9 +103,12 @@ class Score:
         """Of what ``Job.measure`` writes."""
         volumes = [Volume(case, {s: {m: _nan(value) for m, value in scores.items()} for s, scores in by.items()})
                    for case, by in content["metrics"].items()]  # fmt: skip
-        numbers = ("validation_pseudo_dice", "training_seconds", "peak_memory_gib", "peak_device_memory_gib")
+        pseudo_dice, seconds, memory, device_memory = (
+            _nan(content.get(name))
+            for name in ("validation_pseudo_dice", "training_seconds", "peak_memory_gib", "peak_device_memory_gib")
+        )
         criteria = {name: _nan(value) for name, value in content.get("criteria", {}).items()}
-        return Score(volumes, *(_nan(content.get(name)) for name in numbers), criteria)
+        return Score(volumes, pseudo_dice, seconds, memory, device_memory, criteria)
 
 
 @dataclass(frozen=True)
@@ -325,7 +328,7 @@ def lay_out_images(raw: Path, test: TargetTest, folder: Path) -> Path:
     return folder
 
 
-def find_trainer(name: str) -> type:
+def find_trainer(name: str) -> type[Any]:
     """The trainer class, found as ``nnUNetv2_train`` will find it.
 
     Raises:
@@ -339,7 +342,7 @@ def find_trainer(name: str) -> type:
     return trainer
 
 
-def find_any_trainer(name: str) -> type:
+def find_any_trainer(name: str) -> type[Any]:
     """The trainer class, nnU-Net's own or another.
 
     Raises:

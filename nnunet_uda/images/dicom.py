@@ -270,13 +270,14 @@ def order_series(source: Path | Sequence[Path]) -> Series:
     normal = np.cross(right, down)
     slices.sort(key=lambda s: float(normal @ s.position))
     step = _check_positions(slices, normal, min(first.spacing))
+    x, y, z = map(float, slices[0].position)
     size, spacing = (*first.size, len(slices)), (*first.spacing, step)
     check_possible(slices[0].path, size, spacing)
     return Series(
         tuple(slices),
         size,
         spacing,
-        tuple(float(v) for v in slices[0].position),
+        (x, y, z),
         tuple(float(v) for v in np.stack([right, down, normal], axis=1).ravel()),
     )
 
@@ -414,7 +415,9 @@ def _check_one_series(slices: Sequence[Slice]) -> None:
 
     common = next(s for s in slices if grid(s) == Counter(map(grid, slices)).most_common(1)[0][0])
     for slice_ in slices:
-        axes = [(slice_.right, common.right), (slice_.down, common.down), (slice_.spacing, common.spacing)]
+        axes: list[tuple[Any, Any]] = [
+            (slice_.right, common.right), (slice_.down, common.down), (slice_.spacing, common.spacing)
+        ]  # fmt: skip
         if slice_.size != common.size or not all(np.allclose(a, b, rtol=1e-3, atol=1e-3) for a, b in axes):
             raise UDAError(
                 f"{slice_.path}: the slice is {grid(slice_)}; the others are {grid(common)}, as {common.path.name}. "

@@ -96,8 +96,8 @@ def check_same_geometry(image: Any, path: Path, other: Any, other_path: Path) ->
     Args:
         image, other: SimpleITK images, readers that have read a header, or grids.
     """
-    grids = [part if isinstance(part, Grid) else Grid.of(part) for part in (image, other)]
-    if apart := differences(*grids):
+    grid, other_grid = (part if isinstance(part, Grid) else Grid.of(part) for part in (image, other))
+    if apart := differences(grid, other_grid):
         raise UDAError(
             f"{other_path}: its geometry differs from that of {path}: {'; '.join(apart)} (here the second). Expected "
             f"the same grid: resample {Path(other_path).name} onto {Path(path).name} (labels by nearest neighbour), or "

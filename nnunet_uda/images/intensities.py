@@ -61,7 +61,7 @@ class Intensities:
 
     percentiles: tuple[float, float] | None = None
     scale: tuple[float, float] | None = None
-    window: tuple[int, int] | None = None
+    window: tuple[float, float] | None = None
     origin: str = field(default="given", compare=False)
 
     def __post_init__(self) -> None:
@@ -71,7 +71,7 @@ class Intensities:
             low, high = self.percentiles
             if not 0 <= low < high <= 100:
                 raise UDAError(f"percentiles {low:g} {high:g}: expected 0 <= low < high <= 100, as 5 95.")
-        else:
+        if self.window is not None:
             low, high = self.window
             if not (-math.inf < low < high < math.inf and low == round(low) and high == round(high)):
                 raise UDAError(
@@ -81,11 +81,17 @@ class Intensities:
         if self.scale is not None and not -math.inf < self.scale[0] < self.scale[1] < math.inf:
             raise UDAError(f"range {self.scale[0]:g} {self.scale[1]:g}: expected two numbers, low < high, as -1 1.")
 
+    @property
+    def _shares(self) -> tuple[float, float]:
+        """The percentiles, which there are where there is no window."""
+        assert self.percentiles is not None
+        return self.percentiles
+
     def __str__(self) -> str:
         if self.window is not None:
             text = f"window {self.window[0]} to {self.window[1]} HU"
         else:
-            text = f"percentiles {self.percentiles[0]:g} to {self.percentiles[1]:g} of the nonzero voxels"
+            text = f"percentiles {self._shares[0]:g} to {self._shares[1]:g} of the nonzero voxels"
         return text if self.scale is None else f"{text}, scaled to [{self.scale[0]:g}, {self.scale[1]:g}]"
 
     def bounds(self, voxels: np.ndarray) -> tuple[float, float]:
@@ -97,7 +103,7 @@ class Intensities:
             return 0.0, 0.0
         # values of the scan: between two of them, they would move each time that a scan is clipped again
         share = (count - 1) / 100
-        below, above = math.floor(self.percentiles[0] * share) + 1, count - math.ceil(self.percentiles[1] * share)
+        below, above = math.floor(self._shares[0] * share) + 1, count - math.ceil(self._shares[1] * share)
         lowest = highest = np.empty(0, voxels.dtype)
         for values in _nonzero(voxels):  # the two tails alone are kept
             lowest = np.concatenate((lowest, values))
@@ -134,7 +140,7 @@ class Intensities:
                 )
         elif low == high:
             raise NoContrastError(
-                f"{where}: percentiles {self.percentiles[0]:g} and {self.percentiles[1]:g} of its "
+                f"{where}: percentiles {self._shares[0]:g} and {self._shares[1]:g} of its "
                 f"{np.count_nonzero(voxels)} nonzero voxels are both {low:g}; expected an image with contrast. "
                 "Leave this scan out, or clip less."
             )
@@ -156,6 +162,7 @@ class Intensities:
 
     def _is_scaled(self, voxels: np.ndarray) -> bool:
         """Whether ``clip`` made these values: both ends are those of ``scale``, and hold the share that clips leave."""
+        assert self.scale is not None
         bottom, top = (np.float32(end) for end in self.scale)
         if voxels.dtype.kind != "f" or voxels.min() != bottom or voxels.max() != top:
             return False
@@ -186,7 +193,7 @@ class Intensities:
         if self.window is not None:
             return {"window": list(self.window), "unit": "HU", "range": scale, "from": self.origin}
         return {
-            "percentiles": list(self.percentiles),
+            "percentiles": list(self._shares),
             "over": "nonzero voxels of each volume",
             "range": scale,
             "from": self.origin,
@@ -312,9 +319,9 @@ def read_intensities(dataset_json: Mapping[str, Any], where: Path | str, domain:
     percentiles, window, scale = (found.get(key) for key in ("percentiles", "window", "range"))
     if not all(value is None or _is_pair(value) for value in (percentiles, window, scale)):
         raise wrong
-    pairs = [None if value is None else tuple(value) for value in (percentiles, scale, window)]
+    percentiles, scale, window = (None if value is None else tuple(value) for value in (percentiles, scale, window))
     try:
-        return Intensities(*pairs, origin=str(found.get("from", "given")))
+        return Intensities(percentiles, scale, window, origin=str(found.get("from", "given")))
     except UDAError as error:
         raise UDAError(f"{wrong} ({error})") from None
 

@@ -18,10 +18,11 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 import nibabel
 import numpy as np
+from nibabel.quaternions import quat2mat
 
 from nnunet_uda.errors import UDAError
 from nnunet_uda.images.geometry import Grid, differences, mm, short
@@ -149,7 +150,7 @@ def read_header(path: Path) -> Nifti:
     if len(block) < 348:
         raise UDAError(f"{path}: the file is truncated, {len(block)} bytes; expected a header of 348. Get it again.")
     lengths = {order: int(np.frombuffer(block, f"{order}i4", 1)[0]) for order in "<>"}
-    order = next((order for order, length in lengths.items() if length == 348), "")
+    order: Any = next((order for order, length in lengths.items() if length == 348), "")
     if not order and 540 in lengths.values():
         raise _corrupt(path, "NIfTI-2", "ITK does not read it: save it as NIfTI-1.")
     magic = block[344:]
@@ -219,10 +220,11 @@ def truncated(path: Path, length: int, expected: int) -> UDAError:
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[BinaryIO]:
+def opened(path: Path) -> Iterator[IO[bytes]]:
     """The content of a file, decompressed where its name ends in ``.gz``; a damaged one is a ``UDAError``."""
     try:
-        with gzip.open(path) if path.name.lower().endswith(".gz") else open(path, "rb") as stream:
+        opener: Any = gzip.open if path.name.lower().endswith(".gz") else open
+        with opener(path, "rb") as stream:
             yield stream
     except EOFError as error:
         raise UDAError(f"{path}: the compressed file is truncated ({error}). Get it again.") from None
@@ -294,7 +296,7 @@ def _geometries(path: Path, raw: Any, size: tuple[int, ...], analyze: bool) -> t
         found["sform"] = rows
     scale = np.diag([unit, unit, unit, 1.0])
     readings = {name: Grid(size, _RAS_TO_LPS @ scale @ affine) for name, affine in found.items()}
-    sizes = f"{mm(steps * unit)} by its pixdim"
+    sizes = f"{mm((steps * unit).tolist())} by its pixdim"
     if "sform" not in readings:
         if not valid:
             raise UDAError(
@@ -325,7 +327,7 @@ def _quaternion_affine(path: Path, raw: Any, steps: np.ndarray) -> np.ndarray:
     a = math.sqrt(max(rest, 0.0))
     norm = math.sqrt(a * a + b * b + c * c + d * d)
     affine = np.eye(4)
-    affine[:3, :3] = nibabel.quaternions.quat2mat(np.array([a, b, c, d]) / norm)
+    affine[:3, :3] = quat2mat(np.array([a, b, c, d]) / norm)
     affine[:3, :3] *= steps * (1, 1, -1 if raw["pixdim"][0] < 0 else 1)
     affine[:3, 3] = shift
     return affine

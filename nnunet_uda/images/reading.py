@@ -187,7 +187,8 @@ def _read_by_slabs(reader: sitk.ImageFileReader, nifti: Nifti) -> sitk.Image:
     if math.prod(size) != math.prod(nifti.size):
         raise ValueError(f"of {nifti.size} voxels ITK finds {size}")
     dtype = sitk.GetArrayViewFromImage(sitk.Image([1] * len(size), pixel_id)).dtype
-    image, first = None, 0
+    image: Any = None
+    first = 0
     for slab in slabs(nifti):
         values = slab if nifti.scale == (1, 0) else slab * nifti.scale[0] + nifti.scale[1]  # scaled in double precision
         part = sitk.GetImageFromArray(values.astype(dtype, copy=False))

@@ -177,7 +177,7 @@ def _even_odd(outlines: Sequence[np.ndarray], shape: tuple[int, int]) -> tuple[n
     holes, seen = 0, set()
     for number in sorted(range(len(outlines)), key=sizes.__getitem__, reverse=True):
         inside = polygon(*outlines[number], shape)
-        pixels = hashlib.sha256(np.sort(np.ravel_multi_index(inside, shape))).digest()
+        pixels = hashlib.sha256(np.sort(np.ravel_multi_index(inside, shape)).tobytes()).digest()
         if not sizes[number] or pixels in seen:
             continue
         seen.add(pixels)

@@ -101,7 +101,7 @@ def to_array(label: Tensor) -> np.ndarray:
     return label.cpu().numpy().astype(np.int16)
 
 
-def as_label(segmentation: Sequence[Any], num_structures: int) -> np.ndarray:
+def as_label(segmentation: Sequence[Any] | np.ndarray, num_structures: int) -> np.ndarray:
     """nnU-Net's ``(1, Z, Y, X)`` segmentation as ``(Z, Y, X)`` from 0 to ``num_structures``: what lies outside of its
     mask (-1) or is to be ignored is background."""
     label = np.asarray(segmentation[0])

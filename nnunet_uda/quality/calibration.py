@@ -226,7 +226,8 @@ def calibrate(
     about: dict[str, Any],
 ) -> Calibration:
     """Fit every kind on ``pairs``; ranges come from fits that leave out a volume at a time."""
-    weights, residuals = {}, {}
+    weights: dict[str, Any] = {}
+    residuals: dict[str, list[list[float]]] = {}
     for kind, names in KINDS.items():
         usable = [pair for pair in pairs if all(name in pair.features for name in names)]
         weights[kind] = fit_weights(usable, kind)
@@ -282,7 +283,8 @@ def estimate_case(structures: Sequence[Estimate]) -> Estimate:
     verdict = min((each.verdict for each in structures), key=order.index)
     if not known:
         return Estimate(math.nan, 0.0, 1.0, verdict)
-    return Estimate(*(float(np.mean([getattr(e, part) for e in known])) for part in ("dice", "low", "high")), verdict)
+    dice, low, high = (float(np.mean([getattr(each, part) for each in known])) for part in ("dice", "low", "high"))
+    return Estimate(dice, low, high, verdict)
 
 
 def reasons(

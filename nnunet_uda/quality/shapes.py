@@ -38,7 +38,7 @@ def contact_areas(label: np.ndarray, spacing: Sequence[float], num_classes: int)
 def _neighbours(array: np.ndarray, axis: int) -> tuple[np.ndarray, np.ndarray]:
     """Two views of ``array`` that hold each voxel and its neighbour along the axis."""
     length = array.shape[axis]
-    return tuple(np.take(array, range(start, length - 1 + start), axis=axis) for start in (0, 1))
+    return np.take(array, range(length - 1), axis=axis), np.take(array, range(1, length), axis=axis)
 
 
 def describe_shapes(label: np.ndarray, spacing: Sequence[float], num_structures: int) -> list[dict[str, Any] | None]:
@@ -101,9 +101,9 @@ def source_shapes(cases: Sequence[Sequence[dict[str, Any] | None]], num_structur
     A structure that most labels show cut off at the image's border along an axis (a spinal cord) has no volume of its
     own: its size is the volume divided by its extent along such ``open`` axes. Sizes and roundness are logarithms.
     """
-    known = []
+    known: list[dict[str, Any]] = []
     for structure in range(num_structures):
-        shown = [case[structure] for case in cases if case[structure] is not None]
+        shown = [shape for case in cases if (shape := case[structure]) is not None]
         if not shown:
             known.append({"present": 0.0, "cases": len(cases)})
             continue

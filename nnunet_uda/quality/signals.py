@@ -115,7 +115,7 @@ def case_signals(
             found["deviations"] = shape_deviations(shape, of_source) if of_source["present"] else None
             box = _box(label == structure, BAND + 1)
             inside = label[box] == structure
-            if mean is not None:
+            if mean is not None and entropy is not None:
                 found |= _certainty(inside, label == structure, mean[structure], entropy[box])
             if volume is not None:
                 found["edges"] = _edges(inside, volume[(slice(None), *box)].cpu().numpy(), spacing)

@@ -140,10 +140,10 @@ def plain(value: Any) -> Any:
 
 def random_state() -> dict[str, Any]:
     """State of every random generator that training draws from (Python, numpy, torch on CPU and on its CUDA device)."""
-    name, keys, *rest = np.random.get_state()
+    name, keys, *rest = np.random.get_state(legacy=True)
     return {
         "python": random.getstate(),
-        "numpy": (name, torch.from_numpy(keys.astype(np.int64)), *rest),
+        "numpy": (name, torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest),
         "torch": torch.get_rng_state(),
         "cuda": [torch.cuda.get_rng_state()] if torch.cuda.is_available() else [],
     }

@@ -55,7 +55,9 @@ def write_embedding_picture(
     path: Path, before: dict[str, Embeddings], after: dict[str, Embeddings], class_names: Sequence[str]
 ) -> None:
     """One panel for ``before`` and one for ``after``, each with both domains and prototypes in one projection."""
-    colours = ListedColormap([(0.5, 0.5, 0.5), *class_map(len(class_names) - 1).colors])  # grey: the background
+    colours = ListedColormap(
+        [(0.5, 0.5, 0.5), *np.asarray(class_map(len(class_names) - 1).colors)]
+    )  # grey: the background
     figure, axes = plt.subplots(1, 2, figsize=(11, 5))
     for axis, embeddings, title in zip(axes, (before, after), ("before training", "now"), strict=True):
         parts = [part for item in embeddings.values() for part in (item.vectors, item.prototypes)]

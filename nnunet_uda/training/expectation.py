@@ -5,15 +5,19 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
+from nnunet_uda.errors import UDAError
+from nnunet_uda.files import write_json
 from nnunet_uda.quality.asked import Asked
 from nnunet_uda.quality.calibration import Calibration
-from nnunet_uda.quality.cases import CaseQuality, load, make_calibration, quality_of_volume
-from nnunet_uda.training.translated_dataset import TranslatedDataset
+from nnunet_uda.quality.cases import FILE, CaseQuality, load, make_calibration, quality_of_volume
+from nnunet_uda.training.translated_dataset import TranslatedDataset, translated
 
 if TYPE_CHECKING:
     from nnunet_uda.training.uda_trainer import UDATrainer
@@ -27,6 +31,33 @@ TARGETS = 6
 def seconds_for(training: float) -> float:
     """How many seconds may be spent behind a training of ``training`` seconds."""
     return min(LONGEST, max(SHORTEST, SHARE * training))
+
+
+def conclude(trainer: UDATrainer) -> None:
+    """What is done behind the final checkpoint: a warning where nothing has adapted, and the estimate of quality."""
+    if warning := trainer.model_choice.warning(trainer.translates):
+        trainer.print_to_log_file(warning)
+    trainer.checkpoints.training_is_done()
+    if trainer.settings.quality_volumes:
+        write_quality(trainer)
+
+
+def write_quality(trainer: UDATrainer) -> None:
+    """Calibrate what is to be expected of the final weights, and say it of the target's training scans."""
+    log, seconds = trainer.print_to_log_file, seconds_for(time.monotonic() - trainer.record.began)
+    log(f"Calibrating the quality estimate ({FILE}); setting quality_volumes=0 leaves it out")
+    trainer.network.eval()
+    trainer.networks.eval()
+    trainer.set_deep_supervision_enabled(False)
+    try:
+        asked, calibration = calibrate_trainer(trainer, log, seconds)
+        write_json(calibration.to_json(), Path(trainer.output_folder, FILE))
+        if trainer.needs_target:
+            log(expectation(asked, calibration, trainer.target_dataset, seconds))
+    except (UDAError, RuntimeError, ValueError) as error:  # the training is done, and is worth more than this
+        log(f"WARNING: no quality estimate was made: {error}. nnUNetUDA_quality makes it later")
+    finally:
+        trainer.set_deep_supervision_enabled(trainer.enable_deep_supervision)
 
 
 def calibrate_trainer(
@@ -99,5 +130,5 @@ def _predictor(trainer: UDATrainer) -> nnUNetPredictor:
 
 def _translated(trainer: UDATrainer) -> TranslatedDataset:
     patch_size = trainer.configuration_manager.patch_size
-    dataset = TranslatedDataset(trainer.dataset_class, trainer._translated, patch_size, trainer.device)
+    dataset = TranslatedDataset(trainer.dataset_class, partial(translated, trainer), patch_size, trainer.device)
     return dataset(trainer.preprocessed_dataset_folder, list(trainer.validation_dataset.identifiers))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -13,8 +13,11 @@ from nnunetv2.training.dataloading.nnunet_dataset import nnUNetBaseDataset
 from torch import Tensor
 
 from nnunet_uda.settings import UDASettings
-from nnunet_uda.training.checkpoint import BEST
+from nnunet_uda.training.checkpoint import BEST, plain
 from nnunet_uda.training.criteria import HIGHER_IS_BETTER, TargetCriteria, look_twice
+
+if TYPE_CHECKING:
+    from nnunet_uda.training.uda_trainer import UDATrainer
 
 NNUNET_MOMENTUM = 0.9
 MOMENTUM = 0.5
@@ -46,10 +49,30 @@ class ModelChoice:
             batches = -(-self.settings.criterion_patches // batch_size)
             self.patches = fixed_patches(dataset, patch_size, batches * batch_size)
 
+    def open(self, trainer: UDATrainer) -> None:
+        """Look at the trainer's target patches, if it has any, and say what is followed."""
+        if trainer.needs_target:
+            patch_size = trainer.configuration_manager.patch_size
+            self.open_target(trainer.target_dataset, patch_size, trainer.batch_size)
+        trainer.print_to_log_file(f"checkpoint_best follows {self.criterion}, without target labels")
+
     @property
     def criterion(self) -> str:
         """What ``checkpoint_best`` follows."""
         return "pseudo_dice" if self.patches is None else self.settings.checkpoint_criterion
+
+    def measure(self, trainer: UDATrainer) -> dict[str, float]:
+        """``add`` the epoch that ``trainer`` has just validated."""
+        logged = trainer.logger.get_checkpoint()
+        for values in logged.values():
+            values[:] = plain(values)  # as a checkpoint has them: float32's running mean would be another after --c
+        added = self.add(
+            trainer.logger.get_value("mean_fg_dice", -1), trainer._predict, batch_size=trainer.batch_size,
+            device=trainer.device, mirror_axes=trainer.inference_allowed_mirroring_axes,
+            num_classes=trainer.label_manager.num_segmentation_heads,
+        )  # fmt: skip
+        self.history = trainer.ranks.on_first(lambda: self.history)  # devices differ in last bits
+        return added
 
     def add(self, pseudo_dice: float, predict: Callable[[Tensor], Tensor], **options: Any) -> dict[str, float]:
         """Measure an epoch that has been validated; returns its criteria. ``options`` are those of ``criteria_on``."""

@@ -105,7 +105,7 @@ def plot_curves(
         axis.plot(epochs, values, color=RUNS[5], marker="o", markersize=3, linewidth=0.6, alpha=0.7, label="epoch")
         means = (smooth or {}).get(name) or running_mean(values)
         axis.plot(epochs, means, color=RUNS[0], linewidth=1.8, label="running mean")
-        if name in (thresholds or {}):
+        if thresholds and name in thresholds:
             value, meaning = thresholds[name]
             axis.axhline(value, color=RUNS[3], linestyle="--", linewidth=1.2, label=f"{value:g}: {meaning}")
         axis.set_title((titles or {}).get(name, name))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,8 +13,8 @@ from acvl_utils.cropping_and_padding.bounding_boxes import crop_and_pad_nd
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetBaseDataset
 from torch import Tensor
 
-from nnunet_uda.training.pictures import Panel, write_panels
-from nnunet_uda.training.translated_dataset import translate_volume
+from nnunet_uda.training.pictures import Panel, plot_curves, write_panels
+from nnunet_uda.training.translated_dataset import translate_volume, translated
 
 if TYPE_CHECKING:
     from nnunet_uda.training.uda_trainer import UDATrainer
@@ -101,25 +102,64 @@ def preview_rows(trainer: UDATrainer) -> list[list[Panel]]:
     rows: list[list[Panel]] = []
     for index in shown_slices(known, number):
         slab = cut_slab(data, index, depth)
-        translated = over(slab, trainer.translate_images) if trainer.translates else slab
-        seen = middle(translated)
+        shown = over(slab, partial(translated, trainer)) if trainer.translates else slab
+        seen = middle(shown)
         row: list[Panel] = [(f"source: {case}, slice {index}", middle(slab), None)]
         row += [("translated", seen, None)] if trainer.translates else []
-        rows.append([*row, ("label", seen, known[index]), ("prediction", seen, segmented(translated))])
+        rows.append([*row, ("label", seen, known[index]), ("prediction", seen, segmented(shown))])
     if trainer.needs_target:
         case, data, _ = _first(trainer.target_dataset)
         for place, index in enumerate(shown_slices(np.zeros(data.shape[1:]), number)):
             slab = cut_slab(data, index, depth)
-            shown = middle(slab)
-            panels: list[Panel] = [
-                (f"target: {case}, slice {index}", shown, None),
-                ("prediction", shown, segmented(slab)),
-            ]
+            cut = middle(slab)
+            panels: list[Panel] = [(f"target: {case}, slice {index}", cut, None), ("prediction", cut, segmented(slab))]
             if place < len(rows):
                 rows[place] += panels
             else:
                 rows.append(panels)
     return rows
+
+
+def draw_epoch(trainer: UDATrainer, epoch: int) -> None:
+    """Write the curves of losses and criteria, and the trainer's pictures, where they are due after ``epoch``."""
+    if epoch != trainer.num_epochs - 1 and epoch % trainer.settings.picture_every:
+        return
+    folder = Path(trainer.output_folder)
+    plot_curves(folder / "losses.png", trainer.record.history)
+    trainer.model_choice.plot(str(folder / "criteria.png"))
+    trainer.draw_pictures(folder / f"pictures/epoch_{epoch:04d}.png")
+
+
+def draw_preview(trainer: UDATrainer, path: Path) -> None:
+    """Always the same whole slices: source | translated | label | prediction | target | prediction."""
+    path.parent.mkdir(exist_ok=True)
+    trainer.network.eval()
+    trainer.networks.eval()
+    write_trainers_panels(trainer, path, preview_rows(trainer))
+
+
+def whole_patch(trainer: UDATrainer, dataset: nnUNetBaseDataset, by_label: bool) -> tuple[Tensor, Tensor]:
+    """The patch around the middle of the first case, or around its slice with most label.
+
+    Returns:
+        Image ``(1, C, *patch)`` and label ``(1, 1, *patch)``, -1 where it is not known.
+    """
+    data, seg, _, _ = dataset.load_case(dataset.identifiers[0])
+    seg = seg[:]
+    held = np.isin(seg[0], trainer.label_manager.foreground_labels)
+    index = int(held.sum((1, 2)).argmax()) if by_label else seg.shape[1] // 2
+    patch_size = trainer.configuration_manager.patch_size
+    centre = [index, seg.shape[2] // 2, seg.shape[3] // 2]
+    box = [[c - size // 2, c - size // 2 + size] for c, size in zip(centre, [1, *patch_size][-3:], strict=True)]
+    tensors = [torch.from_numpy(crop_and_pad_nd(array, box, 0)).float()[None] for array in (data[:], seg)]
+    image, label = (tensor[:, :, 0] if len(patch_size) == 2 else tensor for tensor in tensors)
+    return image.to(trainer.device), trainer.known(label.to(trainer.device))
+
+
+def middle_slice(images: Tensor) -> np.ndarray:
+    """``(1, C, *patch)`` to its first channel's (middle) slice, ``(H, W)``."""
+    image = images[0, 0].float().cpu().numpy()
+    return image[image.shape[0] // 2] if image.ndim == 3 else image
 
 
 def _first(dataset: nnUNetBaseDataset) -> tuple[str, np.ndarray, np.ndarray]:

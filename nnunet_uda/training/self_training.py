@@ -21,6 +21,8 @@ class Average(nn.Module):
             in step n from 0, so that the random start is soon forgotten.
     """
 
+    steps: Tensor
+
     def __init__(self, decay: float) -> None:
         super().__init__()
         self.decay = decay
@@ -29,10 +31,10 @@ class Average(nn.Module):
     @torch.no_grad()
     def update(self, teacher: nn.Module, student: nn.Module) -> None:
         """Average parameters and floating buffers into ``teacher``; copy other buffers."""
-        step = self.steps.item()
+        step = int(self.steps)
         decay = min(self.decay, (1 + step) / (10 + step))
         # not by state_dict: nnU-Net's decoder names the encoder's weights a second time
-        pairs = [*zip(teacher.parameters(), student.parameters(), strict=True)]
+        pairs: list[tuple[Tensor, Tensor]] = [*zip(teacher.parameters(), student.parameters(), strict=True)]
         for own, new in zip(teacher.buffers(), student.buffers(), strict=True):
             if own.is_floating_point():
                 pairs.append((own, new))
@@ -50,6 +52,8 @@ class SelfTraining(nn.Module):
         num_classes: K, background included.
         confidence: the threshold of the surest class, see ``class_thresholds``.
     """
+
+    class_confidence: Tensor
 
     def __init__(self, num_classes: int, confidence: float) -> None:
         super().__init__()

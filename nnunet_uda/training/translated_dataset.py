@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -87,6 +88,12 @@ class TranslatedDataset:
         return translated.float().cpu().numpy(), seg, previous, properties
 
 
+def translated(trainer: UDATrainer, images: torch.Tensor) -> torch.Tensor:
+    """Source images ``(B, C, *patch)`` as the trainer's segmenter sees them at validation."""
+    with trainer.autocast():
+        return trainer.translate(images)
+
+
 @contextmanager
 def translated_validation(trainer: UDATrainer) -> Iterator[None]:
     """Inside, nnU-Net's final validation is on translated source volumes; ``about.json`` says so in the results."""
@@ -98,7 +105,7 @@ def translated_validation(trainer: UDATrainer) -> Iterator[None]:
     )
     trainer.print_to_log_file(f"Final validation: {note}")
     stored, patch_size = trainer.dataset_class, trainer.configuration_manager.patch_size
-    trainer.dataset_class = TranslatedDataset(stored, trainer.translate_images, patch_size, trainer.device)
+    trainer.dataset_class = TranslatedDataset(stored, partial(translated, trainer), patch_size, trainer.device)
     try:
         yield
     finally:

@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from nnunet_uda.losses.patch_nce import PatchNCELoss
 from nnunet_uda.networks.patch_discriminator import PatchDiscriminator
 from nnunet_uda.networks.patch_projector import PatchProjector
 from nnunet_uda.networks.resnet_generator import ResnetGenerator
@@ -70,34 +69,30 @@ def patch_discriminator(trainer: UDATrainer, channels: int) -> PatchDiscriminato
     return PatchDiscriminator(channels, len(patch_size), patch_size, width, layers)
 
 
-class TranslatingTrainer(UDATrainer):
-    """A generator ``generator`` translates source images; its settings are ``TranslationSettings``."""
+def translation_networks(trainer: UDATrainer) -> dict[str, nn.Module]:
+    """The generator, and the projector of its features that PatchNCE compares."""
+    settings, manager = trainer.own_settings, trainer.configuration_manager
+    generator = ResnetGenerator(
+        trainer.num_input_channels,
+        len(manager.patch_size),
+        settings.generator_width,
+        settings.generator_blocks,
+        manager.pool_op_kernel_sizes[1:3],  # the segmenter's own strides: thin axes stay whole
+    )
+    projector = PatchProjector(
+        generator.feature_channels, settings.patch_features, settings.patches, settings.first_patch_layer
+    )
+    return {"generator": generator, "patch_projector": projector}
 
-    def build_generator(self, temperature: float, negatives: str = "both") -> dict[str, nn.Module]:
-        """The generator and the projector of its features; sets ``patch_contrastive``, the PatchNCE of a layer."""
-        settings, manager = self.own_settings, self.configuration_manager
-        generator = ResnetGenerator(
-            self.num_input_channels,
-            len(manager.patch_size),
-            settings.generator_width,
-            settings.generator_blocks,
-            manager.pool_op_kernel_sizes[1:3],  # the segmenter's own strides: thin axes stay whole
-        )
-        self.patch_contrastive = PatchNCELoss(temperature, negatives)
-        projector = PatchProjector(
-            generator.feature_channels, settings.patch_features, settings.patches, settings.first_patch_layer
-        )
-        return {"generator": generator, "patch_projector": projector}
 
-    def gan_optimizers(self, *discriminators: str) -> dict[str, torch.optim.Optimizer]:
-        """Adam of the generator with its projector, and of each discriminator."""
-        networks = {"generator": ("generator", "patch_projector"), **{name: (name,) for name in discriminators}}
-        rate, beta1 = self.own_settings.gan_learning_rate, self.own_settings.gan_beta1
-        return {name: self.adam_for(*of, learning_rate=rate, beta1=beta1) for name, of in networks.items()}
+def translation_optimizers(trainer: UDATrainer, *discriminators: str) -> dict[str, torch.optim.Optimizer]:
+    """Adam of the generator with its projector, and of each discriminator."""
+    networks = {"generator": ("generator", "patch_projector"), **{name: (name,) for name in discriminators}}
+    rate, beta1 = trainer.own_settings.gan_learning_rate, trainer.own_settings.gan_beta1
+    return {name: trainer.adam_for(*of, learning_rate=rate, beta1=beta1) for name, of in networks.items()}
 
-    def set_gan_rate(self, progress: float) -> None:
-        """See ``TranslationSettings.gan_rate``; of all optimisers but the segmenter's."""
-        self.set_rate(self.own_settings.gan_rate(progress), *(n for n in self.optimizers if n != self.network_update))
 
-    def translate(self, source: Tensor) -> Tensor:
-        return self.restore_background(self.networks["generator"](source), source)
+def set_translation_rate(trainer: UDATrainer, progress: float) -> None:
+    """See ``TranslationSettings.gan_rate``; of all optimisers but the segmenter's."""
+    others = (name for name in trainer.optimizers if name != trainer.network_update)
+    trainer.set_rate(trainer.own_settings.gan_rate(progress), *others)

@@ -2,13 +2,29 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+
+from nnunet_uda.errors import UDAError
+from nnunet_uda.training.ranks import Ranks
+from nnunet_uda.training.streams import to_device
+
+if TYPE_CHECKING:
+    from nnunet_uda.training.uda_trainer import UDATrainer
+
+Terms = dict[str, Tensor]
+"""Scalar loss terms by the names under which they are logged."""
+
+
+class NonFiniteLossError(UDAError):
+    """A loss term became NaN or infinite."""
 
 
 class Updates:
@@ -17,7 +33,8 @@ class Updates:
     Args:
         optimizers: by the names of their updates.
         scaler: of mixed precision; None without.
-        share_gradients: replaces an optimiser's gradients by their means over processes.
+        ranks: which share gradients and means.
+        further: terms by the name of an update, whose first one in the step takes them in behind its own.
 
     Attributes:
         terms: every loss term so far, detached, by its name.
@@ -27,31 +44,37 @@ class Updates:
         self,
         optimizers: Mapping[str, Optimizer],
         scaler: torch.amp.GradScaler | None,
-        share_gradients: Callable[[Optimizer], None],
+        ranks: Ranks,
+        further: Mapping[str, Callable[[], Terms]] | None = None,
     ) -> None:
         self.optimizers = optimizers
         self.scaler = scaler
-        self.share_gradients = share_gradients
-        self.terms: dict[str, Tensor] = {}
+        self.ranks = ranks
+        self.further = dict(further or {})
+        self.terms: Terms = {}
         self._stepped: set[str] = set()
 
     @contextmanager
-    def updating(self, name: str, max_norm: float | None = None) -> Iterator[Callable[[dict[str, Tensor]], None]]:
+    def updating(self, name: str, max_norm: float | None = None) -> Iterator[Callable[[Terms], None]]:
         """See ``UDATrainer.updating``."""
-        optimizer, sums = self.optimizers[name], {}
+        optimizer = self.optimizers[name]
+        sums: Terms = {}
         optimizer.zero_grad(set_to_none=True)
         if self.scaler is not None and name in self._stepped:  # it refuses a second step of an optimiser else
             self.scaler.update()
             self._stepped.clear()
 
-        def add(terms: dict[str, Tensor]) -> None:
+        def add(terms: Terms) -> None:
             loss = torch.stack([value.float() for value in terms.values()]).sum()
             (loss if self.scaler is None else self.scaler.scale(loss)).backward()
-            sums.update({key: sums.get(key, 0.0) + value.detach() for key, value in terms.items()})
+            for key, value in terms.items():
+                sums[key] = sums[key] + value.detach() if key in sums else value.detach()
 
         yield add
+        if name in self.further:
+            add(self.further.pop(name)())
         self.terms.update(sums)
-        self.share_gradients(optimizer)
+        self.ranks.share_gradients(optimizer)
         if self.scaler is not None:
             self._stepped.add(name)
             self.scaler.unscale_(optimizer)
@@ -63,12 +86,44 @@ class Updates:
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)  # they would lie beside the next network's activations
 
-    def finish(self, mean: Callable[[Tensor], Tensor]) -> dict[str, float]:
-        """The step is over. Returns its terms as ``mean``, over processes, makes them of this process's."""
+    def finish(self, epoch: int, folder: str) -> dict[str, float]:
+        """The step is over. Returns the means over ranks of its terms, and nnU-Net's ``loss``.
+
+        Args:
+            epoch, folder: of the training, for the message.
+
+        Raises:
+            NonFiniteLossError: on all ranks, for a term that is not finite on one of them.
+        """
         if self.scaler is not None:
             self.scaler.update()
-        values = mean(torch.stack([value.float() for value in self.terms.values()])).cpu()
-        return dict(zip(self.terms, values.tolist(), strict=True))
+        values = self.ranks.mean(torch.stack([value.float() for value in self.terms.values()])).cpu()
+        losses = dict(zip(self.terms, values.tolist(), strict=True))
+        for name, value in losses.items():
+            if not math.isfinite(value):
+                raise NonFiniteLossError(
+                    f"the loss term '{name}' became {value} in epoch {epoch}; all terms: {losses}. Training stops; "
+                    f"the checkpoints in {folder} are from before it. Lower the learning rate or the term's weight"
+                )
+        return {
+            "loss": losses.get("segmentation", values[0].item()),
+            **losses,
+        }  # some epochs do not train the segmenter
+
+
+def updates_of_step(trainer: UDATrainer) -> Updates:
+    """A step's updates; the segmenter's first one takes in the loss of labelled target images where there are any."""
+    further = {} if trainer.dataloader_labelled is None else {trainer.network_update: partial(_labelled_terms, trainer)}
+    return Updates(trainer.optimizers, trainer.grad_scaler, trainer.ranks, further)
+
+
+def _labelled_terms(trainer: UDATrainer) -> Terms:
+    assert trainer.dataloader_labelled is not None
+    batch, share = next(trainer.dataloader_labelled), trainer.settings.labelled_target_share
+    images, label = (to_device(batch[key], trainer.device) for key in ("data", "target"))
+    with trainer.autocast():
+        loss = trainer.labelled_target_loss(images, label)
+    return {"labelled_target": share / (1 - share) * loss}
 
 
 def adam(

@@ -1,0 +1,137 @@
+"""What is looked at before a training starts, so that it is not refused hours later, or never."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from nnunet_uda.data import convention
+from nnunet_uda.data.new_scans import check_prediction
+from nnunet_uda.data.slices import refuse_mixed_slices
+from nnunet_uda.devices import open_device
+from nnunet_uda.errors import UDAError
+from nnunet_uda.foreign_plans import check_plans
+from nnunet_uda.settings import UDASettings
+from nnunet_uda.training.checkpoint import random_state, seed_everything, set_random_state
+from nnunet_uda.training.cpu import keep_freed_memory
+from nnunet_uda.training.log import settings_table
+from nnunet_uda.training.progress import Progress
+from nnunet_uda.training.trainer_state import settings_in_force
+
+if TYPE_CHECKING:
+    from nnunet_uda.training.uda_trainer import UDATrainer
+
+
+def check_arguments(plans: dict[str, Any], dataset_json: dict[str, Any], device: torch.device) -> None:
+    """Refuse what a trainer is made of: unset variables, a device that is not there, broken plans or dataset.json."""
+    for variable in ("nnUNet_preprocessed", "nnUNet_results"):
+        convention.environment_folder(variable)
+    open_device(str(device))
+    check_plans(plans, "the plans file")
+    convention.check_dataset_json(dataset_json, f"dataset.json of {plans['dataset_name']}")
+
+
+def adopt_settings(trainer: UDATrainer) -> None:
+    """Settings that nnU-Net keeps as attributes of its own."""
+    settings = trainer.settings
+    trainer.initial_lr = settings.segmenter_learning_rate
+    trainer.weight_decay = settings.segmenter_weight_decay
+    trainer.num_epochs = settings.num_epochs
+    trainer.num_iterations_per_epoch = settings.iterations_per_epoch
+    trainer.num_val_iterations_per_epoch = settings.val_iterations_per_epoch
+    trainer.oversample_foreground_percent = settings.foreground_oversampling
+    trainer.enable_deep_supervision = settings.deep_supervision
+    trainer.save_every = settings.save_every
+
+
+def say_settings(trainer: UDATrainer) -> None:
+    """A table of the settings that differ from their defaults, in the log."""
+    defaults = dataclasses.asdict(UDASettings())
+    if trainer.method is not None and trainer.method_settings is not None:
+        defaults[trainer.method] = dataclasses.asdict(trainer.method_settings())
+    trainer.print_to_log_file(settings_table(settings_in_force(trainer), defaults))
+
+
+def refuse_unsupported(trainer: UDATrainer) -> None:
+    """Refuse cascades, regions and slices that do not fit the patch."""
+    name = type(trainer).__name__
+    if trainer.is_cascaded:
+        raise UDAError(f"{name} does not support cascades: train the configuration 2d or 3d_fullres")
+    where = f"dataset.json of {trainer.plans_manager.dataset_name}"
+    refuse_mixed_slices(trainer.dataset_json, trainer.configuration_manager.patch_size, where)
+    if trainer.label_manager.has_regions:
+        raise UDAError(
+            f"{name} does not support region-based labels (dataset.json, 'labels'): give each structure one integer"
+        )
+
+
+def set_up_process(trainer: UDATrainer) -> None:
+    """What training asks of its process: memory that stays on a CPU, and the setting ``seed``."""
+    if trainer.device.type == "cpu":
+        keep_freed_memory()
+    if trainer.settings.seed is not None:
+        seed_everything(trainer.settings.seed)
+
+
+def refuse_other_settings(trainer: UDATrainer) -> None:
+    """The results' ``plans.json`` describes every fold beside it: a training with another ``uda`` must not go there."""
+    written, plans = Path(trainer.output_folder_base, "plans.json"), trainer.plans_manager.plans
+    if written.exists() and convention.read_json(written).get("uda", {}) != plans.get("uda", {}):
+        raise UDAError(
+            f"{written} was written by a training with other settings (its 'uda' differs from that of plans "
+            f"{plans['plans_name']!r}). Save the new settings under a plans name of their own: "
+            "nnUNetUDA_configure -p NEW_NAME"
+        )
+
+
+def mend_results(trainer: UDATrainer) -> None:
+    """Write what describes the results again where a start was killed in the middle, or the disk was full."""
+    if trainer.local_rank == 0:
+        folder = Path(trainer.output_folder_base)
+        for path in convention.mend_results(folder, trainer.plans_manager.plans, trainer.dataset_json):
+            trainer.print_to_log_file(f"WARNING: {path} was cut short: written again from the preprocessed folder's")
+
+
+def try_prediction(trainer: UDATrainer) -> None:
+    """Refuse now what would only show, or not even that, when new scans are predicted. Draws no random number."""
+    state = random_state()
+    arguments = (trainer.plans_manager.plans, trainer.configuration_name, trainer.dataset_json)
+    check_prediction(type(trainer).__name__, trainer.plain_network, *arguments)
+    set_random_state(state)  # a network was made
+
+
+def make_ready(trainer: UDATrainer) -> None:
+    """Everything that can be refused is refused, the trainer is initialised, and all ranks begin with one network.
+
+    Raises:
+        UDAError: for whatever would fail, or go wrong unseen, later.
+    """
+    trainer.ranks.on_first(lambda: mend_results(trainer))
+    refuse_other_settings(trainer)
+    if not trainer.was_initialized:
+        trainer.initialize()
+    trainer.ranks.on_first(lambda: try_prediction(trainer))
+    networks = trainer.plain_network, trainer.networks
+    trainer.ranks.start_together(networks, trainer.settings.seed, trainer.current_epoch)
+    if trainer.ranks.several:
+        trainer.ranks.on_first(lambda: trainer.do_split() and None)  # writes splits_final.json where there is none
+
+
+def new_progress(trainer: UDATrainer) -> Progress:
+    """Warns on the CPU, and knows what to do against a training that is too long."""
+    plans = trainer.plans_manager
+    shorter = (
+        f"nnUNetUDA_configure -d {plans.dataset_name} -c {trainer.configuration_name} -p NEW_NAME -from "
+        f"{plans.plans_name}"
+    )
+    remedy = f"{shorter} -set num_epochs=... (and -preset cpu on a CPU), then train with -p NEW_NAME"
+    if trainer.device.type == "cpu":
+        trainer.print_to_log_file(
+            f"WARNING: training on the CPU, with {torch.get_num_threads()} thread(s); nnU-Net makes its plans for "
+            f"a GPU. Plans for a CPU: {shorter} -preset cpu"
+        )
+    steps = trainer.num_iterations_per_epoch
+    return Progress(trainer.num_epochs, steps, trainer.device.type, remedy, trainer.print_to_log_file)
