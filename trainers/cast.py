@@ -207,11 +207,11 @@ class CASTTrainer(UDATrainer[CASTSettings]):
             target: ``(B, C, *patch)`` as they are.
             views: the same in other styles.
         """
-        images = (target, *views)
-        probabilities = sum(self._predict(view).float().softmax(1) for view in images) / len(images)
-        return (
-            self.networks["intensities"](probabilities, target) if self.own_settings.intensity_labels else probabilities
-        )
+        probabilities = self._predict(target).float().softmax(1)
+        for view in views:
+            probabilities = probabilities + self._predict(view).float().softmax(1)
+        mean = probabilities / (1 + len(views))
+        return self.networks["intensities"](mean, target) if self.own_settings.intensity_labels else mean
 
     # -- pictures ------------------------------------------------------------------------------------------------
 

@@ -222,9 +222,14 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     for option, value in (("-r", arguments.r), ("-djfile", arguments.djfile)):
         if raw is None and value is None:
             raise UDAError(f"without -d, {option} is needed too: -d DATASET, or -r REFERENCES -djfile dataset.json")
-    dataset_json = Path(arguments.djfile) if arguments.djfile else raw / "dataset.json"
+
+    def in_raw(name: str) -> Path:
+        assert raw is not None, "else the option was asked for"
+        return raw / name
+
+    dataset_json = Path(arguments.djfile) if arguments.djfile else in_raw("dataset.json")
     labels = read_labels(dataset_json)
-    reference = Path(arguments.r) if arguments.r else raw / "labelsTs"
+    reference = Path(arguments.r) if arguments.r else in_raw("labelsTs")
     words, lower = runs_and_bound(arguments.predictions, arguments.lower)
     words, upper = runs_and_bound(words, arguments.upper)
     runs = parse_runs(words)
@@ -234,7 +239,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     if arguments.f is not None:
         if raw is None and arguments.splits is None:
             raise UDAError("without -d, -f needs the splits file too: -splits splits_target.json")
-        splits = Path(arguments.splits) if arguments.splits else raw / "splits_target.json"
+        splits = Path(arguments.splits) if arguments.splits else in_raw("splits_target.json")
         fold_cases = cases_of_folds(splits, arguments.f)
     elif arguments.splits:
         raise UDAError("-splits is of use with -f only: add the folds to score, as in -f 0 1 2 3")
@@ -248,7 +253,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         note = "No overlays were drawn: without a dataset (-d) they need the images' folder (-i)."
         print(note)
     else:
-        folders = [Path(arguments.i)] if arguments.i else image_folders(raw, fold_cases is not None)
+        folders = [Path(arguments.i)] if arguments.i else image_folders(in_raw(""), fold_cases is not None)
         images = find_images(sorted({case for _, case in volumes}), folders, labels.file_ending)
         note = (
             "Axial slices as seen from the feet, all others with the head up. Chosen slices lie evenly over the "

@@ -47,8 +47,9 @@ def draw_overlay(
         uint8, (height, width, 3).
     """
     image2d = np.asarray(image2d, dtype=np.float32)
-    if image2d.ndim != 2 or (seg2d is not None and np.shape(seg2d) != image2d.shape):
-        raise ValueError(f"expected a 2D slice and labels of its shape, got {image2d.shape} and {np.shape(seg2d)}")
+    shape = image2d.shape if seg2d is None else np.shape(seg2d)
+    if image2d.ndim != 2 or shape != image2d.shape:
+        raise ValueError(f"expected a 2D slice and labels of its shape, got {image2d.shape} and {shape}")
     low, high = np.percentile(image2d, (0.5, 99.5)) if window is None else window
     grey = np.clip((image2d - low) / (high - low), 0, 1) if high > low else np.zeros_like(image2d)
     extent = np.array(image2d.shape) * spacing
@@ -117,7 +118,7 @@ def draw_case(task: OverlayTask) -> dict[str, Any]:
     window = tuple(np.percentile(array, (0.5, 99.5)))
     colours = label_colours(task.labels)
 
-    chosen = []
+    chosen: list[dict[str, Any]] = []
     first_array, *others = arrays.values()
     for index, reason in choose_slices(first_array, others, axis, task.n_slices):
         panels = {"image": draw_overlay(_cut(array, axis, index), None, colours, in_plane, window)}

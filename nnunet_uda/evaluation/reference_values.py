@@ -7,7 +7,7 @@ mapping in ``dataset.json``. References that still hold the former values are re
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -115,7 +115,7 @@ def _is_value(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and abs(value) <= 999999
 
 
-def _make(by_name: dict[str, Sequence[int]], labels: Labels, others: bool) -> LabelMap:
+def _make(by_name: Mapping[str, Sequence[int]], labels: Labels, others: bool) -> LabelMap:
     classes = {"background": 0, **labels.structures}
     if max(classes.values()) > 254:
         raise UDAError(f"the dataset's classes reach {max(classes.values())}; references are mapped to 254 at most")
@@ -149,7 +149,9 @@ def read_by(
     files = {case: reference / f"{case}{labels.file_ending}" for case in cases}
     found = dict(zip(files, parallel(integer_values, [(path,) for path in files.values()], num_processes, "Values"),
                      strict=True))  # fmt: skip
-    mapped, original, both = [], [], []
+    mapped: list[str] = []
+    original: list[str] = []
+    both: list[str] = []
     for case, values in found.items():
         as_classes = all(value in own.values or value == 0 for value in values)
         as_values = label_map.ignore_other or all(value in label_map.values or value == 0 for value in values)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
@@ -143,7 +143,7 @@ def check_bounds(names: Sequence[str], lower: str | None, upper: str | None) -> 
 
 
 def compare_runs(
-    runs: dict[str, Sequence[Volume]], lower: str | None = None, upper: str | None = None
+    runs: Mapping[str, Sequence[Volume]], lower: str | None = None, upper: str | None = None
 ) -> dict[str, Any]:
     """Everything that the tables show, for one or several runs over the same volumes.
 
@@ -188,7 +188,8 @@ def _gaps(run: dict, lower: dict, upper: dict) -> dict[str, dict[str, dict[str, 
         gaps[row] = {}
         for metric in ("Dice", "ASSD"):
             cells = [table[row][metric] for table in (run, lower, upper)]
-            percent, note = gap_closed(*(cell["mean"] for cell in cells), metric)
+            means = [cell["mean"] for cell in cells]
+            percent, note = gap_closed(means[0], means[1], means[2], metric)
             if not note and any(cell["n_undefined"] for cell in cells):
                 note = "volumes with an undefined distance are missing from these means"
             gaps[row][metric] = {"percent": percent, "note": note}

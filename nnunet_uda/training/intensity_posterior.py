@@ -55,6 +55,10 @@ class IntensityPosterior(nn.Module):
         num_channels: C.
     """
 
+    low: Tensor
+    high: Tensor
+    domain: Tensor
+
     def __init__(self, num_classes: int, num_channels: int) -> None:
         super().__init__()
         self.register_buffer("low", torch.zeros(num_channels))
