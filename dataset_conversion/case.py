@@ -18,6 +18,7 @@ from nnunet_uda.data.convention import LABELS_TARGET
 from nnunet_uda.data.slices import AXES, Grid
 from nnunet_uda.errors import UDAError
 from nnunet_uda.files import cannot_write
+from nnunet_uda.images.dicom import series_remarks
 from nnunet_uda.images.geometry import Grid as VoxelGrid
 from nnunet_uda.images.geometry import check_same_geometry
 from nnunet_uda.images.intensities import (
@@ -202,7 +203,7 @@ def _outside(beyond: np.ndarray, classes: np.ndarray, structures: int) -> list[f
 
 
 def _remark(report: CaseReport, path: Path) -> None:
-    repairs, warnings = remarks(path)
+    repairs, warnings = ([], series_remarks(path)) if path.is_dir() else remarks(path)
     report.notes += repairs
     report.warnings += warnings
 

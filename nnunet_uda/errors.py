@@ -135,6 +135,8 @@ def command(main: Callable[..., None]) -> Callable[..., None]:
         except (UDAError, OSError, MemoryError) as error:
             if (text := message_of(error)) is None:
                 raise
+            # what its frames hold ends here: a bar of progress its line, before the message begins one
+            error.__traceback__ = error.__cause__ = error.__context__ = None
             print(f"ERROR: {escaped(text)}", file=sys.stderr)
             raise SystemExit(1) from None
 

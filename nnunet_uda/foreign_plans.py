@@ -2,13 +2,14 @@
 
 nnU-Net imports and calls whatever a plans file names as its network, its layers, its reader and so on. Here every such
 name is checked before: networks and blocks are those of ``dynamic_network_architectures``, layers those of
-``torch.nn``, and all else is found in nnU-Net itself.
+``torch.nn``, and all else is found in nnU-Net itself. So are the numbers that everything here takes for granted.
 """
 
 from __future__ import annotations
 
 import importlib
 import inspect
+import math
 import re
 import sys
 from functools import cache
@@ -45,6 +46,10 @@ _IN_NNUNET = {
     "experiment_planner_used": "experiment_planning",
 }
 """Keys of plans, and the part of nnU-Net where their values are to be found."""
+MOST_VOXELS = 2**30
+"""In a patch: 4 GB for each map of a network's first stage and feature."""
+_CT = ("mean", "std", "percentile_00_5", "percentile_99_5")
+"""What nnU-Net's CTNormalization takes from the plans."""
 _ADVICE = "Plans that nnUNetv2_plan_experiment has not written are not run here: plan again, or correct the file"
 
 
@@ -79,6 +84,7 @@ def check_plans(plans: Any, where: Path | str) -> dict[str, Any]:
         raise UDAError(f"{where}: 'experiment_planner_used' must be a class's name, found {shown(planner)}. {_ADVICE}")
     for name, configuration in plans["configurations"].items():
         check_configuration(configuration, f"{where}, configuration {shown(name)}")
+    _check_numbers(plans, where)
     return plans
 
 
@@ -130,6 +136,72 @@ def check_configuration(configuration: dict[str, Any], where: Path | str) -> Non
         if value is not None and not _is_layer(value, LAYERS.get(key)):
             expected = "a layer of torch.nn" + ("" if key in LAYERS else f" or a class of {BLOCKS}")
             raise UDAError(f"{where}: {shown(key)} is {shown(value)}; expected {expected} of that kind. {_ADVICE}")
+
+
+def _check_numbers(plans: dict[str, Any], where: Path | str) -> None:
+    """Raise ``UDAError`` for numbers that nnU-Net's planner never writes, or that are missing."""
+
+    def require(fits: bool, key: str, found: Any, expected: str, place: str = "") -> None:
+        if not fits:
+            raise UDAError(f"{where}{place}: {key!r} is {shown(found)}; expected {expected}. {_ADVICE}")
+
+    require("image_reader_writer" in plans, "image_reader_writer", None, "nnU-Net's name of a reader")
+    forward, backward = (plans.get(f"transpose_{way}") for way in ("forward", "backward"))
+    for key, axes in (("transpose_forward", forward), ("transpose_backward", backward)):
+        require(
+            _numbers(axes, 3, whole=True) and sorted(axes) == [0, 1, 2], key, axes, "the axes 0, 1, 2 in some order"
+        )
+    require([forward[axis] for axis in backward] == [0, 1, 2], "transpose_backward", backward, "what undoes the other")
+    spacing = plans.get("original_median_spacing_after_transp")
+    require(_numbers(spacing, 3, least=1e-9), "original_median_spacing_after_transp", spacing, "three lengths in mm")
+    intensities = plans.get("foreground_intensity_properties_per_channel")
+    require(isinstance(intensities, dict), "foreground_intensity_properties_per_channel", intensities, "an object")
+    for name in plans["configurations"]:
+        place = f", configuration {shown(name)}"
+        content = _resolved(plans["configurations"], name, f"{where}{place}")
+        patch, batch, own_spacing, schemes, masks = (
+            content.get(key)
+            for key in ("patch_size", "batch_size", "spacing", "normalization_schemes", "use_mask_for_norm")
+        )
+        sides = len(patch) if isinstance(patch, list) and len(patch) in (2, 3) else 3
+        fits = _numbers(patch, sides, least=1, whole=True) and math.prod(patch) <= MOST_VOXELS
+        require(fits, "patch_size", patch, "two or three numbers of voxels", place)
+        require(_numbers([batch], 1, least=1, whole=True), "batch_size", batch, "a number of patches", place)
+        require(_numbers(own_spacing, sides, least=1e-9), "spacing", own_spacing, f"{sides} lengths in mm", place)
+        require(isinstance(schemes, list) and schemes != [], "normalization_schemes", schemes, "one a channel", place)
+        fits = isinstance(masks, list) and len(masks) == len(schemes) and all(isinstance(mask, bool) for mask in masks)
+        require(fits, "use_mask_for_norm", masks, "true or false for each of the 'normalization_schemes'", place)
+        for channel, scheme in enumerate(schemes):
+            known = intensities.get(str(channel)) if scheme == "CTNormalization" else dict.fromkeys(_CT, 0)
+            fits = isinstance(known, dict) and _numbers([known.get(key) for key in _CT], len(_CT))
+            key = "foreground_intensity_properties_per_channel"
+            require(fits, key, known, f"{', '.join(_CT)} of channel {channel}, which is normalised as CT")
+
+
+def _numbers(values: Any, count: int, least: float = -math.inf, whole: bool = False) -> bool:
+    """Whether ``values`` is a list of ``count`` finite numbers from ``least`` on."""
+    kinds = int if whole else (int, float)
+    return (
+        isinstance(values, (list, tuple))
+        and len(values) == count
+        and all(isinstance(v, kinds) and not isinstance(v, bool) and math.isfinite(v) and v >= least for v in values)
+    )
+
+
+def _resolved(configurations: dict[str, Any], name: str, where: str) -> dict[str, Any]:
+    """A configuration with what it inherits."""
+    content: dict[str, Any] = {}
+    seen: list[Any] = []
+    while name is not None:
+        if name in seen or name not in configurations:
+            found = "which leads back to itself" if name in seen else "which there is not"
+            raise UDAError(
+                f"{where}: it inherits from {shown(name)}, {found}; expected another configuration. {_ADVICE}"
+            )
+        seen.append(name)
+        content = configurations[name] | content
+        name = configurations[name].get("inherits_from")
+    return content
 
 
 @cache

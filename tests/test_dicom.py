@@ -20,8 +20,17 @@ from pydicom.uid import (
 )
 from support.dicom import DIRECTIONS, edit, shorter, write_series
 
+from nnunet_uda.dataset_conversion.case import Case, convert_case
 from nnunet_uda.errors import UDAError
-from nnunet_uda.images.dicom import by_name, dicom_files, order_series, read_series, series_folders
+from nnunet_uda.images.dicom import (
+    by_name,
+    dicom_files,
+    order_series,
+    read_series,
+    read_volume,
+    series_folders,
+    series_remarks,
+)
 
 SHAPE = (6, 5, 7)
 
@@ -153,6 +162,21 @@ def test_what_an_anonymiser_does_to_series_uids_is_accepted(tmp_path, uid):
 
     write_series(tmp_path, scan(), change=own_series)
     assert (sitk.GetArrayFromImage(read_series(tmp_path)[0]) == scan()).all()
+
+
+def test_unusual_intensities_of_a_series_are_warned_of(tmp_path):
+    def padded(ds: pydicom.Dataset, z: int) -> None:
+        ds.PhotometricInterpretation = "MONOCHROME1"
+        ds.add_new("PixelPaddingValue", "SS", -2000)
+
+    write_series(tmp_path / "P1", scan(), change=padded)
+    write_series(tmp_path / "P2", scan())
+    (tmp_path / "masks").mkdir()
+    report = convert_case(Case("a", (tmp_path / "P1",), read_image=read_volume), tmp_path, None, 0)
+    inverted, outside = report.warnings
+    assert "P1: its slices are to be shown inverted (MONOCHROME1), and are taken as stored: compare" in inverted
+    assert "P1: voxels of -2000 lie outside of the scan, and are taken as stored: compare the picture" in outside
+    assert series_remarks(tmp_path / "P2") == series_remarks(tmp_path / "masks") == []
 
 
 def test_positions_rounded_to_a_tenth_of_a_millimetre_are_accepted(tmp_path):

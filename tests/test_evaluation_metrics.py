@@ -299,3 +299,5 @@ def test_missing_extra_and_empty_folders(tmp_path):
         evaluate_folder(*arguments)
     with pytest.raises(UDAError, match="nowhere does not exist"):
         evaluate_folder(tmp_path / "nowhere", tmp_path / "p", {"organ": 1})
+    with pytest.raises(UDAError, match=r"a\.nii\.gz is no folder; expected one with files named like CASE\.nii\.gz"):
+        evaluate_folder(tmp_path / "r" / "a.nii.gz", tmp_path / "p", {"organ": 1})

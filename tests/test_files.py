@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from support.kills import kill_at, killed
+from tqdm import tqdm
 
 from nnunet_uda import files
 from nnunet_uda.errors import UDAError, command, system_fault
@@ -229,3 +230,14 @@ def test_a_reader_that_goes_away_and_ctrl_c_end_a_command_without_a_traceback():
     interrupted = "signal.signal(signal.SIGINT, signal.default_int_handler); os.kill(os.getpid(), signal.SIGINT)"
     done = run_command(f"import os, signal, time; {interrupted}; time.sleep(9)")  # a background shell ignores SIGINT
     assert done.stdout.split() == [str(128 + signal.SIGINT)] and done.stderr.strip() == "Interrupted"
+
+
+def test_a_message_begins_a_line_behind_a_bar_of_progress(capsys):
+    @command
+    def main(argv):
+        for _ in tqdm(range(3)):
+            raise UDAError("bad") from ValueError("whose frames hold the bar, too")
+
+    with pytest.raises(SystemExit):
+        main([])
+    assert capsys.readouterr().err.endswith("\nERROR: bad\n")

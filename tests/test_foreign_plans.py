@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import os
 import pydoc
 import subprocess
@@ -74,6 +75,61 @@ BAD = [
 ]  # fmt: skip
 
 
+NUMBERS = [
+    (("image_reader_writer",), None),
+    (("transpose_forward",), None),
+    (("transpose_forward",), [0, 1]),
+    (("transpose_forward",), [0, 0, 1]),
+    (("transpose_forward",), "012"),
+    (("transpose_backward",), [1, 0, 2]),
+    (("original_median_spacing_after_transp",), None),
+    (("original_median_spacing_after_transp",), [3.0, 0, 1.0]),
+    (("foreground_intensity_properties_per_channel",), None),
+    (("", "patch_size"), None),
+    (("", "patch_size"), [0, 8]),
+    (("", "patch_size"), [8.5, 8]),
+    (("", "patch_size"), "88"),
+    (("", "patch_size"), [8]),
+    (("", "patch_size"), [10**6, 10**6]),
+    (("", "batch_size"), 0),
+    (("", "batch_size"), "2"),
+    (("", "batch_size"), True),
+    (("", "spacing"), [1.0]),
+    (("", "spacing"), [math.nan, 1.0]),
+    (("", "spacing"), [-1.0, 1.0]),
+    (("", "normalization_schemes"), []),
+    (("", "use_mask_for_norm"), [False, False]),
+    (("", "use_mask_for_norm"), None),
+]
+"""What nnU-Net takes for granted; None is a missing key."""
+
+
+@pytest.mark.parametrize(("keys", "value"), NUMBERS)
+def test_numbers_that_no_planner_writes_are_refused_by_name(keys, value):
+    content = changed(*keys, value=value)
+    if value is None:
+        (content if len(keys) == 1 else content["configurations"]["2d"]).pop(keys[-1])
+    with pytest.raises(UDAError, match=f"my.json.*'{keys[-1]}' is .*; expected .* plan again"):
+        check_plans(content, "my.json")
+
+
+def test_what_ct_normalisation_needs(tmp_path):
+    content = changed("", "normalization_schemes", value=["CTNormalization"])
+    with pytest.raises(UDAError, match="'foreground_intensity_properties_per_channel' is None; .* of channel 0"):
+        check_plans(content, "my.json")
+    known = {"mean": 1.0, "std": 2.0, "percentile_00_5": 0.0, "percentile_99_5": 9}
+    content["foreground_intensity_properties_per_channel"] = {"0": known}
+    check_plans(content, "my.json")
+
+
+@pytest.mark.parametrize(("other", "said"), [("child", "which leads back to itself"), ("gone", "which there is not")])
+def test_configurations_inherit_from_others(other, said):
+    content = plans()
+    content["configurations"]["child"]["inherits_from"] = other
+    with pytest.raises(UDAError, match=f"my.json, configuration 'child': it inherits from '{other}', {said}"):
+        check_plans(content, "my.json")
+
+
 @pytest.fixture
 def watched(monkeypatch) -> None:
     """Nothing may be located, imported or called by a name that the plans hold."""
@@ -102,7 +158,10 @@ GOOD = [
     ((*ARGUMENTS, "dropout_op"), "torch.nn.modules.dropout.Dropout2d"),
     ((*ARGUMENTS, "nonlin"), "torch.nn.modules.activation.GELU"),
     ((*ARCHITECTURE, "_kw_requires_import"), ("conv_op", "norm_op", "dropout_op", "nonlin")),
-    (("", "normalization_schemes"), ["CTNormalization", "NoNormalization"]),
+    (("", "normalization_schemes"), ["NoNormalization"]),
+    (("transpose_backward",), [0, 1, 2]),
+    (("", "spacing"), [1, 0.7]),
+    (("", "patch_size"), [512, 512]),
     (("", "resampling_fn_seg"), "resample_torch_fornnunet"),
     (("image_reader_writer",), "NibabelIOWithReorient"),
     (("experiment_planner_used",), "nnUNetPlannerResEncM"),
@@ -131,7 +190,8 @@ def test_a_block_of_the_network_library_is_taken():
 
 
 def test_plans_of_an_old_nnunet_name_one_of_two_networks():
-    old = {"data_identifier": "P_2d", "UNet_class_name": "PlainConvUNet"}
+    old = plans()["configurations"]["2d"] | {"UNet_class_name": "PlainConvUNet"}
+    del old["architecture"]
     check_plans(plans() | {"configurations": {"2d": old}}, "my.json")
     with pytest.raises(UDAError, match="'UNet_class_name' is 'exec'"):
         check_plans(plans() | {"configurations": {"2d": old | {"UNet_class_name": "exec"}}}, "my.json")

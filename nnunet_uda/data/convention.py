@@ -75,7 +75,7 @@ def read_json(path: Path) -> Any:
     except OSError as error:
         raise UDAError(f"{path} cannot be read ({system_fault(error) or error})") from error
     except ValueError as error:
-        raise UDAError(f"{path} is not valid JSON: {error}") from error
+        raise UDAError(f"{path} is not valid JSON: {error}. Correct it (as UTF-8), or make it again") from error
     except RecursionError:
         raise UDAError(f"{path} is not valid JSON for any purpose here: its brackets are nested too deep") from None
 

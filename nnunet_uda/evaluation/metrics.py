@@ -176,7 +176,8 @@ def list_cases(folder: Path, file_ending: str) -> list[str]:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise UDAError(f"the folder {folder} does not exist")
+        found = "is no folder" if folder.exists() else "does not exist"
+        raise UDAError(f"the folder {folder} {found}; expected one with files named like CASE{file_ending}")
     names = [path.name for path in files_in(folder)]
     cases = sorted(name[: -len(file_ending)] for name in names if name.endswith(file_ending))
     if not cases:

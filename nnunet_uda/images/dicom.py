@@ -303,6 +303,19 @@ def read_volume(folder: Path) -> sitk.Image:
     return read_series(folder)[0]
 
 
+def series_remarks(folder: Path) -> list[str]:
+    """Warnings about the intensities of a series that was read; none where the folder holds something else."""
+    first = next((path for path in dicom_in(folder) if _is_slice(path)), None)
+    if first is None:
+        return []
+    header, warnings = read_header(first, "PhotometricInterpretation", "PixelPaddingValue"), []
+    if header.text("PhotometricInterpretation") == "MONOCHROME1":
+        warnings.append(f"{folder.name}: its slices are to be shown inverted (MONOCHROME1), and are taken as stored")
+    if padding := header.text("PixelPaddingValue"):
+        warnings.append(f"{folder.name}: voxels of {padding} lie outside of the scan, and are taken as stored")
+    return [f"{warning}: compare the picture with the scan" for warning in warnings]
+
+
 # --- one file ---------------------------------------------------------------------------------------------------------
 
 

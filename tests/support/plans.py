@@ -19,12 +19,15 @@ def plans(dimension: int = 2) -> dict[str, Any]:
     functions = {f"resampling_fn_{what}": "resample_data_or_seg_to_shape" for what in ("data", "seg", "probabilities")}
     configuration = {
         "data_identifier": "P_2d", "preprocessor_name": "DefaultPreprocessor", "patch_size": [8] * dimension,
-        "normalization_schemes": ["ZScoreNormalization"], **functions,
+        "normalization_schemes": ["ZScoreNormalization"], "use_mask_for_norm": [False], "batch_size": 2,
+        "spacing": [1.0] * dimension, **functions,
         "architecture": {"network_class_name": f"{UNETS}.PlainConvUNet", "arch_kwargs": arguments,
                          "_kw_requires_import": ["conv_op", "norm_op", "dropout_op", "nonlin"]},
     }  # fmt: skip
     return {
         "dataset_name": "Dataset501_Blobs", "plans_name": "P", "image_reader_writer": "SimpleITKIO",
         "label_manager": "LabelManager", "experiment_planner_used": "ExperimentPlanner",
+        "transpose_forward": [0, 1, 2], "transpose_backward": [0, 1, 2],
+        "original_median_spacing_after_transp": [3.0, 1.0, 1.0], "foreground_intensity_properties_per_channel": {},
         "configurations": {"2d": configuration, "child": {"inherits_from": "2d", "batch_size": 3}},
     }  # fmt: skip
