@@ -141,10 +141,11 @@ def check_configuration(configuration: dict[str, Any], where: Path | str) -> Non
 def _check_numbers(plans: dict[str, Any], where: Path | str) -> None:
     """Raise ``UDAError`` for numbers that nnU-Net's planner never writes, or that are missing."""
 
-    def require(fits: bool, key: str, found: Any, expected: str, place: str = "") -> None:
+    def require(fits: object, key: str, found: Any, expected: str, place: str = "") -> None:
         if not fits:
             raise UDAError(f"{where}{place}: {key!r} is {shown(found)}; expected {expected}. {_ADVICE}")
 
+    require(isinstance(plans.get("uda", {}), dict), "uda", plans.get("uda"), "an object of settings")
     require("image_reader_writer" in plans, "image_reader_writer", None, "nnU-Net's name of a reader")
     forward, backward = (plans.get(f"transpose_{way}") for way in ("forward", "backward"))
     for key, axes in (("transpose_forward", forward), ("transpose_backward", backward)):
@@ -159,6 +160,7 @@ def _check_numbers(plans: dict[str, Any], where: Path | str) -> None:
     for name in plans["configurations"]:
         place = f", configuration {shown(name)}"
         content = _resolved(plans["configurations"], name, f"{where}{place}")
+        require({"architecture", "UNet_class_name"} & set(content), "architecture", None, "a network", place)
         patch, batch, own_spacing, schemes, masks = (
             content.get(key)
             for key in ("patch_size", "batch_size", "spacing", "normalization_schemes", "use_mask_for_norm")

@@ -142,6 +142,15 @@ def test_an_argument_is_refused_before_work_begins(work, monkeypatch, capsys, ma
     assert sorted(work.rglob("*")) == before
 
 
+def test_training_names_a_broken_dataset_json(work, capsys):
+    """nnU-Net's own reader ends in a traceback that names no file."""
+    path = work / "nnUNet_preprocessed" / "Dataset501_Blobs" / "dataset.json"
+    path.write_text('{"labels": {')
+    with pytest.raises(SystemExit) as stopped:
+        train.main(["501", "2d", "0", "-tr", "SourceOnlyTrainer", "-p", "P", "-device", "cpu"])
+    assert stopped.value.code == 1 and f"{path} is not valid JSON" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", sorted({entry.name for entry in COMMANDS} - {"nnUNetUDA_clip"}))
 def test_every_command_reads_its_own_words_and_turns_errors_into_a_message(name):
     """As the console script calls it, without arguments."""

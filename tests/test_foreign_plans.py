@@ -76,7 +76,9 @@ BAD = [
 
 
 NUMBERS = [
+    (("uda",), [1]),
     (("image_reader_writer",), None),
+    (("", "architecture"), None),
     (("transpose_forward",), None),
     (("transpose_forward",), [0, 1]),
     (("transpose_forward",), [0, 0, 1]),

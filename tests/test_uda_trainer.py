@@ -284,10 +284,16 @@ def test_regions_and_cascades_are_refused(in_workspace, monkeypatch):
     monkeypatch.setattr(trainer, "is_cascaded", True)
     with pytest.raises(UDAError, match="cascades"):
         trainer.initialize()
-    trainer = make_trainer("CISFATrainer")
-    trainer.label_manager._has_regions = True
-    with pytest.raises(UDAError, match="region-based"):
-        trainer.initialize()
+    with pytest.raises(UDAError, match="dataset.json of Dataset501_Blobs: region-based labels"):
+        make_trainer("CISFATrainer", labels={"background": 0, "both": [1, 2], "right": 2})
+
+
+def test_cases_preprocessed_with_other_labels_are_refused(in_workspace):
+    trainer = make_trainer("SourceOnlyTrainer", labels={"background": 0, "left": 1})
+    with pytest.raises(
+        UDAError, match=r"preprocessed with the label\(s\) 2, which dataset.json does not have \(it has 1\)"
+    ):
+        trainer.run_training()
 
 
 @pytest.mark.parametrize("augmentation", ["nnunet", "spatial", "none"])

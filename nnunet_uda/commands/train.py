@@ -226,13 +226,15 @@ def train(arguments: argparse.Namespace, device: torch.device) -> Path:
     from torch.backends import cudnn
 
     fold = arguments.fold if arguments.fold == "all" else int(arguments.fold)
-    plans = read_plans(environment_folder("nnUNet_preprocessed") / dataset_name(arguments.dataset), arguments.p)
+    folder = environment_folder("nnUNet_preprocessed") / dataset_name(arguments.dataset)
+    plans = read_plans(folder, arguments.p)
     if arguments.configuration not in plans["configurations"]:
         raise UDAError(
             f"the plans {arguments.p} have no configuration {arguments.configuration!r}; they have "
             f"{', '.join(plans['configurations'])}"
         )
     find_any_trainer(arguments.tr)
+    read_json(folder / "dataset.json")  # nnU-Net, which reads it too, does not name a broken one
     trainer = get_trainer_from_args(
         arguments.dataset, arguments.configuration, fold, arguments.tr, arguments.p, arguments.c, device
     )

@@ -26,12 +26,16 @@ if TYPE_CHECKING:
 
 
 def check_arguments(plans: dict[str, Any], dataset_json: dict[str, Any], device: torch.device) -> None:
-    """Refuse what a trainer is made of: unset variables, a device that is not there, broken plans or dataset.json."""
+    """Refuse what a trainer is made of: unset variables, a device that is not there, broken plans or dataset.json, and
+    regions for labels."""
     for variable in ("nnUNet_preprocessed", "nnUNet_results"):
         convention.environment_folder(variable)
     open_device(str(device))
     check_plans(plans, "the plans file")
-    convention.check_dataset_json(dataset_json, f"dataset.json of {plans['dataset_name']}")
+    where = f"dataset.json of {plans['dataset_name']}"
+    convention.check_dataset_json(dataset_json, where)
+    if any(isinstance(value, list) for value in dataset_json["labels"].values()):
+        raise UDAError(f"{where}: region-based labels are not supported: give each structure one integer")
 
 
 def adopt_settings(trainer: UDATrainer) -> None:
@@ -56,16 +60,12 @@ def say_settings(trainer: UDATrainer) -> None:
 
 
 def refuse_unsupported(trainer: UDATrainer) -> None:
-    """Refuse cascades, regions and slices that do not fit the patch."""
+    """Refuse cascades, and slices that do not fit the patch."""
     name = type(trainer).__name__
     if trainer.is_cascaded:
         raise UDAError(f"{name} does not support cascades: train the configuration 2d or 3d_fullres")
     where = f"dataset.json of {trainer.plans_manager.dataset_name}"
     refuse_mixed_slices(trainer.dataset_json, trainer.configuration_manager.patch_size, where)
-    if trainer.label_manager.has_regions:
-        raise UDAError(
-            f"{name} does not support region-based labels (dataset.json, 'labels'): give each structure one integer"
-        )
 
 
 def set_up_process(trainer: UDATrainer) -> None:

@@ -276,9 +276,15 @@ def check_source_fold(trainer: UDATrainer) -> None:
 
 
 def refuse_empty_labels(dataset: nnUNetBaseDataset, labels: Sequence[int], folder: str, fold: int | str) -> None:
-    """Refuse labelled cases of which none holds one of ``labels``."""
+    """Refuse labelled cases of which none holds one of ``labels``, or that were preprocessed with others."""
     for identifier in dataset.identifiers:
         places = dataset.load_case(identifier)[-1]["class_locations"]
+        if others := sorted({value for value in places if isinstance(value, int) and value > 0} - set(labels)):
+            raise UDAError(
+                f"{folder}: its cases were preprocessed with the label(s) {', '.join(map(str, others))}, which "
+                f"dataset.json does not have (it has {', '.join(map(str, labels))}). Put the dataset.json back that "
+                "they were made with, or preprocess them again: nnUNetv2_plan_and_preprocess"
+            )
         if any(len(places.get(label, ())) for label in labels):
             return
     raise UDAError(
