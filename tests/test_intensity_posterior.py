@@ -184,6 +184,20 @@ def test_half_precision_and_gradients():
     assert found.dtype == torch.float32 and not found.requires_grad and found.isfinite().all()
 
 
+def test_large_patches_are_counted_at_some_positions(monkeypatch):
+    image, label, opinion = scene(20, 48, 48)
+    posterior = fitted(image)
+    posterior.observe(label[None], image)
+    whole, domain = posterior(opinion, image), posterior.domain.clone()
+    monkeypatch.setattr("nnunet_uda.training.intensity_posterior.POSITIONS", 4000)
+    found = posterior(opinion, image)
+    assert (found.argmax(1) == whole.argmax(1)).float().mean() > 0.99 and not torch.equal(found, whole)
+    posterior.observe(label[None], image)
+    shares = [each / each.sum(2, keepdim=True) for each in (posterior.domain - MOMENTUM * domain, domain)]
+    torch.testing.assert_close(*shares, atol=0.02, rtol=0)
+    assert (posterior.domain - MOMENTUM * domain).sum() < 0.2 * domain.sum()
+
+
 def test_nothing_trusted_changes_nothing():
     image, label, _ = scene(16, 16)
     posterior = fitted(image)

@@ -17,6 +17,8 @@ ROUNDS = 5
 PERCENTILES = (0.1, 99.9)
 SAMPLED = 50_000
 """Voxels of a scan that its percentiles are taken from."""
+POSITIONS = 2**17
+"""Of a patch, evenly chosen, that histograms are made of."""
 SMOOTHING = 1.6
 """Of histograms, in bins."""
 FLOOR = 1e-3
@@ -98,24 +100,33 @@ class IntensityPosterior(nn.Module):
         prior = probabilities.float().flatten(2).clamp(min=SMALLEST_PRIOR)
         prior = prior / prior.sum(1, keepdim=True)
         bins = self._binned(images)
-        known = DOMAIN_SHARE * prior.shape[2] * self.domain / self.domain.sum(2, keepdim=True).clamp(min=1e-6)
-        posterior = prior
-        for _ in range(ROUNDS):
-            evidence = sum(
-                _log_likelihood(histogram + domain, channel)
-                for histogram, domain, channel in zip(self._histograms(posterior, bins), known, bins, strict=True)
-            )
-            posterior = (prior.log() + evidence / len(bins)).softmax(1)
-        return posterior.view(probabilities.shape)
+        step = max(1, prior.shape[2] // POSITIONS)
+        few, few_bins = prior[..., ::step], [channel[:, ::step] for channel in bins]
+        posterior = few
+        for _ in range(ROUNDS - 1):
+            posterior = _posterior(few, self._log_shares(posterior, few_bins), few_bins)
+        return _posterior(prior, self._log_shares(posterior, few_bins), bins).view(probabilities.shape)
 
     @torch.no_grad()
     def observe(self, labels: Tensor, images: Tensor) -> None:
         """Remember the intensities of trusted labels, [B, *S] int64, ``IGNORED`` where there is none."""
         known = (labels != IGNORED)[:, None]
         members = F.one_hot(labels.clamp(min=0), self.domain.shape[1]).movedim(-1, 1) * known
-        bins = self._binned(images)
-        seen = torch.stack([each.sum(0) for each in self._histograms(members.flatten(2).float(), bins)])
+        members, bins = members.flatten(2).float(), self._binned(images)
+        step = max(1, members.shape[2] // POSITIONS)
+        found = _histograms(members[..., ::step], [channel[:, ::step] for channel in bins])
+        seen = torch.stack([each.sum(0) for each in found])
         self.domain.mul_(MOMENTUM).add_(global_sum(seen), alpha=1 - MOMENTUM)
+
+    def _log_shares(self, posterior: Tensor, bins: list[Tensor]) -> list[Tensor]:
+        """For each channel log h, [B, K, BINS], by ``posterior`` [B, K, N] at positions of ``bins`` [B, N]."""
+        domain = self.domain / self.domain.sum(2, keepdim=True).clamp(min=1e-6)
+        shares = []
+        for here, known in zip(_histograms(posterior, bins), domain, strict=True):
+            mixed = here + DOMAIN_SHARE * posterior.shape[2] * known
+            mixed = mixed + (FLOOR * mixed.sum(2, keepdim=True) + FLOOR) / BINS
+            shares.append((mixed / mixed.sum(2, keepdim=True)).log())
+        return shares
 
     def _binned(self, images: Tensor) -> list[Tensor]:
         """The bin of each position of ``images`` [B, C, *S], for each channel [B, N] int64."""
@@ -123,23 +134,26 @@ class IntensityPosterior(nn.Module):
         low, high = self.low[:, None], self.high[:, None]
         return list(((values - low) / (high - low) * BINS).clamp(0, BINS - 1).long().unbind(1))
 
-    def _histograms(self, members: Tensor, bins: list[Tensor]) -> list[Tensor]:
-        """Smoothed histograms [B, K, BINS] of ``members`` [B, K, N] for each channel's ``bins`` [B, N]."""
-        reach = round(3 * SMOOTHING)
-        places = torch.arange(-reach, reach + 1, device=members.device)
-        kernel = torch.exp(-0.5 * (places / SMOOTHING) ** 2)
-        kernel = (kernel / kernel.sum()).view(1, 1, -1)
-        found = []
-        for channel in bins:
-            histogram = members.new_zeros(*members.shape[:2], BINS)
-            histogram.scatter_add_(2, channel[:, None].expand_as(members), members)
-            padded = F.pad(histogram.flatten(0, 1)[:, None], (reach, reach), mode="replicate")
-            found.append(F.conv1d(padded, kernel).view_as(histogram))
-        return found
+
+def _histograms(members: Tensor, bins: list[Tensor]) -> list[Tensor]:
+    """Smoothed histograms [B, K, BINS] of ``members`` [B, K, N] for each channel's ``bins`` [B, N]."""
+    reach = round(3 * SMOOTHING)
+    places = torch.arange(-reach, reach + 1, device=members.device)
+    kernel = torch.exp(-0.5 * (places / SMOOTHING) ** 2)
+    kernel = (kernel / kernel.sum()).view(1, 1, -1)
+    found = []
+    for channel in bins:
+        histogram = members.new_zeros(*members.shape[:2], BINS)
+        histogram.scatter_add_(2, channel[:, None].expand_as(members), members)
+        padded = F.pad(histogram.flatten(0, 1)[:, None], (reach, reach), mode="replicate")
+        found.append(F.conv1d(padded, kernel).view_as(histogram))
+    return found
 
 
-def _log_likelihood(histogram: Tensor, bins: Tensor) -> Tensor:
-    """Log h_k at each position, [B, K, N], of counts [B, K, BINS] and ``bins`` [B, N]."""
-    histogram = histogram + (FLOOR * histogram.sum(2, keepdim=True) + FLOOR) / BINS
-    shares = (histogram / histogram.sum(2, keepdim=True)).log()
-    return shares.gather(2, bins[:, None].expand(-1, histogram.shape[1], -1))
+def _posterior(prior: Tensor, log_shares: list[Tensor], bins: list[Tensor]) -> Tensor:
+    """q [B, K, N] of ``prior`` [B, K, N] and, for each channel, log h [B, K, BINS] and ``bins`` [B, N]."""
+    evidence = [
+        shares.gather(2, channel[:, None].expand(-1, shares.shape[1], -1))
+        for shares, channel in zip(log_shares, bins, strict=True)
+    ]
+    return (prior.log() + torch.stack(evidence).mean(0)).softmax(1)
