@@ -147,7 +147,8 @@ def _check_numbers(plans: dict[str, Any], where: Path | str) -> None:
 
     require(isinstance(plans.get("uda", {}), dict), "uda", plans.get("uda"), "an object of settings")
     require("image_reader_writer" in plans, "image_reader_writer", None, "nnU-Net's name of a reader")
-    forward, backward = (plans.get(f"transpose_{way}") for way in ("forward", "backward"))
+    forward: Any = plans.get("transpose_forward")
+    backward: Any = plans.get("transpose_backward")
     for key, axes in (("transpose_forward", forward), ("transpose_backward", backward)):
         require(
             _numbers(axes, 3, whole=True) and sorted(axes) == [0, 1, 2], key, axes, "the axes 0, 1, 2 in some order"
@@ -155,11 +156,11 @@ def _check_numbers(plans: dict[str, Any], where: Path | str) -> None:
     require([forward[axis] for axis in backward] == [0, 1, 2], "transpose_backward", backward, "what undoes the other")
     spacing = plans.get("original_median_spacing_after_transp")
     require(_numbers(spacing, 3, least=1e-9), "original_median_spacing_after_transp", spacing, "three lengths in mm")
-    intensities = plans.get("foreground_intensity_properties_per_channel")
+    intensities: Any = plans.get("foreground_intensity_properties_per_channel")
     require(isinstance(intensities, dict), "foreground_intensity_properties_per_channel", intensities, "an object")
     for name in plans["configurations"]:
         place = f", configuration {shown(name)}"
-        content = _resolved(plans["configurations"], name, f"{where}{place}")
+        content: Any = _resolved(plans["configurations"], name, f"{where}{place}")
         require({"architecture", "UNet_class_name"} & set(content), "architecture", None, "a network", place)
         patch, batch, own_spacing, schemes, masks = (
             content.get(key)
