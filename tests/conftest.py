@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import fcntl
 import functools
+import importlib
 import io
+import itertools
 import json
 import math
 import os
@@ -341,21 +343,35 @@ def planned(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     return Workspace(shutil.copytree(made, tmp_path_factory.mktemp("workspace") / "own"))
 
 
-def draw_nothing(logger: LocalLogger, folder: str) -> None:
-    Path(folder, "progress.png").write_bytes(b"\x89PNG")
+DRAWING = ("plot_curves", "write_panels", "write_embedding_picture", "write_domain_map", "write_prompt_maps")
+"""What draws a training's pictures, in whatever module of the package it is called."""
+
+
+def draw_nothing(path: Path | str, *_: object, **__: object) -> None:
+    Path(path).write_bytes(b"\x89PNG")
 
 
 @pytest.fixture
-def in_workspace(planned: Workspace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Workspace:
-    """``planned`` as this process's nnU-Net folders, with results of the test's own and no worker processes."""
+def in_workspace(
+    planned: Workspace, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> Workspace:
+    """``planned`` as this process's nnU-Net folders, with results of the test's own and no worker processes.
+
+    Pictures, which take longer than all else in an epoch of these, are empty files but for tests marked ``draws``.
+    """
     for name, value in planned.environment.items():
         if name.startswith("nnUNet"):
             monkeypatch.setenv(name, value)
     monkeypatch.setenv("nnUNet_results", str(tmp_path / "results"))
     monkeypatch.setenv("nnUNet_n_proc_DA", "0")
     monkeypatch.setattr(sys, "excepthook", sys.__excepthook__)
-    # nnU-Net's own plot takes longer than all else in an epoch of these
-    monkeypatch.setattr(LocalLogger, "plot_progress_png", draw_nothing)
+    monkeypatch.setattr(LocalLogger, "plot_progress_png", lambda _, folder: draw_nothing(Path(folder, "progress.png")))
+    if request.node.get_closest_marker("draws") is None:
+        importlib.import_module("nnunet_uda.training.uda_trainer")
+        ours = [module for name, module in sys.modules.items() if name.startswith("nnunet_uda.")]
+        for module, name in itertools.product(ours, DRAWING):
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, draw_nothing)
     return planned
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -206,17 +204,6 @@ def test_faults_of_both_trees_are_listed_together(trees, capsys):
 def test_renumbered_btcv(trees, capsys):
     btcv.renumbered(trees / "BTCV/RawData/Training")
     assert "img0011.nii.gz: BTCV has no training scan 11" in refused(capsys, trees)
-
-
-def test_runs_as_a_script_and_in_parallel(trees):
-    script = Path(__file__).parent.parent / "dataset_conversion" / "abdomen.py"
-    options = ["-i", str(trees / "BTCV"), str(trees / "CHAOS"), "-d", "505", "-source", "ct", "-target", "mr"]
-    clipped = ["-source_intensities", "-900", "900", "-target_intensities", "percentiles"]
-    subprocess.run([sys.executable, str(script), *options, *clipped, "-np", "2"], check=True, capture_output=True)
-    parallel = next((trees.parent / "nnUNet_raw").glob("Dataset505_*"))
-    alone = convert(trees, *clipped)
-    files = [p.relative_to(alone) for p in alone.rglob("*.nii.gz")]
-    assert len(files) == 15 and all((alone / f).read_bytes() == (parallel / f).read_bytes() for f in files)
 
 
 def test_help_shows_trees_licences_and_pages(capsys):

@@ -6,8 +6,6 @@ import json
 import multiprocessing
 import multiprocessing.dummy
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -528,16 +526,6 @@ def test_other_requests_that_are_refused(tree, capsys):
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
-
-
-def test_runs_as_a_script_and_in_parallel(tree):
-    script = Path(__file__).parent.parent / "dataset_conversion" / "brats.py"
-    options = ["-i", str(tree), "-d", "505", "-source", "flair", "-target", "t2", "-np", "2", "-protocol", "uuds"]
-    subprocess.run([sys.executable, str(script), *options], check=True, capture_output=True)
-    parallel = next((tree.parent / "nnUNet_raw").glob("Dataset505_*"))
-    alone = convert(tree, "-protocol", "uuds", d="506")
-    files = [p.relative_to(alone) for p in alone.rglob("*.nii.gz")]
-    assert len(files) == 13 and all((alone / f).read_bytes() == (parallel / f).read_bytes() for f in files)
 
 
 def test_help_shows_trees_licence_page_and_repairs(capsys):

@@ -19,7 +19,7 @@ import nibabel
 import numpy as np
 import pytest
 import SimpleITK as sitk
-from conftest import two_geometries
+from conftest import sampled, two_geometries
 from support.folders import use_folders
 
 from nnunet_uda.commands import convert
@@ -428,7 +428,7 @@ print(run(path) - before)
 """
 
 
-@pytest.mark.parametrize("clipping", ["None", "Intensities((0.5, 99.5))", "Intensities(window=(-100, 5))"])
+@sampled("clipping", ["None", "Intensities((0.5, 99.5))", "Intensities(window=(-100, 5))"], "Intensities((0.5, 99.5))")
 def test_one_volume_and_one_slab_are_in_memory(tmp_path, clipping):
     """ITK's reader of NIfTI needs two volumes, and so does its reorientation; numpy's clip a second one, too."""
     big = sitk.GetImageFromArray(np.arange(256**3, dtype=np.float64).reshape(256, 256, 256) % 1000)

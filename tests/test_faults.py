@@ -18,6 +18,7 @@ import pytest
 import torch
 from conftest import differences, make_trainer, same_weights, sampled, weights
 from support.kills import kill_at, killed
+from support.tiny import PROTOTYPES, write_plans
 
 from nnunet_uda import files
 from nnunet_uda.commands import configure, convert, fold_images, intensities, preprocess
@@ -185,17 +186,22 @@ def signalled(trainer, method: str, call: int, number: signal.Signals) -> None:
 TINY = {
     "CISFATrainer": {},
     "CASTTrainer": {"cast__start_share": 0.0, "cast__confidence": 0.0},
-    "SimilarityPrototypesTrainer": {"similarity_prototypes__embedding_dim": 8, "similarity_prototypes__top_k": 2,
-                                    "similarity_prototypes__discriminator_width": 4,
-                                    "similarity_prototypes__dictionary_size": 6,
-                                    "similarity_prototypes__min_positions": 1},
+    "SimilarityPrototypesTrainer": {f"similarity_prototypes__{name}": value for name, value in PROTOTYPES.items()}
+    | {"similarity_prototypes__warmup_epochs": 0, "similarity_prototypes__confidence": 0.0},
+    "UUDSTrainer": {"plans": "uuds", "uuds__content_weight": 1.0},
+    "CUTTrainer": {"cut__generator_width": 4, "cut__generator_blocks": 2, "cut__discriminator_width": 4,
+                   "cut__patches": 16},
+    "EntMinTrainer": {},
+    "ADVENTTrainer": {"advent__discriminator_width": 4},
 }  # fmt: skip
 
 
-@sampled("name", TINY, "CISFATrainer")
-def test_a_signal_ends_training_with_a_checkpoint_that_goes_on_bit_for_bit(in_workspace, monkeypatch, name):
+@sampled("name", TINY, "CISFATrainer", "CASTTrainer", "CUTTrainer")
+def test_a_signal_ends_training_with_a_checkpoint_that_goes_on_bit_for_bit(in_workspace, name):
+    """In a step, in the validation and in a step again, all in one training. CUT goes on into its second part."""
     options = {"num_epochs": 3, "iterations_per_epoch": 3, "val_iterations_per_epoch": 2, "criterion_patches": 2,
                "segmenter_learning_rate": 0.05, **TINY[name]}  # fmt: skip
+    write_plans(in_workspace, "uuds")
     whole = make_trainer(name, **options)
     whole.run_training()
     folder = Path(whole.output_folder)

@@ -75,6 +75,7 @@ def test_dice_trains_in_2d_and_3d(in_workspace, configuration, deep_supervision)
     assert 0 <= trainer.train_step(next(trainer.dataloader_train))["segmentation"] <= 1
 
 
+@pytest.mark.draws
 @pytest.mark.parametrize(
     "name", ["CISFATrainer", "CASTTrainer", "UUDSTrainer", "RandomStyleTrainer", "SimilarityPrototypesTrainer"]
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -81,6 +82,7 @@ def copy_of_repository(folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_from_a_clone(tmp_path, base_environment):
     clone = copy_of_repository(tmp_path / "clone")
     where = find(base_environment("clone"), str(clone / "trainers"), tmp_path, PYTHONPATH=str(clone))
@@ -97,6 +99,7 @@ def test_from_an_editable_install(tmp_path, base_environment):
     assert find(python, folder.stdout.strip(), tmp_path).startswith(str(clone))
 
 
+@pytest.mark.slow
 def test_from_a_wheel(tmp_path, base_environment):
     clone = copy_of_repository(tmp_path / "clone")
     command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q", "-w", str(tmp_path)]
@@ -135,3 +138,13 @@ def test_every_trainer_file_is_covered_here():
         lines = path.read_text().splitlines()
         defined |= {line.split()[1].split("(")[0] for line in lines if line.startswith("class ") and "Trainer(" in line}
     assert defined == set(NAMES)
+
+
+def test_every_package_is_declared():
+    """What is not listed is missing in a wheel, which a slow test builds."""
+    text = (REPOSITORY / "pyproject.toml").read_text()
+    declared = set(re.findall(r'"(nnunet_uda[\w.]*)"', re.search(r"^packages = \[(.*?)\]", text, re.M | re.S)[1]))
+    folders = {path.parent.relative_to(REPOSITORY) for path in (REPOSITORY / "nnunet_uda").rglob("*.py")}
+    assert declared == {".".join(folder.parts) for folder in folders} | {
+        "nnunet_uda.trainers", "nnunet_uda.dataset_conversion",
+    }  # fmt: skip

@@ -103,6 +103,7 @@ def test_without_workers_and_arrays_and_after_a_zip(model, in_workspace, tmp_pat
     assert np.array_equal(sequential(predictor(imported), raw)[0], of_raw)
 
 
+@pytest.mark.slow
 def test_with_worker_processes(model, in_workspace, tmp_path):
     raw, clipped = scans(in_workspace, tmp_path, WINDOW)
     made = predictor(model)

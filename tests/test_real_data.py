@@ -26,6 +26,7 @@ TASKS = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(DATA is None, reason="NNUNET_UDA_TEST_DATA is not set: no real scans to train on")
 @pytest.mark.parametrize("task", TASKS)
 def test_real_scans_from_files_to_scores(tmp_path, task):
@@ -46,7 +47,7 @@ def test_real_scans_from_files_to_scores(tmp_path, task):
         "CISFATrainer", "-p", "tiny", "-f", "all", "-device", "cpu", "-npp", "0", "-nps", "0",
     )  # fmt: skip
     workspace.run(
-        "nnUNetUDA_evaluate", "-d", "501", "-p", f"CISFA={tmp_path / 'predictions'}", "-i", str(images), "-np", "1",
+        "nnUNetUDA_evaluate", "-d", "501", "-pred", f"CISFA={tmp_path / 'predictions'}", "-i", str(images), "-np", "1",
         "-o", str(tmp_path / "evaluation"),
     )  # fmt: skip
     summary = json.loads((tmp_path / "evaluation" / "evaluation.json").read_text())["summary"]["CISFA"]

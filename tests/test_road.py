@@ -72,13 +72,14 @@ def test_predict_and_evaluate(trained, tmp_path):
     with np.load(case.with_suffix(".npz")) as file:
         assert file["probabilities"].shape[0] == 3
     report = trained.run(
-        "nnUNetUDA_evaluate", "-d", "501", "-p", f"CISFA={tmp_path / 'predictions'}", "-np", "1", "-o",
+        "nnUNetUDA_evaluate", "-d", "501", "-pred", f"CISFA={tmp_path / 'predictions'}", "-np", "1", "-o",
         str(tmp_path / "evaluation"),
     ).stdout  # fmt: skip
     assert "CISFA" in report and "left" in report
     assert (tmp_path / "evaluation" / "evaluation.html").exists()
 
 
+@pytest.mark.slow
 def test_a_killed_run_continues_to_the_same_weights(planned, tmp_path):
     planned.configure("kill", "num_epochs=4", "iterations_per_epoch=3")
     planned.train(TRAINER, "kill", "--disable_checkpointing", check=False)  # prepares the target; results are dropped
@@ -105,6 +106,7 @@ def test_a_killed_run_continues_to_the_same_weights(planned, tmp_path):
     assert all(torch.equal(whole[key], continued[key]) for key in whole)
 
 
+@pytest.mark.slow
 def test_several_folds_best_configuration_and_export(trained, tmp_path):
     trained.train(TRAINER, "tiny", "--npz", fold="1")
     trained.run(
@@ -129,6 +131,7 @@ def test_several_folds_best_configuration_and_export(trained, tmp_path):
         np.testing.assert_array_equal(read(tmp_path / "here" / name), read(tmp_path / "there" / name))
 
 
+@pytest.mark.slow
 def test_a_source_only_network_starts_cisfa(planned):
     planned.train("SourceOnlyTrainer", "tiny")
     start = planned.fold_folder("SourceOnlyTrainer", "tiny") / "checkpoint_final.pth"
@@ -137,6 +140,7 @@ def test_a_source_only_network_starts_cisfa(planned):
     assert "Loading pretrained weights" in log and "encoder.stages.0" in log
 
 
+@pytest.mark.slow
 def test_the_stock_trainer_runs_on_the_same_dataset(planned):
     log = planned.train("nnUNetTrainer_1epoch", "tiny").stdout
     assert "Mean Validation Dice" in log
@@ -144,6 +148,7 @@ def test_the_stock_trainer_runs_on_the_same_dataset(planned):
     assert {path.name[:2] for path in preprocessed.iterdir()} == {"mr"}, "no target case in nnU-Net's own folder"
 
 
+@pytest.mark.slow
 def test_three_dimensions_and_residual_encoder_plans(planned, tmp_path):
     planned.configure("tiny3d", configuration="3d_fullres", options=("--overwrite",))
     planned.train(TRAINER, "tiny3d", configuration="3d_fullres")

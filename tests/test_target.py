@@ -261,7 +261,7 @@ def test_a_truncated_image_is_named(dataset):
 
 
 def test_command_serves_2d_and_3d_and_refuses_unknown_configurations(dataset, capsys):
-    preprocess.main(["-d", "501", "-c", "2d", "3d_fullres", "-np", "2"])
+    preprocess.main(["-d", "501", "-c", "2d", "3d_fullres", "-np", "1"])
     out = capsys.readouterr().out
     assert "nnUNetPlans_2d_target" in out and "nnUNetPlans_3d_fullres_target" in out
     with pytest.raises(SystemExit) as stopped:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import itertools
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
@@ -274,42 +273,19 @@ def test_styles_are_those_of_the_settings(in_workspace):
     assert len(others) == 3 and all(torch.equal(plain, other) for other in others)
 
 
+@pytest.mark.draws
+def test_labels_that_are_trusted_are_drawn(in_workspace, tmp_path):
+    started(**TEACHING).draw_pictures(tmp_path / "epoch_0000.png")
+    for name in ("trusted_epoch_0000.png", "epoch_0000.png"):
+        assert (tmp_path / name).read_bytes()[:4] == b"\x89PNG"
+
+
 def test_half_precision_trains(in_workspace):
     trainer = started(**TEACHING)
     trainer.autocast = functools.partial(torch.autocast, "cpu", torch.float16)
     trainer.grad_scaler = torch.amp.GradScaler("cpu")
     losses = trainer.train_step(next(trainer.dataloader_train))
     assert set(losses) == TERMS and losses["self_training"] > 0
-
-
-def test_continuing_ends_where_an_uninterrupted_run_ends(in_workspace, monkeypatch):
-    options = {"num_epochs": 3, **TEACHING}
-    whole = made(**options)
-    whole.run_training()
-    assert whole.record.history["self_training"][-1] > 0
-    shutil.rmtree(whole.output_folder)
-
-    class Killed(Exception):
-        pass
-
-    stopped = made(**options)
-    step, seen = stopped.train_step, []
-
-    def some_steps(batch):
-        seen.append(1)
-        if len(seen) == 6:  # in the last epoch
-            raise Killed
-        return step(batch)
-
-    monkeypatch.setattr(stopped, "train_step", some_steps)
-    with pytest.raises(Killed):
-        stopped.run_training()
-    resumed = made(**options)
-    resumed.load_checkpoint(str(Path(stopped.output_folder, "checkpoint_latest.pth")))
-    resumed.run_training()
-    assert same_weights(weights(whole), weights(resumed))
-    for name in ("trusted_epoch_0000.png", "epoch_0000.png"):
-        assert Path(resumed.output_folder, "pictures", name).read_bytes()[:4] == b"\x89PNG"
 
 
 def test_pretrained_weights_reach_the_student(in_workspace):

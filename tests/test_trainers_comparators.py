@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import copy
 import math
-import shutil
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import batch, changed, make_trainer, parameters, same_weights, weights
+from conftest import batch, changed, make_trainer, parameters
 
 from nnunet_uda.errors import UDAError
 from nnunet_uda.losses.entropy import domain_cross_entropy, entropy_loss, weighted_self_information
@@ -279,44 +277,6 @@ def test_cut_needs_two_epochs_and_names_bad_settings(in_workspace):
 
 
 # -- all three -------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", SMALL)
-def test_a_killed_run_goes_on_to_the_same_weights(in_workspace, monkeypatch, name):
-    """CUT is killed in its second part and goes on from the end of the first."""
-    epochs = 3 if name == "CUTTrainer" else 2
-    options = SMALL[name] | {"num_epochs": epochs}
-    whole = make_trainer(name, **options)
-    whole.run_training()
-    folder = Path(whole.output_folder)
-    shutil.rmtree(folder)
-
-    class Killed(Exception):
-        pass
-
-    stopped, seen = make_trainer(name, **options), []
-    original = stopped.train_step
-
-    def train_step(batch):
-        seen.append(1)
-        if len(seen) == 2 * epochs:  # the last of two steps an epoch
-            raise Killed
-        return original(batch)
-
-    monkeypatch.setattr(stopped, "train_step", train_step)
-    with pytest.raises(Killed):
-        stopped.run_training()
-    resumed = make_trainer(name, **options)
-    resumed.load_checkpoint(str(folder / "checkpoint_latest.pth"))
-    assert resumed.current_epoch == epochs - 1
-    resumed.run_training()
-    assert same_weights(weights(whole), weights(resumed))
-    assert {len(values) for values in resumed.record.history.values()} <= {epochs, 2}
-    if name == "CUTTrainer":
-        assert [math.isnan(value) for value in resumed.record.history["segmentation"]] == [True, True, False]
-        assert len(resumed.record.history["patch_contrastive"]) == 2
-    for picture in ("losses.png", "progress.png"):
-        assert (folder / picture).read_bytes()[:4] == b"\x89PNG"
 
 
 @pytest.mark.parametrize("name", SMALL)

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import make_trainer, same_weights, weights
+from conftest import make_trainer
 from support.tiny import PROTOTYPES
 
 from nnunet_uda.errors import UDAError
@@ -301,6 +301,7 @@ def test_ablations_leave_their_terms_out(in_workspace, name, absent):
     assert (trainer.networks["source_dictionary"].count.sum() > 0) == (name != "PrototypesBaselineTrainer")
 
 
+@pytest.mark.draws
 def test_training_without_target_images(in_workspace):
     trainer = started(target_images=False)
     assert trainer.dataloader_target is None
@@ -325,27 +326,6 @@ def test_three_dimensions(in_workspace):
     trainer.on_train_epoch_start()
     losses = trainer.train_step(next(trainer.dataloader_train))
     assert np.isfinite(list(losses.values())).all()
-
-
-def test_continuing_is_bit_for_bit(in_workspace, tmp_path):
-    first = started(warmup_epochs=0, confidence=0.0)
-    first.train_step(next(first.dataloader_train))
-    first.on_train_epoch_end([{"loss": 0.0, "cycle": 0.0}])
-    first.save_checkpoint(str(tmp_path / "checkpoint.pth"))
-    second = make_trainer(
-        "SimilarityPrototypesTrainer",
-        **{f"similarity_prototypes__{k}": v for k, v in {**PROTOTYPES, "warmup_epochs": 0, "confidence": 0.0}.items()},
-    )
-    second.initialize()
-    second.load_checkpoint(str(tmp_path / "checkpoint.pth"))
-    assert same_weights(weights(first), weights(second))
-    assert second.networks["source_dictionary"].count.sum() > 0
-    data = batch(first)
-    for trainer in (first, second):
-        trainer.networks.train()
-        trainer.network.train()
-        trainer.train_on(*data)
-    assert same_weights(weights(first), weights(second))
 
 
 def test_a_checkpoint_with_other_dictionaries_is_refused(in_workspace, tmp_path):
@@ -392,6 +372,7 @@ def test_labels_without_any_foreground_are_refused(in_workspace, monkeypatch):
         trainer.on_train_start()
 
 
+@pytest.mark.draws
 def test_pictures_show_embeddings_before_and_now(trainer):
     trainer.draw_pictures(Path(trainer.output_folder, "pictures", "epoch_0000.png"))
     folder = Path(trainer.output_folder, "pictures")

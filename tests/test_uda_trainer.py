@@ -63,36 +63,6 @@ def test_the_target_images_do_matter(own_copy):
     assert not same_weights(first, weights(train()))
 
 
-def test_continuing_ends_where_an_uninterrupted_run_ends(in_workspace, monkeypatch):
-    whole = weights(train(num_epochs=3))
-    folder = Path(make_trainer("CISFATrainer", num_epochs=3).output_folder)
-    shutil.rmtree(folder)
-
-    class Killed(Exception):
-        pass
-
-    stopped = make_trainer("CISFATrainer", num_epochs=3)
-    step, seen = stopped.train_step, []
-
-    def step_until_the_third(batch):
-        seen.append(1)
-        if len(seen) == 4:  # in the middle of the second epoch
-            raise Killed
-        return step(batch)
-
-    monkeypatch.setattr(stopped, "train_step", step_until_the_third)
-    with pytest.raises(Killed):
-        stopped.run_training()
-    assert not (folder / "checkpoint_final.pth").exists()
-
-    resumed = make_trainer("CISFATrainer", num_epochs=3)
-    resumed.load_checkpoint(str(folder / "checkpoint_latest.pth"))
-    assert resumed.current_epoch == 1
-    resumed.run_training()
-    assert same_weights(whole, weights(resumed))
-    assert [len(values) for values in resumed.record.history.values()] == [3] * len(resumed.record.history)
-
-
 def test_the_running_mean_goes_on_to_the_last_bit_after_any_epoch(in_workspace, monkeypatch):
     values = np.random.default_rng(0).random(40).astype(np.float32)  # as nnU-Net logs them; a checkpoint has Python's
 
@@ -146,9 +116,10 @@ def test_a_checkpoint_holds_everything(in_workspace):
     assert set(loaded.record.history) >= {"segmentation", "patch_contrastive", "global_contrastive"}
 
 
+@pytest.mark.draws
 def test_pictures_and_logs_are_written(in_workspace):
     folder = Path(train().output_folder)
-    for name in ("losses.png", "progress.png", "pictures/epoch_0000.png", "pictures/epoch_0001.png"):
+    for name in ("losses.png", "criteria.png", "progress.png", "pictures/epoch_0000.png", "pictures/epoch_0001.png"):
         assert (folder / name).read_bytes()[:4] == b"\x89PNG", name
     log = next(folder.glob("training_log*.txt")).read_text()
     assert "No target label is read" in log and "  patch_contrastive  " in log

@@ -186,6 +186,7 @@ def test_the_table_takes_runs_apart(benchmark) -> None:
     assert cells["snd"] == ["–"] * 5 and table["caption"] == "6 checkpoints of 2 run(s)"
 
 
+@pytest.mark.slow
 def test_the_benchmark_runs_and_goes_on(benchmark, models, tmp_path, capsys) -> None:
     output = tmp_path / "bench"
     benchmark.main(arguments(output, "-n", "2"))
