@@ -263,10 +263,10 @@ def replan_plane(dataset: str, plans: dict[str, Any], plane: str, name: str) -> 
     forward = PLANES[plane]
 
     class PlanePlanner(planner_class):  # type: ignore[misc, valid-type] # nnU-Net's, by its name in the plans
-        def determine_transpose(self):
+        def determine_transpose(self) -> tuple[list[int], list[int]]:
             return forward, [int(np.argwhere(np.array(forward) == axis)[0][0]) for axis in range(3)]
 
-        def save_plans(self, plans):
+        def save_plans(self, plans: Any) -> None:
             recursive_fix_for_json_export(plans)
 
     PlanePlanner.__name__ = planner_class.__name__  # recorded in the plans, and looked up in nnU-Net by name

@@ -52,7 +52,7 @@ class ADVENTTrainer(UDATrainer[ADVENTSettings]):
         rate = self.own_settings.discriminator_learning_rate
         return {"discriminator": self.adam_for("discriminator", learning_rate=rate, beta1=0.9, beta2=0.99)}
 
-    def on_train_epoch_start(self):
+    def on_train_epoch_start(self) -> None:
         super().on_train_epoch_start()
         for group in self.optimizers["discriminator"].param_groups:  # polynomial in the paper, as the segmenter's
             rate = self.optimizer.param_groups[0]["lr"] / self.initial_lr

@@ -89,7 +89,7 @@ class CASTTrainer(UDATrainer[CASTSettings]):
 
     # -- networks ------------------------------------------------------------------------------------------------
 
-    def configure_optimizers(self):
+    def configure_optimizers(self) -> tuple[torch.optim.Optimizer, Any]:
         """nnU-Net's optimiser and schedule, for the student: a copy of the network, which becomes the teacher."""
         teacher, self.network = self.network, copy.deepcopy(self.plain_network)
         try:
@@ -119,12 +119,12 @@ class CASTTrainer(UDATrainer[CASTSettings]):
 
     # -- data ----------------------------------------------------------------------------------------------------
 
-    def get_training_transforms(self, *args, **kwargs) -> ComposeTransforms:
+    def get_training_transforms(self, *args: Any, **kwargs: Any) -> ComposeTransforms:
         pipeline = super().get_training_transforms(*args, **kwargs)
         insert_after_spatial(pipeline, style_transforms(self.own_settings))
         return pipeline
 
-    def get_target_transforms(self, *args, **kwargs) -> ComposeTransforms:
+    def get_target_transforms(self, *args: Any, **kwargs: Any) -> ComposeTransforms:
         """Target patches moved alone; augmented, some restyled, for the student; and restyled for the teacher."""
         pipeline = super().get_training_transforms(*args, **kwargs)
         changes = [step for step in pipeline.transforms if isinstance(step, RandomTransform | MaskImageTransform)]
@@ -137,7 +137,7 @@ class CASTTrainer(UDATrainer[CASTSettings]):
 
     # -- schedule ------------------------------------------------------------------------------------------------
 
-    def on_train_start(self):
+    def on_train_start(self) -> None:
         super().on_train_start()
         if self.networks["average"].steps == 0:
             self.student.load_state_dict(self.plain_network.state_dict())  # -pretrained_weights reach the network alone
@@ -150,7 +150,7 @@ class CASTTrainer(UDATrainer[CASTSettings]):
         for case in cases[:: -(-len(cases) // RANGE_OF)]:
             yield np.asarray(self.target_dataset.load_case(case)[0][:])
 
-    def on_train_epoch_start(self):
+    def on_train_epoch_start(self) -> None:
         super().on_train_epoch_start()
         self.network.eval()  # the teacher is never trained
 

@@ -95,7 +95,7 @@ class CISFATrainer(UDATrainer[CISFASettings]):
         self.optimizer.add_param_group({"params": list(self.networks["projection_head"].parameters())})
         return translation_optimizers(self, "image_discriminator", "segmentation_discriminator")
 
-    def on_train_epoch_start(self):
+    def on_train_epoch_start(self) -> None:
         super().on_train_epoch_start()
         set_translation_rate(self, self.current_epoch / self.num_epochs)
 

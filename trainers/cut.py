@@ -9,7 +9,7 @@ with the source's labels. Neither part knows of the other.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
@@ -83,7 +83,7 @@ class CUTTrainer(UDATrainer[CUTSettings]):
     def generator_learns(self) -> bool:
         return self.current_epoch < self.translation_epochs
 
-    def initialize(self):
+    def initialize(self) -> None:
         if self.num_epochs < 2:
             raise UDAError(
                 f"CUTTrainer: num_epochs is {self.num_epochs}; expected at least 2, one for the generator and one for "
@@ -101,11 +101,11 @@ class CUTTrainer(UDATrainer[CUTSettings]):
     def build_optimizers(self) -> dict[str, torch.optim.Optimizer]:
         return translation_optimizers(self, "discriminator")
 
-    def configure_optimizers(self):
+    def configure_optimizers(self) -> tuple[torch.optim.Optimizer, Any]:
         optimizer, _ = super().configure_optimizers()
         return optimizer, LatePolyLRScheduler(optimizer, self.initial_lr, self.translation_epochs, self.num_epochs)
 
-    def on_train_epoch_start(self):
+    def on_train_epoch_start(self) -> None:
         super().on_train_epoch_start()
         set_translation_rate(self, self.current_epoch / self.translation_epochs)
 

@@ -7,7 +7,9 @@ al. 2023), random convolutions (GIN) and interventional pseudo-correlation (Ouya
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
+from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
 from torch import Tensor
 
 from nnunet_uda.data.random_style import StyleAugmentationSettings, insert_after_spatial, style_transforms
@@ -26,7 +28,7 @@ class RandomStyleTrainer(UDATrainer[RandomStyleSettings]):
     method_settings = RandomStyleSettings
     needs_target = False
 
-    def get_training_transforms(self, *args, **kwargs):
+    def get_training_transforms(self, *args: Any, **kwargs: Any) -> ComposeTransforms:
         pipeline = super().get_training_transforms(*args, **kwargs)
         insert_after_spatial(pipeline, style_transforms(self.own_settings))
         return pipeline

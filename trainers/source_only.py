@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from nnunet_uda.errors import UDAError
@@ -33,7 +35,7 @@ class SupervisedTrainer(SourceOnlyTrainer):
 class LabelledTargetTrainer(SourceOnlyTrainer):
     """The same training on the labelled target scans that ``dataset.json`` names, alone: what these are worth."""
 
-    def get_tr_and_val_datasets(self):
+    def get_tr_and_val_datasets(self) -> tuple[Any, Any]:
         _, validation = super().get_tr_and_val_datasets()
         dataset = target_scans(self).labelled()
         if dataset is None:

@@ -7,7 +7,7 @@ back, should be one (as in DG-TTA, Weihsbach et al. 2023). A few steps, then the
 from __future__ import annotations
 
 import copy
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -57,7 +57,7 @@ def learning(network: nn.Module, what: str) -> list[nn.Parameter]:
     return [parameter for parameter in network.parameters() if parameter.requires_grad]
 
 
-def autocast(device: torch.device):
+def autocast(device: torch.device) -> AbstractContextManager:
     """bfloat16 where CUDA has it, whose range needs no scaling of gradients."""
     return torch.autocast("cuda", dtype=torch.bfloat16) if device.type == "cuda" else nullcontext()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
@@ -46,7 +47,7 @@ class MixedSliceLoader(nnUNetDataLoader):
         log: told where the data have no slice without foreground.
     """
 
-    def __init__(self, loader: nnUNetDataLoader, label_manager, log: Callable[[str], None]) -> None:
+    def __init__(self, loader: nnUNetDataLoader, label_manager: Any, log: Callable[[str], None]) -> None:
         super().__init__(
             loader._data, loader.batch_size, loader.patch_size[1:], loader.final_patch_size[1:], label_manager,
             oversample_foreground_percent=loader.oversample_foreground_percent, transforms=loader.transforms,
@@ -75,7 +76,9 @@ class MixedSliceLoader(nnUNetDataLoader):
             return self._oversample_last_XX_percent(sample_idx)
         return sample_idx == self.batch_size - 1 or (sample_idx > 0 and self._oversample_last_XX_percent(sample_idx))
 
-    def get_bbox(self, data_shape, force_fg, class_locations, overwrite_class=None, verbose=False):
+    def get_bbox(
+        self, data_shape: Any, force_fg: bool, class_locations: Any, overwrite_class: Any = None, verbose: bool = False
+    ) -> tuple[Any, Any]:
         lower, upper = super().get_bbox(data_shape, force_fg, class_locations, overwrite_class, verbose)
         if self.drawing > 0 or self.batch_size == 1:
             return lower, upper
@@ -88,7 +91,7 @@ class MixedSliceLoader(nnUNetDataLoader):
             lower, upper = super().get_bbox(data_shape, False, class_locations, overwrite_class, verbose)
         return lower, upper
 
-    def _holds_location(self, lower, upper, class_locations: dict) -> bool:
+    def _holds_location(self, lower: Any, upper: Any, class_locations: dict) -> bool:
         found = (class_locations.get(label, ()) for label in self.foreground_labels)
         return any(
             len(places) and ((places[:, 1:] >= lower) & (places[:, 1:] < upper)).all(1).any() for places in found

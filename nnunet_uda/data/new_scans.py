@@ -49,14 +49,22 @@ class NewScans(DefaultPreprocessor if TYPE_CHECKING else object):  # type: ignor
 
     _files: Sequence[str] = ("the scan",)
 
-    def run_case(self, image_files, *args, **kwargs):
+    def run_case(self, image_files: Sequence[str], *args: Any, **kwargs: Any) -> Any:
         self._files = image_files
         for file in image_files:
             if reason := doubtful_geometry(Path(file)):
                 print(f"WARNING: {reason}")
         return super().run_case(image_files, *args, **kwargs)
 
-    def run_case_npy(self, data, seg, properties, plans_manager, configuration_manager, dataset_json):
+    def run_case_npy(
+        self,
+        data: np.ndarray,
+        seg: Any,
+        properties: dict,
+        plans_manager: Any,
+        configuration_manager: Any,
+        dataset_json: Any,
+    ) -> Any:
         if not isinstance(dataset_json, dict):
             dataset_json = load_json(dataset_json)
         for index, channel in enumerate(data):

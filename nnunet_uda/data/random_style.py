@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -94,7 +95,7 @@ class _StyleTransform(BasicTransform):
         """[C, *S] to [C, *S]."""
         raise NotImplementedError
 
-    def apply(self, data_dict: dict, **params) -> dict:
+    def apply(self, data_dict: dict, **params: Any) -> dict:
         image, segmentation = data_dict["image"], data_dict.get("segmentation")
         generator = torch.Generator().manual_seed(int(np.random.randint(2**31)))
         inside = None if segmentation is None or (segmentation[0] >= 0).all() else segmentation[0] >= 0
@@ -279,7 +280,7 @@ class ViewsTransform(BasicTransform):
         super().__init__()
         self.transforms = transforms
 
-    def apply(self, data_dict: dict, **params) -> dict:
+    def apply(self, data_dict: dict, **params: Any) -> dict:
         image = data_dict["image"]  # nnU-Net's transforms work in place: each gets a copy
         changed = [transform(**data_dict | {"image": image.clone()})["image"] for transform in self.transforms]
         return data_dict | {"image": torch.cat((image, *changed))}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -73,7 +73,7 @@ def _restyled(volume: Tensor, strength: float, rng: np.random.Generator, generat
     return torch.lerp(volume, styled, min(1.0, 1.3 * strength))
 
 
-def _slice_wise(image: Tensor, change) -> Tensor:
+def _slice_wise(image: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
     """``change`` maps ``[N, Y, X]``; every slice along the first spatial axis is one of N."""
     return change(image.flatten(0, 1)).view_as(image)
 

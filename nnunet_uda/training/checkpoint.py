@@ -7,6 +7,7 @@ import os
 import random
 import shlex
 import shutil
+from contextlib import AbstractContextManager
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -102,7 +103,7 @@ def load(path: Path, trusted: bool = False) -> dict[str, Any]:
     return checkpoint
 
 
-def _numpy_allowed():
+def _numpy_allowed() -> AbstractContextManager[None]:
     """nnU-Net's log, and the random state in checkpoints of before, hold numpy's numbers and arrays."""
     core = np._core if hasattr(np, "_core") else np.core
     numbers = [type(np.dtype(name)) for name in ("float64", "float32", "int64", "uint32")]

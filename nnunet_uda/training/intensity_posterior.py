@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import torch
@@ -67,7 +68,7 @@ class IntensityPosterior(nn.Module):
         self.register_buffer("high", torch.zeros(num_channels))
         self.register_buffer("domain", torch.zeros(num_channels, num_classes, BINS))
 
-    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         """CAST's checkpoints of before hold no intensities: they begin anew."""
         for name, buffer in self.named_buffers():
             state_dict.setdefault(prefix + name, buffer)

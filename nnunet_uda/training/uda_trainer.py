@@ -157,7 +157,7 @@ class UDATrainer(nnUNetTrainer, Generic[Settings]):
         network = self.plain_network
         (network if hasattr(network, "deep_supervision") else network.decoder).deep_supervision = enabled
 
-    def configure_optimizers(self):
+    def configure_optimizers(self) -> tuple[Optimizer, Any]:
         optimizer, scheduler = super().configure_optimizers()
         scheduler.optimizer = self.network_optimizer() or optimizer
         return scheduler.optimizer, scheduler
@@ -168,27 +168,27 @@ class UDATrainer(nnUNetTrainer, Generic[Settings]):
             return None
         return adam(self.network.parameters(), self.initial_lr, 0.5, weight_decay=self.weight_decay)
 
-    def _build_loss(self):
+    def _build_loss(self) -> Any:
         return segmentation_loss(self, super()._build_loss)
 
     def _set_batch_size_and_oversample(self) -> None:
         share_batch(self, super()._set_batch_size_and_oversample)
 
-    def configure_rotation_dummyDA_mirroring_and_inital_patch_size(self):
+    def configure_rotation_dummyDA_mirroring_and_inital_patch_size(self) -> tuple[Any, Any, Any, Any]:
         return streams.moved(self, super().configure_rotation_dummyDA_mirroring_and_inital_patch_size())
 
     def get_training_transforms(self, *args: Any, **kwargs: Any) -> ComposeTransforms:
         return streams.plain_transforms(self, *args, **kwargs)
 
-    def do_split(self):
+    def do_split(self) -> tuple[list[str], list[str]]:
         streams.check_source_fold(self)
         return super().do_split()
 
-    def get_tr_and_val_datasets(self):
+    def get_tr_and_val_datasets(self) -> tuple[Any, Any]:
         self.training_dataset, self.validation_dataset = streams.checked_source(self, super().get_tr_and_val_datasets())
         return self.training_dataset, self.validation_dataset
 
-    def get_dataloaders(self):
+    def get_dataloaders(self) -> tuple[Any, Any]:
         return streams.open_streams(self, super().get_dataloaders)
 
     # -- the loop ------------------------------------------------------------------------------------------------
