@@ -104,7 +104,7 @@ class PrototypeDictionary(nn.Module):
 
 
 def prototype_contrastive_loss(
-    prototypes: Tensor, classes: Tensor, dictionaries: Sequence[PrototypeDictionary], k: int, temperature: float
+    prototypes: Tensor, classes: Tensor, dictionaries: Sequence[PrototypeDictionary], k: int, temperature: float = 1.0
 ) -> Tensor:
     r"""L_cl: each prototype is to be more similar to its own class's entries than to those of the other classes.
 
