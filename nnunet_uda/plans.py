@@ -122,6 +122,20 @@ def similarity_prototypes_protocol(
     return uda | {"similarity_prototypes": {"cycle_weight": 10.0, "residual_translation": False}}, options
 
 
+CPU_SIZES = {2: (128, 4), 3: (64, 2)}
+"""By the axes of a patch: its voxels an axis and the batch, at most, that a CPU trains in hours."""
+CPU_FEATURES = 16
+"""Of the segmenter's first stage there, at most."""
+
+
+def fits_cpu(configuration: dict[str, Any]) -> bool:
+    """Whether a configuration of the plans is no larger than the CPU preset would make it."""
+    patch = configuration["patch_size"]
+    most, batch = CPU_SIZES[len(patch)]
+    features = configuration["architecture"]["arch_kwargs"].get("features_per_stage", [CPU_FEATURES])
+    return max(patch) <= most and configuration["batch_size"] <= batch and features[0] <= CPU_FEATURES
+
+
 def cpu_preset(plans: dict[str, Any], configuration: str, cores: int) -> tuple[dict[str, Any], dict[str, Any]]:
     """What a CPU can train in hours: ``(uda settings, options for derive_plans)``.
 
@@ -136,8 +150,7 @@ def cpu_preset(plans: dict[str, Any], configuration: str, cores: int) -> tuple[d
     chosen = plans["configurations"][configuration]
     if "patch_size" not in chosen:
         raise UDAError(f"configuration {configuration!r} inherits from another one: choose {chosen['inherits_from']!r}")
-    flat = len(chosen["patch_size"]) == 2
-    most, batch = (128, 4) if flat else (64, 2)
+    most, batch = CPU_SIZES[len(chosen["patch_size"])]
     images = chosen.get("median_image_size_in_voxels", chosen["patch_size"])
     patch = tuple(
         max(LEAST, min(most, side, round(size))) for side, size in zip(chosen["patch_size"], images, strict=True)
@@ -154,7 +167,13 @@ def cpu_preset(plans: dict[str, Any], configuration: str, cores: int) -> tuple[d
         if own:
             uda[method.name] = uda.get(method.name, {}) | {name: narrow[name] for name in sorted(own)}
     batch = min(batch, chosen["batch_size"])
-    return uda, {"patch_size": patch, "batch_size": batch, "base_features": 16, "max_features": 128, "stages": 5}
+    return uda, {
+        "patch_size": patch,
+        "batch_size": batch,
+        "base_features": CPU_FEATURES,
+        "max_features": 128,
+        "stages": 5,
+    }
 
 
 PROTOCOLS = {"cisfa": cisfa_protocol, "similarity_prototypes": similarity_prototypes_protocol, "uuds": uuds_protocol}

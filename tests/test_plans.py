@@ -8,7 +8,7 @@ import pytest
 from nnunet_uda.commands import configure
 from nnunet_uda.data.slices import plane_warning
 from nnunet_uda.errors import UDAError
-from nnunet_uda.plans import PROTOCOLS, cpu_preset, derive_plans, training_share
+from nnunet_uda.plans import PROTOCOLS, cpu_preset, derive_plans, fits_cpu, training_share
 
 
 @pytest.fixture
@@ -102,6 +102,7 @@ def test_the_cpu_preset_is_small_keeps_the_data_and_yields_to_set(in_workspace, 
     chosen = written["configurations"]["2d"]
     assert chosen["data_identifier"] == base["configurations"]["2d"]["data_identifier"]
     assert max(chosen["patch_size"]) <= 128 and chosen["batch_size"] <= 4
+    assert fits_cpu(chosen) and not fits_cpu(base["configurations"]["2d"])
     assert chosen["architecture"]["arch_kwargs"]["features_per_stage"][0] == 16
     assert written["uda"]["num_epochs"] == 7 and written["uda"]["iterations_per_epoch"] == 100
     assert written["uda"]["cisfa"]["patches"] == 9 and written["uda"]["cisfa"]["generator_width"] == 16

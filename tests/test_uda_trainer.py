@@ -21,7 +21,7 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnunet_uda.dataset_conversion import quicklook
 from nnunet_uda.errors import UDAError
-from nnunet_uda.training import pictures, preview
+from nnunet_uda.training import pictures, preview, start
 from nnunet_uda.training.checkpoint import plain
 
 
@@ -128,9 +128,16 @@ def test_pictures_and_logs_are_written(in_workspace):
 def test_a_log_says_what_a_step_takes_and_holds_no_numpy(in_workspace, capsys):
     log = next(Path(train(num_epochs=2, iterations_per_epoch=6).output_folder).glob("training_log*.txt")).read_text()
     assert re.search(r"2 epochs x 6 steps, [\d.]+ s each: .* left, until ", log)
-    assert "WARNING: training on the CPU, with" in log and "-from tiny -preset cpu" in log
+    assert "Training on the CPU, with" in log and "-preset cpu" not in log, "these plans are small"
     assert re.search(r"setting +here +default\n +num_epochs +2 +200\n", log)
     assert "Pseudo dice" in log and "np." not in log and "FutureWarning" not in capsys.readouterr().err
+
+
+def test_plans_for_a_gpu_are_warned_of_on_a_cpu(in_workspace, monkeypatch):
+    trainer, said = make_trainer("SourceOnlyTrainer", "nnUNetPlans"), []
+    monkeypatch.setattr(trainer, "print_to_log_file", said.append)
+    start.new_progress(trainer)
+    assert "WARNING: training on the CPU, with" in said[0] and "-from nnUNetPlans -preset cpu" in said[0]
 
 
 @pytest.mark.parametrize(

@@ -67,7 +67,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="nnUNetUDA_configure",
         description="Write a plans file of its own name: another plan's configuration with settings for the trainers "
-        "here. Train with it by nnUNetv2_train ... -p NAME.",
+        "here. Train with it by nnUNetUDA_train ... -p NAME.",
         epilog="Example: nnUNetUDA_configure -d 501 -p nnUNetPlansSmall -patch_size 128 128 -set num_epochs=100 "
         "cisfa.generator_width=32. Settings of trainers of your own are found in the folders of nnUNet_extTrainer.",
     )

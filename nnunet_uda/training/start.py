@@ -14,6 +14,7 @@ from nnunet_uda.data.slices import refuse_mixed_slices
 from nnunet_uda.devices import open_device
 from nnunet_uda.errors import UDAError
 from nnunet_uda.foreign_plans import check_plans
+from nnunet_uda.plans import fits_cpu
 from nnunet_uda.settings import UDASettings
 from nnunet_uda.training.checkpoint import random_state, seed_everything, set_random_state
 from nnunet_uda.training.cpu import keep_freed_memory
@@ -121,7 +122,7 @@ def make_ready(trainer: UDATrainer) -> None:
 
 
 def new_progress(trainer: UDATrainer) -> Progress:
-    """Warns on the CPU, and knows what to do against a training that is too long."""
+    """Warns of large plans on the CPU, and knows what to do against a training that is too long."""
     plans = trainer.plans_manager
     shorter = (
         f"nnUNetUDA_configure -d {plans.dataset_name} -c {trainer.configuration_name} -p NEW_NAME -from "
@@ -129,9 +130,11 @@ def new_progress(trainer: UDATrainer) -> Progress:
     )
     remedy = f"{shorter} -set num_epochs=... (and -preset cpu on a CPU), then train with -p NEW_NAME"
     if trainer.device.type == "cpu":
+        where = f"on the CPU, with {torch.get_num_threads()} thread(s)"
         trainer.print_to_log_file(
-            f"WARNING: training on the CPU, with {torch.get_num_threads()} thread(s); nnU-Net makes its plans for "
-            f"a GPU. Plans for a CPU: {shorter} -preset cpu"
+            f"Training {where}"
+            if fits_cpu(trainer.configuration_manager.configuration)
+            else f"WARNING: training {where}; nnU-Net makes its plans for a GPU. Plans for a CPU: {shorter} -preset cpu"
         )
     steps = trainer.num_iterations_per_epoch
     return Progress(trainer.num_epochs, steps, trainer.device.type, remedy, trainer.print_to_log_file)
