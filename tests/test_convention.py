@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import os
+
 import pytest
 from conftest import litter, make_raw_dataset
 
@@ -91,6 +93,18 @@ def test_labels_that_the_dataset_names_are_found(raw):
 def test_a_target_with_other_channels_is_refused(raw):
     (raw / "imagesTu" / "ct_Tu01_0001.nii.gz").write_bytes((raw / "imagesTu" / "ct_Tu01_0000.nii.gz").read_bytes())
     with pytest.raises(UDAError, match=r"ct_Tu01 has 2 channel file\(s\).*1 channel\(s\)"):
+        convention.target_cases(raw, read(raw))
+
+
+@pytest.mark.parametrize(
+    ("put", "said"),
+    [(os.mkfifo, "a pipe, a socket or a device"), (os.mkdir, "a folder"), (lambda p: os.symlink(p, p), "a link to ")],
+)
+def test_a_target_image_that_is_no_file_is_named_before_it_is_opened(raw, put, said):
+    path = raw / "imagesTu" / "ct_Tu01_0000.nii.gz"
+    path.unlink()
+    put(path)
+    with pytest.raises(UDAError, match=rf"ct_Tu01_0000\.nii\.gz: {said}.*; expected an image"):
         convention.target_cases(raw, read(raw))
 
 

@@ -24,6 +24,7 @@ from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_datas
 from nnunet_uda.errors import UDAError, nested_deeper, shown, system_fault
 from nnunet_uda.files import write_json
 from nnunet_uda.images.listing import ENDINGS, entries, files_in
+from nnunet_uda.images.reading import check_file
 from nnunet_uda.names import check_name, is_name, is_plain_name
 
 TARGET_FOLDER = "imagesTu"
@@ -364,6 +365,8 @@ def target_cases(raw_dataset: Path, dataset_json: dict[str, Any]) -> dict[str, l
                 f"dataset.json lists {channels} channel(s), as the source has: expected {expected}. "
                 "Names that end in _0000, _0001, ... are channels of one case"
             )
+        for path in paths:
+            check_file(path)
     return cases
 
 

@@ -111,7 +111,7 @@ def check_whole(path: Path) -> sitk.ImageFileReader:
 
 def check_nifti(path: Path) -> Grid | None:
     """As ``check_whole``, without ITK and what it refuses (axes not at right angles); the grid, if there is one."""
-    _check_file(path)
+    check_file(path)
     with readable(path):
         nifti = read_header(path)
         grid = nifti.grid or next(reversed(nifti.readings.values()), None)
@@ -122,7 +122,7 @@ def check_nifti(path: Path) -> Grid | None:
 
 def _open(path: Path) -> tuple[sitk.ImageFileReader, Nifti | None]:
     """A reader with the header read, after everything that the header alone tells was checked."""
-    _check_file(path)
+    check_file(path)
     _check_ending(path)
     reader = sitk.ImageFileReader()
     reader.SetFileName(str(path))
@@ -142,7 +142,8 @@ def _open(path: Path) -> tuple[sitk.ImageFileReader, Nifti | None]:
     return reader, nifti
 
 
-def _check_file(path: Path) -> None:
+def check_file(path: Path) -> None:
+    """Raise ``UDAError`` for what can be opened as no file: folders, links to nowhere, pipes (which wait forever)."""
     if path.is_file():
         return
     if path.is_dir():
