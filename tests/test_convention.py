@@ -8,6 +8,7 @@ from conftest import litter, make_raw_dataset
 from nnunet_uda.data import convention
 from nnunet_uda.errors import UDAError
 from nnunet_uda.evaluation.metrics import list_cases
+from nnunet_uda.evaluation.unsupervised import unlabelled_images
 
 
 @pytest.fixture
@@ -106,6 +107,19 @@ def test_a_target_image_that_is_no_file_is_named_before_it_is_opened(raw, put, s
     put(path)
     with pytest.raises(UDAError, match=rf"ct_Tu01_0000\.nii\.gz: {said}.*; expected an image"):
         convention.target_cases(raw, read(raw))
+
+
+@pytest.mark.parametrize("name", ["b.nii.gz", "b_0000.NII.GZ", "b_0000.mha", "b_1.nii.gz"])
+def test_no_scan_is_left_out_in_silence_wherever_scans_are_given(tmp_path, name):
+    """To nnUNetUDA_checkpoints, _quality, _export and _adapt."""
+    dataset_json = {"file_ending": ".nii.gz", "channel_names": {"0": "x"}}
+    (tmp_path / "a_0000.nii.gz").write_bytes(b"x")
+    assert unlabelled_images(tmp_path, dataset_json) == {"a": [tmp_path / "a_0000.nii.gz"]}
+    (tmp_path / name).write_bytes(b"x")
+    with pytest.raises(UDAError, match=rf"{name}: its name is not like CASE_0000\.nii\.gz"):
+        unlabelled_images(tmp_path, dataset_json)
+    with pytest.raises(UDAError, match="absent is no folder: expected files named like"):
+        unlabelled_images(tmp_path / "absent", dataset_json)
 
 
 def test_domains_are_read_and_a_missing_key_explained(raw):

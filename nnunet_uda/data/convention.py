@@ -263,6 +263,28 @@ def case_files(folder: Path, file_ending: str) -> dict[str, list[Path]]:
     return cases
 
 
+def image_cases(folder: Path, file_ending: str) -> dict[str, list[Path]]:
+    """``case_files`` of a folder of images that are all to be read.
+
+    Raises:
+        UDAError: no image, one that nothing would read since it is called otherwise, and what is no file.
+    """
+    cases = case_files(folder, file_ending)
+    if not cases:
+        found = "holds no image" if folder.is_dir() else "is no folder"
+        raise UDAError(f"{folder} {found}: expected files named like CASE_0000{file_ending}")
+    taken = {path for paths in cases.values() for path in paths}
+    images = [path for path in files_in(folder) if path.name.lower().endswith((file_ending.lower(), *ENDINGS))]
+    if left_out := [path for path in images if path not in taken]:
+        raise UDAError(
+            f"{left_out[0]}: its name is not like CASE_0000{file_ending}, so that nothing would read it. Rename it "
+            "(0000 is the channel), or move it elsewhere"
+        )
+    for path in taken:
+        check_file(path)
+    return cases
+
+
 def labelled_target(dataset_json: dict[str, Any], where: Path | str = "dataset.json") -> list[str]:
     """Ids of the target scans that are trained on with their labels, sorted; mostly none.
 
@@ -327,16 +349,7 @@ def target_cases(raw_dataset: Path, dataset_json: dict[str, Any]) -> dict[str, l
     if not folder.is_dir():
         raise UDAError(f"{folder} does not exist: it must hold the unlabelled target images for training")
     ending = dataset_json["file_ending"]
-    cases = case_files(folder, ending)
-    if not cases:
-        raise UDAError(f"{folder} holds no image: expected files named like CASE_0000{ending}")
-    taken = {path for paths in cases.values() for path in paths}
-    images = [path for path in files_in(folder) if path.name.lower().endswith((ending.lower(), *ENDINGS))]
-    if left_out := [path for path in images if path not in taken]:
-        raise UDAError(
-            f"{left_out[0]}: its name is not like CASE_0000{ending}, so that nothing would read it. Rename it (0000 is "
-            "the channel), or move it elsewhere"
-        )
+    cases = image_cases(folder, ending)
     labelled_target_files(raw_dataset, dataset_json, cases)
     for forbidden in ("labelsTr", "imagesTr"):
         suffix = ending if forbidden == "labelsTr" else f"_0000{ending}"
@@ -365,8 +378,6 @@ def target_cases(raw_dataset: Path, dataset_json: dict[str, Any]) -> dict[str, l
                 f"dataset.json lists {channels} channel(s), as the source has: expected {expected}. "
                 "Names that end in _0000, _0001, ... are channels of one case"
             )
-        for path in paths:
-            check_file(path)
     return cases
 
 

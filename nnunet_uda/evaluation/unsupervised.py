@@ -16,7 +16,7 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from tqdm import tqdm
 
 from nnunet_uda.data.case import preprocess_case
-from nnunet_uda.data.convention import case_files, read_json
+from nnunet_uda.data.convention import image_cases, read_json
 from nnunet_uda.errors import UDAError
 from nnunet_uda.foreign_plans import check_plans
 from nnunet_uda.training.checkpoint import read_checkpoint
@@ -40,12 +40,10 @@ def unlabelled_images(folder: Path, dataset_json: dict[str, Any]) -> dict[str, l
     """Image files by case, channels in order.
 
     Raises:
-        UDAError: no image in the folder, or another number of channels than the dataset has.
+        UDAError: as ``image_cases``, and for another number of channels than the dataset has.
     """
     ending, channels = dataset_json["file_ending"], len(dataset_json["channel_names"])
-    cases = case_files(folder, ending)
-    if not cases:
-        raise UDAError(f"{folder} holds no image: expected files named like CASE_0000{ending}")
+    cases = image_cases(folder, ending)
     for case, paths in cases.items():
         if [path.name for path in paths] != [f"{case}_{channel:04d}{ending}" for channel in range(channels)]:
             found = ", ".join(path.name for path in paths)
