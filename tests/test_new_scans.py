@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -170,43 +171,68 @@ class Stock:
     """A preprocessor that reads one scan of noise, ``voxel`` its first voxel."""
 
     voxel = 1.0
+    spacing: Sequence[float] = (1, 1, 1)
 
     def run_case(self, image_files, *managers):
         scan = np.random.default_rng(0).normal(0, 100, (1, 4, 6, 8)).astype(np.float32)
         scan[0, 0, 0, 0] = self.voxel
-        return self.run_case_npy(scan, None, {"spacing": [1, 1, 1]}, *managers, {})
+        return self.run_case_npy(scan, None, {"spacing": self.spacing}, *managers, {})
 
     def run_case_npy(self, data, seg, properties, *managers):
         return data
 
 
-def preprocess(path: Path, voxel: float) -> np.ndarray:
+def preprocess(path: Path, voxel: float, spacing: Sequence[float] = (1, 1, 1)) -> np.ndarray:
     made = new_scans._before(Stock)()
-    made.voxel = voxel
-    plans = SimpleNamespace(original_median_spacing_after_transp=[1, 1, 1], transpose_forward=[0, 1, 2])
-    return made.run_case([str(path)], plans, SimpleNamespace(patch_size=(6, 8)))
+    made.voxel, made.spacing = voxel, spacing
+    source = [1, 1, 1]
+    plans = SimpleNamespace(
+        original_median_spacing_after_transp=source, transpose_forward=[0, 1, 2],
+        plans={"original_median_spacing_after_transp": source},
+    )  # fmt: skip
+    return made.run_case([str(path)], plans, SimpleNamespace(patch_size=(6, 8), spacing=(1, 1)))
+
+
+def scan_file(path: Path) -> Path:
+    sitk.WriteImage(sitk.GetImageFromArray(np.ones((4, 6, 8), np.float32)), str(path))
+    return path
 
 
 def test_a_geometry_that_programs_read_differently_is_said(tmp_path, capsys):
-    image = sitk.GetImageFromArray(np.ones((4, 6, 8), np.float32))
-    path = tmp_path / "a_0000.nii.gz"
-    sitk.WriteImage(image, str(path))
+    path = scan_file(tmp_path / "a_0000.nii.gz")
     preprocess(path, 1.0)
     assert capsys.readouterr().out == ""
     preprocess(two_geometries(path), 1.0)
     assert "WARNING: " in (said := capsys.readouterr().out) and "a_0000.nii.gz: its header holds two geometries" in said
-    (tmp_path / "b.nrrd").write_text("NRRD0004\ntype: float\n\n")
+    bare = scan_file(tmp_path / "b.nrrd").read_bytes()
+    lines = [line for line in bare.split(b"\n\n")[0].split(b"\n") if not line.startswith((b"space", b"kinds"))]
+    (tmp_path / "b.nrrd").write_bytes(b"\n".join(lines) + bare[bare.index(b"\n\n") :])
     preprocess(tmp_path / "b.nrrd", 1.0)
     assert "WARNING: b.nrrd: its header holds no voxel size" in capsys.readouterr().out
-    for name in ("gone.nii.gz", "c.png"):
-        preprocess(tmp_path / name, 1.0)
-    assert capsys.readouterr().out == "", "nnU-Net's reader says it"
+
+
+@pytest.mark.parametrize("ending", ["nii", "nii.gz", "mha"])
+def test_a_short_file_is_refused(tmp_path, ending):
+    """ITK pads a NIfTI with zeros, and nnU-Net would predict them."""
+    path = scan_file(tmp_path / f"a_0000.{ending}")
+    path.write_bytes(path.read_bytes()[:-60])
+    with pytest.raises(UDAError, match=rf"a_0000\.{ending}: .*(truncated|cannot be read|announced)"):
+        preprocess(path, 1.0)
+    with pytest.raises(UDAError, match="gone.nii.gz: there is no such file"):
+        preprocess(tmp_path / "gone.nii.gz", 1.0)
+
+
+@pytest.mark.parametrize("spacing", [1000.0, 0.001, 0.0, np.nan])
+def test_a_scan_of_another_order_is_refused_before_it_is_resampled(tmp_path, spacing):
+    path = scan_file(tmp_path / "a_0000.nii.gz")
+    with pytest.raises(UDAError, match=r"a_0000\.nii\.gz: its voxels are .* those of the source 1 x 1 x 1 mm"):
+        preprocess(path, 1.0, [spacing] * 3)
 
 
 @pytest.mark.parametrize("voxel", [np.nan, np.inf, -3.4e38])
 def test_values_that_no_scan_has_are_refused(tmp_path, voxel):
     with pytest.raises(UDAError, match="a_0000.nii.gz: .*expected (finite numbers|numbers below)"):
-        preprocess(tmp_path / "a_0000.nii.gz", voxel)
+        preprocess(scan_file(tmp_path / "a_0000.nii.gz"), voxel)
 
 
 def test_what_does_not_look_like_the_target_is_said(capsys):

@@ -42,19 +42,35 @@ def preprocess_case(
         data, properties = reader.read_images([str(file) for file in files])
     for channel, voxels in enumerate(data):
         check_voxels(voxels, files[min(channel, len(files) - 1)])  # colours are channels of one file
-    shape, spacing = data.shape[1:], [float(step) for step in properties["spacing"]]
-    if grids[0] is not None:
-        check_possible(files[0], shape, spacing, grids[0].origin)  # of pictures the reader makes a spacing up
-    forward = plans.transpose_forward
-    shape, spacing = ([values[axis] for axis in forward] for values in (shape, spacing))
-    wanted = [*spacing[: 3 - len(configuration.spacing)], *configuration.spacing]  # 2D keeps the slices' distance
-    source = plans.plans["original_median_spacing_after_transp"]
-    check_against_source(files[0], shape, spacing, source, np.multiply(shape, spacing) / wanted)
+    check_before_resampling(Path(files[0]), data.shape[1:], properties["spacing"], plans, configuration, grids[0])
     seg = None
     if segmentation is not None:
         seg = _read_label(segmentation, files[0], grids[0], reader, data.shape[1:], dataset_json)
     preprocessor = configuration.preprocessor_class(verbose=False)
     return preprocessor.run_case_npy(data, seg, properties, plans, configuration, dataset_json)
+
+
+def check_before_resampling(
+    path: Path,
+    shape: Sequence[int],
+    spacing: Sequence[float],
+    plans: PlansManager,
+    configuration: ConfigurationManager,
+    grid: Grid | None,
+) -> None:
+    """Raise ``UDAError`` for a scan whose voxels no scan has, or are of another order than the source's.
+
+    Args:
+        shape, spacing: of the scan as the reader gives it, in mm.
+        grid: None for pictures, whose spacing the reader makes up.
+    """
+    spacing = [float(step) for step in spacing]
+    if grid is not None:
+        check_possible(path, shape, spacing, grid.origin)
+    shape, spacing = ([values[axis] for axis in plans.transpose_forward] for values in (shape, spacing))
+    wanted = [*spacing[: 3 - len(configuration.spacing)], *configuration.spacing]  # 2D keeps the slices' distance
+    source = plans.plans["original_median_spacing_after_transp"]
+    check_against_source(path, shape, spacing, source, np.multiply(shape, spacing) / wanted)
 
 
 def _read_label(

@@ -31,11 +31,12 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
+from nnunet_uda.data.case import check_before_resampling
 from nnunet_uda.data.slices import elsewhere
 from nnunet_uda.errors import UDAError
 from nnunet_uda.images.intensities import NoContrastError, not_hounsfield, read_intensities
 from nnunet_uda.images.nifti import is_nifti, read_header
-from nnunet_uda.images.reading import check_values, remarks
+from nnunet_uda.images.reading import check_complete, check_values, remarks
 
 VARIABLE = "NNUNET_UDA_DOMAIN"
 
@@ -43,8 +44,9 @@ VARIABLE = "NNUNET_UDA_DOMAIN"
 class NewScans(DefaultPreprocessor if TYPE_CHECKING else object):  # type: ignore[misc] # it is put before any
     """What is put before a preprocessor of nnU-Net.
 
-    A scan with voxels that no scan has is refused. What reads the files is nnU-Net's, so that a geometry which other
-    programs read differently can only be said here.
+    A file that is short or damaged is refused, and a scan with voxels that no scan has, or of another order than the
+    source's, before it is resampled. What reads the files is nnU-Net's, so that a geometry which other programs read
+    differently can only be said here.
     """
 
     _files: Sequence[str] = ("the scan",)
@@ -52,6 +54,7 @@ class NewScans(DefaultPreprocessor if TYPE_CHECKING else object):  # type: ignor
     def run_case(self, image_files: Sequence[str], *args: Any, **kwargs: Any) -> Any:
         self._files = image_files
         for file in image_files:
+            check_complete(Path(file))
             if reason := doubtful_geometry(Path(file)):
                 print(f"WARNING: {reason}")
         return super().run_case(image_files, *args, **kwargs)
@@ -69,6 +72,8 @@ class NewScans(DefaultPreprocessor if TYPE_CHECKING else object):  # type: ignor
             dataset_json = load_json(dataset_json)
         for index, channel in enumerate(data):
             check_values(channel, Path(self._files[min(index, len(self._files) - 1)]))
+        where = (Path(self._files[0]), data.shape[1:], properties["spacing"])
+        check_before_resampling(*where, plans_manager, configuration_manager, None)
         data = clip_scan(data, dataset_json, self._files)
         if reason := elsewhere(
             properties["spacing"],

@@ -144,7 +144,9 @@ def check_against_source(
     steps = [step for n, step in zip(size, spacing, strict=True) if n > 1] or spacing
     ratio = min(steps) / min(source)
     fault = ""
-    if not 1 / MOST_RATIO <= ratio <= MOST_RATIO:
+    if not all(math.isfinite(step) and step > 0 for step in spacing):
+        fault = "these are no lengths"
+    elif not 1 / MOST_RATIO <= ratio <= MOST_RATIO:
         fault = f"{ratio if ratio > 1 else 1 / ratio:.3g} times {'larger' if ratio > 1 else 'finer'}"
     elif math.prod(new_size) > MOST_VOXELS:
         fault = f"resampled to them it would have {math.prod(new_size):.2g} voxels, more than {MOST_VOXELS:.0e}"

@@ -109,6 +109,21 @@ def check_whole(path: Path) -> sitk.ImageFileReader:
     return reader
 
 
+def check_complete(path: Path) -> None:
+    """Raise ``UDAError`` for a file that is none, short or damaged, whatever its geometry; of formats that tell."""
+    check_file(path)
+    with readable(path):
+        if is_nifti(path):
+            for _ in slabs(read_header(path)):
+                pass
+        elif path.name.lower().endswith(ENDINGS):
+            reader = sitk.ImageFileReader()
+            reader.SetFileName(str(path))
+            reader.ReadImageInformation()
+            _check_length(path, reader)
+            reader.Execute()  # which refuses a short file of the other formats
+
+
 def check_nifti(path: Path) -> Grid | None:
     """As ``check_whole``, without ITK and what it refuses (axes not at right angles); the grid, if there is one."""
     check_file(path)
