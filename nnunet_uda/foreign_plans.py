@@ -183,7 +183,7 @@ def _check_numbers(plans: dict[str, Any], where: Path | str) -> None:
 
 def _numbers(values: Any, count: int, least: float = -math.inf, whole: bool = False) -> bool:
     """Whether ``values`` is a list of ``count`` finite numbers from ``least`` on."""
-    kinds = int if whole else (int, float)
+    kinds: tuple[type, ...] = (int,) if whole else (int, float)
     return (
         isinstance(values, (list, tuple))
         and len(values) == count

@@ -67,10 +67,11 @@ def check_before_resampling(
     spacing = [float(step) for step in spacing]
     if grid is not None:
         check_possible(path, shape, spacing, grid.origin)
-    shape, spacing = ([values[axis] for axis in plans.transpose_forward] for values in (shape, spacing))
-    wanted = [*spacing[: 3 - len(configuration.spacing)], *configuration.spacing]  # 2D keeps the slices' distance
+    forward = plans.transpose_forward
+    size, steps = [shape[axis] for axis in forward], [spacing[axis] for axis in forward]
+    wanted = [*steps[: 3 - len(configuration.spacing)], *configuration.spacing]  # 2D keeps the slices' distance
     source = plans.plans["original_median_spacing_after_transp"]
-    check_against_source(path, shape, spacing, source, np.multiply(shape, spacing) / wanted)
+    check_against_source(path, size, steps, source, np.multiply(size, steps) / wanted)
 
 
 def _read_label(

@@ -308,7 +308,8 @@ def series_remarks(folder: Path) -> list[str]:
     first = next((path for path in dicom_in(folder) if _is_slice(path)), None)
     if first is None:
         return []
-    header, warnings = read_header(first, "PhotometricInterpretation", "PixelPaddingValue"), []
+    header = read_header(first, "PhotometricInterpretation", "PixelPaddingValue")
+    warnings: list[str] = []
     if header.text("PhotometricInterpretation") == "MONOCHROME1":
         warnings.append(f"{folder.name}: its slices are to be shown inverted (MONOCHROME1), and are taken as stored")
     if padding := header.text("PixelPaddingValue"):
