@@ -183,11 +183,11 @@ def _check_numbers(plans: dict[str, Any], where: Path | str) -> None:
 
 def _numbers(values: Any, count: int, least: float = -math.inf, whole: bool = False) -> bool:
     """Whether ``values`` is a list of ``count`` finite numbers from ``least`` on."""
-    kinds: tuple[type, ...] = (int,) if whole else (int, float)
     return (
         isinstance(values, (list, tuple))
         and len(values) == count
-        and all(isinstance(v, kinds) and not isinstance(v, bool) and math.isfinite(v) and v >= least for v in values)
+        and all(isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v) for v in values)
+        and all(v >= least and (isinstance(v, int) or not whole) for v in values)
     )
 
 
