@@ -60,7 +60,7 @@ class CASTSettings(StyleAugmentationSettings):
     self_training: bool = True
     start_share: float = 0.7
     self_training_weight: float = 1.0
-    teacher_views: int = 2
+    teacher_views: int = 1
     intensity_labels: bool = True
     confidence: float = 0.9
     target_style_probability: float = 0.25
