@@ -7,7 +7,7 @@ RUN ?= demo_run
 KILLS ?= 50
 MINUTES ?= 120
 JOBS ?= 2
-PYTEST = OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(VENV)/bin/python -m pytest -n $(JOBS) --dist worksteal
+PYTEST = OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile
 
 .PHONY: demo docs test test-slow test-all soak lint types clean
 
