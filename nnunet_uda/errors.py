@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import os
+import re
 import reprlib
 import select
 import signal
@@ -66,6 +67,8 @@ def system_fault(error: BaseException) -> str | None:
     """
     if isinstance(error, MemoryError):
         return f"memory ran out ({str(error) or 'no size is known'}). Free memory, or use fewer processes (-np 1)"
+    if isinstance(error, OSError) and re.fullmatch(r"\d+ requested and \d+ written", str(error)):
+        return f"a file was left short ({error}). {_ROOM}"  # numpy's words for a full disk
     if not isinstance(error, OSError) or error.errno not in _REMEDIES:
         return None
     where = " -> ".join(repr(file) for file in files_of(error))

@@ -61,6 +61,8 @@ def sync_folder(folder: Path) -> None:
 def cannot_write(path: Path, error: Exception) -> UDAError:
     """The message for a file that a library could not write, or left short; few libraries say why."""
     said = system_fault(error) or (str(error).strip() or type(error).__name__).splitlines()[-1]
+    if isinstance(error, UDAError):  # what reading it again found; its advice is for files that others wrote
+        said = "it was left short"
     free = shutil.disk_usage(path.parent).free / 2**30 if path.parent.is_dir() else 0
     return UDAError(
         f"{path}: cannot be written whole ({said}); {free:.1f} GiB are free there. Make room, or check the permissions "

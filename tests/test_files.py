@@ -192,6 +192,7 @@ def test_file_systems_without_locks_are_gone_on_with_and_said(tmp_path, monkeypa
         (OSError(errno.EXDEV, "Invalid cross-device link", "/a", None, "/b"), "'/a' -> '/b'"),
         (OSError(errno.EMFILE, "Too many open files"), "fewer processes"),
         (MemoryError(), "memory ran out"),
+        (OSError("65536 requested and 4080 written"), r"left short \(65536 requested and 4080 written\)\. Make room"),
         (UDAError("ours"), "^ERROR: ours$"),
     ],
 )

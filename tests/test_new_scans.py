@@ -294,3 +294,17 @@ def test_training_checks_first_and_draws_no_random_number(in_workspace, monkeypa
     with pytest.raises(UDAError, match="no"):
         trainer.on_train_start()
     assert not list(Path(trainer.output_folder).rglob("*.pth"))
+
+
+def test_a_full_folder_for_temporary_files_is_named(in_workspace, monkeypatch):
+    trainer = make_trainer("SourceOnlyTrainer")
+    trainer.initialize()
+
+    def full(*_: object) -> None:
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(
+        UDAError, match=r"checkpoint_final\.pth: cannot be written whole \(.*unexpected pos.* free there"
+    ):
+        checked(trainer, WINDOW)

@@ -34,6 +34,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from nnunet_uda.data.case import check_before_resampling
 from nnunet_uda.data.slices import elsewhere
 from nnunet_uda.errors import UDAError
+from nnunet_uda.files import cannot_write
 from nnunet_uda.images.intensities import NoContrastError, not_hounsfield, read_intensities
 from nnunet_uda.images.nifti import is_nifti, read_header
 from nnunet_uda.images.reading import check_complete, check_values, remarks
@@ -204,7 +205,10 @@ def check_prediction(
         save_json(plans, Path(name, "plans.json"), sort_keys=False)
         save_json(dataset_json, Path(name, "dataset.json"), sort_keys=False)
         Path(name, "fold_0").mkdir()
-        torch.save(checkpoint, Path(name, "fold_0", "checkpoint_final.pth"))
+        try:
+            torch.save(checkpoint, weights_file := Path(name, "fold_0", "checkpoint_final.pth"))
+        except RuntimeError as error:  # torch does not say why
+            raise cannot_write(weights_file, error) from error
         predictor = nnUNetPredictor(device=torch.device("cpu"), allow_tqdm=False)
         predictor.initialize_from_trained_model_folder(name, (0,), "checkpoint_final.pth")
     stock = PlansManager(plans)
