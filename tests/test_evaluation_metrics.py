@@ -216,6 +216,16 @@ def test_geometry_within_tolerance_is_accepted():
     check_same_geometry(first, Path("a"), second, Path("b"))
 
 
+@pytest.mark.parametrize("apart", ["3 um", "0.07 degrees"])
+def test_a_reference_that_conversion_accepts_is_scored(tmp_path, apart):
+    """What programs round in headers; nnU-Net's predictions have the geometry of the image."""
+    angle = np.deg2rad(0.07) if apart == "0.07 degrees" else 0.0
+    turned = [[np.cos(angle), -np.sin(angle), 0], [np.sin(angle), np.cos(angle), 0], [0, 0, 1]]
+    reference = write(tmp_path / "r.nii.gz", blobs(1), direction=turned)
+    prediction = write(tmp_path / "p.nii.gz", blobs(1), origin=(0.003, 0, 0) if apart == "3 um" else (0, 0, 0))
+    assert evaluate_case(reference, prediction, LABELS)["organ"]["Dice"] == 1
+
+
 @pytest.mark.parametrize("ending", [".nii.gz", ".nii", ".mha", ".nrrd"])
 @pytest.mark.parametrize("kept", [0.1, 0.6, 0.99])
 def test_truncated_file_is_named(tmp_path, ending, kept):

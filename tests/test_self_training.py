@@ -84,6 +84,12 @@ def test_labels_are_where_the_class_is_sure_enough(shape):
     assert 0 < known < labels.numel()
 
 
+def test_a_confidence_equal_to_the_threshold_is_not_over_it():
+    probabilities = torch.tensor([[0.25, 0.5], [0.75, 0.5]])[None]
+    assert confident_labels(probabilities, torch.tensor([0.5, 0.75])).tolist() == [[IGNORED, IGNORED]]
+    assert confident_labels(probabilities, torch.tensor([0.4, 0.7])).tolist() == [[1, 0]]
+
+
 def test_a_threshold_of_1_labels_nothing_and_0_everything():
     probabilities = logits_of(1, 3, 8, 8).softmax(1)
     assert (confident_labels(probabilities, torch.ones(3)) == IGNORED).all()

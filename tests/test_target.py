@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import shutil
@@ -69,6 +70,18 @@ def test_nothing_is_done_twice_and_only_what_changed_is_done_again(dataset):
     assert changed == {"ct_Tu02.b2nd", "ct_Tu02_seg.b2nd"}
     assert target.target_identifiers(folder, "all") == ["ct_Tu00", "ct_Tu01", "ct_Tu02"]
     assert not list(folder.glob("ct_Tu03*"))
+
+
+def test_a_change_that_keeps_the_size_of_the_file_is_seen(dataset):
+    path = dataset[0] / "imagesTu" / "ct_Tu01_0000.nii.gz"
+    content = bytearray(gzip.decompress(path.read_bytes()))
+    path.write_bytes(gzip.compress(bytes(content), 0))
+    run(dataset)
+    content[-1] ^= 1
+    path.write_bytes(gzip.compress(bytes(content), 0))
+    log: list[str] = []
+    run(dataset, log=log)
+    assert "Preprocessing 1 unlabelled" in log[0]
 
 
 def test_other_plans_make_it_stale(dataset):
