@@ -410,7 +410,7 @@ def test_channels_within_the_tolerance_share_one_geometry(raw, tmp_path, groups)
 
 
 MEMORY = """
-import resource, sys
+import re, resource, sys
 from pathlib import Path
 from nnunet_uda.images.intensities import Intensities
 from nnunet_uda.dataset_conversion.case import Case, Clipping, convert_case
@@ -418,10 +418,16 @@ from nnunet_uda.dataset_conversion.quicklook import draw_quicklook
 path, small, out = map(Path, sys.argv[1:4])
 clipping = Clipping(eval(sys.argv[4]))
 
+def peak():  # on Linux not by getrusage, in which that of the process that started this one counts
+    status = Path("/proc/self/status")
+    if status.exists():
+        return int(re.search(r"VmHWM:\\s+(\\d+) kB", status.read_text())[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
 def run(path):
     convert_case(Case("x", (path,)), out, None, 1, clipping)
     draw_quicklook([("x", out / "x_0000.nii.gz", None)], ["a"], out / "q.png")
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return peak()
 
 before = run(small)  # what is imported and allocated once
 print(run(path) - before)
