@@ -46,8 +46,16 @@ from typing import Any
 
 import torch
 from nnunetv2.training.nnUNetTrainer import nnUNetTrainer as nnunet
-from passes import synchronise
-from step_time import BATCHES, make_trainer, modules, optimizers, peak_bytes, print_table, set_aside
+from step_time import (
+    BATCHES,
+    make_trainer,
+    modules,
+    optimizers,
+    peak_bytes,
+    print_table,
+    set_aside,
+    synchronise,
+)
 from tasks import TASKS, make_task
 
 from nnunet_uda.commands.configure import parse_assignment

@@ -34,8 +34,7 @@ import argparse
 from pathlib import Path
 
 from nnunet_uda.dataset_conversion import btcv, chaos, protocols
-from nnunet_uda.dataset_conversion.options import add_common_arguments, script, telling
-from nnunet_uda.errors import UDAError
+from nnunet_uda.dataset_conversion.options import add_common_arguments, add_directions, script, telling
 
 EXAMPLE = "nnUNetUDA_convert abdomen -i CHAOS BTCV -d 503 -source ct -target mr"
 
@@ -46,8 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-i", type=Path, nargs=2, required=True, metavar=("CHAOS_TREE", "BTCV_TREE"), help="both trees, in any order"
     )
-    parser.add_argument("-source", choices=("ct", "mr"), required=True, help="modality whose labels are used")
-    parser.add_argument("-target", choices=("ct", "mr"), required=True, help="modality to adapt to")
+    add_directions(parser, ("ct", "mr"))
     parser.add_argument("-sequence", choices=MR_SEQUENCES, default="t2spir", help="CHAOS's MR sequence [t2spir]")
     protocols.add_structures(parser, chaos.STRUCTURES, "all, in this order")
     protocols.add_arguments(parser, "13")
@@ -57,8 +55,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 @telling
 def convert(args: argparse.Namespace, warnings: list[str]) -> None:
     """Run the conversion that ``args`` (of ``add_arguments``) describe."""
-    if args.source == args.target:
-        raise UDAError(f"-source and -target are both {args.source}; expected ct and mr, or mr and ct.")
     chaos_tree, btcv_tree = protocols.tell_apart(
         args.i, {"CHAOS": chaos.train_folder, "BTCV": btcv.training_folder},
         "one CHAOS tree (with Train_Sets/MR) and one BTCV tree (with RawData/Training/img and label)",

@@ -37,7 +37,7 @@ from pathlib import Path
 
 from nnunet_uda.dataset_conversion import protocols
 from nnunet_uda.dataset_conversion.case import Case
-from nnunet_uda.dataset_conversion.options import add_common_arguments, script, telling
+from nnunet_uda.dataset_conversion.options import add_common_arguments, add_directions, script, telling
 from nnunet_uda.dataset_conversion.protocols import Domain
 from nnunet_uda.errors import UDAError
 from nnunet_uda.images.listing import contents, files_in, folders_in
@@ -118,8 +118,7 @@ def _numbered(folder: Path, rule: str) -> dict[int, Path]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-i", type=Path, required=True, metavar="VENDOR_TREE", help="folder with imagesTr and labelsTr")
-    parser.add_argument("-source", choices=("ct", "mr"), required=True, help="modality whose labels are used")
-    parser.add_argument("-target", choices=("ct", "mr"), required=True, help="modality to adapt to")
+    add_directions(parser, ("ct", "mr"))
     parser.add_argument(
         "-structures", nargs="+", choices=(*STRUCTURES, "all"), default=list(IN_BOTH), metavar="NAME",
         help=f"classes 1, 2, ... among {', '.join(STRUCTURES)}, or all [all but the last two]",
@@ -131,8 +130,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 @telling
 def convert(args: argparse.Namespace, warnings: list[str]) -> None:
     """Run the conversion that ``args`` (of ``add_arguments``) describe."""
-    if args.source == args.target:
-        raise UDAError(f"-source and -target are both {args.source}; expected ct and mr, or mr and ct.")
     structures = list(STRUCTURES) if args.structures == ["all"] else args.structures
     if "all" in structures:
         raise UDAError(f"-structures {' '.join(structures)}: expected all, or names, not both.")

@@ -67,6 +67,7 @@ from nnunet_uda.dataset_conversion.case import Case, Group
 from nnunet_uda.dataset_conversion.dataset import skip_or_refuse, write_dataset
 from nnunet_uda.dataset_conversion.options import (
     add_common_arguments,
+    add_directions,
     channel_names,
     intensity_request,
     script,
@@ -206,8 +207,7 @@ def _files(images: Sequence[Path], folder: Path, naming: Naming) -> dict[str, Pa
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-i", type=Path, required=True, metavar="VENDOR_TREE", help="folder of one year's training set")
-    parser.add_argument("-source", choices=tuple(MODALITIES), required=True, help="modality whose labels are used")
-    parser.add_argument("-target", choices=tuple(MODALITIES), required=True, help="modality to adapt to")
+    add_directions(parser, MODALITIES)
     parser.add_argument(
         "-structures", choices=("whole", "regions"), default="whole", help="one class, or nnU-Net regions [whole]"
     )
@@ -221,17 +221,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("-range", nargs=2, type=float, metavar=("LOW", "HIGH"), help="with -clip: scale to this range")
     parser.add_argument("-test_ids", nargs="+", metavar="ID", help="test cases or patients instead of drawn ones")
-    parser.add_argument(
-        "--upper_bound", action="store_true", help="write the supervised dataset of the target, WITH target labels"
-    )
     add_common_arguments(parser)
 
 
 @telling
 def convert(args: argparse.Namespace, warnings: list[str]) -> None:
     """Run the conversion that ``args`` (of ``add_arguments``) describe."""
-    if args.source == args.target:
-        raise UDAError(f"-source and -target are both {args.source}; expected two of {', '.join(MODALITIES)}.")
     request = _intensities(args)
     year, visits = find_visits(args.i)
     visits = _complete(visits, args, NAMINGS[year], warnings)

@@ -48,7 +48,7 @@ from PIL import Image
 from nnunet_uda.dataset_conversion import protocols
 from nnunet_uda.dataset_conversion.case import Case
 from nnunet_uda.dataset_conversion.dataset import skip_or_refuse
-from nnunet_uda.dataset_conversion.options import add_common_arguments, script, telling
+from nnunet_uda.dataset_conversion.options import add_common_arguments, add_directions, script, telling
 from nnunet_uda.dataset_conversion.protocols import Domain
 from nnunet_uda.errors import UDAError
 from nnunet_uda.images.dicom import MOST_PIXELS, by_name, dicom_files, order_series, read_volume
@@ -196,8 +196,7 @@ def divide_patients(source: Domain, target: Domain, test: list[str], seed: int) 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-i", type=Path, required=True, metavar="VENDOR_TREE", help="folder with Train_Sets")
-    parser.add_argument("-source", choices=tuple(SEQUENCES), required=True, help="sequence whose labels are used")
-    parser.add_argument("-target", choices=tuple(SEQUENCES), required=True, help="sequence to adapt to")
+    add_directions(parser, SEQUENCES, "sequence")
     parser.add_argument(
         "-structures", nargs="+", choices=STRUCTURES, metavar="NAME",
         help=f"classes 1, 2, ... among {', '.join(STRUCTURES)} [all; with ct liver, its only one]",
@@ -209,8 +208,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 @telling
 def convert(args: argparse.Namespace, warnings: list[str]) -> None:
     """Run the conversion that ``args`` (of ``add_arguments``) describe."""
-    if args.source == args.target:
-        raise UDAError(f"-source and -target are both {args.source}; expected two of {', '.join(SEQUENCES)}.")
     with_ct = "ct" in (args.source, args.target)
     structures = args.structures or (["liver"] if with_ct else list(STRUCTURES))
     if with_ct and structures != ["liver"]:

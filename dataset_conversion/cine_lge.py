@@ -36,8 +36,7 @@ import argparse
 from pathlib import Path
 
 from nnunet_uda.dataset_conversion import acdc, emidec, protocols
-from nnunet_uda.dataset_conversion.options import add_common_arguments, script, telling
-from nnunet_uda.errors import UDAError
+from nnunet_uda.dataset_conversion.options import add_common_arguments, add_directions, script, telling
 
 EXAMPLE = "nnUNetUDA_convert cine_lge -i ACDC EMIDEC -d 512 -source cine -target lge"
 
@@ -49,8 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-i", type=Path, nargs=2, required=True, metavar=("ACDC_TREE", "EMIDEC_TREE"), help="both trees, in any order"
     )
-    parser.add_argument("-source", choices=DOMAINS, default="cine", help="domain whose labels are used [cine]")
-    parser.add_argument("-target", choices=DOMAINS, default="lge", help="domain to adapt to [lge]")
+    add_directions(parser, DOMAINS, "domain", required=False)
     parser.add_argument("-frame", choices=acdc.FRAMES, default="ed", help="cine: end of diastole or of systole [ed]")
     protocols.add_structures(parser, STRUCTURES, "both, in this order")
     protocols.add_arguments(parser, "101, or P007", vendor="ACDC and EMIDEC", kind=emidec.number)
@@ -60,8 +58,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 @telling
 def convert(args: argparse.Namespace, warnings: list[str]) -> None:
     """Run the conversion that ``args`` (of ``add_arguments``) describe."""
-    if args.source == args.target:
-        raise UDAError(f"-source and -target are both {args.source}; expected cine and lge, or lge and cine.")
     acdc_tree, emidec_tree = protocols.tell_apart(
         args.i, {"ACDC": acdc.patient_folders, "EMIDEC": emidec.case_folders},
         "one ACDC tree (with training/patient001) and one EMIDEC tree (with Case_P001)",

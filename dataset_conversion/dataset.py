@@ -7,14 +7,12 @@ reorienting reader, so that the network sees one orientation while predictions s
 from __future__ import annotations
 
 import fcntl
-import multiprocessing
 import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +38,7 @@ from nnunet_uda.files import go_on_without_locks, put_back, whole_folder, write_
 from nnunet_uda.images.geometry import check_against_source
 from nnunet_uda.images.nifti import nifti_geometry
 from nnunet_uda.names import check_name
-from nnunet_uda.workers import end_with
+from nnunet_uda.workers import as_done
 
 DEFAULT_PROCESSES = min(8, os.cpu_count() or 1)
 
@@ -368,47 +366,30 @@ def _convert_all(
             if labels is not None:
                 labels.mkdir(exist_ok=True)
             jobs.append((group.images, case, folder / group.images, labels))
+    work = partial(_attempt, structures=structures, clippings=clippings, geometry=geometry)
+    processes = min(processes, len(jobs))
+    results = map(work, jobs) if processes <= 1 else as_done(work, jobs, processes)
     done: dict[str, dict[str, CaseReport]] = {group.images: {} for group in groups}
     errors: dict[str, str] = {}
-    progress = tqdm(total=len(jobs), desc="Converting", unit="case")
-    if processes == 1 or len(jobs) == 1:
-        for group_name, case, images, labels in jobs:
-            try:
-                done[group_name][case.identifier] = convert_case(
-                    case, images, labels, structures, clippings[group_name], geometry
-                )
-            except UDAError as error:
-                errors[case.identifier] = str(error)
-            progress.update()
-    else:
-        spawn = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(min(processes, len(jobs)), spawn, end_with, (os.getpid(),)) as pool:
-            futures = {
-                pool.submit(convert_case, case, images, labels, structures, clippings[group_name], geometry): (
-                    group_name,
-                    case,
-                )
-                for group_name, case, images, labels in jobs
-            }
-            try:
-                for future in as_completed(futures):
-                    group_name, case = futures[future]
-                    try:
-                        done[group_name][case.identifier] = future.result()
-                    except BrokenProcessPool:
-                        raise UDAError(
-                            f"{case.images[0]}: a worker process was killed, probably because memory ran out with "
-                            f"{processes} processes. Use a smaller -np."
-                        ) from None
-                    except UDAError as error:
-                        errors[case.identifier] = str(error)
-                    progress.update()
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
-    progress.close()
+    for group_name, identifier, made in tqdm(results, total=len(jobs), desc="Converting", unit="case"):
+        if isinstance(made, str):
+            errors[identifier] = made
+        else:
+            done[group_name][identifier] = made
     _refuse([errors[key] for key in sorted(errors)])
     return {group: [reports[key] for key in sorted(reports)] for group, reports in done.items()}
+
+
+def _attempt(
+    job: tuple[str, Case, Path, Path | None], structures: int, clippings: dict[str, Clipping], geometry: str | None
+) -> tuple[str, str, CaseReport | str]:
+    """A case's group and name with its report, or what is wrong with it."""
+    group_name, case, images, labels = job
+    try:
+        made: CaseReport | str = convert_case(case, images, labels, structures, clippings[group_name], geometry)
+    except UDAError as error:
+        made = str(error)
+    return group_name, case.identifier, made
 
 
 def _refuse(messages: Sequence[str]) -> None:

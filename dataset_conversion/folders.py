@@ -44,6 +44,7 @@ from nnunet_uda.dataset_conversion.case import Case, Group
 from nnunet_uda.dataset_conversion.dataset import write_dataset
 from nnunet_uda.dataset_conversion.options import (
     add_common_arguments,
+    add_upper_bound,
     channel_names,
     intensity_request,
     script,
@@ -308,9 +309,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--single_channel", action="store_true", help="numbers like _0000 are part of the name, not channels"
     )
-    parser.add_argument(
-        "--upper_bound", action="store_true", help="write the supervised dataset of the target, WITH target labels"
-    )
+    add_upper_bound(parser)
     add_common_arguments(parser)
 
 

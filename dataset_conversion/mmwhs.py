@@ -44,7 +44,7 @@ from scipy import ndimage
 
 from nnunet_uda.dataset_conversion import protocols
 from nnunet_uda.dataset_conversion.case import Case
-from nnunet_uda.dataset_conversion.options import add_common_arguments, script, telling
+from nnunet_uda.dataset_conversion.options import add_common_arguments, add_directions, script, telling
 from nnunet_uda.dataset_conversion.protocols import Domain
 from nnunet_uda.errors import UDAError
 from nnunet_uda.images.listing import contents, files_in
@@ -125,8 +125,7 @@ def find_cases(tree: Path, modality: str, label_map: LabelMap) -> dict[str, Case
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-i", type=Path, required=True, metavar="VENDOR_TREE", help="folder with ct_train and mr_train")
-    parser.add_argument("-source", choices=("mr", "ct"), required=True, help="modality whose labels are used")
-    parser.add_argument("-target", choices=("mr", "ct"), required=True, help="modality to adapt to")
+    add_directions(parser, ("mr", "ct"))
     parser.add_argument(
         "-structures", nargs="+", choices=tuple(VALUES), default=["myocardium", "LA", "LV", "AA"], metavar="NAME",
         help=f"classes 1, 2, ... among {', '.join(VALUES)} [myocardium LA LV AA]",
@@ -138,8 +137,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 @telling
 def convert(args: argparse.Namespace, warnings: list[str]) -> None:
     """Run the conversion that ``args`` (of ``add_arguments``) describe."""
-    if args.source == args.target:
-        raise UDAError(f"-source and -target are both {args.source}; expected mr and ct, or ct and mr.")
     unknown_advice = "Correct the label file: only 421 and pieces on the border are repaired."
     classes = {VALUES[name]: args.structures.index(name) + 1 if name in args.structures else 0 for name in VALUES}
     label_map = LabelMap(

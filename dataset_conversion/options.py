@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import functools
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from nnunet_uda.data.convention import (
     environment_folder,
@@ -53,11 +53,38 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_upper_bound(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--upper_bound", action="store_true", help="write the supervised dataset of the target, WITH target labels"
+    )
+
+
+def add_directions(
+    parser: argparse.ArgumentParser, names: Iterable[str], word: str = "modality", required: bool = True
+) -> None:
+    """Options -source and -target, two of ``names``, and --upper_bound; ``check_arguments`` looks at them.
+
+    Args:
+        word: what the names are of.
+        required: else the first two names are source and target.
+    """
+    names = tuple(names)
+    parser.set_defaults(domains=names)
+    for option, does, default in (("-source", "whose labels are used", names[0]), ("-target", "to adapt to", names[1])):
+        more = {"required": True} if required else {"default": default}
+        text = f"{word} {does}" + ("" if required else f" [{default}]")
+        parser.add_argument(option, type=str.lower, choices=names, help=text, **more)
+    add_upper_bound(parser)
+
+
 def check_arguments(args: argparse.Namespace) -> None:
-    """Raise ``UDAError`` for what ``add_common_arguments`` let through, before any file is listed or read."""
+    """Raise ``UDAError`` for what these options let through, before any file is listed or read."""
     check_options(args.d, args.name, args.channel or (), args.np)
     for identifier in args.few or ():
         check_name(identifier, "-few")
+    domains = getattr(args, "domains", ())
+    if domains and args.source == args.target:
+        raise UDAError(f"-source and -target are both {args.source}; expected two of {', '.join(domains)}.")
     if not 0 <= args.seed < 2**32:
         raise UDAError(f"-seed {args.seed}: expected a number from 0 to {2**32 - 1}.")
     environment_folder("nnUNet_raw")

@@ -81,9 +81,6 @@ def add_arguments(
         "-test_ids", nargs="+", type=kind, metavar="NUMBER",
         help=f"target test scans instead of {vendor or 'sifa'}'s, e.g. {example}",
     )  # fmt: skip
-    parser.add_argument(
-        "--upper_bound", action="store_true", help="write the supervised dataset of the target, WITH target labels"
-    )
 
 
 def arrange(

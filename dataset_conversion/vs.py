@@ -58,7 +58,6 @@ import functools
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import SimpleITK as sitk
 
@@ -66,6 +65,7 @@ from nnunet_uda.dataset_conversion.case import Case, Group
 from nnunet_uda.dataset_conversion.dataset import skip_or_refuse, write_dataset
 from nnunet_uda.dataset_conversion.options import (
     add_common_arguments,
+    add_directions,
     channel_names,
     intensity_request,
     script,
@@ -457,10 +457,8 @@ def _test_patients(patients: Patients, args: argparse.Namespace) -> list[int]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    modality: dict[str, Any] = {"type": str.lower, "choices": tuple(MODALITIES)}
     parser.add_argument("-i", type=Path, required=True, metavar="VENDOR_TREE", help="one of the trees above")
-    parser.add_argument("-source", **modality, required=True, help="modality whose labels are used")
-    parser.add_argument("-target", **modality, required=True, help="modality to adapt to")
+    add_directions(parser, MODALITIES)
     parser.add_argument(
         "-structures", nargs="+", choices=("vs", "cochlea"), default=["vs"], help="classes 1, 2; see above [vs]"
     )
@@ -470,17 +468,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("-exclude", nargs="+", type=int, metavar="NUMBER", help="patients to leave out, e.g. 63")
     parser.add_argument("-test_ids", nargs="+", type=int, metavar="NUMBER", help="test patients instead of drawn ones")
-    parser.add_argument(
-        "--upper_bound", action="store_true", help="write the supervised dataset of the target, WITH target labels"
-    )
     add_common_arguments(parser)
 
 
 @telling
 def convert(args: argparse.Namespace, warnings: list[str]) -> None:
     """Run the conversion that ``args`` (of ``add_arguments``) describe."""
-    if args.source == args.target:
-        raise UDAError(f"-source and -target are both {args.source}; expected cet1 and hrt2, or hrt2 and cet1.")
     layout, folders = recognise(args.i)
     wanted = "crossmoda" if layout == CROSSMODA else "uuds"
     if args.protocol not in (None, wanted):

@@ -83,6 +83,8 @@ class UDASettings:
     """Epochs between pictures and plots."""
     quality_volumes: int = 4
     """Source validation volumes that calibrate the quality estimate at the end; 0: none."""
+    lean: bool = True
+    """Less memory for translation, in a tenth more time (docs/speed.md)."""
     seed: int | None = None
     """For runs that can be repeated; to the last bit with nnUNet_n_proc_DA=0."""
 
@@ -116,6 +118,7 @@ def parse_settings(settings_class: type[Settings], values: dict[str, Any], where
     """
     if not isinstance(values, dict):
         raise UDAError(f"{where} must be a JSON object, found {type(values).__name__}")
+    values = without_removed(settings_class, values, where)
     hints = _hints(settings_class)
     unknown = sorted(set(values) - set(hints))
     if unknown:
@@ -129,6 +132,22 @@ def parse_settings(settings_class: type[Settings], values: dict[str, Any], where
         return settings_class(**checked)
     except ValueError as error:
         raise UDAError(f"{where}: {error}") from error
+
+
+def without_removed(settings_class: type, values: dict[str, Any], where: str) -> dict[str, Any]:
+    """``values`` without what is no setting any more: ``settings_class.removed``, names and what they are fixed at.
+
+    Raises:
+        UDAError: for another value than that.
+    """
+    removed = getattr(settings_class, "removed", {})
+    for name in values.keys() & removed.keys():
+        if values[name] != removed[name]:
+            raise UDAError(
+                f"{where}: '{name}' is no setting any more, it is fixed at {removed[name]!r}; found "
+                f"{shown(values[name])}. Take it out of the plans"
+            )
+    return {name: value for name, value in values.items() if name not in removed}
 
 
 def split_settings(uda: Any, method: str | None, where: str) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -91,21 +91,35 @@ def _after(happened: Callable[[], bool], act: Callable[[], object]) -> None:
     threading.Thread(target=watch, name="end_with_parent", daemon=True).start()
 
 
-def as_done(function: Callable[..., Any], tasks: Iterable[Any], num_processes: int) -> Iterator[Any]:
+def as_done(
+    function: Callable[..., Any],
+    tasks: Iterable[Any],
+    num_processes: int,
+    set_up: Callable[[], object] | None = None,
+) -> Iterator[Any]:
     """``function(task)`` of every task in spawned processes, as they are done.
+
+    Args:
+        set_up: what each process does first.
 
     Raises:
         UDAError: if a process was killed; whatever ``function`` raises.
     """
-    with ProcessPoolExecutor(num_processes, get_context("spawn"), end_with, (os.getpid(),)) as pool:
+    with ProcessPoolExecutor(num_processes, get_context("spawn"), _begin, (os.getpid(), set_up)) as pool:
         futures = [pool.submit(function, task) for task in tasks]
         try:
             for future in as_completed(futures):
                 yield future.result()
         except BrokenProcessPool:
             raise UDAError(
-                f"a worker process was killed, most often for lack of memory with {num_processes} processes: use "
-                "fewer (-np 1, or nnUNet_def_n_proc=1). What was finished is kept"
+                f"a worker process was killed, most often for lack of memory with {num_processes} processes: use a "
+                "smaller -np (nnUNet_def_n_proc where there is none)"
             ) from None
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def _begin(parent: int, set_up: Callable[[], object] | None) -> None:
+    end_with(parent)
+    if set_up is not None:
+        set_up()

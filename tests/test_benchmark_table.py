@@ -24,7 +24,7 @@ STRUCTURES = {"left": 1, "right": 2}
 @pytest.fixture
 def table(monkeypatch):
     monkeypatch.syspath_prepend(str(REPOSITORY / "benchmarks"))
-    for name in ("table", "tasks", "criteria", "calibrate", "step_time", "passes", "memory", "cisfa_code"):
+    for name in ("table", "tasks", "criteria", "calibrate", "step_time"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results", "nnUNet_extTrainer"):
         monkeypatch.setenv(name, "")  # put back what the script sets

@@ -12,16 +12,11 @@ import torch
 from torch import nn
 
 from nnunet_uda.errors import UDAError
-from nnunet_uda.networks import clip
-from nnunet_uda.networks.clip import (
-    ClipImageEncoder,
-    DualPrompts,
-    build_clip,
-    clip_shape,
-    load_clip,
-    read_clip_weights,
-    running_statistics_kept,
-)
+from nnunet_uda.networks.clip import build_clip, load_clip
+from nnunet_uda.networks.clip.image_encoder import ClipImageEncoder, pad, running_statistics_kept
+from nnunet_uda.networks.clip.prompts import DualPrompts
+from nnunet_uda.networks.clip.shape import build_whole, clip_shape
+from nnunet_uda.networks.clip.weights import read_clip_weights
 
 SHAPE = {
     "embed_dim": 32,
@@ -35,7 +30,7 @@ SHAPE = {
 def whole():
     """open_clip's own model with random weights in every place, the zero ones of a fresh ResNet too."""
     torch.manual_seed(0)
-    model = clip._build(SHAPE).eval()
+    model = build_whole(SHAPE).eval()
     with torch.no_grad():
         for module in model.visual.modules():
             if isinstance(module, nn.BatchNorm2d):
@@ -320,7 +315,7 @@ def test_any_size_is_padded(whole, size):
     encoded = image_encoder(images)
     height, width = (max(64, -(-n // 32) * 32) for n in size)
     assert encoded.levels[-1].shape[2:] == (height // 32, width // 32) and encoded.size == size
-    padded = clip.pad(images)
+    padded = pad(images)
     assert padded.shape[2:] == (height, width) and torch.equal(padded[:, :, : size[0], : size[1]], images)
     assert torch.equal(padded[:, :, -1, : size[1]], images[:, :, -1]), "replicated, not zero"
 
@@ -370,7 +365,7 @@ NAMES = ["spleen", "left_kidney", "vestibular schwannoma"]
 
 @pytest.fixture
 def prompts(whole):
-    built = DualPrompts(clip._build(SHAPE, DualPrompts.rows(3, 77)), 3, context_vectors=5)
+    built = DualPrompts(build_whole(SHAPE, DualPrompts.rows(3, 77)), 3, context_vectors=5)
     built.set_prompts("A photo of a source domain", NAMES)
     text = {key: value for key, value in whole.state_dict().items() if not key.startswith(("visual", "logit"))}
     built.load_tokens(text.pop("token_embedding.weight"))
@@ -423,7 +418,7 @@ def test_gradients_reach_the_context_and_the_words_in_use(prompts):
 
 
 def test_prompts_travel_with_the_weights(prompts):
-    other = DualPrompts(clip._build(SHAPE, DualPrompts.rows(3, 77)), 3, context_vectors=5)
+    other = DualPrompts(build_whole(SHAPE, DualPrompts.rows(3, 77)), 3, context_vectors=5)
     other.load_state_dict(prompts.state_dict())
     for ours, theirs in zip(prompts(), other(), strict=True):
         assert torch.equal(ours, theirs)

@@ -237,7 +237,7 @@ def test_each_fold_of_a_fold_protocol_has_its_own_test_images(tmp_path, monkeypa
 
 REFUSED = [
     (["-f", "0", "0"], "-f: a value is given twice"),
-    (["-f", "first"], "-f takes folds' numbers"),
+    (["-f", "first"], "-f takes a fold's number"),
     (["-seeds", "1", "1"], "-seeds: a value is given twice"),
     (["-tr", "AbsentTrainer"], "-tr AbsentTrainer: no trainer of that name"),
     (["-p", "absent"], "absent.json does not exist"),
@@ -273,7 +273,7 @@ def test_nothing_made_otherwise_is_taken_for_a_part(in_workspace, tmp_path, monk
     trained = tmp_path / "results" / DATASET / "SourceOnlyTrainer__tiny__2d" / "plans.json"
     trained.parent.mkdir(parents=True)
     trained.write_text("{}")
-    assert f"{trained} differs from the plans tiny" in refused()
+    assert f"{trained} exists, and differs from what tiny now gives" in refused()
 
 
 # --- engines ---------------------------------------------------------------------------------------------------------

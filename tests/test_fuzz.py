@@ -29,7 +29,7 @@ from nnunet_uda.images.intensities import read_intensities
 from nnunet_uda.images.nifti import nifti_geometry
 from nnunet_uda.images.reading import check_image, check_whole, read_image
 from nnunet_uda.methods import check_uda, find_methods
-from nnunet_uda.networks.clip import clip_shape
+from nnunet_uda.networks.clip.shape import clip_shape
 from nnunet_uda.settings import UDASettings, describe_settings, parse_settings, split_settings
 
 

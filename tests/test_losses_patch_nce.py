@@ -199,20 +199,6 @@ def test_layers_have_equal_shares_and_the_gradient_reaches_the_translation_alone
     assert all(feature.grad is None for feature in source) and all(feature.grad.any() for feature in translated)
 
 
-def test_layers_that_are_left_out_have_no_head_and_no_share() -> None:
-    torch.manual_seed(0)
-    features = [torch.randn(2, channels, 6, 6) for channels in (1, 2, 3)]
-    other = [torch.randn_like(feature) for feature in features]
-    projector = PatchProjector([1, 2, 3], 8, 36, first=2)
-    assert len(projector.heads) == 1 and projector.heads[0][0].in_features == 3
-    label = torch.zeros(2, 1, 6, 6)
-    loss = layers_patch_nce(PatchNCELoss(), projector, features, other, label, 2.0)
-    alone = PatchProjector([3], 8, 36)
-    alone.load_state_dict(projector.state_dict())
-    expected = layers_patch_nce(PatchNCELoss(), alone, features[2:], other[2:], label, 2.0)
-    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
-
-
 def test_wrong_settings_are_named() -> None:
     with pytest.raises(UDAError, match='"both"'):
         PatchNCELoss(negatives="all")

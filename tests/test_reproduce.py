@@ -18,7 +18,7 @@ from support.reproduce import make_vendor_trees, run_commands
 
 from nnunet_uda.commands.configure import parse_assignment
 from nnunet_uda.methods import check_uda
-from nnunet_uda.networks.clip import _build, clip_shape
+from nnunet_uda.networks.clip.shape import build_whole, clip_shape
 from nnunet_uda.plans import PROTOCOLS, merge_uda
 
 DOCUMENT = REPOSITORY / "docs" / "reproduce.md"
@@ -149,7 +149,7 @@ def test_settings_named_in_the_text_exist():
 def vendor(tmp_path_factory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("vendor")
     torch.manual_seed(0)
-    torch.save(_build(clip_shape("", CLIP)).state_dict(), folder / "clip.pt")
+    torch.save(build_whole(clip_shape("", CLIP)).state_dict(), folder / "clip.pt")
     return make_vendor_trees(folder) | {"NNUNET_UDA_CLIP": str(folder / "clip.pt")}
 
 

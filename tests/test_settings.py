@@ -11,7 +11,7 @@ import pytest
 
 from nnunet_uda.commands import configure
 from nnunet_uda.errors import UDAError
-from nnunet_uda.methods import check_uda, refuse_unknown_methods
+from nnunet_uda.methods import check_uda, find_methods, refuse_unknown_methods
 from nnunet_uda.plans import merge_uda
 from nnunet_uda.settings import UDASettings, describe_settings, parse_settings, setting_notes, split_settings
 
@@ -124,12 +124,27 @@ def test_merge_and_assignments():
         merge_uda({"seed": 1}, {"seed.patches": 3})
 
 
+def test_a_setting_that_is_gone_is_taken_at_the_value_it_is_fixed_at():
+    own = {"patches": 4, "gan_beta1": 0.5, "patch_layers": "all"}
+    check_uda({"cisfa": own}, "x")
+    check_uda({"random_style": {"keep_statistics": True}, "cast": {"random_convolution_layers": 4}}, "x")
+    with pytest.raises(UDAError, match=r"x\.cisfa: 'gan_beta1' is no setting any more.* 0\.5; found 0\.9"):
+        check_uda({"cisfa": own | {"gan_beta1": 0.9}}, "x")
+
+
+def test_there_are_at_most_a_hundred_settings():
+    names = {("", name) for name, *_ in describe_settings(UDASettings)}
+    for method in find_methods().methods:
+        names |= {(method.name, name) for name, *_ in describe_settings(method.settings)}
+    assert len(names) <= 100
+
+
 def test_list_names_every_setting_and_default(capsys):
     configure.main(["--list"])
     text = capsys.readouterr().out
     for name, _, default in describe_settings(UDASettings):
         assert f"{name} = {json.dumps(default)}" in text
-    assert "cisfa.patch_contrastive_temperature = 0.2" in text
+    assert "cisfa.foreground_weight = 2.0" in text
 
 
 def test_a_setting_is_described_where_it_stands():

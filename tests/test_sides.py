@@ -72,11 +72,11 @@ def test_checkpoints_from_before_go_on(in_workspace):
             "plans": trainer.plans_manager.plans, "configuration": "2d"}}  # fmt: skip
         check_checkpoint(trainer, written, "checkpoint.pth")
 
-    own = {name: value for name, value in settings["cisfa"].items() if name != "patch_layers"}
-    check(mirror=True, cisfa=own)
+    own = {name: value for name, value in settings["cisfa"].items() if name != "identity_weight"}
+    check(mirror=True, cisfa=own | {"patch_layers": "all"})  # no setting any more
     with pytest.raises(RuntimeError, match=r"other settings: \{'mirror': False\}"):
         check(mirror=False)
     with pytest.raises(RuntimeError, match="other settings"):
         check(cisfa=own | {"patches": 3})
     with pytest.raises(RuntimeError, match="other settings"):
-        check(cisfa=own | {"patch_layers": "deep"})
+        check(cisfa=own | {"identity_weight": 0.5})

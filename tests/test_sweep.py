@@ -105,7 +105,7 @@ REFUSED = [
     (["-vary", "mirror", "true", "-vary", "mirror", "false"], "-vary mirror is given twice"),
     (["-vary", "cisfa.patches", "8"], "SourceOnlyTrainer does not read it"),
     (["-vary", "seed", "1", "2"], "give the seeds with -seeds"),
-    (["-vary", "mirror", "true", "-seeds", "1", "2", "1"], "a seed is given twice"),
+    (["-vary", "mirror", "true", "-seeds", "1", "2", "1"], "-seeds: a value is given twice"),
     (["-vary", "mirror", "true", "-f", "first"], "-f takes a fold's number"),
     (["-vary", "mirror", "true", "-c", "3d_lowres"], "no configuration '3d_lowres'"),
     (["-vary", "mirror", "true", "-p", "absent"], "absent.json does not exist"),

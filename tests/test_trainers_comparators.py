@@ -15,7 +15,6 @@ from nnunet_uda.losses.entropy import domain_cross_entropy, entropy_loss, weight
 SMALL = {
     "CUTTrainer": {
         "cut__generator_width": 4, "cut__generator_blocks": 2, "cut__discriminator_width": 4, "cut__patches": 16,
-        "cut__patch_features": 8,
     },
     "EntMinTrainer": {},
     "ADVENTTrainer": {"advent__discriminator_width": 4},
@@ -266,11 +265,11 @@ def test_cut_needs_two_epochs_and_names_bad_settings(in_workspace):
         make_trainer("CUTTrainer", num_epochs=1).initialize()
     for name, options in (
         ("CUTTrainer", {"cut__translation_share": 1.0}),
-        ("CUTTrainer", {"cut__temperature": 0}),
+        ("CUTTrainer", {"cut__temperature": 0.1}),
         ("CUTTrainer", {"cut__identity_weight": -1}),
         ("EntMinTrainer", {"entropy_minimisation__entropy_weight": -1}),
         ("ADVENTTrainer", {"advent__adversarial_weight": -1}),
-        ("ADVENTTrainer", {"advent__discriminator_learning_rate": 0}),
+        ("ADVENTTrainer", {"advent__discriminator_width": 0}),
     ):
         with pytest.raises(UDAError, match=next(iter(options)).split("__")[1]):
             make_trainer(name, **options)

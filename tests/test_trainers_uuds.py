@@ -40,8 +40,9 @@ def started(name="UUDSTrainer", **options):
     return trainer
 
 
-def train(name="UUDSTrainer", pictures=False, **options):
+def train(name="UUDSTrainer", pictures=False, bound=0.2, **options):
     trainer = make_trainer(name, "uuds", **options)
+    trainer.structure_bound = bound
     if not pictures:
         trainer.draw_pictures = lambda path: None  # seconds an epoch
     trainer.run_training()
@@ -296,8 +297,6 @@ def test_an_adversarial_judge_compares_reconstructions_with_translations_and_bot
     "setting",
     [
         {"domain_loss": "printed"},
-        {"contrastive_negatives": "other"},
-        {"contrastive_reduction": "sum"},
         {"uncertainty": "printed", "threshold": 0.3},
         {"generator_skips": "normalised"},
         {"optimizer": "adamw"},
@@ -369,7 +368,7 @@ def test_worker_processes_draw_such_batches_too(workspace, monkeypatch):
 
 @pytest.mark.draws
 def test_a_run_writes_pictures_and_watches_the_structure(workspace):
-    trainer = train(pictures=True, uuds__structure_bound=1.0)
+    trainer = train(pictures=True, bound=1.0)
     folder = Path(trainer.output_folder)
     names = ["losses.png", *(f"pictures/{name}" for name in ("epoch_0000.png", "epoch_0001.png",
              "prompts_epoch_0000.png", "prompts_epoch_0001.png", "domains.png"))]  # fmt: skip
@@ -383,7 +382,7 @@ def test_a_run_writes_pictures_and_watches_the_structure(workspace):
 
 
 def test_no_warning_while_structure_is_kept_or_training_warms_up(workspace):
-    for options in ({"uuds__structure_bound": -1.0}, {"uuds__structure_bound": 1.0, "uuds__warmup_epochs": 2}):
+    for options in ({"bound": -1.0}, {"bound": 1.0, "uuds__warmup_epochs": 2}):
         trainer = train(num_epochs=1, **options)
         assert "WARNING: translations" not in next(Path(trainer.output_folder).glob("training_log*.txt")).read_text()
         shutil.rmtree(trainer.output_folder_base)
@@ -418,11 +417,11 @@ def predictor(folder: Path, *folds: int) -> nnUNetPredictor:
 
 
 def test_prediction_needs_neither_clips_file_nor_a_network(workspace, tmp_path, monkeypatch, no_network):
-    from nnunet_uda.networks.clip import _build
+    from nnunet_uda.networks.clip.shape import build_whole
 
     torch.manual_seed(1)
     path = tmp_path / "clip.pt"
-    torch.save(_build(CLIP).state_dict(), path)
+    torch.save(build_whole(CLIP).state_dict(), path)
     options = {"uuds__clip_weights": str(path)}
     trainer = train(**options)
     log = next(Path(trainer.output_folder).glob("training_log*.txt")).read_text()
@@ -461,9 +460,9 @@ def test_every_fold_predicts_with_its_own_prompts(workspace):
 
 
 def test_training_takes_clips_weights_from_a_file(workspace, tmp_path):
-    from nnunet_uda.networks.clip import _build
+    from nnunet_uda.networks.clip.shape import build_whole
 
-    model = _build(CLIP)
+    model = build_whole(CLIP)
     torch.save(model.state_dict(), tmp_path / "clip.pt")
     trainer = make_trainer("UUDSTrainer", "uuds", uuds__clip_weights=str(tmp_path / "clip.pt"))
     trainer.initialize()
@@ -509,7 +508,7 @@ def test_3d_is_refused_with_the_reason(workspace):
     [
         ({"threshold": 1.2}, "threshold.*between 0 and 1"),
         ({"domain_temperature": 0}, "domain_temperature.*positive"),
-        ({"context_vectors": 0}, "context_vectors.*at least 1"),
+        ({"use_uncertainty": False}, "'use_uncertainty' is no setting any more, it is fixed at True; found False"),
         ({"content_weight": -1}, "content_weight"),
         ({"domain_prompt": "A {scan}"}, r"domain_prompt.*\{source\}"),
         ({"clip_config": "RN50"}, "clip_config.*a JSON object or null"),
@@ -552,7 +551,7 @@ def test_the_protocol_writes_section_4_1(in_workspace):
     settings = trainer.own_settings
     assert {settings.domain_weight, settings.contrastive_weight, settings.segmentation_weight,
             settings.identity_weight} == {1.0}  # fmt: skip
-    assert settings.threshold == 0.2 and settings.context_vectors == 16
+    assert settings.threshold == 0.2
 
 
 @pytest.mark.slow

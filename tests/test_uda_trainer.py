@@ -6,8 +6,6 @@ import json
 import re
 import resource
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import matplotlib
@@ -378,29 +376,6 @@ def test_terms_in_parts_make_the_step_of_their_sum(in_workspace):
     assert sums == pytest.approx(logged) and logged["b"] == pytest.approx(2 * logged["a"])
     for name, value in whole.items():
         torch.testing.assert_close(value, of_parts[name])
-
-
-def test_memory_freed_by_a_step_on_the_cpu_is_used_again():
-    if sys.platform != "linux":
-        pytest.skip("page faults are glibc's")
-    script = """
-import resource, torch
-from nnunet_uda.training.cpu import keep_freed_memory
-def faults():
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for size in 4 * [2**24, 2**22, 2**20]:
-        torch.ones(size)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-first = faults()
-keep_freed_memory()
-for _ in range(8):
-    faults()
-print(first, faults())
-"""
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    first, later = done.stdout.split()
-    assert int(first) > 4 * 2**26 / 2**21, "pages of 2 MiB at most"
-    assert int(later) < int(first) / 10
 
 
 def test_denormal_numbers_are_0_in_training_and_distances_are_measured_after_it(in_workspace, monkeypatch):

@@ -17,10 +17,13 @@ from nnunet_uda.settings import require
 from nnunet_uda.training.translation import patch_discriminator
 from nnunet_uda.training.uda_trainer import UDATrainer, frozen
 
+LEARNING_RATE = 1e-4
+"""Of the discriminator (section 4.2 of the paper)."""
+
 
 @dataclass(frozen=True)
 class ADVENTSettings:
-    """Settings under ``uda.advent``. Weight and learning rate are the paper's, whose discriminator is as wide.
+    """Settings under ``uda.advent``. Both are the paper's.
 
     ``adversarial_weight`` (lambda_adv) stands beside a mean cross-entropy in the paper. nnU-Net's loss is that plus a
     Dice term of the same order, averaged over the levels of deep supervision, so the discriminator weighs here at most
@@ -28,14 +31,11 @@ class ADVENTSettings:
     """
 
     discriminator_width: int = 64
-    discriminator_layers: int = 3
-    discriminator_learning_rate: float = 1e-4
     adversarial_weight: float = 0.001
+    removed = {"discriminator_layers": 3, "discriminator_learning_rate": LEARNING_RATE}
 
     def __post_init__(self) -> None:
-        for name in ("discriminator_width", "discriminator_layers"):
-            require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
-        require(self.discriminator_learning_rate > 0, "discriminator_learning_rate", "positive")
+        require(self.discriminator_width >= 1, "discriminator_width", "at least 1", self.discriminator_width)
         require(self.adversarial_weight >= 0, "adversarial_weight", "at least 0", self.adversarial_weight)
 
 
@@ -49,14 +49,12 @@ class ADVENTTrainer(UDATrainer[ADVENTSettings]):
         return {"discriminator": patch_discriminator(self, self.label_manager.num_segmentation_heads)}
 
     def build_optimizers(self) -> dict[str, torch.optim.Optimizer]:
-        rate = self.own_settings.discriminator_learning_rate
-        return {"discriminator": self.adam_for("discriminator", learning_rate=rate, beta1=0.9, beta2=0.99)}
+        return {"discriminator": self.adam_for("discriminator", learning_rate=LEARNING_RATE, beta1=0.9, beta2=0.99)}
 
     def on_train_epoch_start(self) -> None:
         super().on_train_epoch_start()
-        for group in self.optimizers["discriminator"].param_groups:  # polynomial in the paper, as the segmenter's
-            rate = self.optimizer.param_groups[0]["lr"] / self.initial_lr
-            group["lr"] = rate * self.own_settings.discriminator_learning_rate
+        share = self.optimizer.param_groups[0]["lr"] / self.initial_lr
+        self.set_rate(share * LEARNING_RATE, "discriminator")  # polynomial in the paper, as the segmenter's
 
     def train_on(self, source: Tensor, label: Tensor | list[Tensor], target: Tensor | None) -> None:
         assert target is not None

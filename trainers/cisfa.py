@@ -20,9 +20,9 @@ from nnunet_uda.losses.patch_nce import PatchNCELoss, layers_patch_nce
 from nnunet_uda.networks.projection_head import ProjectionHead
 from nnunet_uda.settings import require
 from nnunet_uda.training.translation import (
+    BETA1,
     TranslationSettings,
     patch_discriminator,
-    set_translation_rate,
     translation_networks,
     translation_optimizers,
 )
@@ -31,6 +31,8 @@ from nnunet_uda.training.uda_trainer import UDATrainer, frozen
 LARGEST_MAP = 16 * 2**20
 """Bytes of the generator's largest map for as many images as go through its update at once on a CPU: a batch of 4 at
 160 x 160 goes in two halves, in the same time and half the memory."""
+TEMPERATURE, PATCH_FEATURES = 0.2, 128
+"""Of both contrastive losses, and the length of a patch's vector (sections 3.2 and 4.2)."""
 
 
 @dataclass(frozen=True)
@@ -46,29 +48,23 @@ class CISFASettings(TranslationSettings):
     """How strongly a translation has to look like the target."""
     patch_contrastive_weight: float = 1.0
     """How strongly a translation has to keep its image's shapes. More where shapes change."""
-    patch_contrastive_temperature: float = 0.2
-    """Positive."""
-    patch_contrastive_negatives: Literal["both", "input"] = "both"
-    """Patches of the image and of the translation, or of the image alone."""
     foreground_weight: float = 2.0
     """At least 1: how much more patches of structures count (eq. 3)."""
     identity_weight: float = 0.0
     """Not in the paper: a target image should stay as it is."""
     global_contrastive_weight: float = 1.0
     """How alike an image and its translation are encoded (eq. 5)."""
-    global_contrastive_temperature: float = 0.2
-    """Positive."""
-    global_contrastive_update: Literal["sum", "sequential"] = "sum"
-    """With the segmenter's other losses, or before them."""
     segmenter_adversarial: Literal["translated", "target", "both"] = "translated"
     """Whose segmentations have to fool the discriminator."""
     segmenter_adversarial_weight: float = 0.01
     """The paper's is 1, which holds a segmenter that has found nothing at nothing."""
+    removed = {"discriminator_layers": 3, "gan_beta1": BETA1, "gan_schedule": "constant", "patch_layers": "all",
+               "patch_features": PATCH_FEATURES, "patch_contrastive_temperature": TEMPERATURE,
+               "patch_contrastive_negatives": "both", "global_contrastive_temperature": TEMPERATURE,
+               "global_contrastive_update": "sum"}  # fmt: skip
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("patch_contrastive_temperature", "global_contrastive_temperature"):
-            require(getattr(self, name) > 0, name, "positive", getattr(self, name))
         require(self.foreground_weight >= 1, "foreground_weight", "at least 1 (eq. 3)", self.foreground_weight)
 
 
@@ -77,15 +73,14 @@ class CISFATrainer(UDATrainer[CISFASettings]):
 
     method = "cisfa"
     method_settings = CISFASettings
+    sequential_contrast = False
+    """Whether the global contrastive loss updates the encoder before the segmenter's other losses (Table 3)."""
 
     def build_networks(self) -> dict[str, nn.Module]:
-        settings = self.own_settings
-        self.global_contrastive = GlobalContrastiveLoss(settings.global_contrastive_temperature)
-        self.patch_contrastive = PatchNCELoss(
-            settings.patch_contrastive_temperature, settings.patch_contrastive_negatives
-        )
+        self.global_contrastive = GlobalContrastiveLoss(TEMPERATURE)
+        self.patch_contrastive = PatchNCELoss(TEMPERATURE)
         return {
-            **translation_networks(self),
+            **translation_networks(self, PATCH_FEATURES),
             "projection_head": ProjectionHead(self.plain_network.encoder.output_channels[-1]),
             "image_discriminator": patch_discriminator(self, self.num_input_channels),
             "segmentation_discriminator": patch_discriminator(self, self.label_manager.num_segmentation_heads),
@@ -94,10 +89,6 @@ class CISFATrainer(UDATrainer[CISFASettings]):
     def build_optimizers(self) -> dict[str, torch.optim.Optimizer]:
         self.optimizer.add_param_group({"params": list(self.networks["projection_head"].parameters())})
         return translation_optimizers(self, "image_discriminator", "segmentation_discriminator")
-
-    def on_train_epoch_start(self) -> None:
-        super().on_train_epoch_start()
-        set_translation_rate(self, self.current_epoch / self.num_epochs)
 
     def translate(self, source: Tensor) -> Tensor:
         return self.restore_background(self.networks["generator"](source), source)
@@ -121,7 +112,7 @@ class CISFATrainer(UDATrainer[CISFASettings]):
     def parts(self, images: Tensor) -> list[slice]:
         """The batch as it goes through the generator's update: whole, or on a CPU so many that maps stay small."""
         number = len(images)
-        if images.device.type == "cpu":
+        if images.device.type == "cpu" and self.settings.lean:
             largest = self.own_settings.generator_width * images[0, 0].numel() * images.element_size()
             number = max(1, min(number, LARGEST_MAP // largest))
         return [slice(start, start + number) for start in range(0, len(images), number)]
@@ -153,7 +144,7 @@ class CISFATrainer(UDATrainer[CISFASettings]):
         """Eq. 6: segment the translation, fool D_s, and encode an image and its translation alike (eq. 5)."""
         settings = self.own_settings
         contrast = settings.global_contrastive_weight > 0
-        if contrast and settings.global_contrastive_update == "sequential":  # Table 3: the encoder first, on its own
+        if contrast and self.sequential_contrast:
             with self.autocast():
                 loss = self.global_contrastive_loss(source, self.encoder(translated)[-1])
             self.update("segmenter", {"global_contrastive": settings.global_contrastive_weight * loss}, max_norm=12)
@@ -167,7 +158,7 @@ class CISFATrainer(UDATrainer[CISFASettings]):
                     loss = self.segmenter_adversarial_loss(outputs, target)
                     terms["segmenter_adversarial"] = settings.segmenter_adversarial_weight * loss
             add(terms)  # what the decoder keeps is free before the source is encoded
-            if contrast and settings.global_contrastive_update == "sum":
+            if contrast and not self.sequential_contrast:
                 with self.autocast():
                     loss = self.global_contrastive_loss(source, leaves[-1])
                 add({"global_contrastive": settings.global_contrastive_weight * loss})
@@ -240,4 +231,4 @@ class CISFANoPCLNoGCLTrainer(CISFATrainer):
 class CISFASequentialGCLTrainer(CISFATrainer):
     """Table 3, "sequential": the global contrastive loss updates the encoder before the segmenter's other losses."""
 
-    fixed_settings = {"global_contrastive_update": "sequential"}
+    sequential_contrast = True

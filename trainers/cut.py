@@ -9,7 +9,7 @@ with the source's labels. Neither part knows of the other.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
@@ -20,36 +20,36 @@ from nnunet_uda.losses.adversarial import lsgan_loss
 from nnunet_uda.losses.patch_nce import PatchNCELoss
 from nnunet_uda.settings import require
 from nnunet_uda.training.translation import (
+    BETA1,
     TranslationSettings,
     patch_discriminator,
-    set_translation_rate,
     translation_networks,
     translation_optimizers,
 )
 from nnunet_uda.training.uda_trainer import UDATrainer, frozen
+
+TEMPERATURE, PATCH_FEATURES = 0.07, 256
+"""Of PatchNCE, and the length of a patch's vector: CUT's (section 3 and appendix C)."""
 
 
 @dataclass(frozen=True)
 class CUTSettings(TranslationSettings):
     """Settings under ``uda.cut``. Defaults are CUT's, its code's where the paper leaves it open, but for the split.
 
-    ``translation_share`` is the share of the epochs that train the generator; the rest trains the segmenter. The
-    generator's rate is constant for the first half of its part and falls to zero in the second (``linear``).
+    ``translation_share`` is the share of the epochs that train the generator; the rest trains the segmenter.
     ``patch_contrastive_weight`` and ``identity_weight`` are eq. 5's lambda_X and lambda_Y (CUT's code halves both).
     """
 
     translation_share: float = 0.5
-    gan_schedule: Literal["linear", "constant"] = "linear"
     adversarial_weight: float = 1.0
     patch_contrastive_weight: float = 1.0
     identity_weight: float = 1.0
-    temperature: float = 0.07
-    patch_features: int = 256
+    removed = {"discriminator_layers": 3, "gan_beta1": BETA1, "gan_schedule": "linear", "patch_layers": "all",
+               "patch_features": PATCH_FEATURES, "temperature": TEMPERATURE}  # fmt: skip
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require(0 < self.translation_share < 1, "translation_share", "above 0 and below 1", self.translation_share)
-        require(self.temperature > 0, "temperature", "positive", self.temperature)
         for name in ("adversarial_weight", "patch_contrastive_weight", "identity_weight"):
             require(getattr(self, name) >= 0, name, "at least 0", getattr(self, name))
 
@@ -92,9 +92,9 @@ class CUTTrainer(UDATrainer[CUTSettings]):
         super().initialize()
 
     def build_networks(self) -> dict[str, nn.Module]:
-        self.patch_contrastive = PatchNCELoss(self.own_settings.temperature, negatives="input")
+        self.patch_contrastive = PatchNCELoss(TEMPERATURE, negatives="input")
         return {
-            **translation_networks(self),
+            **translation_networks(self, PATCH_FEATURES),
             "discriminator": patch_discriminator(self, self.num_input_channels),
         }
 
@@ -107,7 +107,9 @@ class CUTTrainer(UDATrainer[CUTSettings]):
 
     def on_train_epoch_start(self) -> None:
         super().on_train_epoch_start()
-        set_translation_rate(self, self.current_epoch / self.translation_epochs)
+        left = 1 - self.current_epoch / self.translation_epochs  # constant, then to zero in the second half (4.)
+        rate = self.own_settings.gan_learning_rate * min(1.0, max(0.0, 2 * left))
+        self.set_rate(rate, "generator", "discriminator")
 
     def translate(self, source: Tensor) -> Tensor:
         return self.restore_background(self.networks["generator"](source), source)

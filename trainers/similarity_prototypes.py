@@ -30,9 +30,7 @@ from nnunet_uda.losses.prototypes import (
     intra_class_loss,
     labels_at,
 )
-from nnunet_uda.networks.instance_norm import use_fast_instance_norm
 from nnunet_uda.networks.prototype_network import GeneratorOutput, PrototypeNetwork, SegmentingGenerator
-from nnunet_uda.networks.recomputed import use_slim_blocks
 from nnunet_uda.settings import parse_settings, require, split_settings
 from nnunet_uda.training.embedding_picture import (
     Embeddings,
@@ -41,10 +39,11 @@ from nnunet_uda.training.embedding_picture import (
     write_embedding_picture,
 )
 from nnunet_uda.training.preview import whole_patch
-from nnunet_uda.training.translation import patch_discriminator
+from nnunet_uda.training.translation import BETA1, patch_discriminator
 from nnunet_uda.training.uda_trainer import UDATrainer, adam, frozen
 
 RATES = (1, 6, 12, 18)
+DISCRIMINATOR_RATE = 2e-4
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ class SimilarityPrototypesSettings:
     """Settings under ``uda.similarity_prototypes``. Defaults are the paper's where it gives a value.
 
     The paper gives ``similarity_weight`` (lambda_1), ``contrastive_weight`` (lambda_2), ``dictionary_size`` (S),
-    ``top_k`` (k) and ``temperature`` (tau). ``confidence`` is the probability over which a target pixel's prediction
+    ``top_k`` (k). ``confidence`` is the probability over which a target pixel's prediction
     counts as its label. Both generators always use Adam; the shared ``segmenter_schedule`` is theirs too.
 
     CycleGAN's ``cycle_weight`` of 10 is meant for intensities in [-1, 1] and generators without a skip to the output;
@@ -60,14 +59,9 @@ class SimilarityPrototypesSettings:
     """
 
     embedding_dim: int = 256
-    image_decoder_convs: int = 1
-    image_decoder_width: float = 0.5
     residual_translation: bool = True
     discriminator_width: int = 64
-    discriminator_layers: int = 3
     generator_learning_rate: float = 2e-4
-    discriminator_learning_rate: float = 2e-4
-    adam_beta1: float = 0.5
     cycle_weight: float = 1.0
     image_adversarial_weight: float = 1.0
     segmentation_adversarial_weight: float = 0.1
@@ -76,22 +70,20 @@ class SimilarityPrototypesSettings:
     boundary_weight: float = 0.0
     dictionary_size: int = 400
     top_k: int = 20
-    temperature: float = 1.0
     min_positions: int = 8
     confidence: float = 0.9
     warmup_epochs: int = 20
     target_images: bool = True
+    removed = {"image_decoder_convs": 1, "image_decoder_width": 0.5, "discriminator_layers": 3, "adam_beta1": BETA1,
+               "discriminator_learning_rate": DISCRIMINATOR_RATE, "temperature": 1.0}  # fmt: skip
 
     def __post_init__(self) -> None:
-        for name in ("embedding_dim", "image_decoder_convs", "discriminator_width", "discriminator_layers",
-                     "dictionary_size", "top_k", "min_positions"):  # fmt: skip
+        for name in ("embedding_dim", "discriminator_width", "dictionary_size", "top_k", "min_positions"):
             require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
-        for name in ("generator_learning_rate", "discriminator_learning_rate", "temperature"):
-            require(getattr(self, name) > 0, name, "positive", getattr(self, name))
+        require(self.generator_learning_rate > 0, "generator_learning_rate", "positive", self.generator_learning_rate)
         for name in ("cycle_weight", "image_adversarial_weight", "segmentation_adversarial_weight",
                      "similarity_weight", "contrastive_weight", "boundary_weight", "warmup_epochs"):  # fmt: skip
             require(getattr(self, name) >= 0, name, "at least 0", getattr(self, name))
-        require(0 < self.image_decoder_width <= 1, "image_decoder_width", "over 0, up to 1", self.image_decoder_width)
         require(0 <= self.confidence <= 1, "confidence", "between 0 and 1", self.confidence)
         require(
             self.top_k <= self.dictionary_size, "top_k",
@@ -170,11 +162,10 @@ class SimilarityPrototypesTrainer(UDATrainer[SimilarityPrototypesSettings]):
             )
             return SegmentingGenerator(
                 unet, num_input_channels, configuration_manager.patch_size, RATES, settings.embedding_dim,
-                settings.image_decoder_convs, settings.residual_translation, settings.image_decoder_width,
+                settings.residual_translation,
             )  # fmt: skip
 
-        network = PrototypeNetwork(generator(), generator(), enable_deep_supervision)
-        return use_slim_blocks(use_fast_instance_norm(network))
+        return PrototypeNetwork(generator(), generator(), enable_deep_supervision)
 
     def prepare_network(self) -> None:
         network = self.plain_network
@@ -197,14 +188,14 @@ class SimilarityPrototypesTrainer(UDATrainer[SimilarityPrototypesSettings]):
         return networks
 
     def network_optimizer(self) -> torch.optim.Optimizer:
-        return adam(self.network.parameters(), self.initial_lr, self.own_settings.adam_beta1)
+        return adam(self.network.parameters(), self.initial_lr, BETA1)
 
     def build_optimizers(self) -> dict[str, torch.optim.Optimizer]:
         return {
             f"{kind}_discriminators": adam(
                 [p for network in self.discriminators(kind) for p in network.parameters()],
-                self.own_settings.discriminator_learning_rate,
-                self.own_settings.adam_beta1,
+                DISCRIMINATOR_RATE,
+                BETA1,
             )
             for kind in (("image", "segmentation") if self.needs_target else ())
         }
@@ -344,10 +335,8 @@ class SimilarityPrototypesTrainer(UDATrainer[SimilarityPrototypesSettings]):
             for name, output in (("target", passes.target), ("source", passes.target_to_source)):
                 labelled.append((f"{name}_dictionary", output.embedding, self.pseudo_labels(output, confidence)))
         classes = self.label_manager.num_segmentation_heads
-        return [
-            View(*view, *class_prototypes(view[1], view[2], classes, self.own_settings.min_positions))
-            for view in labelled
-        ]
+        least = self.own_settings.min_positions
+        return [View(*view, *class_prototypes(view[1], view[2], classes, least)) for view in labelled]
 
     def pseudo_labels(self, output: GeneratorOutput, confidence: float) -> Tensor:
         """The confident predictions at the embedding's positions, ``(B, *patch / 4)``; -1 elsewhere. No gradient."""
@@ -369,9 +358,7 @@ class SimilarityPrototypesTrainer(UDATrainer[SimilarityPrototypesSettings]):
         """L_cl of all prototypes of the step against both dictionaries."""
         prototypes, classes = (torch.cat(parts) for parts in zip(*(view.entries() for view in views), strict=True))
         dictionaries = [self.networks["source_dictionary"], self.networks["target_dictionary"]]
-        return prototype_contrastive_loss(
-            prototypes, classes, dictionaries, self.own_settings.top_k, self.own_settings.temperature
-        )
+        return prototype_contrastive_loss(prototypes, classes, dictionaries, self.own_settings.top_k)
 
     # -- validation and pictures ---------------------------------------------------------------------------------
 

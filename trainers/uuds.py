@@ -30,8 +30,9 @@ from nnunet_uda.losses.patch_nce import PatchNCELoss
 from nnunet_uda.losses.structure import shared_information
 from nnunet_uda.losses.supervised_contrastive import supervised_contrastive_loss
 from nnunet_uda.losses.uncertainty import normalised_entropy, uncertain_segmentation_loss
-from nnunet_uda.networks.clip import Encoded, clip_shape, read_clip_weights
-from nnunet_uda.networks.instance_norm import use_fast_instance_norm
+from nnunet_uda.networks.clip.image_encoder import Encoded
+from nnunet_uda.networks.clip.shape import clip_shape
+from nnunet_uda.networks.clip.weights import read_clip_weights
 from nnunet_uda.networks.patch_projector import PatchProjector
 from nnunet_uda.networks.projection_head import ProjectionHead
 from nnunet_uda.networks.uuds_network import Generated, UUDSNetwork
@@ -43,6 +44,7 @@ from nnunet_uda.training.uda_trainer import UDATrainer, frozen
 
 SHOWN_SLICES = 3
 MAPPED_SLICES = 24
+CONTENT_TEMPERATURE = 0.2
 
 
 @dataclass(frozen=True)
@@ -51,16 +53,15 @@ class UUDSSettings:
 
     The paper gives the four weights (alpha, beta, gamma and lambda, in this order), Adam's ``learning_rate`` and
     ``weight_decay``, and ``domain_prompt``. ``{source}`` and ``{target}`` in that stand for the names in dataset.json.
-    ``threshold`` is chi, ``context_vectors`` M. ``domain_loss``, ``uncertainty``, ``contrastive_negatives`` and
-    ``contrastive_reduction`` choose between an equation as the text means it (the default) and as it is printed.
+    ``threshold`` is chi. ``domain_loss`` and ``uncertainty`` choose between an equation as the text means it (the
+    default) and as it is printed.
 
     Not in the paper, and off by default: ``generator_skips`` gives the image decoder CLIP's finer maps, normalised.
     ``translation_judge`` ``fixed`` lets eq. 2 (and the content constraint) teach the generator alone: the encoder that
     looks at x^{t->s}, x_g^t and T^d are taken as they are. Trained along, they soon tell any translation from x^t, and
     L_DD is nothing. ``adversarial`` makes the encoder an opponent, which the paper does without: it learns to tell
     reconstructed source images from translations by L_DD, and the generator, by eq. 2 with the reconstruction in the
-    place of x_g^t, to have them mistaken (a relativistic GAN). ``content_weight`` keeps the translation like its image;
-    ``content_layers`` ``deep`` leaves the image itself and CLIP's stem out of that comparison.
+    place of x_g^t, to have them mistaken (a relativistic GAN). ``content_weight`` keeps the translation like its image.
 
     ``clip_config`` describes a ResNet CLIP that open_clip has no name for, as open_clip's own JSON files do; it takes
     the place of ``clip_model``. ``clip_weights`` is a tag of the hub, a file, a folder, or ``random``.
@@ -75,37 +76,28 @@ class UUDSSettings:
     clip_trust_torchscript: bool = False
     clip_batch_statistics: Literal["trained", "frozen"] = "trained"
     domain_prompt: str = "A photo of a source domain"
-    context_vectors: int = 16
     generator_skips: Literal["none", "normalised"] = "none"
     translation_judge: Literal["trained", "fixed", "adversarial"] = "trained"
-    use_domain_prompt: bool = True
-    use_segmentation_prompt: bool = True
-    use_uncertainty: bool = True
     domain_weight: float = 1.0
     contrastive_weight: float = 1.0
     segmentation_weight: float = 1.0
     identity_weight: float = 1.0
     domain_temperature: float = 0.07
     domain_loss: Literal["similarity", "printed"] = "similarity"
-    contrastive_temperature: float = 0.07
-    contrastive_negatives: Literal["all", "other"] = "all"
-    contrastive_reduction: Literal["mean", "sum"] = "mean"
     uncertainty: Literal["entropy", "printed"] = "entropy"
     threshold: float = 0.2
     warmup_epochs: int = 20
     content_weight: float = 0.0
-    content_temperature: float = 0.2
-    content_patches: int = 256
-    content_layers: Literal["all", "deep"] = "all"
-    structure_bound: float = 0.2
     optimizer: Literal["adam", "adamw"] = "adam"
     learning_rate: float = 1e-4
     weight_decay: float = 0.01
+    removed = {"context_vectors": 16, "use_domain_prompt": True, "use_segmentation_prompt": True,
+               "use_uncertainty": True, "contrastive_temperature": 0.07, "contrastive_negatives": "all",
+               "contrastive_reduction": "mean", "content_temperature": CONTENT_TEMPERATURE, "content_patches": 256,
+               "content_layers": "all", "structure_bound": 0.2}  # fmt: skip
 
     def __post_init__(self) -> None:
-        for name in ("context_vectors", "content_patches"):
-            require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
-        for name in ("domain_temperature", "contrastive_temperature", "content_temperature", "learning_rate"):
+        for name in ("domain_temperature", "learning_rate"):
             require(getattr(self, name) > 0, name, "positive", getattr(self, name))
         for name in ("domain_weight", "contrastive_weight", "segmentation_weight", "identity_weight",
                      "content_weight", "warmup_epochs", "weight_decay"):  # fmt: skip
@@ -153,6 +145,10 @@ class UUDSTrainer(UDATrainer[UUDSSettings]):
     method = "uuds"
     method_settings = UUDSSettings
     network_update = "network"
+    domain_prompt = segmentation_prompt = uncertainty = True
+    """Parts of the method; its ablations (Table 3) have one of them less."""
+    structure_bound = 0.2
+    """Normalised mutual information of an image and its translation, below which a collapse is feared."""
 
     needs_clip_weights = True
 
@@ -173,20 +169,18 @@ class UUDSTrainer(UDATrainer[UUDSSettings]):
         where = f"plans {plans_manager.plans_name!r}, key 'uda'"
         _, own = split_settings(plans_manager.plans.get("uda", {}), cls.method, where)
         settings = parse_settings(cls.method_settings, own | cls.fixed_settings, f"{where}.{cls.method}")
-        network = UUDSNetwork(
+        return UUDSNetwork(
             settings.shape,
             num_input_channels,
             num_output_channels,
             configuration_manager.network_arch_init_kwargs["features_per_stage"],
             num_outputs(configuration_manager),
-            settings.context_vectors,
-            settings.clip_batch_statistics == "frozen",
-            settings.use_domain_prompt,
-            settings.use_segmentation_prompt,
-            settings.generator_skips == "normalised",
-            enable_deep_supervision,
+            frozen_statistics=settings.clip_batch_statistics == "frozen",
+            domain_prompt=cls.domain_prompt,
+            segmentation_prompt=cls.segmentation_prompt,
+            normalised_skips=settings.generator_skips == "normalised",
+            deep_supervision=enable_deep_supervision,
         )
-        return use_fast_instance_norm(network)
 
     def initialize(self):
         refuse_unsupported(self)
@@ -216,13 +210,12 @@ class UUDSTrainer(UDATrainer[UUDSSettings]):
     def build_networks(self) -> dict[str, nn.Module]:
         settings, network = self.own_settings, self.plain_network
         networks = {}
-        if settings.use_segmentation_prompt:
+        if self.segmentation_prompt:
             networks["contrastive_head"] = ProjectionHead(network.channels)
         if settings.content_weight > 0:
             channels = [self.num_input_channels, *network.encoder.channels[:4]]
-            first = 2 if settings.content_layers == "deep" else 0
-            networks["patch_projector"] = PatchProjector(channels, num_patches=settings.content_patches, first=first)
-            self.patch_contrastive = PatchNCELoss(settings.content_temperature)
+            networks["patch_projector"] = PatchProjector(channels)
+            self.patch_contrastive = PatchNCELoss(CONTENT_TEMPERATURE)
         return networks
 
     def network_optimizer(self) -> torch.optim.Optimizer:
@@ -268,16 +261,16 @@ class UUDSTrainer(UDATrainer[UUDSSettings]):
             generated = network.generate(both, domain)
             reconstructed, translated = generated.image.float().split(count)
             of_target = both.part(slice(count, None))
-            if settings.use_domain_prompt:
+            if self.domain_prompt:
                 terms["domain"] = self.domain_loss(both.summary[:count], of_target.summary, domain)  # eq. 1
             if self.encodes_translations:
                 terms |= self.translation_terms(target, both, reconstructed, translated, domain)
             segmented = network.segment(both.part(slice(count)), generated.part(slice(count)), classes)
-            if settings.use_segmentation_prompt:
+            if self.segmentation_prompt:
                 terms["contrastive"] = self.contrastive_loss(segmented.pooled, self.known(label))  # eq. 4
             segmentation = self.loss(segmented.logits, label)
             terms["segmentation"] = settings.segmentation_weight * segmentation
-            if settings.use_uncertainty:
+            if self.uncertainty:
                 terms["uncertain_segmentation"] = self.uncertain_loss(
                     of_target, generated.part(slice(count, None)), classes
                 )
@@ -295,7 +288,7 @@ class UUDSTrainer(UDATrainer[UUDSSettings]):
         """
         settings, network, count = self.own_settings, self.plain_network, len(target)
         terms, judge, of_target = {}, settings.translation_judge, both.part(slice(count, None))
-        adversarial = judge == "adversarial" and settings.use_domain_prompt
+        adversarial = judge == "adversarial" and self.domain_prompt
         seen = torch.cat([reconstructed.detach(), translated]) if adversarial else translated
         with nullcontext() if judge == "trained" else frozen(network.encoder):
             again = network.encode(seen, keep_statistics=True)
@@ -304,7 +297,7 @@ class UUDSTrainer(UDATrainer[UUDSSettings]):
             far, again = again.summary[:count], again.part(slice(count, None))
             learnt = network.encode(seen.detach(), keep_statistics=True).summary
             terms["domain_judge"] = self.domain_loss(learnt[:count], learnt[count:], domain)
-        if settings.use_domain_prompt:
+        if self.domain_prompt:
             prompt = domain
             if judge != "trained":
                 far, prompt = far.detach(), domain.detach()
@@ -324,11 +317,11 @@ class UUDSTrainer(UDATrainer[UUDSSettings]):
     @property
     def encodes_translations(self) -> bool:
         settings = self.own_settings
-        return (settings.use_domain_prompt and settings.domain_weight > 0) or settings.content_weight > 0
+        return (self.domain_prompt and settings.domain_weight > 0) or settings.content_weight > 0
 
     def prompts(self) -> tuple[Tensor | None, Tensor | None]:
         """T^d and T^s of this step; no text encoder runs where neither is used."""
-        if self.own_settings.use_domain_prompt or self.own_settings.use_segmentation_prompt:
+        if self.domain_prompt or self.segmentation_prompt:
             return self.plain_network.prompts()
         return None, None
 
@@ -346,18 +339,14 @@ class UUDSTrainer(UDATrainer[UUDSSettings]):
             label: ``(B, 1, H, W)``; a slice holds a class where it has a pixel of it. One that has none, but negative
                 pixels, where nothing is known, takes no part.
         """
-        settings = self.own_settings
         holds = torch.stack([(label == value).flatten(1).any(1) for value in self.label_manager.foreground_labels], 1)
         certain = holds | (label >= 0).flatten(1).all(1)[:, None]
         vectors = self.networks["contrastive_head"](pooled.flatten(0, 1)[:, :, None]).unflatten(0, pooled.shape[:2])
         losses = [
-            supervised_contrastive_loss(
-                vectors[certain[:, k], k], holds[certain[:, k], k], settings.contrastive_temperature,
-                settings.contrastive_negatives, settings.contrastive_reduction,
-            )
+            supervised_contrastive_loss(vectors[certain[:, k], k], holds[certain[:, k], k])
             for k in range(holds.shape[1])
-        ]  # fmt: skip
-        return settings.contrastive_weight * torch.stack(losses).mean()
+        ]
+        return self.own_settings.contrastive_weight * torch.stack(losses).mean()
 
     def uncertain_loss(self, of_target: Encoded, generated: Generated, classes: Tensor) -> Tensor:
         """gamma L_useg on target images (eqs 5 to 8), 0 during the warm-up, when nothing of it is computed."""
@@ -381,11 +370,11 @@ class UUDSTrainer(UDATrainer[UUDSSettings]):
 
     def on_train_epoch_end(self, train_outputs: list[dict]):
         super().on_train_epoch_end(train_outputs)
-        structure, bound = self.record.history["structure"][-1], self.own_settings.structure_bound
-        if self.current_epoch >= self.own_settings.warmup_epochs and structure < bound:
+        structure = self.record.history["structure"][-1]
+        if self.current_epoch >= self.own_settings.warmup_epochs and structure < self.structure_bound:
             self.print_to_log_file(
                 f"WARNING: translations keep little of their images' structure: their normalised mutual information is "
-                f"{structure:.2f}, below the bound {bound} (uuds.structure_bound). The translation may be collapsing; "
+                f"{structure:.2f}, below {self.structure_bound}. The translation may be collapsing; "
                 "uuds.content_weight=1 adds a constraint"
             )
 
@@ -433,14 +422,14 @@ class UUDSTrainer(UDATrainer[UUDSSettings]):
             [("target", middle, None), ("translated", made[1], None), ("prediction", middle, predicted[1])],
         ]
         write_trainers_panels(self, path, rows)
-        prompts = self.structures if self.own_settings.use_segmentation_prompt else ["none"]
+        prompts = self.structures if self.segmentation_prompt else ["none"]
         reader = self.plans_manager.image_reader_writer_class.__name__
         seen = [as_seen(x, reader) for x in (targets[:, 0].cpu().numpy(), made[1:], predicted[1:], attention[1:])]
         write_prompt_maps(
             path.with_name(f"prompts_{path.name}"), *seen, ["domain prompt", *(f"prompt: {name}" for name in prompts)],
             as_seen(entropy[1:], reader), self.own_settings.threshold,
         )  # fmt: skip
-        if self.current_epoch == self.num_epochs and self.own_settings.use_domain_prompt:
+        if self.current_epoch == self.num_epochs and self.domain_prompt:
             self.draw_domains(path.with_name("domains.png"))
 
     def shown(self, images: Tensor) -> tuple[np.ndarray, ...]:
@@ -486,19 +475,19 @@ class UUDSTrainer(UDATrainer[UUDSSettings]):
 class UUDSNoDomainPromptTrainer(UUDSTrainer):
     """Table 3, last row: no L_DD, and the DAM attends to all positions alike."""
 
-    fixed_settings = {"use_domain_prompt": False}
+    domain_prompt = False
 
 
 class UUDSNoSegmentationPromptTrainer(UUDSTrainer):
     """Table 3, third row: no L_BSCL, and the SAM attends to all positions alike."""
 
-    fixed_settings = {"use_segmentation_prompt": False}
+    segmentation_prompt = False
 
 
 class UUDSNoUncertaintyTrainer(UUDSTrainer):
     """Table 3, second row: no L_useg, so that target images do not teach the segmentation."""
 
-    fixed_settings = {"use_uncertainty": False}
+    uncertainty = False
 
 
 class UUDSAdversarialTrainer(UUDSTrainer):

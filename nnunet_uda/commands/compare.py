@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import csv
 import math
 import os
 from collections.abc import Sequence
@@ -12,22 +11,32 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from nnunet_uda.commands.sweep import settings_in_force
-from nnunet_uda.data.convention import case_files, environment_folder, is_fold, mend_results, read_json
-from nnunet_uda.errors import UDAError, command, shown
+from nnunet_uda.data.convention import case_files, environment_folder, mend_results, read_json
+from nnunet_uda.errors import UDAError, command
 from nnunet_uda.evaluation.compare_page import MethodRuns, write_compare_page
 from nnunet_uda.evaluation.compare_plot import Bar, draw_comparison
-from nnunet_uda.evaluation.metrics import METRICS
-from nnunet_uda.evaluation.report import DIGITS, jsonable, markdown_table
+from nnunet_uda.evaluation.report import DIGITS, jsonable, markdown_table, mean_cell, write_rows
 from nnunet_uda.evaluation.runs import find_raw_dataset
 from nnunet_uda.evaluation.sweep_plot import OverSeeds, over_seeds
 from nnunet_uda.evaluation.tables import MEAN, gap_closed, summarise
-from nnunet_uda.experiments.engines import add_engine_arguments, check_engine_arguments, make_engine, run_jobs
+from nnunet_uda.experiments.engines import make_engine, run_jobs
+from nnunet_uda.experiments.grid import (
+    add_grid_arguments,
+    check_grid_arguments,
+    check_images,
+    check_output,
+    check_same_plans,
+    dice_of,
+    figures_of,
+    missing_runs,
+    refuse_failures,
+    settings_in_force,
+)
 from nnunet_uda.experiments.job import TRANSDUCTIVE, Job, Score, find_target_test, find_trainer, lay_out_images
 from nnunet_uda.files import exclusive, whole_file, write_json
 from nnunet_uda.foreign_plans import read_plans
 from nnunet_uda.methods import check_uda
-from nnunet_uda.names import check_name, spreadsheet_cell
+from nnunet_uda.names import check_name
 from nnunet_uda.plans import derive_plans, merge_uda
 
 SETUP = "setup.json"
@@ -92,7 +101,6 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("-d", nargs="+", required=True, help="dataset ids or names, one for each direction or task")
     parser.add_argument("-tr", nargs="+", required=True, help="trainers")
     parser.add_argument("-p", required=True, help="plans of this name in every dataset (nnUNetUDA_configure)")
-    parser.add_argument("-c", default="2d", help="configuration [2d]")
     parser.add_argument("-f", nargs="+", default=["0"], help="folds; where imagesTs is empty, the fold's 'val' in "
                         "splits_target.json is the test [0]")  # fmt: skip
     parser.add_argument("-seeds", nargs="+", type=int, help="train with each seed, in plans named PLANS_seed_N [the "
@@ -103,20 +111,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("-lower", nargs="+", default=[], metavar="TRAINER[:DATASET]", help=f"lower {bound}")
     parser.add_argument("-upper", nargs="+", default=[], metavar="TRAINER[:DATASET]", help=f"upper {bound}")
-    parser.add_argument("-o", type=Path, required=True, help="output folder: new, empty, or of this command before")
-    parser.add_argument("-device", default="cuda", help="device of training and prediction: cpu, cuda or mps [cuda]")
-    parser.add_argument("-np", type=int, default=min(8, os.cpu_count() or 1), help="processes that score a run's "
-                        "predictions [%(default)s]")  # fmt: skip
-    add_engine_arguments(parser)
+    add_grid_arguments(parser, "this command")
     arguments = parser.parse_args(argv)
-    for name in ("d", "tr", "f", "seeds"):
-        values = getattr(arguments, name) or []
-        if len(set(values)) != len(values):
-            raise UDAError(f"-{name}: a value is given twice in {values}")
-    for fold in arguments.f:
-        if not is_fold(fold):
-            raise UDAError(f"-f takes folds' numbers or 'all', found {shown(fold)}")
-    check_engine_arguments(arguments)
+    check_grid_arguments(arguments, arguments.f, ("d", "tr", "f", "seeds"))
     for name in ("lower", "upper"):
         if len(getattr(arguments, name)) not in (0, 1, len(arguments.d)):
             raise UDAError(
@@ -171,15 +168,8 @@ def plan_plans(methods: Sequence[Method], arguments: argparse.Namespace) -> dict
         for seed in arguments.seeds or [None]:
             name = arguments.p if seed is None else f"{arguments.p}_seed_{seed}"
             plans = derive_plans(base, arguments.c, name, uda if seed is None else merge_uda(uda, {"seed": seed}))
-            if not (folder / plans["configurations"][arguments.c]["data_identifier"]).is_dir():
-                raise UDAError(f"{folder} holds no images for {arguments.p}. First: nnUNetv2_preprocess -d "
-                               f"{method.dataset} -plans_name {arguments.p} -c {arguments.c}")  # fmt: skip
-            there = folder / f"{name}.json"
-            if there.exists() and read_json(there) != plans:
-                raise UDAError(
-                    f"{there} exists, and differs from what {arguments.p} now gives: those plans have changed, or the "
-                    "name was taken. Take plans of another name, or remove that file and the results trained by it"
-                )
+            check_images(method.dataset, plans, arguments.c, arguments.p)
+            check_same_plans(folder / f"{name}.json", plans, arguments.p)
             found[method.dataset, seed] = plans
     return found
 
@@ -219,11 +209,6 @@ def plan_rows(
 # --- tables ----------------------------------------------------------------------------------------------------------
 
 
-def dice_of(score: Score) -> float:
-    """A run's Dice, as in every table."""
-    return summarise(score.volumes)[MEAN]["Dice"]["mean"]
-
-
 def gaps(rows: Sequence[Row], scores: dict[str, Score]) -> dict[str, float]:
     """Percent of the gap closed, by job; NaN where a bound of the same test and fold has no finished run."""
 
@@ -260,28 +245,20 @@ def summarise_methods(rows: Sequence[Row], scores: dict[str, Score]) -> list[Cel
     return cells
 
 
-def _cell(cell: OverSeeds, digits: int, unit: float = 1.0, remark: str = "") -> str:
-    if not cell.n:
-        return "–"
-    deviation = "" if math.isnan(cell.std) else f" ± {cell.std / unit:.{digits}f}"
-    return f"{cell.mean / unit:.{digits}f}{deviation}{remark}"
-
-
 def method_table(test: str, cells: Sequence[Cells]) -> dict[str, Any]:
     """One test's methods as a table for ``markdown_table``."""
     rows = []
     for entry in cells:
-        figures, label = entry.figures, entry.method.label
-        remark = f" ({entry.undefined} undefined)" if entry.undefined else ""
+        figures, label = {name: vars(cell) for name, cell in entry.figures.items()}, entry.method.label
         trained = "" if entry.method.dataset == test else f" on {entry.method.dataset}"
         rows.append([
             label if label == entry.method.trainer else f"{label}: {entry.method.trainer}{trained}",
-            _cell(figures["Dice"], DIGITS["Dice"]),
-            _cell(figures["ASSD"], DIGITS["ASSD"], remark=remark),
-            _cell(figures["gap"], 1),
-            _cell(figures["seconds"], 1, 60),
-            _cell(figures["memory"], 1),
-            _cell(figures["device_memory"], 1),
+            mean_cell(figures["Dice"], DIGITS["Dice"]),
+            mean_cell(figures["ASSD"], DIGITS["ASSD"], undefined=entry.undefined if figures["ASSD"]["n"] else 0),
+            mean_cell(figures["gap"], 1),
+            mean_cell(figures["seconds"], 1, unit=60),
+            mean_cell(figures["memory"], 1),
+            mean_cell(figures["device_memory"], 1),
             str(entry.done) if entry.done == entry.planned else f"{entry.done} of {entry.planned}",
         ])  # fmt: skip
     header = ["trainer", "Dice", "ASSD (mm)", "gap closed (%)", "training (min)", "memory (GiB)", "CUDA memory (GiB)",
@@ -296,14 +273,13 @@ def write_tables(
     cells = summarise_methods(rows, scores)
     blocks = [f"# Comparison: plans {setup['plans']}, configuration {setup['configuration']}"]
     blocks += test_tables(rows, cells)
-    missing = [f"- {row.job.name}: {failed.get(row.job.name, 'not finished yet')}" for row in rows
-               if row.job.name not in scores]  # fmt: skip
-    if missing:
-        blocks.append("\n".join(["**Runs that are missing from these tables**", "", *missing]))
+    blocks += missing_runs([row.job.name for row in rows], scores, failed)
     with whole_file(out / "compare.md") as temporary:
         temporary.write_text("\n\n".join([*blocks, *RULES]) + "\n", encoding="utf-8")
 
-    records = write_runs(out / "compare.csv", rows, scores, failed)
+    closed = gaps(rows, scores)
+    records = [run_record(row, scores, failed, closed) for row in rows]
+    write_rows(out / "compare.csv", records)
     means = [{"test": entry.method.test, "label": entry.method.label, "trainer": entry.method.trainer,
               "dataset": entry.method.dataset, "runs": entry.done, "planned": entry.planned,
               "distances_undefined": entry.undefined, **{name: vars(cell) for name, cell in entry.figures.items()}}
@@ -322,22 +298,6 @@ def test_tables(rows: Sequence[Row], cells: Sequence[Cells]) -> list[str]:
     return blocks
 
 
-def write_runs(
-    path: Path, rows: Sequence[Row], scores: dict[str, Score], failed: dict[str, str]
-) -> list[dict[str, Any]]:
-    """Write a CSV with a row a run; returns the rows, ``run_record``'s."""
-    closed = gaps(rows, scores)
-    records = [run_record(row, scores, failed, closed) for row in rows]
-    with whole_file(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(dict.fromkeys(name for record in records for name in record)))
-        writer.writeheader()
-        writer.writerows(
-            {name: "" if value is None else spreadsheet_cell(value) for name, value in record.items()}
-            for record in records
-        )
-    return records
-
-
 def run_record(row: Row, scores: dict[str, Score], failed: dict[str, str], closed: dict[str, float]) -> dict[str, Any]:
     """One run, with None for what is undefined or not there yet."""
     name, method = row.job.name, row.method
@@ -347,15 +307,10 @@ def run_record(row: Row, scores: dict[str, Score], failed: dict[str, str], close
                               "log": str(row.job.log)}  # fmt: skip
     if name in scores:
         score = scores[name]
-        summary = summarise(score.volumes)
-        figures = {"dice": summary[MEAN]["Dice"]["mean"], "assd_mm": summary[MEAN]["ASSD"]["mean"],
-                   "gap_closed_percent": closed.get(name, math.nan), "training_seconds": score.seconds,
-                   "peak_memory_gib": score.memory, "peak_device_memory_gib": score.device_memory,
-                   "validation_pseudo_dice": score.pseudo_dice}  # fmt: skip
-        for structure in row.job.test.labels.structures:
-            for short, metric in zip(("dice", "assd_mm", "hd95_mm"), METRICS, strict=True):
-                figures[f"{short}_{structure}"] = summary[structure][metric]["mean"]
-        record |= jsonable(figures) | {"distances_undefined": summary[MEAN]["ASSD"]["n_undefined"]}
+        own = {"gap_closed_percent": closed.get(name, math.nan), "training_seconds": score.seconds,
+               "peak_memory_gib": score.memory, "peak_device_memory_gib": score.device_memory,
+               "validation_pseudo_dice": score.pseudo_dice}  # fmt: skip
+        record |= jsonable(own) | figures_of(score, row.job.test.labels.structures)
     return record
 
 
@@ -399,29 +354,13 @@ def bars(rows: Sequence[Row], cells: Sequence[Cells], scores: dict[str, Score]) 
     ]
 
 
-def check_output(out: Path, setup: dict[str, Any]) -> None:
-    """Refuse a folder that is not this comparison's.
-
-    Raises:
-        UDAError: a file, or a folder that holds something else.
-    """
-    if out.exists() and not out.is_dir():
-        raise UDAError(f"{out} is a file: give a folder with -o")
-    if (out / SETUP).exists():
-        former = read_json(out / SETUP)
-        if former != setup:
-            raise UDAError(f"{out} holds a comparison of {former}, this one is of {setup}: give another folder with -o")
-    elif out.exists() and any(path.name != ".lock" for path in out.iterdir()):
-        raise UDAError(f"{out} is not empty and holds no former comparison ({SETUP}): give another folder with -o")
-
-
 @command
 def main(argv: list[str] | None = None) -> None:
     arguments = parse_arguments(argv)
     results = environment_folder("nnUNet_results")
     out = Path(os.path.realpath(arguments.o))
     setup = {"plans": arguments.p, "configuration": arguments.c}
-    check_output(out, setup)
+    check_output(out, SETUP, setup, "comparison")
     methods = find_methods(arguments)
     for method in methods:
         for fold in arguments.f:
@@ -453,11 +392,7 @@ def main(argv: list[str] | None = None) -> None:
     print(
         f"Written to {out}: compare.md, compare.csv, compare.json, compare.png{''.join(f', {page}' for page in pages)}"
     )
-    if failed:
-        listed = "".join(f"\n  {name}: {text}" for name, text in failed.items())
-        raise UDAError(
-            f"{len(failed)} of {len(jobs)} runs failed; the same command tries them again, and only them:{listed}"
-        )
+    refuse_failures(failed, len(jobs))
 
 
 def check_results(
@@ -474,11 +409,8 @@ def check_results(
             trained = f"{method.trainer}__{content['plans_name']}__{configuration}"
             path = results / dataset / trained / "plans.json"
             mend_results(path.parent, content, read_json(preprocessed / dataset / "dataset.json"))
-            if dataset == method.dataset and path.exists() and read_json(path) != content:
-                raise UDAError(
-                    f"{path} differs from the plans {content['plans_name']} of {dataset}: they have changed since that "
-                    "training. Take plans of another name, or remove those results"
-                )
+            if dataset == method.dataset:
+                check_same_plans(path, content, content["plans_name"])
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import csv
 import math
 from itertools import groupby, product
 from pathlib import Path
@@ -13,7 +12,7 @@ from nnunet_uda.data.convention import TARGET_FOLDER, dataset_name, environment_
 from nnunet_uda.devices import open_device
 from nnunet_uda.errors import command
 from nnunet_uda.evaluation.output import check_output, whole_folder
-from nnunet_uda.evaluation.report import jsonable, markdown_table
+from nnunet_uda.evaluation.report import jsonable, markdown_table, write_rows
 from nnunet_uda.evaluation.runs import find_raw_dataset
 from nnunet_uda.evaluation.unsupervised import (
     TrainedModel,
@@ -26,7 +25,6 @@ from nnunet_uda.evaluation.unsupervised import (
 )
 from nnunet_uda.files import put_back, write_json
 from nnunet_uda.methods import let_find
-from nnunet_uda.names import spreadsheet_cell
 from nnunet_uda.training.criteria import HIGHER_IS_BETTER
 
 REPORT = "criteria.json"
@@ -131,10 +129,7 @@ def main(argv: list[str] | None = None) -> None:
         content = {"dataset": dataset_name(arguments.d), "configuration": arguments.c, "images": str(images),
                    "cases": list(cases), "higher_is_better": COLUMNS, "checkpoints": rows}  # fmt: skip
         write_json(jsonable(content), output / REPORT)
-        with open(output / "criteria.csv", "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
-            writer.writeheader()
-            writer.writerows({name: spreadsheet_cell(value) for name, value in row.items()} for row in rows)
+        write_rows(output / "criteria.csv", rows)
         (output / "criteria.md").write_text(text, encoding="utf-8")
     print(text)
     print(f"Written to {arguments.o}: {REPORT}, criteria.csv, criteria.md")

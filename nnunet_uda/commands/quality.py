@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import math
 import os
@@ -25,10 +24,9 @@ from nnunet_uda.evaluation.output import check_output, whole_folder
 from nnunet_uda.evaluation.quality import Judge, Looked, judge_all
 from nnunet_uda.evaluation.quality_page import thumbnail, write_page
 from nnunet_uda.evaluation.quality_report import REPORT
-from nnunet_uda.evaluation.report import jsonable, markdown_table
+from nnunet_uda.evaluation.report import jsonable, markdown_table, write_rows
 from nnunet_uda.evaluation.runs import find_raw_dataset
 from nnunet_uda.evaluation.unsupervised import TrainedModel, dataset_of, unlabelled_images
-from nnunet_uda.names import spreadsheet_cell
 from nnunet_uda.quality.calibration import COVERAGE, FAILED, GOOD
 from nnunet_uda.quality.cases import CaseQuality
 
@@ -125,24 +123,23 @@ def picture(judge: Judge, looked: Looked, structures: dict[str, int], size: int)
 
 def write_csv(path: Path, cases: Sequence[CaseQuality]) -> None:
     """A line a case and structure, and one of the case as a whole."""
-    columns = ["case", "structure", "dice", "low", "high", "verdict", "volume_ml", "components", "agreement", "reasons"]
-    with open(path, "w", newline="", encoding="utf-8", errors="backslashreplace") as file:
-        writer = csv.writer(file)
-        writer.writerow(columns)
-        for case in cases:
-            lines: list[tuple[str, Any, dict[str, Any], list[str]]] = [("all", case.overall, {}, case.reasons)]
-            lines += [(name, each, case.signals[name], each.reasons) for name, each in case.structures.items()]
-            for name, each, signals, reasons in lines:
-                figures = [f"{value:.3f}" if math.isfinite(value) else "" for value in (each.dice, each.low, each.high)]
-                agreement = list(signals.get("agreement", {}).values())
-                more = [
-                    f"{signals['volume'] / 1000:.3f}" if "volume" in signals else "",
-                    signals.get("components", ""),
-                    f"{np.mean(agreement):.3f}" if agreement else "",
-                    "; ".join(reasons),
-                ]
-                row = [case.case, name, *figures, each.verdict, *more]
-                writer.writerow([spreadsheet_cell(value) for value in row])
+    rows = []
+    for case in cases:
+        lines: list[tuple[str, Any, dict[str, Any], list[str]]] = [("all", case.overall, {}, case.reasons)]
+        lines += [(name, each, case.signals[name], each.reasons) for name, each in case.structures.items()]
+        for name, each, signals, reasons in lines:
+            agreement = list(signals.get("agreement", {}).values())
+            rows.append({
+                "case": case.case, "structure": name, "dice": _rounded(each.dice), "low": _rounded(each.low),
+                "high": _rounded(each.high), "verdict": each.verdict,
+                "volume_ml": _rounded(signals.get("volume", math.nan) / 1000), "components": signals.get("components"),
+                "agreement": _rounded(np.mean(agreement)) if agreement else None, "reasons": "; ".join(reasons),
+            })  # fmt: skip
+    write_rows(path, rows)
+
+
+def _rounded(value: float) -> str | None:
+    return f"{value:.3f}" if math.isfinite(value) else None
 
 
 def table(cases: Sequence[CaseQuality]) -> str:

@@ -3,26 +3,35 @@
 from __future__ import annotations
 
 import argparse
-import csv
-import dataclasses
 import hashlib
 import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from nnunet_uda.commands.configure import parse_assignment
-from nnunet_uda.data.convention import SPLITS_TARGET, environment_folder, is_fold, read_json
-from nnunet_uda.errors import UDAError, command, shown
+from nnunet_uda.data.convention import SPLITS_TARGET, environment_folder
+from nnunet_uda.errors import UDAError, command
 from nnunet_uda.evaluation.metrics import METRICS
-from nnunet_uda.evaluation.report import DIGITS, markdown_table
+from nnunet_uda.evaluation.report import DIGITS, markdown_table, mean_cell, write_rows
 from nnunet_uda.evaluation.runs import find_raw_dataset
-from nnunet_uda.evaluation.sweep_plot import OverSeeds, Point, draw_sweeps, over_seeds
-from nnunet_uda.evaluation.tables import MEAN, summarise
-from nnunet_uda.experiments.engines import add_engine_arguments, check_engine_arguments, make_engine, run_jobs
+from nnunet_uda.evaluation.sweep_plot import Point, draw_sweeps, over_seeds
+from nnunet_uda.evaluation.tables import MEAN, Volume, summarise
+from nnunet_uda.experiments.engines import make_engine, run_jobs
+from nnunet_uda.experiments.grid import (
+    add_grid_arguments,
+    check_grid_arguments,
+    check_images,
+    check_output,
+    check_same_plans,
+    figures_of,
+    missing_runs,
+    refuse_failures,
+    settings_in_force,
+)
 from nnunet_uda.experiments.job import (
     TRANSDUCTIVE,
     Job,
@@ -35,9 +44,8 @@ from nnunet_uda.experiments.job import (
 from nnunet_uda.files import exclusive, whole_file, write_json
 from nnunet_uda.foreign_plans import read_plans
 from nnunet_uda.methods import check_uda
-from nnunet_uda.names import check_name, spreadsheet_cell
+from nnunet_uda.names import check_name
 from nnunet_uda.plans import derive_plans, merge_uda
-from nnunet_uda.settings import UDASettings, parse_settings, split_settings
 from nnunet_uda.training.criteria import HIGHER_IS_BETTER
 
 SWEEP = "sweep.json"
@@ -93,41 +101,20 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("-d", required=True, help="dataset id or name")
     parser.add_argument("-p", required=True, help="plans with all settings that do not vary (nnUNetUDA_configure)")
     parser.add_argument("-tr", required=True, help="trainer")
-    parser.add_argument("-c", default="2d", help="configuration [2d]")
     parser.add_argument("-f", default="0", help="fold; where imagesTs is empty, its 'val' in splits_target.json is "
                         "the test [0]")  # fmt: skip
     parser.add_argument("-vary", nargs="+", action="append", required=True, metavar=("NAME", "VALUE"),
                         help="a setting and its values; see nnUNetUDA_configure --list")  # fmt: skip
     parser.add_argument("-seeds", nargs="+", type=int, help="train every setting with each seed [that of the plans]")
-    parser.add_argument("-o", type=Path, required=True, help="output folder: new, empty, or of the same sweep before")
-    parser.add_argument("-device", default="cuda", help="device of training and prediction: cpu, cuda or mps [cuda]")
-    parser.add_argument("-np", type=int, default=min(8, os.cpu_count() or 1), help="processes that score predictions "
-                        "[%(default)s]")  # fmt: skip
-    add_engine_arguments(parser)
+    add_grid_arguments(parser, "the same sweep")
     arguments = parser.parse_args(argv)
-    if not is_fold(arguments.f):
-        raise UDAError(f"-f takes a fold's number or 'all', found {shown(arguments.f)}")
-    check_engine_arguments(arguments)
+    check_grid_arguments(arguments, [arguments.f], ["seeds"])
     for name in (words[0] for words in arguments.vary if len(words) == 1):
         raise UDAError(f"-vary {name} has no value: give NAME VALUE [VALUE ...]")
-    seeds = arguments.seeds or []
-    if len(set(seeds)) != len(seeds):
-        raise UDAError(f"-seeds: a seed is given twice in {seeds}; the same seed gives the same run")
     return arguments
 
 
 # --- what to train ---------------------------------------------------------------------------------------------------
-
-
-def settings_in_force(trainer: type, uda: dict[str, Any], where: str) -> dict[str, Any]:
-    """All settings that ``trainer`` reads, defaults included, by their names in ``-vary``."""
-    shared, own = split_settings(uda, trainer.method, where)
-    settings = dataclasses.asdict(parse_settings(UDASettings, shared, where))
-    if trainer.method_settings is not None:
-        where = f"{where}.{trainer.method}"
-        parsed = dataclasses.asdict(parse_settings(trainer.method_settings, own | trainer.fixed_settings, where))
-        settings |= {f"{trainer.method}.{name}": value for name, value in parsed.items()}
-    return settings
 
 
 def value_text(value: Any) -> str:
@@ -207,27 +194,13 @@ def check_ground(runs: dict[str, Run], out: Path, setup: dict[str, Any]) -> None
     """
     from nnunetv2.utilities.file_path_utilities import get_output_folder
 
-    if out.exists() and not out.is_dir():
-        raise UDAError(f"{out} is a file: give a folder with -o")
-    if (out / SWEEP).exists():
-        former = read_json(out / SWEEP)
-        if former != setup:
-            raise UDAError(f"{out} holds a sweep of {former}, this one is of {setup}: give another folder with -o")
-    elif out.exists() and any(path.name != ".lock" for path in out.iterdir()):
-        raise UDAError(f"{out} is not empty and holds no former sweep ({SWEEP}): give another folder with -o")
-    preprocessed = environment_folder("nnUNet_preprocessed") / setup["dataset"]
-    identifier = next(iter(runs.values())).plans["configurations"][setup["configuration"]]["data_identifier"]
-    if not (preprocessed / identifier).is_dir():
-        raise UDAError(f"{preprocessed / identifier} does not exist. First: nnUNetv2_preprocess -d {setup['dataset']} "
-                       f"-plans_name {setup['plans']} -c {setup['configuration']}")  # fmt: skip
+    check_output(out, SWEEP, setup, "sweep")
+    check_images(setup["dataset"], next(iter(runs.values())).plans, setup["configuration"], setup["plans"])
     for run in runs.values():
         results = get_output_folder(setup["dataset"], setup["trainer"], run.name, setup["configuration"])
+        preprocessed = environment_folder("nnUNet_preprocessed") / setup["dataset"]
         for path in (preprocessed / f"{run.name}.json", Path(results, "plans.json")):
-            if path.exists() and read_json(path) != run.plans:
-                raise UDAError(
-                    f"{path} exists, and differs from what {setup['plans']} now gives: those plans have changed, or "
-                    "the name was taken. Sweep plans of another name, or remove that file and the results trained by it"
-                )
+            check_same_plans(path, run.plans, setup["plans"])
 
 
 # --- tables ----------------------------------------------------------------------------------------------------------
@@ -249,17 +222,6 @@ def collect_points(values: list[Value], scores: dict[str, Score]) -> list[Point]
     return points
 
 
-def _cell(cell: OverSeeds, metric: str, n_expected: int, undefined: int = 0) -> str:
-    if not cell.n:
-        text = "–"
-    else:
-        text = f"{cell.mean:.{DIGITS[metric]}f}"
-        text += "" if math.isnan(cell.std) else f" ± {cell.std:.{DIGITS[metric]}f}"
-    remarks = [f"n = {cell.n}"] if cell.n != n_expected else []
-    remarks += [f"{undefined} undefined"] if undefined else []
-    return text + (f" ({', '.join(remarks)})" if remarks else "")
-
-
 def sweep_table(setting: str, values: list[Value], points: list[Point], scores: dict[str, Score]) -> dict[str, Any]:
     """One sweep as a table for ``markdown_table``."""
     shown = [name for name in HIGHER_IS_BETTER if name == "agreement" or any(p.criteria[name].n for p in points)]
@@ -270,10 +232,10 @@ def sweep_table(setting: str, values: list[Value], points: list[Point], scores: 
         rows.append(
             [
                 value.text + (" (as in the plans)" if value.in_plans else ""),
-                _cell(point.dice, "Dice", n),
-                _cell(point.assd, "ASSD", n, point.undefined),
-                *(_cell(point.criteria[name], "Dice", n) for name in shown),
-                _cell(point.pseudo_dice, "Dice", n),
+                mean_cell(vars(point.dice), DIGITS["Dice"], n),
+                mean_cell(vars(point.assd), DIGITS["ASSD"], n, point.undefined),
+                *(mean_cell(vars(point.criteria[name]), DIGITS["Dice"], n) for name in shown),
+                mean_cell(vars(point.pseudo_dice), DIGITS["Dice"], n),
                 str(n) if n == len(value.runs) else f"{n} of {len(value.runs)}",
             ]
         )
@@ -304,39 +266,23 @@ def write_tables(
         *(markdown_table(sweep_table(setting, sweeps[setting], points[setting], scores)) for setting in sweeps),
         CELLS,
     ]
-    missing = [f"- {name}: {failed.get(name, 'not finished yet')}" for name in runs if name not in scores]
-    if missing:
-        blocks.append("\n".join(["**Runs that are missing from these tables**", "", *missing]))
+    blocks += missing_runs(runs, scores, failed)
     with whole_file(out / "sweep.md") as temporary:
         temporary.write_text("\n\n".join(blocks) + "\n", encoding="utf-8")
-
-    with whole_file(out / "sweep.csv") as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        rows_of = {"": MEAN} | {f"_{structure}": structure for structure in test.labels.structures}
-        columns = [(f"{short}{suffix}", row, metric) for suffix, row in rows_of.items()
-                   for short, metric in zip(("dice", "assd_mm", "hd95_mm"), METRICS, strict=True)]  # fmt: skip
-        writer.writerow(["setting", "value", "seed", "plans", *HIGHER_IS_BETTER, "validation_pseudo_dice",
-                         *(c[0] for c in columns), "distances_undefined"])  # fmt: skip
-        for setting, value, name in _rows(sweeps):
-            cells: list[Any] = [""] * (len(HIGHER_IS_BETTER) + len(columns) + 2)
-            if name in scores:
-                summary = summarise(scores[name].volumes)
-                criteria = [scores[name].criteria.get(criterion, math.nan) for criterion in HIGHER_IS_BETTER]
-                numbers = [
-                    *criteria,
-                    scores[name].pseudo_dice,
-                    *(summary[row][metric]["mean"] for _, row, metric in columns),
-                ]
-                cells = ["" if math.isnan(number) else repr(number) for number in numbers]
-                cells.append(summary[MEAN]["ASSD"]["n_undefined"])
-            seed = runs[name].seed
-            row = [setting, value.text, "" if seed is None else seed, name, *cells]
-            writer.writerow(map(spreadsheet_cell, row))
+    write_rows(out / "sweep.csv", [
+        {"setting": setting, "value": value.text, "seed": runs[name].seed, "plans": name}
+        | run_record(scores.get(name), test.labels.structures)
+        for setting, values in sweeps.items() for value in values for name in value.runs
+    ])  # fmt: skip
     return points
 
 
-def _rows(sweeps: dict[str, list[Value]]) -> Iterator[tuple[str, Value, str]]:
-    return ((setting, value, name) for setting, values in sweeps.items() for value in values for name in value.runs)
+def run_record(score: Score | None, structures: Iterable[str]) -> dict[str, Any]:
+    """A run's figures by column, None where it has not finished."""
+    shown = score or Score([Volume("", {name: dict.fromkeys(METRICS, math.nan) for name in structures})], math.nan)
+    criteria = {name: shown.criteria.get(name) for name in HIGHER_IS_BETTER}
+    record = criteria | {"validation_pseudo_dice": shown.pseudo_dice} | figures_of(shown, structures)
+    return record if score else dict.fromkeys(record)
 
 
 @command
@@ -375,11 +321,7 @@ def main(argv: list[str] | None = None) -> None:
         draw_sweeps(out / "sweep.png", points, title, WARNING + bars)
     print((out / "sweep.md").read_text(encoding="utf-8"))
     print(f"Written to {out}: sweep.md, sweep.csv, sweep.png")
-    if failed:
-        listed = "".join(f"\n  {name}: {text}" for name, text in failed.items())
-        raise UDAError(
-            f"{len(failed)} of {len(runs)} runs failed; the same command tries them again, and only them:{listed}"
-        )
+    refuse_failures(failed, len(runs))
 
 
 if __name__ == "__main__":

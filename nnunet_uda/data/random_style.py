@@ -45,10 +45,8 @@ class StyleAugmentationSettings:
     cluster_contrast_probability: float = 0.75
     global_location_scale_probability: float = 0.5
     random_convolution_probability: float = 0.5
-    random_convolution_layers: int = 4
-    random_convolution_channels: int = 2
     pseudo_correlation_probability: float = 0.5
-    keep_statistics: bool = True
+    removed = {"random_convolution_layers": 4, "random_convolution_channels": 2, "keep_statistics": True}
 
     def __post_init__(self) -> None:
         for name in (
@@ -56,22 +54,14 @@ class StyleAugmentationSettings:
             "pseudo_correlation_probability",
         ):  # fmt: skip
             require(0 <= getattr(self, name) <= 1, name, "between 0 and 1", getattr(self, name))
-        for name in ("random_convolution_layers", "random_convolution_channels"):
-            require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
 
 
 def style_transforms(settings: StyleAugmentationSettings) -> ComposeTransforms:
     """The chain that ``settings`` describe: cluster contrasts, a random curve, random convolutions."""
-    keep = settings.keep_statistics
-    convolution = RandomConvolutionTransform(
-        layers=settings.random_convolution_layers,
-        hidden_channels=settings.random_convolution_channels,
-        p_pseudo_correlation=settings.pseudo_correlation_probability,
-        keep_statistics=keep,
-    )
+    convolution = RandomConvolutionTransform(p_pseudo_correlation=settings.pseudo_correlation_probability)
     chain = [
-        (settings.cluster_contrast_probability, ClusterContrastTransform(keep_statistics=keep)),
-        (settings.global_location_scale_probability, LocationScaleTransform(keep_statistics=keep)),
+        (settings.cluster_contrast_probability, ClusterContrastTransform()),
+        (settings.global_location_scale_probability, LocationScaleTransform()),
         (settings.random_convolution_probability, convolution),
     ]
     return ComposeTransforms([RandomTransform(transform, share) for share, transform in chain if share > 0])

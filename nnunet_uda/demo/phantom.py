@@ -11,7 +11,6 @@ marrow, noise and bias differ.
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import tempfile
 from functools import partial
 from itertools import pairwise
@@ -25,6 +24,7 @@ from scipy.spatial.transform import Rotation
 from tqdm import tqdm
 
 from nnunet_uda.errors import UDAError, command
+from nnunet_uda.workers import as_done
 
 LABELS = {"LV": 500, "RV": 600, "LA": 420, "RA": 550, "MYO": 205, "AA": 820, "PA": 850}
 MODALITIES = ("MR", "CT")
@@ -301,9 +301,8 @@ def make_phantom(folder: Path, seed: int, num_mr: int = 16, num_ct: int = 16, nu
         for modality in MODALITIES:
             (Path(name) / f"{modality.lower()}_train").mkdir()
         tasks = [("MR", i) for i in range(num_mr)] + [("CT", i) for i in range(num_ct)]
-        with multiprocessing.get_context("spawn").Pool(num_processes) as pool:
-            write = partial(_write_patient, folder=Path(name), seed=seed)
-            list(tqdm(pool.imap(write, tasks), total=len(tasks), desc="phantom", unit="scan"))
+        write = partial(_write_patient, folder=Path(name), seed=seed)
+        list(tqdm(as_done(write, tasks, num_processes), total=len(tasks), desc="phantom", unit="scan"))
         for part in Path(name).iterdir():
             part.rename(folder / part.name)
 

@@ -15,11 +15,8 @@ Only one empty: Dice is 0; ASSD and HD95 are NaN, and the tables count the volum
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +30,7 @@ from nnunet_uda.images.listing import files_in
 from nnunet_uda.images.nifti import choose_geometry, chosen_geometry
 from nnunet_uda.images.reading import LabelMap, read_image
 from nnunet_uda.names import check_name
-from nnunet_uda.workers import end_with
+from nnunet_uda.workers import as_done
 
 METRICS = ("Dice", "ASSD", "HD95")
 
@@ -232,24 +229,20 @@ def parallel(function: Callable[..., Any], tasks: Sequence[tuple], num_processes
     """``[function(*task) for task in tasks]`` with progress, in spawned processes where ``num_processes`` > 1."""
     if num_processes <= 1 or len(tasks) <= 1:
         return [function(*task) for task in tqdm(tasks, desc=description, unit="volume")]
-    workers = min(num_processes, len(tasks))
-    with ProcessPoolExecutor(workers, get_context("spawn"), _set_up, (os.getpid(), chosen_geometry())) as pool:
-        futures = [pool.submit(function, *task) for task in tasks]
-        try:
-            for future in tqdm(as_completed(futures), desc=description, unit="volume", total=len(futures)):
-                future.result()
-        except BrokenProcessPool as error:
-            raise UDAError("a worker process was killed, most often for lack of memory: use fewer (-np 1)") from error
-        finally:
-            pool.shutdown(cancel_futures=True)
-        return [future.result() for future in futures]
+    workers, set_up = min(num_processes, len(tasks)), partial(_set_up, chosen_geometry())
+    numbered = as_done(partial(_numbered, function), enumerate(tasks), workers, set_up)
+    found = dict(tqdm(numbered, desc=description, unit="volume", total=len(tasks)))
+    return [found[index] for index in range(len(tasks))]
 
 
-def _set_up(parent: int, geometry: str | None) -> None:
-    """A worker ends with its parent, reads files by the same geometry, and uses one thread."""
+def _numbered(function: Callable[..., Any], task: tuple[int, tuple]) -> tuple[int, Any]:
+    return task[0], function(*task[1])
+
+
+def _set_up(geometry: str | None) -> None:
+    """A worker reads files by the same geometry, and uses one thread."""
     import torch
 
-    end_with(parent)
     choose_geometry(geometry)
     torch.set_num_threads(1)
     sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import csv
-import html
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from nnunet_uda.evaluation.metrics import METRICS
-from nnunet_uda.evaluation.page import PAGE, write_filled
+from nnunet_uda.evaluation.page import write_filled
 from nnunet_uda.evaluation.tables import MEAN, Volume
+from nnunet_uda.files import whole_file
 from nnunet_uda.names import spreadsheet_cell
 from nnunet_uda.palette import RUNS
 
@@ -62,18 +63,23 @@ def write_json(path: Path, setup: dict[str, Any], runs: dict[str, list[Volume]],
 
 def write_csv(path: Path, runs: dict[str, list[Volume]]) -> None:
     """``evaluation.csv``: one row for each run, volume and structure; undefined values are empty cells."""
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(
-            ["run", "fold", "case", "structure", "dice", "assd_mm", "hd95_mm", "voxels_reference", "voxels_prediction"]
-        )
-        for name, volumes in runs.items():
-            for volume in volumes:
-                for structure, scores in volume.metrics.items():
-                    values = ["" if math.isnan(scores[metric]) else repr(scores[metric]) for metric in METRICS]
-                    fold = "" if volume.fold is None else volume.fold
-                    counts = [scores["n_reference"], scores["n_prediction"]]
-                    writer.writerow(map(spreadsheet_cell, [name, fold, volume.case, structure, *values, *counts]))
+    write_rows(path, [
+        {
+            "run": name, "fold": volume.fold, "case": volume.case, "structure": structure,
+            "dice": scores["Dice"], "assd_mm": scores["ASSD"], "hd95_mm": scores["HD95"],
+            "voxels_reference": scores["n_reference"], "voxels_prediction": scores["n_prediction"],
+        }
+        for name, volumes in runs.items()
+        for volume in volumes
+        for structure, scores in volume.metrics.items()
+    ])  # fmt: skip
+
+
+def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """A CSV file; what a row lacks, None and NaN are empty cells, and no text is taken for a formula."""
+    cells = [{name: spreadsheet_cell(value) for name, value in row.items()} for row in rows]
+    with whole_file(path) as temporary:
+        pd.DataFrame(cells, dtype=object).to_csv(temporary, index=False, errors="backslashreplace")
 
 
 # --- tables: a caption, a header and rows of text, rendered as Markdown or HTML -------------------------------------
@@ -83,13 +89,25 @@ def _number(value: float, metric: str) -> str:
     return "–" if math.isnan(value) else f"{value:.{DIGITS[metric]}f}"
 
 
-def _cell(cell: dict[str, float], metric: str, n_expected: int) -> str:
-    """``mean ± std``, with n where it is not ``n_expected`` and the number of undefined values where there are any."""
-    text = _number(cell["mean"], metric) + ("" if math.isnan(cell["std"]) else f" ± {_number(cell['std'], metric)}")
-    remarks = [f"n = {cell['n']}"] if cell["n"] != n_expected else []
-    if cell.get("n_undefined"):
-        remarks.append(f"{cell['n_undefined']} undefined")
+def mean_cell(
+    cell: Mapping[str, float], digits: int, n_expected: int | None = None, undefined: int = 0, unit: float = 1.0
+) -> str:
+    """``mean ± std``, with n where it is not ``n_expected`` and the number of undefined values where there are any.
+
+    Args:
+        cell: "mean", "std" and "n".
+        unit: what mean and deviation are divided by.
+    """
+    mean, std = (cell[name] / unit for name in ("mean", "std"))
+    text = "–" if math.isnan(mean) else f"{mean:.{digits}f}"
+    text += "" if math.isnan(std) else f" ± {std:.{digits}f}"
+    remarks = [f"n = {cell['n']}"] if n_expected not in (None, cell["n"]) else []
+    remarks += [f"{undefined} undefined"] if undefined else []
     return text + (f" ({', '.join(remarks)})" if remarks else "")
+
+
+def _cell(cell: Mapping[str, float], metric: str, n_expected: int) -> str:
+    return mean_cell(cell, DIGITS[metric], n_expected, int(cell.get("n_undefined", 0)))
 
 
 def summary_tables(runs: dict[str, list[Volume]], comparison: dict[str, Any]) -> list[dict[str, Any]]:
@@ -235,30 +253,6 @@ def _description(setup: dict[str, Any]) -> str:
 # --- the page --------------------------------------------------------------------------------------------------------
 
 
-def html_table(table: dict[str, Any], merge_first: bool = True) -> str:
-    """A table as HTML; equal neighbours in the first column share one cell."""
-    escape: Callable[[Any], str] = lambda text: html.escape(str(text))  # noqa: E731
-    head = "".join(f"<th scope=col>{escape(cell)}</th>" for cell in table["header"])
-    run = " class=run" if table["header"][1:2] == ["run"] else ""
-    body = []
-    previous = None
-    for i, row in enumerate(table["rows"]):
-        cells = "".join(f"<td{run if j == 0 else ''}>{escape(cell)}</td>" for j, cell in enumerate(row[1:]))
-        if merge_first and row[0] == previous:
-            body.append(f"<tr>{cells}</tr>")
-            continue
-        previous = row[0]
-        span = 1
-        while merge_first and i + span < len(table["rows"]) and table["rows"][i + span][0] == previous:
-            span += 1
-        body.append(f"<tr class=first><th scope=rowgroup rowspan={span}>{escape(row[0])}</th>{cells}</tr>")
-    notes = "".join(f"<li>{escape(note)}</li>" for note in table.get("notes", []))
-    return (
-        f"<h3>{escape(table['caption'])}</h3><div class=scroll><table><thead><tr>{head}</tr></thead>"
-        f"<tbody>{''.join(body)}</tbody></table></div>" + (f"<ul class=notes>{notes}</ul>" if notes else "")
-    )
-
-
 def write_html(
     path: Path,
     setup: dict[str, Any],
@@ -299,11 +293,11 @@ def write_html(
         "overlays": overlays,
         "colours": {"runs": RUNS, "structures": list(colours.values())},
     }
-    parts = {
-        "DESCRIPTION": "<br>".join(html.escape(text) for text in (_description(setup), *setup["notes"])),
-        "TABLES": "".join(html_table(table) for table in tables),
-        "VOLUMES": html_table(volume_table(runs)),
-        "RULES": "".join(f"<p>{html.escape(rule)}</p>" for rule in RULES),
-        "OVERLAY_NOTE": html.escape(overlay_note),
+    content = {
+        "description": [_description(setup), *setup["notes"]],
+        "tables": tables,
+        "volumes": volume_table(runs),
+        "rules": RULES,
+        "overlay_note": overlay_note,
     }
-    write_filled(path, PAGE, _title(setup), colours, jsonable(data), parts)
+    write_filled(path, "evaluation", _title(setup), colours, jsonable(data), content)

@@ -112,7 +112,7 @@ def layers_patch_nce(
     positions = projector.sample_positions(features)
     keys, queries = projector(features, positions), projector(of_translated, positions)
     losses = []
-    for feature, position, key, query in zip(projector.chosen(features), positions, keys, queries, strict=True):
+    for feature, position, key, query in zip(features, positions, keys, queries, strict=True):
         weights = position_weights(label, feature.shape[2:], position, foreground_weight)
         losses.append(loss(query, key, weights))
     return torch.stack(losses).mean()

@@ -9,25 +9,19 @@ from torch.nn import functional as F
 from nnunet_uda.collectives import gather_rows
 
 
-def supervised_contrastive_loss(
-    vectors: Tensor, labels: Tensor, temperature: float = 0.07, negatives: str = "all", reduction: str = "mean"
-) -> Tensor:
+def supervised_contrastive_loss(vectors: Tensor, labels: Tensor, temperature: float = 0.07) -> Tensor:
     r"""L_BSCL (SupCon, Khosla et al. 2020) over slices that hold the object and slices that do not.
 
     .. math:: \sum_i \frac{-1}{|P(i)|} \sum_{p \in P(i)}
         \log \frac{\exp(z_i \cdot z_p / \tau)}{\sum_{a \in A(i)} \exp(z_i \cdot z_a / \tau)}
 
     i runs over the batch, of all processes. P(i) are the others with i's label, A(i) all others. An i without any P(i)
-    is skipped.
+    is skipped; the mean over those that count, which does not depend on the batch's size, stands for the printed sum.
 
     Args:
         vectors: [B, C] float; L2-normalised here.
         labels: [B] bool, whether the slice holds the object.
         temperature: tau, above 0; the paper gives none.
-        negatives: ``"all"``, or ``"other"`` for A(i) by the paper's words: only those with the other label (an i
-            without any is skipped).
-        reduction: ``"mean"`` over the i that count, which does not depend on the batch's size; or ``"sum"``, as
-            printed.
 
     Returns:
         Scalar, float32, also under autocast; 0 with a graph where no i counts.
@@ -38,12 +32,10 @@ def supervised_contrastive_loss(
         same = labels[:, None] == labels[None]
         itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
         positive = same & ~itself
-        among = ~same if negatives == "other" else ~itself
-        counts = positive.any(1) & among.any(1)
+        counts = positive.any(1)
         if not counts.any():
             return vectors.sum() * 0
         similarity = z @ z.T / temperature
-        total = similarity.masked_fill(~among, float("-inf"))[counts].logsumexp(1)
+        total = similarity.masked_fill(itself, float("-inf"))[counts].logsumexp(1)
         of_positives = (similarity * positive)[counts].sum(1) / positive[counts].sum(1)
-        losses = total - of_positives  # eq. 4
-        return losses.sum() if reduction == "sum" else losses.mean()
+        return (total - of_positives).mean()  # eq. 4

@@ -21,15 +21,14 @@ class PatchProjector(nn.Module):
         feature_channels: channels of each layer, the generator's ``feature_channels``.
         dim: width of the hidden layer and length of the projected vectors.
         num_patches: positions per layer; all of them where a layer has fewer.
-        first: the layers before this one are left out; 2 leaves out the image itself and the stem.
     """
 
-    def __init__(self, feature_channels: Sequence[int], dim: int = 128, num_patches: int = 256, first: int = 0) -> None:
+    def __init__(self, feature_channels: Sequence[int], dim: int = 128, num_patches: int = 256) -> None:
         super().__init__()
-        self.num_patches, self.first = num_patches, first
+        self.num_patches = num_patches
         self.heads = nn.ModuleList(
             nn.Sequential(nn.Linear(channels, dim), nn.ReLU(inplace=True), nn.Linear(dim, dim))
-            for channels in feature_channels[first:]
+            for channels in feature_channels
         )
         for parameter in self.parameters():
             nn.init.normal_(parameter, 0.0, 0.02)
@@ -38,17 +37,17 @@ class PatchProjector(nn.Module):
         """Draw positions for each layer, uniform and without replacement; all images of the batch share them.
 
         Args:
-            features: one [B, C, *S] map per layer, also of those left out; only shape and device are read.
+            features: one [B, C, *S] map per layer; only shape and device are read.
             generator: source of randomness; None is torch's global one (CPU).
 
         Returns:
-            One [P] int64 tensor per chosen layer on that layer's device: flat positions in *S, last axis fastest.
+            One [P] int64 tensor per layer on that layer's device: flat positions in *S, last axis fastest.
         """
         device = "cpu" if generator is None else generator.device
         seed = torch.randint(2**62, (1,), generator=generator, device=device).item()
         random = np.random.default_rng(seed)  # draws few of many positions without permuting them all
         positions = []
-        for feature in self.chosen(features):
+        for feature in features:
             size = feature.shape[2:].numel()
             drawn = random.choice(size, min(self.num_patches, size), replace=False)
             positions.append(torch.from_numpy(drawn.astype(np.int64)).to(feature.device))
@@ -58,17 +57,13 @@ class PatchProjector(nn.Module):
         """Project the sampled vectors.
 
         Args:
-            features: one [B, C, *S] float map per layer, also of those left out, 2D or 3D.
+            features: one [B, C, *S] float map per layer, 2D or 3D.
             positions: one [P] int64 tensor per layer, from :meth:`sample_positions`.
 
         Returns:
-            One [B, P, dim] float32 tensor per chosen layer, of unit length along the last axis.
+            One [B, P, dim] float32 tensor per layer, of unit length along the last axis.
         """
         return [
             F.normalize(head(feature.flatten(2).index_select(2, where).transpose(1, 2)).float(), dim=-1)
-            for head, feature, where in zip(self.heads, self.chosen(features), positions, strict=True)
+            for head, feature, where in zip(self.heads, features, positions, strict=True)
         ]
-
-    def chosen(self, features: Sequence[Tensor]) -> Sequence[Tensor]:
-        """The layers that take part."""
-        return features[self.first :]

@@ -45,7 +45,6 @@ class SegmentingGenerator(nn.Module):
         patch_size: usual input size, for the ASPP's rates.
         aspp_rates: dilations, clamped to the bottleneck's size.
         embedding_dim: length D of the embeddings.
-        image_decoder_convs, image_decoder_width: see :class:`ImageDecoder`.
         residual: translation = image + image decoder's output.
     """
 
@@ -56,9 +55,7 @@ class SegmentingGenerator(nn.Module):
         patch_size: Sequence[int],
         aspp_rates: Sequence[int] = (1, 6, 12, 18),
         embedding_dim: int = 256,
-        image_decoder_convs: int = 1,
         residual: bool = True,
-        image_decoder_width: float = 0.5,
     ) -> None:
         super().__init__()
         self.residual = residual
@@ -72,7 +69,7 @@ class SegmentingGenerator(nn.Module):
 
         features = encoder.output_channels[self.embedding_stage]
         self.aspp = ASPP(encoder.output_channels[-1], bottleneck, aspp_rates)
-        self.image_decoder = ImageDecoder(encoder, num_channels, image_decoder_convs, image_decoder_width)
+        self.image_decoder = ImageDecoder(encoder, num_channels)
         self.projection = nn.Sequential(
             encoder.conv_op(features, embedding_dim, 1),
             nn.ReLU(inplace=True),

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,8 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nnunet_uda.errors import UDAError
-from nnunet_uda.networks.instance_norm import instance_norm
-from nnunet_uda.networks.recomputed import conv_of
+from nnunet_uda.networks.lean import recomputed
 
 
 def reflect_pad(x: Tensor, padding: Sequence[int]) -> Tensor:
@@ -49,24 +47,33 @@ class ReflectConv(nn.Module):
         if bias:
             nn.init.zeros_(self.conv.bias)
 
-    def forward(self, x: Tensor, before: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-        """The convolution of a map, or of what ``before`` makes of it, which is not kept (``conv_of``)."""
-
-        def prepare(x: Tensor) -> Tensor:
-            return reflect_pad(x if before is None else before(x), self.padding)
-
-        return conv_of(self.conv, prepare, x)
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(reflect_pad(x, self.padding))
 
 
 class InstanceNorm(nn.Module):
     """Instance norm without affine that lets a map of one single position pass (torch refuses it)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return instance_norm(x) if x.shape[2:].numel() > 1 else x
+        return F.instance_norm(x) if x.shape[2:].numel() > 1 else x
+
+
+class Stage(nn.Sequential):
+    """Convolution, instance norm, ReLU; the map is first enlarged where a size is given."""
+
+    lean = True
+
+    def forward(self, x: Tensor, size: Sequence[int] | None = None) -> Tensor:
+        def made(x: Tensor) -> Tensor:
+            return super(Stage, self).forward(x if size is None else F.interpolate(x, tuple(size), mode="nearest"))
+
+        return recomputed(made, x) if self.lean else made(x)
 
 
 class ResidualBlock(nn.Module):
     """x + norm(conv(relu(norm(conv(x))))), [B, C, *S] to [B, C, *S]."""
+
+    lean = True
 
     def __init__(self, channels: int, kernel: Sequence[int]) -> None:
         super().__init__()
@@ -79,8 +86,7 @@ class ResidualBlock(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        first, norm, activation, second, last_norm = self.layers
-        return x + last_norm(second(first(x), before=lambda hidden: activation(norm(hidden))))
+        return x + (recomputed(self.layers, x) if self.lean else self.layers(x))
 
 
 class ResnetGenerator(nn.Module):
@@ -100,6 +106,7 @@ class ResnetGenerator(nn.Module):
         num_blocks: residual blocks, at least 1.
         strides: one stride per axis for each strided convolution; None is two of stride 2 on every axis. Anisotropic
             3D, for instance: ((1, 2, 2), (2, 2, 2)).
+        lean: keep fewer maps for the gradient, see ``recomputed``.
     """
 
     def __init__(
@@ -109,6 +116,7 @@ class ResnetGenerator(nn.Module):
         width: int = 64,
         num_blocks: int = 9,
         strides: Sequence[Sequence[int]] | None = None,
+        lean: bool = True,
     ) -> None:
         super().__init__()
         if dimension not in (2, 3):
@@ -131,15 +139,16 @@ class ResnetGenerator(nn.Module):
         self.blocks = nn.ModuleList(ResidualBlock(channels[-1], kernel) for _ in range(num_blocks))
         self.up = nn.ModuleList(self._stage(high, low, kernel) for low, high, _ in reversed(levels))
         self.head = ReflectConv(width, num_channels, outer_kernel, bias=True)
+        for module in self.modules():
+            if isinstance(module, Stage | ResidualBlock):
+                module.lean = lean
         self.feature_channels: list[int] = [num_channels, *channels, channels[-1]]
 
     @staticmethod
     def _stage(
         in_channels: int, out_channels: int, kernel: Sequence[int], stride: Sequence[int] | None = None
-    ) -> nn.Sequential:
-        return nn.Sequential(
-            ReflectConv(in_channels, out_channels, kernel, stride), InstanceNorm(), nn.ReLU(inplace=True)
-        )
+    ) -> Stage:
+        return Stage(ReflectConv(in_channels, out_channels, kernel, stride), InstanceNorm(), nn.ReLU(inplace=True))
 
     def encode(self, x: Tensor) -> list[Tensor]:
         """Features for PatchNCE: the image itself and the encoder layers, nothing beyond the last of them computed.
@@ -164,9 +173,8 @@ class ResnetGenerator(nn.Module):
         hidden = features[-1]
         for block in self.blocks[len(self.blocks) // 2 + 1 :]:
             hidden = block(hidden)
-        for (conv, norm, activation), low in zip(self.up, reversed(features[1:-2]), strict=True):
-            larger = partial(F.interpolate, size=low.shape[2:], mode="nearest")
-            hidden = activation(norm(conv(hidden, before=larger)))
+        for stage, low in zip(self.up, reversed(features[1:-2]), strict=True):
+            hidden = stage(hidden, low.shape[2:])
         return self.head(hidden)
 
     def compile(self, *args: Any, **kwargs: Any) -> None:

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from nnunet_uda.networks.clip import Encoded, build_clip, load_clip, running_statistics_kept
+from nnunet_uda.networks.clip import build_clip, load_clip
+from nnunet_uda.networks.clip.image_encoder import Encoded, running_statistics_kept
 from nnunet_uda.networks.prompt_attention import PromptAttention
 from nnunet_uda.networks.residual_decoder import ResidualDecoder
 from nnunet_uda.networks.resnet_generator import InstanceNorm

@@ -15,8 +15,6 @@ from nnunet_uda.data.new_scans import treating_new_scans
 from nnunet_uda.foreign_plans import check_before_building
 from nnunet_uda.losses.deep_supervision import deeply_supervised
 from nnunet_uda.losses.dice import soft_dice_loss
-from nnunet_uda.networks.instance_norm import use_fast_instance_norm
-from nnunet_uda.networks.recomputed import use_slim_blocks
 from nnunet_uda.training.ranks import seen_as_ddp
 
 if TYPE_CHECKING:
@@ -38,15 +36,11 @@ def build_segmenter(
     num_output_channels: int,
     enable_deep_supervision: bool = True,
 ) -> nn.Module:
-    """nnU-Net's network from the plans; its instance norms faster on the CPU, with fewer maps kept for the gradient.
-
-    Prediction comes here with plans that no trainer has looked at.
-    """
+    """nnU-Net's network from the plans. Prediction comes here with plans that no trainer has looked at."""
     check_before_building(plans_manager.plans)
-    network = nnUNetTrainer.build_network_architecture(
+    return nnUNetTrainer.build_network_architecture(
         plans_manager, configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision
     )
-    return use_slim_blocks(use_fast_instance_norm(network))
 
 
 def segmentation_loss(trainer: UDATrainer, nnunets: Callable[[], Any]) -> Callable:

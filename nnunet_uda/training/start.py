@@ -17,7 +17,6 @@ from nnunet_uda.foreign_plans import check_plans
 from nnunet_uda.plans import fits_cpu
 from nnunet_uda.settings import UDASettings
 from nnunet_uda.training.checkpoint import random_state, seed_everything, set_random_state
-from nnunet_uda.training.cpu import keep_freed_memory
 from nnunet_uda.training.log import settings_table
 from nnunet_uda.training.progress import Progress
 from nnunet_uda.training.trainer_state import settings_in_force
@@ -70,9 +69,7 @@ def refuse_unsupported(trainer: UDATrainer) -> None:
 
 
 def set_up_process(trainer: UDATrainer) -> None:
-    """What training asks of its process: memory that stays on a CPU, and the setting ``seed``."""
-    if trainer.device.type == "cpu":
-        keep_freed_memory()
+    """What training asks of its process: the setting ``seed``."""
     if trainer.settings.seed is not None:
         seed_everything(trainer.settings.seed)
 

@@ -166,11 +166,12 @@ def check_checkpoint(trainer: UDATrainer, checkpoint: dict[str, Any], path: str)
 
 
 def _completed(trainer: UDATrainer, written: dict[str, Any]) -> dict[str, Any]:
-    """A checkpoint's settings, with the defaults of those that came later."""
+    """A checkpoint's settings, with the defaults of those that came later and without those that are gone."""
     completed = dataclasses.asdict(UDASettings()) | written
     if trainer.method is not None and trainer.method_settings is not None:
         own = dataclasses.asdict(trainer.method_settings(**trainer.fixed_settings))
-        completed[trainer.method] = own | written.get(trainer.method, {})
+        of_method = {name: value for name, value in written.get(trainer.method, {}).items() if name in own}
+        completed[trainer.method] = own | of_method
     if completed["mirror"] is True and trainer.settings.mirror == "auto":
         completed["mirror"] = "auto"  # the default was true
     return completed

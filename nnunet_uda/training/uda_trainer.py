@@ -19,10 +19,9 @@ from nnunet_uda.data.target import LabelledTargetDataset, TargetDataset
 from nnunet_uda.errors import print_without_traceback
 from nnunet_uda.losses.prototypes import IGNORED
 from nnunet_uda.methods import settings_of
-from nnunet_uda.networks.instance_norm import use_fast_instance_norm
 from nnunet_uda.training import background, start, streams
 from nnunet_uda.training.checkpoint import plain
-from nnunet_uda.training.cpu import without_denormals
+from nnunet_uda.training.denormals import without_denormals
 from nnunet_uda.training.expectation import conclude
 from nnunet_uda.training.log import in_columns
 from nnunet_uda.training.model_choice import ModelChoice
@@ -134,7 +133,7 @@ class UDATrainer(nnUNetTrainer, Generic[Settings]):
         start.set_up_process(self)
         with seen_as_ddp(self, False):
             super().initialize()
-        self.networks = use_fast_instance_norm(Networks(self.build_networks()).to(self.device))
+        self.networks = Networks(self.build_networks()).to(self.device)
         self.optimizers = {self.network_update: self.optimizer, **self.build_optimizers()}
         self.updates = updates_of_step(self)
         self.prepare_network()

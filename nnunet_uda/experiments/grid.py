@@ -1,0 +1,123 @@
+"""What ``nnUNetUDA_sweep`` and ``nnUNetUDA_compare`` share: options, folder, plans, figures and end of a grid."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from nnunet_uda.data.convention import environment_folder, is_fold, read_json
+from nnunet_uda.errors import UDAError, shown
+from nnunet_uda.evaluation.metrics import METRICS
+from nnunet_uda.evaluation.report import jsonable
+from nnunet_uda.evaluation.tables import MEAN, summarise
+from nnunet_uda.experiments.engines import add_engine_arguments, check_engine_arguments
+from nnunet_uda.experiments.job import Score
+from nnunet_uda.settings import UDASettings, parse_settings, split_settings
+
+
+def add_grid_arguments(parser: argparse.ArgumentParser, command: str) -> None:
+    """Options of every grid; ``check_grid_arguments`` looks at them."""
+    parser.add_argument("-c", default="2d", help="configuration [2d]")
+    parser.add_argument("-o", type=Path, required=True, help=f"output folder: new, empty, or of {command} before")
+    parser.add_argument("-device", default="cuda", help="device of training and prediction: cpu, cuda or mps [cuda]")
+    parser.add_argument("-np", type=int, default=min(8, os.cpu_count() or 1), help="processes that score predictions "
+                        "[%(default)s]")  # fmt: skip
+    add_engine_arguments(parser)
+
+
+def check_grid_arguments(arguments: argparse.Namespace, folds: Iterable[str], once: Iterable[str]) -> None:
+    """Refuse what is no fold, and a value that is given twice to an option among ``once``."""
+    for name in once:
+        values = getattr(arguments, name) or []
+        if len(set(values)) != len(values):
+            raise UDAError(f"-{name}: a value is given twice in {values}")
+    for fold in folds:
+        if not is_fold(fold):
+            raise UDAError(f"-f takes a fold's number or 'all', found {shown(fold)}")
+    check_engine_arguments(arguments)
+
+
+def settings_in_force(trainer: Any, uda: dict[str, Any], where: str) -> dict[str, Any]:
+    """All settings that ``trainer`` reads, defaults included, by their names in ``-vary``."""
+    shared, own = split_settings(uda, trainer.method, where)
+    settings = dataclasses.asdict(parse_settings(UDASettings, shared, where))
+    if trainer.method_settings is not None:
+        where = f"{where}.{trainer.method}"
+        parsed = dataclasses.asdict(parse_settings(trainer.method_settings, own | trainer.fixed_settings, where))
+        settings |= {f"{trainer.method}.{name}": value for name, value in parsed.items()}
+    return settings
+
+
+def check_output(out: Path, marker: str, setup: dict[str, Any], what: str) -> None:
+    """Refuse a folder that is not this grid's.
+
+    Args:
+        marker: the file in it that holds ``setup``.
+        what: the kind of grid, for messages.
+
+    Raises:
+        UDAError: a file, or a folder that holds something else.
+    """
+    if out.exists() and not out.is_dir():
+        raise UDAError(f"{out} is a file: give a folder with -o")
+    if (out / marker).exists():
+        former = read_json(out / marker)
+        if former != setup:
+            raise UDAError(f"{out} holds a {what} of {former}, this one is of {setup}: give another folder with -o")
+    elif out.exists() and any(path.name != ".lock" for path in out.iterdir()):
+        raise UDAError(f"{out} is not empty and holds no former {what} ({marker}): give another folder with -o")
+
+
+def check_images(dataset: str, plans: dict[str, Any], configuration: str, base: str) -> None:
+    """Refuse ``plans``, derived from those called ``base``, whose images have not been preprocessed."""
+    folder = environment_folder("nnUNet_preprocessed") / dataset / plans["configurations"][configuration][
+        "data_identifier"
+    ]  # fmt: skip
+    if not folder.is_dir():
+        raise UDAError(f"{folder} does not exist. First: nnUNetv2_preprocess -d {dataset} -plans_name {base} -c "
+                       f"{configuration}")  # fmt: skip
+
+
+def check_same_plans(path: Path, plans: dict[str, Any], base: str) -> None:
+    """Refuse a plans file, of a run's name or in its results, with other content than what ``base`` now gives."""
+    if path.exists() and read_json(path) != plans:
+        raise UDAError(
+            f"{path} exists, and differs from what {base} now gives: those plans have changed, or the name was taken. "
+            "Take plans of another name, or remove that file and the results trained by it"
+        )
+
+
+def figures_of(score: Score, structures: Iterable[str]) -> dict[str, Any]:
+    """A run's means over structures and cases, and of each structure, by their columns' names; None where undefined."""
+    summary = summarise(score.volumes)
+    rows = {"": MEAN} | {f"_{structure}": structure for structure in structures}
+    figures = {
+        f"{short}{suffix}": summary[row][metric]["mean"]
+        for suffix, row in rows.items()
+        for short, metric in zip(("dice", "assd_mm", "hd95_mm"), METRICS, strict=True)
+    }
+    return jsonable(figures) | {"distances_undefined": summary[MEAN]["ASSD"]["n_undefined"]}
+
+
+def dice_of(score: Score) -> float:
+    """A run's Dice, as in every table."""
+    return summarise(score.volumes)[MEAN]["Dice"]["mean"]
+
+
+def missing_runs(names: Iterable[str], scores: dict[str, Score], failed: dict[str, str]) -> list[str]:
+    """A block of Markdown with the runs that have no scores, or none."""
+    missing = [f"- {name}: {failed.get(name, 'not finished yet')}" for name in names if name not in scores]
+    return ["\n".join(["**Runs that are missing from these tables**", "", *missing])] if missing else []
+
+
+def refuse_failures(failed: dict[str, str], number: int) -> None:
+    """Raise ``UDAError`` where some of ``number`` runs failed."""
+    if failed:
+        listed = "".join(f"\n  {name}: {text}" for name, text in failed.items())
+        raise UDAError(
+            f"{len(failed)} of {number} runs failed; the same command tries them again, and only them:{listed}"
+        )
