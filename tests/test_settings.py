@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import pytest
+from conftest import TRAINERS
 
 from nnunet_uda.commands import configure
 from nnunet_uda.errors import UDAError
@@ -153,3 +154,15 @@ def test_a_setting_is_described_where_it_stands():
     assert notes["num_epochs"] == "At least 1. Fewer where training takes too long; schedules and shares follow."
     made = dataclasses.make_dataclass("Made", [("a", int, 3)])
     assert setting_notes(made) == {}, "a class without a file has none"
+
+
+def test_every_setting_of_every_method_says_what_it_is(monkeypatch):
+    """Meaning, range and when to change it, for ``--list`` and the page of settings."""
+    monkeypatch.setenv("nnUNet_extTrainer", str(TRAINERS))
+    bare = [
+        f"{method.name}.{name}"
+        for method in find_methods().methods
+        for name, *_ in describe_settings(method.settings)
+        if name not in setting_notes(method.settings)
+    ]
+    assert not bare, "write a text under them"

@@ -58,13 +58,21 @@ class CASTSettings(StyleAugmentationSettings):
     """
 
     self_training: bool = True
+    """false: random styles alone."""
     start_share: float = 0.7
+    """0 to 1: share of the schedule before self-training. 0 from pretrained weights."""
     self_training_weight: float = 1.0
+    """At least 0. Less where structures vanish on the target once self-training has begun."""
     teacher_views: int = 1
+    """At least 0: restyled views that the teacher sees beside the image as it is. Each is a pass more."""
     intensity_labels: bool = True
+    """Correct the teacher by the target's intensities. false where structures share an intensity."""
     confidence: float = 0.9
+    """0 to 1: how sure the teacher has to be. Lower where few pixels are learned."""
     target_style_probability: float = 0.25
+    """0 to 1: share of target images in a random style."""
     teacher_horizon: float = 0.02
+    """Over 0, at most 1: share of the steps that the teacher averages. More for a steadier teacher."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -41,9 +41,13 @@ class CUTSettings(TranslationSettings):
     """
 
     translation_share: float = 0.5
+    """Above 0 and below 1: share of the epochs that train the generator. More where translations stay poor."""
     adversarial_weight: float = 1.0
+    """At least 0: how strongly a translation has to look like the target."""
     patch_contrastive_weight: float = 1.0
+    """At least 0: how strongly it has to keep its image's shapes. More where shapes change."""
     identity_weight: float = 1.0
+    """At least 0: a target image should stay as it is. More where tissue changes its kind."""
     removed = {"discriminator_layers": 3, "gan_beta1": BETA1, "gan_schedule": "linear", "patch_layers": "all",
                "patch_features": PATCH_FEATURES, "temperature": TEMPERATURE}  # fmt: skip
 

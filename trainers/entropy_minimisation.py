@@ -24,6 +24,7 @@ class EntMinSettings:
     """
 
     entropy_weight: float = 0.001
+    """At least 0. Less where predictions on the target end in background, more where nothing adapts."""
 
     def __post_init__(self) -> None:
         require(self.entropy_weight >= 0, "entropy_weight", "at least 0", self.entropy_weight)

@@ -59,21 +59,37 @@ class SimilarityPrototypesSettings:
     """
 
     embedding_dim: int = 256
+    """Channels of a pixel's vector, at least 1. 64 on a CPU."""
     residual_translation: bool = True
+    """A translation is the image and a learned change. false as in CycleGAN, for longer schedules."""
     discriminator_width: int = 64
+    """Channels of the discriminators' first layer, at least 1. 32 on a CPU."""
     generator_learning_rate: float = 2e-4
+    """Of both generators, positive. More for short schedules."""
     cycle_weight: float = 1.0
+    """At least 0: there and back again has to give the image. More where shapes change."""
     image_adversarial_weight: float = 1.0
+    """At least 0: how strongly a translation has to look like the target."""
     segmentation_adversarial_weight: float = 0.1
+    """At least 0: segmentations of the target have to look like the source's."""
     similarity_weight: float = 0.05
+    """At least 0: weight of the similarity of prototypes between the domains."""
     contrastive_weight: float = 0.02
+    """At least 0: weight of the contrast of prototypes over the dictionary."""
     boundary_weight: float = 0.0
+    """At least 0; 0: no loss of boundaries. For structures whose edges come out ragged."""
     dictionary_size: int = 400
+    """Prototypes kept of each class, at least 1."""
     top_k: int = 20
+    """How many of them a prototype is compared with, from 1 to dictionary_size."""
     min_positions: int = 8
+    """Pixels of a class that make a prototype, at least 1. Fewer for tiny structures."""
     confidence: float = 0.9
+    """0 to 1: probability over which a target pixel's prediction counts. Lower where few pixels reach it."""
     warmup_epochs: int = 20
+    """Epochs in which target images bring no prototypes, at least 0. A tenth of num_epochs is usual."""
     target_images: bool = True
+    """false trains without target images, for the ablation."""
     removed = {"image_decoder_convs": 1, "image_decoder_width": 0.5, "discriminator_layers": 3, "adam_beta1": BETA1,
                "discriminator_learning_rate": DISCRIMINATOR_RATE, "temperature": 1.0}  # fmt: skip
 

@@ -71,26 +71,47 @@ class UUDSSettings:
     """
 
     clip_model: str = "RN50-quickgelu"
+    """open_clip's name of a ResNet CLIP."""
     clip_config: dict | None = None
+    """A CLIP that has no name there, as open_clip's JSON files describe it; small ones for a CPU."""
     clip_weights: str = "openai"
+    """A tag of the hub, a file, a folder, or random."""
     clip_trust_torchscript: bool = False
+    """true only for a file whose origin you trust: such files can run code."""
     clip_batch_statistics: Literal["trained", "frozen"] = "trained"
+    """frozen: CLIP's batch norms keep their statistics. For small batches and several processes."""
     domain_prompt: str = "A photo of a source domain"
+    """May hold {source} and {target}, the names in dataset.json."""
     generator_skips: Literal["none", "normalised"] = "none"
+    """normalised gives the image decoder CLIP's finer maps: sharper translations."""
     translation_judge: Literal["trained", "fixed", "adversarial"] = "trained"
+    """What CLIP's encoder is to the generator: trained along, fixed, or its opponent, where it translates nothing."""
     domain_weight: float = 1.0
+    """alpha, at least 0. Less where translations lose their content."""
     contrastive_weight: float = 1.0
+    """beta, at least 0."""
     segmentation_weight: float = 1.0
+    """gamma, at least 0."""
     identity_weight: float = 1.0
+    """lambda, at least 0. More where a reconstruction differs from its image."""
     domain_temperature: float = 0.07
+    """Positive."""
     domain_loss: Literal["similarity", "printed"] = "similarity"
+    """Equation 2 as the text means it, or as it is printed."""
     uncertainty: Literal["entropy", "printed"] = "entropy"
+    """The uncertainty as the text means it, or as it is printed."""
     threshold: float = 0.2
+    """chi, 0 to 1: target pixels more uncertain than this teach nothing. More where all ends in background."""
     warmup_epochs: int = 20
+    """Epochs without the uncertain segmentation of target images, at least 0."""
     content_weight: float = 0.0
+    """At least 0: keeps a translation like its image. 1 where shapes change."""
     optimizer: Literal["adam", "adamw"] = "adam"
+    """One optimiser trains everything; adamw decays weights apart from the steps."""
     learning_rate: float = 1e-4
+    """Positive. More for short schedules."""
     weight_decay: float = 0.01
+    """At least 0."""
     removed = {"context_vectors": 16, "use_domain_prompt": True, "use_segmentation_prompt": True,
                "use_uncertainty": True, "contrastive_temperature": 0.07, "contrastive_negatives": "all",
                "contrastive_reduction": "mean", "content_temperature": CONTENT_TEMPERATURE, "content_patches": 256,

@@ -43,9 +43,13 @@ class StyleAugmentationSettings:
     """
 
     cluster_contrast_probability: float = 0.75
+    """0 to 1: share of images whose tissues get random intensities. More for another modality."""
     global_location_scale_probability: float = 0.5
+    """0 to 1: share with a random curve over all intensities."""
     random_convolution_probability: float = 0.5
+    """0 to 1: share with a random convolution: other textures."""
     pseudo_correlation_probability: float = 0.5
+    """0 to 1: share of random convolutions that blend two networks."""
     removed = {"random_convolution_layers": 4, "random_convolution_channels": 2, "keep_statistics": True}
 
     def __post_init__(self) -> None:
