@@ -11,10 +11,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -119,8 +120,8 @@ class Passes(NamedTuple):
 
     source: GeneratorOutput
     source_to_target: GeneratorOutput
-    target: GeneratorOutput | None = None
-    target_to_source: GeneratorOutput | None = None
+    target: GeneratorOutput = None  # type: ignore[assignment] # there, where a target image is asked for
+    target_to_source: GeneratorOutput = None  # type: ignore[assignment]
 
 
 class View(NamedTuple):
@@ -165,7 +166,11 @@ class SimilarityPrototypesTrainer(UDATrainer[SimilarityPrototypesSettings]):
 
     @staticmethod
     def build_network_architecture(
-        plans_manager, configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision=True
+        plans_manager: PlansManager,
+        configuration_manager: ConfigurationManager,
+        num_input_channels: int,
+        num_output_channels: int,
+        enable_deep_supervision: bool = True,
     ) -> nn.Module:
         check_before_building(plans_manager.plans)
         where = f"plans {plans_manager.plans_name!r}, key 'uda'"
@@ -193,7 +198,7 @@ class SimilarityPrototypesTrainer(UDATrainer[SimilarityPrototypesSettings]):
     def build_networks(self) -> dict[str, nn.Module]:
         settings, classes = self.own_settings, self.label_manager.num_segmentation_heads
         memory = (classes, settings.dictionary_size, settings.embedding_dim)
-        networks = {
+        networks: dict[str, nn.Module] = {
             "source_dictionary": PrototypeDictionary(*memory),
             "target_dictionary": PrototypeDictionary(*memory),
         }
@@ -227,7 +232,7 @@ class SimilarityPrototypesTrainer(UDATrainer[SimilarityPrototypesSettings]):
 
     def train_on(self, source: Tensor, label: Tensor | list[Tensor], target: Tensor | None) -> None:
         passes = self.update_generators(source, label, target)
-        if self.needs_target:
+        if target is not None:
             self.update_image_discriminators(source, target, passes)
             if self.own_settings.segmentation_adversarial_weight > 0:
                 self.update_segmentation_discriminators(passes)
@@ -291,7 +296,7 @@ class SimilarityPrototypesTrainer(UDATrainer[SimilarityPrototypesSettings]):
     def cycle_loss(self, source: Tensor, target: Tensor | None, passes: Passes) -> Tensor:
         """L1 between an image and its translation back, both ways."""
         loss = F.l1_loss(passes.source_to_target.image.float(), source)
-        return loss + F.l1_loss(passes.target_to_source.image.float(), target) if self.needs_target else loss
+        return loss if target is None else loss + F.l1_loss(passes.target_to_source.image.float(), target)
 
     def image_adversarial_loss(self, passes: Passes) -> Tensor:
         """Translations look real: x_{s->t} to D_T, x_{t->s} to D_S."""
@@ -356,7 +361,7 @@ class SimilarityPrototypesTrainer(UDATrainer[SimilarityPrototypesSettings]):
 
     def pseudo_labels(self, output: GeneratorOutput, confidence: float) -> Tensor:
         """The confident predictions at the embedding's positions, ``(B, *patch / 4)``; -1 elsewhere. No gradient."""
-        pool = F.adaptive_avg_pool2d if output.embedding.ndim == 4 else F.adaptive_avg_pool3d
+        pool: Any = F.adaptive_avg_pool2d if output.embedding.ndim == 4 else F.adaptive_avg_pool3d
         with torch.no_grad():
             probabilities = pool(self.probabilities(output), output.embedding.shape[2:])
             return confident_labels(probabilities, confidence)
@@ -387,7 +392,7 @@ class SimilarityPrototypesTrainer(UDATrainer[SimilarityPrototypesSettings]):
             return source
         return self.source_generator(source, segmentation=False, embedding=False).image
 
-    def on_train_start(self):
+    def on_train_start(self) -> None:
         super().on_train_start()
         if self.uses_prototypes and self.current_epoch == 0 and not self.record.steps and self.local_rank == 0:
             Path(self.output_folder, "pictures").mkdir(exist_ok=True)

@@ -18,6 +18,8 @@ import torch
 from acvl_utils.cropping_and_padding.bounding_boxes import crop_and_pad_nd
 from batchgenerators.dataloading.single_threaded_augmenter import SingleThreadedAugmenter
 from batchgenerators.utilities.file_and_folder_operations import join, save_json
+from nnunetv2.training.dataloading.nnunet_dataset import nnUNetBaseDataset
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -184,7 +186,12 @@ class UUDSTrainer(UDATrainer[UUDSSettings]):
 
     @classmethod
     def build_network_architecture(
-        cls, plans_manager, configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision=True
+        cls,
+        plans_manager: PlansManager,
+        configuration_manager: ConfigurationManager,
+        num_input_channels: int,
+        num_output_channels: int,
+        enable_deep_supervision: bool = True,
     ) -> nn.Module:
         check_before_building(plans_manager.plans)
         where = f"plans {plans_manager.plans_name!r}, key 'uda'"
@@ -203,7 +210,7 @@ class UUDSTrainer(UDATrainer[UUDSSettings]):
             deep_supervision=enable_deep_supervision,
         )
 
-    def initialize(self):
+    def initialize(self) -> None:
         refuse_unsupported(self)
         if len(self.configuration_manager.patch_size) != 2:
             raise UDAError(
@@ -230,7 +237,7 @@ class UUDSTrainer(UDATrainer[UUDSSettings]):
 
     def build_networks(self) -> dict[str, nn.Module]:
         settings, network = self.own_settings, self.plain_network
-        networks = {}
+        networks: dict[str, nn.Module] = {}
         if self.segmentation_prompt:
             networks["contrastive_head"] = ProjectionHead(network.channels)
         if settings.content_weight > 0:
@@ -250,12 +257,12 @@ class UUDSTrainer(UDATrainer[UUDSSettings]):
             self.optimizer.add_param_group({"params": parameters})
         return {}
 
-    def _get_deep_supervision_scales(self):
+    def _get_deep_supervision_scales(self) -> list[list[float]] | None:
         if not self.enable_deep_supervision:
             return None
         return [[1 / 2**level] * 2 for level in range(num_outputs(self.configuration_manager))]
 
-    def get_dataloaders(self):
+    def get_dataloaders(self) -> tuple[Any, Any]:
         """Source batches hold slices with and without the object: eq. 4 needs both."""
         training, validation = super().get_dataloaders()
         if isinstance(training, SingleThreadedAugmenter):
@@ -265,7 +272,7 @@ class UUDSTrainer(UDATrainer[UUDSSettings]):
             training.generator = self._mixed(training.generator)
         return training, validation
 
-    def _mixed(self, loader) -> MixedSliceLoader:
+    def _mixed(self, loader: Any) -> MixedSliceLoader:
         return MixedSliceLoader(loader, self.label_manager, self.print_to_log_file)
 
     # -- a step --------------------------------------------------------------------------------------------------
@@ -274,6 +281,7 @@ class UUDSTrainer(UDATrainer[UUDSSettings]):
         return self.network(images)
 
     def train_on(self, source: Tensor, label: Tensor | list[Tensor], target: Tensor | None) -> None:
+        assert target is not None
         settings, network, count = self.own_settings, self.plain_network, len(source)
         terms = {}
         with self.autocast():
@@ -320,7 +328,7 @@ class UUDSTrainer(UDATrainer[UUDSSettings]):
             terms["domain_judge"] = self.domain_loss(learnt[:count], learnt[count:], domain)
         if self.domain_prompt:
             prompt = domain
-            if judge != "trained":
+            if judge != "trained" and far is not None and domain is not None:
                 far, prompt = far.detach(), domain.detach()
             terms["domain_translated"] = self.domain_loss(again.summary, far, prompt)  # eq. 2
         if settings.content_weight > 0:
@@ -346,8 +354,9 @@ class UUDSTrainer(UDATrainer[UUDSSettings]):
             return self.plain_network.prompts()
         return None, None
 
-    def domain_loss(self, near: Tensor, far: Tensor, prompt: Tensor) -> Tensor:
-        """alpha L_DD."""
+    def domain_loss(self, near: Tensor | None, far: Tensor | None, prompt: Tensor | None) -> Tensor:
+        """alpha L_DD; with the domain prompt there are all three."""
+        assert near is not None and far is not None and prompt is not None
         settings = self.own_settings
         loss = domain_discrepancy_loss(near, far, prompt, settings.domain_temperature, settings.domain_loss)
         return settings.domain_weight * loss
@@ -369,7 +378,7 @@ class UUDSTrainer(UDATrainer[UUDSSettings]):
         ]
         return self.own_settings.contrastive_weight * torch.stack(losses).mean()
 
-    def uncertain_loss(self, of_target: Encoded, generated: Generated, classes: Tensor) -> Tensor:
+    def uncertain_loss(self, of_target: Encoded, generated: Generated, classes: Tensor | None) -> Tensor:
         """gamma L_useg on target images (eqs 5 to 8), 0 during the warm-up, when nothing of it is computed."""
         settings = self.own_settings
         if self.current_epoch < settings.warmup_epochs:
@@ -389,7 +398,7 @@ class UUDSTrainer(UDATrainer[UUDSSettings]):
 
     # -- the loop ------------------------------------------------------------------------------------------------
 
-    def on_train_epoch_end(self, train_outputs: list[dict]):
+    def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
         super().on_train_epoch_end(train_outputs)
         structure = self.record.history["structure"][-1]
         if self.current_epoch >= self.own_settings.warmup_epochs and structure < self.structure_bound:
@@ -399,7 +408,7 @@ class UUDSTrainer(UDATrainer[UUDSSettings]):
                 "uuds.content_weight=1 adds a constraint"
             )
 
-    def on_validation_epoch_start(self):
+    def on_validation_epoch_start(self) -> None:
         super().on_validation_epoch_start()
         self.plain_network.refresh_prompts()
 
@@ -412,7 +421,7 @@ class UUDSTrainer(UDATrainer[UUDSSettings]):
         self.needs_clip_weights = False
         super().load_checkpoint(filename_or_checkpoint)
 
-    def perform_actual_validation(self, save_probabilities: bool = False):
+    def perform_actual_validation(self, save_probabilities: bool = False) -> None:
         super().perform_actual_validation(save_probabilities)
         domain = read_domains(self.dataset_json).source
         note = (
@@ -479,7 +488,7 @@ class UUDSTrainer(UDATrainer[UUDSSettings]):
             summaries["translated"] = torch.cat([part.summary for part in again])
         write_domain_map(path, {name: x.float().cpu().numpy() for name, x in summaries.items()})
 
-    def slices(self, dataset, number: int) -> Tensor:
+    def slices(self, dataset: nnUNetBaseDataset, number: int) -> Tensor:
         """Patches around the middle of slices, spread evenly over and inside the cases, ``(number, C, *patch)``."""
         height, width = self.configuration_manager.patch_size
         cases = [dataset.identifiers[i * len(dataset.identifiers) // number] for i in range(number)]
@@ -517,7 +526,7 @@ class UUDSAdversarialTrainer(UUDSTrainer):
     method_settings = UUDSAdversarialSettings
 
 
-def num_outputs(configuration_manager) -> int:
+def num_outputs(configuration_manager: ConfigurationManager) -> int:
     """Resolutions with logits: the plans' (all stages but the coarsest) where halving the patch gives whole numbers.
 
     The decoder has five besides the coarsest. A plan may halve fewer times, or one axis only.

@@ -239,7 +239,7 @@ def summarise_methods(rows: Sequence[Row], scores: dict[str, Score]) -> list[Cel
             "gap": [closed.get(name, math.nan) for name in done],
             **{figure: [getattr(scores[name], figure) for name in done] for figure in FIGURES[3:]},
         }
-        undefined = sum(mean["ASSD"]["n_undefined"] for mean in means)
+        undefined = sum(int(mean["ASSD"]["n_undefined"]) for mean in means)
         figures = {figure: over_seeds(values[figure]) for figure in FIGURES}
         cells.append(Cells(method, figures, undefined, len(done), len(names)))
     return cells

@@ -125,7 +125,12 @@ def value_text(value: Any) -> str:
 
 
 def plan_runs(
-    base: dict[str, Any], name: str, configuration: str, trainer: type, vary: list[list[str]], seeds: list[int] | None
+    base: dict[str, Any],
+    name: str,
+    configuration: str,
+    trainer: type[Any],
+    vary: list[list[str]],
+    seeds: list[int] | None,
 ) -> tuple[dict[str, list[Value]], dict[str, Run]]:
     """The values of every sweep, by setting, and the runs that they need, by name and in the order of training.
 
@@ -149,7 +154,8 @@ def plan_runs(
             raise UDAError(f"-vary {setting}: {trainer.__name__} does not read it. Its settings: {', '.join(before)}")
         if method and key in trainer.fixed_settings:
             raise UDAError(f"-vary {setting}: {trainer.__name__} fixes it to {trainer.fixed_settings[key]}")
-        sweeps[setting] = values = []
+        values: list[Value] = []
+        sweeps[setting] = values
         for text in texts:
             where = f"-vary {setting} {text}"
             changed = merge_uda(uda, dict([parse_assignment(f"{setting}={text}")]))
@@ -213,7 +219,7 @@ def collect_points(values: list[Value], scores: dict[str, Score]) -> list[Point]
         done = [scores[name] for name in value.runs if name in scores]
         means = [summarise(score.volumes)[MEAN] for score in done]
         dice, assd = (over_seeds([mean[metric]["mean"] for mean in means]) for metric in ("Dice", "ASSD"))
-        undefined = sum(mean["ASSD"]["n_undefined"] for mean in means)
+        undefined = sum(int(mean["ASSD"]["n_undefined"]) for mean in means)
         pseudo_dice = over_seeds([score.pseudo_dice for score in done])
         criteria = {
             name: over_seeds([score.criteria.get(name, math.nan) for score in done]) for name in HIGHER_IS_BETTER

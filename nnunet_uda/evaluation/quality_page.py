@@ -42,7 +42,7 @@ def thumbnail(
         cut, cut_label = (np.take(array, index, axis=axis) for array in (image, label))
         if axis:
             cut, cut_label = cut[::-1], cut_label[::-1]  # the head up
-        in_plane = tuple(float(spacing[other]) for other in others)
+        in_plane = (float(spacing[others[0]]), float(spacing[others[1]]))
         panels.append(draw_overlay(cut, cut_label, label_colours(structures), in_plane, window, size, 1))
     height = max(panel.shape[0] for panel in panels)
     width = sum(panel.shape[1] for panel in panels) + GAP * (len(panels) - 1)

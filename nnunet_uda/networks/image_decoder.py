@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from dynamic_network_architectures.building_blocks.helper import get_matching_convtransp
@@ -20,7 +21,7 @@ class ImageDecoder(nn.Module):
         num_channels: image channels.
     """
 
-    def __init__(self, encoder: nn.Module, num_channels: int) -> None:
+    def __init__(self, encoder: Any, num_channels: int) -> None:
         super().__init__()
         transposed = get_matching_convtransp(conv_op=encoder.conv_op)
         stages, upsamples, below = [], [], encoder.output_channels[-1]

@@ -44,7 +44,7 @@ class PatchProjector(nn.Module):
             One [P] int64 tensor per layer on that layer's device: flat positions in *S, last axis fastest.
         """
         device = "cpu" if generator is None else generator.device
-        seed = torch.randint(2**62, (1,), generator=generator, device=device).item()
+        seed = int(torch.randint(2**62, (1,), generator=generator, device=device))
         random = np.random.default_rng(seed)  # draws few of many positions without permuting them all
         positions = []
         for feature in features:

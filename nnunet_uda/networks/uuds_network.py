@@ -77,6 +77,9 @@ class UUDSNetwork(nn.Module):
             and instance norm; not in the paper, whose decoder sees the DAM's map alone.
     """
 
+    domain_embedding: Tensor
+    class_embeddings: Tensor
+
     def __init__(
         self,
         shape: dict[str, Any],
@@ -126,9 +129,10 @@ class UUDSNetwork(nn.Module):
         Each is a function of its own: modules of one class share their compiled forms, and past Dynamo's limit of
         those (8) nothing more is compiled.
         """
-        self.encoder.find_levels = torch.compile(self.encoder.find_levels, *args, **kwargs)
-        self.generate = torch.compile(self.generate, *args, **kwargs)
-        self.segment = torch.compile(self.segment, *args, **kwargs)
+        levels = torch.compile(self.encoder.find_levels, *args, **kwargs)
+        self.encoder.find_levels = levels  # type: ignore[method-assign] # of this network alone
+        self.generate = torch.compile(self.generate, *args, **kwargs)  # type: ignore[method-assign]
+        self.segment = torch.compile(self.segment, *args, **kwargs)  # type: ignore[method-assign]
 
     @torch.no_grad()
     def refresh_prompts(self) -> None:

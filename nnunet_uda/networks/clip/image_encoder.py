@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -51,7 +51,7 @@ class ClipImageEncoder(nn.Module):
         frozen_statistics: batch norm always uses its running statistics (its weights are trained all the same).
     """
 
-    def __init__(self, visual: nn.Module, in_channels: int, frozen_statistics: bool = False) -> None:
+    def __init__(self, visual: Any, in_channels: int, frozen_statistics: bool = False) -> None:
         super().__init__()
         from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 
@@ -59,6 +59,7 @@ class ClipImageEncoder(nn.Module):
         self.frozen_statistics = frozen_statistics
         self.to_rgb = nn.Conv2d(in_channels, 3, 1)
         mean, std = torch.tensor(OPENAI_DATASET_MEAN), torch.tensor(OPENAI_DATASET_STD)
+        assert self.to_rgb.bias is not None
         with torch.no_grad():
             self.to_rgb.weight.copy_((std.mean() / std / in_channels)[:, None, None, None])
             self.to_rgb.bias.copy_((mean.mean() - mean) / std)

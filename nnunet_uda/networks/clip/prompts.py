@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +29,12 @@ class DualPrompts(nn.Module):
         context_vectors: M.
     """
 
-    def __init__(self, clip: nn.Module, num_classes: int, context_vectors: int = 16) -> None:
+    mask: Tensor
+    tokens: Tensor
+    ends: Tensor
+    vocabulary: Tensor
+
+    def __init__(self, clip: Any, num_classes: int, context_vectors: int = 16) -> None:
         super().__init__()
         self.transformer = clip.transformer
         self.token_embedding = clip.token_embedding
