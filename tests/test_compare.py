@@ -401,6 +401,17 @@ def test_jobs_and_their_trainings_are_tied_to_what_starts_them(tmp_path, fake, m
     assert seen == [str(os.getpid())] * 4
 
 
+@pytest.mark.parametrize("module", [job, train])
+def test_what_may_be_started_by_others_looks_after_them_before_all_else(monkeypatch, module):
+    def looks() -> None:
+        raise UDAError("it looks")
+
+    monkeypatch.setattr(module, "end_with_starter", looks)
+    monkeypatch.setattr(module, "let_find", lambda: pytest.fail("work has begun"))
+    with pytest.raises(UDAError, match="it looks"):
+        module.main.__wrapped__(["501", "2d", "0", "-tr", "SourceOnlyTrainer"] if module is train else ["no.json"])
+
+
 def test_a_job_waits_for_the_training_that_still_holds_its_fold(tmp_path, capfd):
     code = "\n".join([
         "import pathlib, sys, time",
