@@ -160,7 +160,6 @@ def losses_of(rows: slice) -> dict[str, tuple[Tensor, Tensor]]:
         "boundary": lambda f: boundary_loss(f.softmax(1), label),
         "global": lambda f: GlobalContrastiveLoss(0.2)(f.mean((2, 3)), f.amax((2, 3))),
         "supervised": lambda f: supervised_contrastive_loss(f.amax(3).flatten(1), holds, 0.5),
-        "supervised_sum": lambda f: supervised_contrastive_loss(f.amax(3).flatten(1), holds, 0.5, "other", "sum"),
         "certain": lambda f: uncertain_segmentation_loss(f, 0.6),
         "pseudo": lambda f: pseudo_label_loss(f, label[:, 0] - 1),
         "intra": lambda f: intra_class_loss(f, label[:, 0], *class_prototypes(f, label[:, 0], CLASSES)),

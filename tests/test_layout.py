@@ -55,7 +55,9 @@ def imported(source: str, known: set[str]) -> set[str]:
     return {name.removeprefix("nnunet_uda.") for name in found if name.startswith("nnunet_uda")} & known
 
 
-IMPORTS = {name: imported(path.read_text(), set(modules())) - {name} for name, path in modules().items()}
+IMPORTS = {
+    name: imported(path.read_text(encoding="utf-8"), set(modules())) - {name} for name, path in modules().items()
+}
 
 
 def test_every_module_stands_on_a_floor_and_imports_from_below():
@@ -86,4 +88,4 @@ def test_no_test_module_imports_another():
     """What they share lies in conftest.py and ``support``."""
     tests = REPOSITORY / "tests"
     for path in (*tests.glob("*.py"), *(tests / "support").glob("*.py")):
-        assert not re.search(r"^\s*(from|import) test_", path.read_text(), re.MULTILINE), path
+        assert not re.search(r"^\s*(from|import) test_", path.read_text(encoding="utf-8"), re.MULTILINE), path

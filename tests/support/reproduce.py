@@ -83,7 +83,7 @@ def run_commands(commands: list[list[str]], folder: Path, **variables: str) -> d
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     done = subprocess.run(
         [sys.executable, "-c", RUNNER], input=json.dumps(commands), cwd=folder, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT, text=True, check=False,
+        stderr=subprocess.STDOUT, encoding="utf-8", check=False,
         env={**os.environ, **folders, **workers, "nnUNet_extTrainer": str(TRAINERS), "PATH": path,
              "OMP_WAIT_POLICY": "passive", **variables},
     )  # fmt: skip

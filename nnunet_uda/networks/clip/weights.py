@@ -130,7 +130,7 @@ def _weight_file(path: Path, shape: dict[str, Any]) -> Path:
     config = path / "open_clip_config.json"
     if config.is_file():
         try:
-            described = clip_shape("", json.loads(config.read_text())["model_cfg"])
+            described = clip_shape("", json.loads(config.read_text(encoding="utf-8"))["model_cfg"])
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UDAError(f"{config} is not a description of a CLIP as open_clip writes it: {error!r}") from error
         differing = [key for key in shape if described[key] != shape[key]]
