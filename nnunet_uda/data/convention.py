@@ -10,6 +10,7 @@ their labels. Their images stay in ``imagesTu``, so that plans, folds and all th
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Collection
@@ -70,7 +71,7 @@ def dataset_name(name_or_id: str | int) -> str:
 def read_json(path: Path) -> Any:
     """JSON content of ``path``; a missing, unreadable or broken file is a ``UDAError`` that names it."""
     try:
-        return load_json(str(path))
+        return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UDAError(f"{path} does not exist") from None
     except OSError as error:
