@@ -204,6 +204,15 @@ def test_the_image_corrects_the_teacher_unless_asked_not_to(in_workspace, monkey
         assert (labels[..., :edge] == 1).float().mean() > 0.98 and (labels[..., edge:] == 2).float().mean() > 0.98
 
 
+def test_intensities_are_looked_at_only_where_they_correct_labels(in_workspace):
+    """Without self-training no target image is opened but to choose a checkpoint."""
+    for trainer in (started("CASTNoSelfTrainingTrainer"), started(cast__intensity_labels=False, **TEACHING)):
+        intensities = trainer.networks["intensities"]
+        assert not intensities.has_range
+        trainer.train_step(next(trainer.dataloader_train))
+        assert (intensities.domain == 0).all()
+
+
 def test_a_share_of_the_target_images_is_restyled_for_the_student(in_workspace):
     for share in (0.0, 0.25):
         trainer = made(augmentation="none", seed=3, cast__target_style_probability=share)

@@ -149,8 +149,13 @@ class CASTTrainer(UDATrainer[CASTSettings]):
         super().on_train_start()
         if self.networks["average"].steps == 0:
             self.student.load_state_dict(self.plain_network.state_dict())  # -pretrained_weights reach the network alone
-        if self.needs_target and not self.networks["intensities"].has_range:
+        if self.corrects and not self.networks["intensities"].has_range:
             self.networks["intensities"].set_range(self._some_target_volumes())
+
+    @property
+    def corrects(self) -> bool:
+        """Whether the teacher's labels are ever corrected by intensities."""
+        return self.own_settings.self_training and self.own_settings.intensity_labels
 
     def _some_target_volumes(self) -> Iterator[np.ndarray]:
         """Evenly chosen target training cases, ``(C, Z, Y, X)``, at most ``RANGE_OF``."""
@@ -205,7 +210,8 @@ class CASTTrainer(UDATrainer[CASTSettings]):
         trust, probabilities = self.networks["self_training"], self.opinion(target, *views)
         trust.observe(probabilities)
         labels = trust.label(probabilities)
-        self.networks["intensities"].observe(labels, target)
+        if self.corrects:
+            self.networks["intensities"].observe(labels, target)
         return labels
 
     def opinion(self, target: Tensor, *views: Tensor) -> Tensor:
@@ -219,7 +225,7 @@ class CASTTrainer(UDATrainer[CASTSettings]):
         for view in views:
             probabilities = probabilities + self._predict(view).float().softmax(1)
         mean = probabilities / (1 + len(views))
-        return self.networks["intensities"](mean, target) if self.own_settings.intensity_labels else mean
+        return self.networks["intensities"](mean, target) if self.corrects else mean
 
     # -- pictures ------------------------------------------------------------------------------------------------
 

@@ -138,7 +138,8 @@ def adapt_to_folder(
     average.steps += 10_000  # the teacher begins as the model, not as noise: its start is not to be forgotten
     trust = SelfTraining(model.num_classes, settings.confidence).to(device)
     intensities = IntensityPosterior(model.num_classes, volumes[0].shape[0]).to(device)
-    intensities.set_range(volumes)
+    if settings.intensity_labels:
+        intensities.set_range(volumes)
     optimizer = torch.optim.Adam(student.parameters(), settings.learning_rate)
     for step in range(settings.steps):
         for group in optimizer.param_groups:
@@ -151,7 +152,8 @@ def adapt_to_folder(
             probabilities = intensities(probabilities, images)
         trust.observe(probabilities)
         labels = trust.label(probabilities)
-        intensities.observe(labels, images)
+        if settings.intensity_labels:
+            intensities.observe(labels, images)
         for index, scan in enumerate(scans):
             for value in left_out[scan]:
                 labels[index][labels[index] == value] = IGNORED
