@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 
 import pytest
 from conftest import litter, make_raw_dataset
@@ -189,3 +191,14 @@ def test_json_errors_name_the_file(tmp_path):
         convention.read_json(tmp_path / "x.json")
     with pytest.raises(UDAError, match=r"y\.json does not exist"):
         convention.read_json(tmp_path / "y.json")
+
+
+def test_json_is_utf8_whatever_the_locale(tmp_path):
+    """With an ASCII locale Python would read it as ASCII."""
+    (tmp_path / "labels.json").write_text('{"Rückenmark": 1}', encoding="utf-8")
+    code = "import sys; from pathlib import Path; from nnunet_uda.data.convention import read_json; " \
+           "print(ascii(read_json(Path(sys.argv[1]))))"  # fmt: skip
+    environment = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    words = [sys.executable, "-c", code, str(tmp_path / "labels.json")]
+    done = subprocess.run(words, env=environment, capture_output=True, encoding="utf-8", check=True)
+    assert done.stdout.splitlines()[-1] == ascii({"Rückenmark": 1})

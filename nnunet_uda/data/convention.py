@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from batchgenerators.utilities.file_and_folder_operations import load_json
 from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw, nnUNet_results
 from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
 
@@ -68,10 +67,14 @@ def dataset_name(name_or_id: str | int) -> str:
         raise UDAError(f"found not exactly one dataset with id {int(name_or_id):03d} in {folders}") from error
 
 
+def _parsed(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))  # whatever the locale
+
+
 def read_json(path: Path) -> Any:
     """JSON content of ``path``; a missing, unreadable or broken file is a ``UDAError`` that names it."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return _parsed(Path(path))
     except FileNotFoundError:
         raise UDAError(f"{path} does not exist") from None
     except OSError as error:
@@ -102,7 +105,7 @@ def mend_results(folder: Path, plans: dict[str, Any], dataset_json: dict[str, An
 
 def _json_or_none(path: Path) -> Any:
     try:
-        return load_json(str(path))
+        return _parsed(path)
     except (ValueError, RecursionError):
         return None
 

@@ -25,13 +25,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from batchgenerators.utilities.file_and_folder_operations import load_json, save_json
+from batchgenerators.utilities.file_and_folder_operations import save_json
 from nnunetv2.inference.data_iterators import PreprocessAdapterFromNpy
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
 from nnunet_uda.data.case import check_before_resampling
+from nnunet_uda.data.convention import read_json
 from nnunet_uda.data.slices import elsewhere
 from nnunet_uda.errors import UDAError
 from nnunet_uda.files import cannot_write
@@ -70,7 +71,7 @@ class NewScans(DefaultPreprocessor if TYPE_CHECKING else object):  # type: ignor
         dataset_json: Any,
     ) -> Any:
         if not isinstance(dataset_json, dict):
-            dataset_json = load_json(dataset_json)
+            dataset_json = read_json(Path(dataset_json))
         for index, channel in enumerate(data):
             check_values(channel, Path(self._files[min(index, len(self._files) - 1)]))
         where = (Path(self._files[0]), data.shape[1:], properties["spacing"])

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import SimpleITK as sitk
 import torch
-from batchgenerators.utilities.file_and_folder_operations import load_json
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
+from nnunet_uda.data.convention import read_json
 from nnunet_uda.images.listing import files_in
 from nnunet_uda.training.pictures import Panel, write_panels
 from nnunet_uda.training.preview import REORIENTED, as_seen
@@ -21,8 +21,8 @@ from nnunet_uda.training.translated_dataset import translate_volume
 def translation_rows(dataset: str, plans_name: str, number: int) -> list[list[Panel]]:
     """Source validation slices with most label, translated by the trained CISFA generator of fold 0."""
     preprocessed = Path(os.environ["nnUNet_preprocessed"], dataset)
-    plans = load_json(str(preprocessed / f"{plans_name}.json")) | {"continue_training": True}
-    dataset_json = load_json(str(preprocessed / "dataset.json"))
+    plans = read_json(preprocessed / f"{plans_name}.json") | {"continue_training": True}
+    dataset_json = read_json(preprocessed / "dataset.json")
     trainer_class = recursive_find_trainer_class_by_name("CISFATrainer")
     trainer = trainer_class(plans, "2d", 0, dataset_json, torch.device("cpu"))
     trainer.load_checkpoint(str(Path(trainer.output_folder, "checkpoint_final.pth")))
@@ -65,7 +65,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("-p", required=True, help="plans of CISFA")
     args = parser.parse_args(argv)
     raw = args.i / "nnUNet_raw" / "Dataset501_Phantom"
-    labels = load_json(str(raw / "dataset.json"))["labels"]
+    labels = read_json(raw / "dataset.json")["labels"]
     structures = [name for name, value in sorted(labels.items(), key=lambda pair: pair[1]) if value]
     pictures = {
         "translation.png": translation_rows(raw.name, args.p, 3),
