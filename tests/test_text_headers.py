@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import locale
 import os
 from pathlib import Path
 
@@ -89,6 +90,19 @@ def test_formats_that_hold_no_orientation_are_remarked(tmp_path):
         (warning,) = remarks(path)[1]
         assert f"a{ending}: the format holds no orientation" in warning
         assert ("no way to tell whether a file is whole" in warning) == more
+
+
+def test_the_locale_stays_as_it_was(tmp_path):
+    """ITK's reader of VTK files leaves the process in the locale C."""
+    before = locale.setlocale(locale.LC_ALL)
+    whole = image(tmp_path / "whole.vtk")
+    read_image(whole)
+    assert locale.setlocale(locale.LC_ALL) == before
+    short = tmp_path / "short.vtk"
+    short.write_bytes(whole.read_bytes()[:200])
+    with pytest.raises(UDAError, match=r"short\.vtk"):
+        read_image(short)
+    assert locale.setlocale(locale.LC_ALL) == before
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import locale
 import math
 import os
 import re
@@ -32,7 +33,9 @@ def readable(path: Path, expected: str = "a whole 3D image") -> Iterator[None]:
     """Whatever a library raises while it reads ``path`` becomes the one ``UDAError`` that names the file.
 
     For everything that others wrote: parsers have no error class of their own, and raise what the bytes make of them.
+    The locale stays as it was: after ITK's reader of VTK files it is C, in which Python takes text for ASCII.
     """
+    before = locale.setlocale(locale.LC_ALL)
     try:
         yield
     except UDAError:
@@ -46,6 +49,8 @@ def readable(path: Path, expected: str = "a whole 3D image") -> Iterator[None]:
         ) from None
     except Exception as error:
         raise _unreadable(path, error, expected) from error
+    finally:
+        locale.setlocale(locale.LC_ALL, before)
 
 
 def stem(path: Path) -> str:
