@@ -21,6 +21,7 @@ from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
 from torch import nn
 from torch.nn.modules import activation, batchnorm, conv, dropout, instancenorm, normalization, pooling
 
+from nnunet_uda.data.components import KEY
 from nnunet_uda.data.convention import check_plans_names, read_json
 from nnunet_uda.errors import UDAError, print_without_traceback, shown
 from nnunet_uda.names import check_name
@@ -146,6 +147,11 @@ def _check_numbers(plans: dict[str, Any], where: Path | str) -> None:
             raise UDAError(f"{where}{place}: {key!r} is {shown(found)}; expected {expected}. {_ADVICE}")
 
     require(isinstance(plans.get("uda", {}), dict), "uda", plans.get("uda"), "an object of settings")
+    groups = plans.get(KEY, [])
+    whole = isinstance(groups, list) and all(
+        isinstance(group, list) and all(type(value) is int for value in group) for group in groups
+    )
+    require(whole, KEY, groups, "lists of labels")
     require("image_reader_writer" in plans, "image_reader_writer", None, "nnU-Net's name of a reader")
     forward: Any = plans.get("transpose_forward")
     backward: Any = plans.get("transpose_backward")

@@ -79,6 +79,8 @@ class UDASettings:
     """What checkpoint_best follows; none needs a target label."""
     criterion_patches: int = 32
     """Target patches that the criteria look at each epoch; 0: none is opened for them."""
+    keep_largest_component: bool = True
+    """Predict as one piece what is one in every label of the source. false where the target may have several."""
     picture_every: int = 10
     """Epochs between pictures and plots."""
     quality_volumes: int = 4

@@ -16,6 +16,7 @@ import torch
 from conftest import make_trainer, write_volume, written_model
 
 from nnunet_uda.commands import export
+from nnunet_uda.data.components import KEY
 from nnunet_uda.errors import UDAError
 from nnunet_uda.evaluation.stock_model import check_plain, clipping_words, compare_segmentations, model_card
 from nnunet_uda.images.intensities import Intensities
@@ -31,6 +32,8 @@ def trained_folder(trainer_name: str, **settings) -> Path:
 
 def test_an_exported_model_is_nnunets_own_and_predicts_the_same(in_workspace, tmp_path, monkeypatch, capsys):
     folder = trained_folder("CASTTrainer")
+    plans = json.loads((folder / "plans.json").read_text(encoding="utf-8"))
+    (folder / "plans.json").write_text(json.dumps(plans | {KEY: [[1, 2], [1]]}), encoding="utf-8")
     Path(folder, "fold_0", "quality.json").write_text(json.dumps({"about": {"calibrated_on": "3 cases"}}))
     archive = tmp_path / "out" / "Dataset501_Blobs.zip"
     export.main(["-m", str(folder), "-f", "0", "-o", str(archive), "-device", "cpu"])
@@ -39,16 +42,30 @@ def test_an_exported_model_is_nnunets_own_and_predicts_the_same(in_workspace, tm
     with zipfile.ZipFile(archive) as content:
         names = set(content.namelist())
         content.extractall(tmp_path / "receiver")
-    files = ("plans.json", "dataset.json", "MODEL_CARD.md", "fold_0/checkpoint_final.pth", "fold_0/quality.json")
+    files = (
+        "plans.json",
+        "dataset.json",
+        "postprocessing.pkl",
+        "MODEL_CARD.md",
+        "fold_0/checkpoint_final.pth",
+        "fold_0/quality.json",
+    )
     assert {f"{place}/{name}" for name in files} == names
     there = tmp_path / "receiver" / place
     checkpoint = torch.load(there / "fold_0" / "checkpoint_final.pth", weights_only=True)
     assert checkpoint["trainer_name"] == "nnUNetTrainer" and "uda" not in checkpoint
-    assert "uda" not in json.loads((there / "plans.json").read_text())
+    exported = json.loads((there / "plans.json").read_text())
+    assert "uda" not in exported and KEY not in exported
     assert "uda" not in json.loads((there / "dataset.json").read_text())
     card = archive.with_suffix(".md").read_text()
     assert card == (there / "MODEL_CARD.md").read_text()
-    for words in ("| Labelled domain (source) | MR |", "Licence of the weights: ...", "sha256", "1 left, 2 right"):
+    for words in (
+        "| Labelled domain (source) | MR |",
+        "Licence of the weights: ...",
+        "sha256",
+        "1 left, 2 right",
+        "nnUNetv2_apply_postprocessing -i",
+    ):
         assert words in card
     with pytest.raises(SystemExit):
         export.main(["-m", str(folder), "-f", "0", "-o", str(archive), "-device", "cpu"])

@@ -123,7 +123,7 @@ def test_the_plans_and_what_is_trained_on_stay(in_workspace):
     assert PlansManager(trainer.plans_manager.plans).get_configuration("2d").preprocessor_class is DefaultPreprocessor
     again = pickle.loads(pickle.dumps(trainer.configuration_manager))
     assert again.preprocessor_class is trainer.configuration_manager.preprocessor_class
-    treat_new_scans(again)
+    treat_new_scans(again, trainer.plans_manager)
     assert again.preprocessor_class is trainer.configuration_manager.preprocessor_class
 
 
@@ -138,9 +138,10 @@ def test_every_trainer_treats_new_scans(in_workspace):
         def build_network_architecture(plans_manager, configuration_manager, *others):
             return torch.nn.Identity()
 
-    configuration = make_trainer("SourceOnlyTrainer").configuration_manager
+    trainer = make_trainer("SourceOnlyTrainer")
+    configuration = trainer.configuration_manager
     assert not issubclass(configuration.preprocessor_class, NewScans)
-    Own.build_network_architecture(None, configuration, 1, 2)
+    Own.build_network_architecture(trainer.plans_manager, configuration, 1, 2)
     assert issubclass(configuration.preprocessor_class, NewScans)
 
 
@@ -265,7 +266,7 @@ def test_the_check_passes_and_fails_where_nnunet_goes_another_way(in_workspace, 
         checked(trainer, intensities)
 
     with monkeypatch.context() as patch:
-        patch.setattr(new_scans, "treat_new_scans", lambda configuration: None)
+        patch.setattr(new_scans, "treat_new_scans", lambda configuration, plans: None)
         with pytest.raises(UDAError, match="does not predict with the intensities that the dataset was converted with"):
             checked(trainer, WINDOW)
         checked(trainer, None)

@@ -80,7 +80,7 @@ def test_the_gradient_is_that_of_both_terms(in_workspace, monkeypatch):
 def test_the_teacher_sees_target_images_plain_and_restyled_and_the_student_its_own_view(in_workspace, monkeypatch):
     trainer = started(**TEACHING)
     source, label, target = batch(trainer)
-    assert source.shape[:2] == (2, 1) and target.shape[:2] == (1, 3)
+    assert source.shape[:2] == (2, 1) and target.shape[:2] == (1, 5)  # plain, the student's, three for the teacher
     plain, styled, *views = target.split(1, dim=1)
     for one, other in itertools.combinations((plain, styled, *views), 2):
         assert not torch.allclose(one, other, atol=0.05)
@@ -89,7 +89,7 @@ def test_the_teacher_sees_target_images_plain_and_restyled_and_the_student_its_o
     monkeypatch.setattr(trainer, "_predict", lambda images: asked.append(images) or predict(images))
     monkeypatch.setattr(trainer, "study", lambda images: studied.append(images) or study(images))
     trainer.train_on(source, label, target)
-    assert len(asked) == 2 and all(map(torch.equal, asked, (plain, *views)))
+    assert len(asked) == 4 and all(map(torch.equal, asked, (plain, *views)))
     assert len(studied) == 2 and torch.equal(studied[0], source[1:]) and torch.equal(studied[1], styled)
 
 
@@ -137,7 +137,7 @@ def test_what_it_trusts_is_remembered_as_the_intensities_of_the_domain(in_worksp
 
 def test_the_plain_view_has_the_intensities_of_the_scan(in_workspace):
     """Neither noise nor blur nor gamma: values are those of the scan, moved by the spatial transform alone."""
-    trainer = made(augmentation="nnunet", seed=1, cast__target_style_probability=1.0)
+    trainer = made(augmentation="nnunet", seed=1, cast__target_style_probability=1.0, cast__teacher_views=1)
     trainer.initialize()
     pipeline = trainer.get_target_transforms(
         trainer.configuration_manager.patch_size, (0, 0), None, None, False, use_mask_for_norm=[False]
@@ -201,7 +201,7 @@ def test_the_image_corrects_the_teacher_unless_asked_not_to(in_workspace, monkey
         trainer.networks["intensities"].set_range([image[0].numpy()])
         monkeypatch.setattr(trainer, "_predict", lambda images: logits)
         labels = trainer.pseudo_label(image)
-        assert (labels[..., :edge] == 1).float().mean() > 0.98 and (labels[..., edge:] == 2).float().mean() > 0.98
+        assert (labels[..., :edge] == 1).float().mean() > 0.96 and (labels[..., edge:] == 2).float().mean() > 0.96
 
 
 def test_intensities_are_looked_at_only_where_they_correct_labels(in_workspace):
@@ -215,7 +215,7 @@ def test_intensities_are_looked_at_only_where_they_correct_labels(in_workspace):
 
 def test_a_share_of_the_target_images_is_restyled_for_the_student(in_workspace):
     for share in (0.0, 0.25):
-        trainer = made(augmentation="none", seed=3, cast__target_style_probability=share)
+        trainer = made(augmentation="none", seed=3, cast__target_style_probability=share, cast__teacher_views=1)
         trainer.initialize()
         pipeline = trainer.get_target_transforms(
             trainer.configuration_manager.patch_size, (0, 0), None, None, False, use_mask_for_norm=[False]
@@ -279,7 +279,7 @@ def test_styles_are_those_of_the_settings(in_workspace):
         "cluster_contrast", "random_convolution", "global_location_scale")}  # fmt: skip
     trainer = started(augmentation="none", **off, **TEACHING)
     plain, *others = batch(trainer)[2].split(1, dim=1)
-    assert len(others) == 2 and all(torch.equal(plain, other) for other in others)
+    assert len(others) == 4 and all(torch.equal(plain, other) for other in others)
 
 
 @pytest.mark.draws

@@ -63,7 +63,7 @@ class CASTSettings(StyleAugmentationSettings):
     """0 to 1: share of the schedule before self-training. 0 from pretrained weights."""
     self_training_weight: float = 1.0
     """At least 0. Less where structures vanish on the target once self-training has begun."""
-    teacher_views: int = 1
+    teacher_views: int = 3
     """At least 0: restyled views that the teacher sees beside the image as it is. Each is a pass more."""
     intensity_labels: bool = True
     """Correct the teacher by the target's intensities. false where structures share an intensity."""

@@ -273,7 +273,7 @@ def open_model(
         raise UDAError(f"{folder}: this model was trained on regions; adapting needs one integer for each structure")
     if settings.previous_stage_name is not None:
         raise UDAError(f"{folder}: the second stage of a cascade needs the first one's output, which is not adapted")
-    treat_new_scans(settings)
+    treat_new_scans(settings, manager)
     labels = manager.get_label_manager(dataset_json)
     name = contents[0]["trainer_name"]
     trainer = _find_trainer(name, folder)

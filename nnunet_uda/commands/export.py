@@ -14,7 +14,8 @@ import SimpleITK as sitk
 
 from nnunet_uda.commands.quality import add_model, model_folder
 from nnunet_uda.commands.trainers import trainers_folder
-from nnunet_uda.data.convention import TARGET_FOLDER, environment_folder
+from nnunet_uda.data.components import KEY as COMPONENTS
+from nnunet_uda.data.convention import TARGET_FOLDER, environment_folder, read_json
 from nnunet_uda.devices import open_device
 from nnunet_uda.errors import UDAError, command
 from nnunet_uda.evaluation.quality_report import read_report
@@ -22,6 +23,7 @@ from nnunet_uda.evaluation.stock_model import (
     CARD,
     compare_segmentations,
     model_card,
+    postprocess_as_a_receiver,
     predict_as_a_receiver,
     predict_here,
     what_to_clip,
@@ -107,7 +109,11 @@ def main(argv: list[str] | None = None) -> None:
         print(f"Predicting {len(scans)} scan(s) with the trained model, then as the receiver of the exported one")
         predict_here(folder, arguments.f, arguments.chk, work / "scans", work / "here", device)
         predict_as_a_receiver(work / "results", place, arguments.f, work / "scans", work / "there", device)
-        number, voxels, differ = compare_segmentations(work / "here", work / "there", dataset_json["file_ending"])
+        plans = read_json(folder / "plans.json")
+        if plans.get(COMPONENTS):
+            postprocess_as_a_receiver(plans, dataset_json, work / "there", work / "postprocessed")
+        there = work / ("postprocessed" if plans.get(COMPONENTS) else "there")
+        number, voxels, differ = compare_segmentations(work / "here", there, dataset_json["file_ending"])
         if differ:
             raise UDAError(
                 f"nnU-Net alone predicts {differ} of {voxels} voxels of {number} scan(s) otherwise than the trained "
@@ -126,6 +132,8 @@ def main(argv: list[str] | None = None) -> None:
         temporary.write_text(card, "utf-8", "backslashreplace")
     print(f"{arguments.o}: {check}")
     print(f"Model card: {beside}, and in the zip file. Fill in its last lines (licence, patients, contact)")
+    if plans.get(COMPONENTS):
+        print("The receiver postprocesses predictions with nnUNetv2_apply_postprocessing: the card says how")
     if clip is not None:
         print(f"The receiver must clip every scan ({clip}): the card says how")
 

@@ -27,11 +27,13 @@ import numpy as np
 import torch
 from batchgenerators.utilities.file_and_folder_operations import save_json
 from nnunetv2.inference.data_iterators import PreprocessAdapterFromNpy
+from nnunetv2.inference.export_prediction import convert_predicted_logits_to_segmentation_with_correct_shape
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
 from nnunet_uda.data.case import check_before_resampling
+from nnunet_uda.data.components import KEY, keep_largest_components
 from nnunet_uda.data.convention import read_json
 from nnunet_uda.data.slices import elsewhere
 from nnunet_uda.errors import UDAError
@@ -93,17 +95,34 @@ def _before(preprocessor_class: type) -> type:
 
 
 class NewScansConfiguration(ConfigurationManager):
-    """nnU-Net's configuration, whose preprocessor is ``NewScans`` before the one that the plans name."""
+    """nnU-Net's configuration, whose preprocessor is ``NewScans`` before the one that the plans name.
+
+    The logits of a whole scan, resampled to its grid, keep the largest component of what is one piece in the source's
+    labels (``data.components``).
+    """
+
+    single_components: Sequence[Sequence[int]] = ()
 
     @property
     def preprocessor_class(self) -> type:
         return _before(super().preprocessor_class)
 
+    @property
+    def resampling_fn_probabilities(self) -> Callable:
+        resample = super().resampling_fn_probabilities
 
-def treat_new_scans(configuration: ConfigurationManager) -> None:
-    """Make ``configuration`` a ``NewScansConfiguration``."""
+        def resampled(logits: Any, *args: Any, **kwargs: Any) -> Any:
+            return keep_largest_components(resample(logits, *args, **kwargs), self.single_components)
+
+        return resampled if self.single_components else resample
+
+
+def treat_new_scans(configuration: ConfigurationManager, plans: PlansManager) -> None:
+    """Make ``configuration`` a ``NewScansConfiguration``, with what ``plans`` know of structures that are one piece."""
     if type(configuration) is ConfigurationManager:
         configuration.__class__ = NewScansConfiguration
+    if isinstance(configuration, NewScansConfiguration):
+        configuration.single_components = plans.plans.get(KEY, ())
 
 
 def treating_new_scans(build_network_architecture: Callable) -> Callable:
@@ -112,9 +131,9 @@ def treating_new_scans(build_network_architecture: Callable) -> Callable:
 
     @wraps(build_network_architecture)
     def build(*args: Any, **kwargs: Any) -> Any:
-        configuration = signature.bind(*args, **kwargs).arguments.get("configuration_manager")
-        if configuration is not None:
-            treat_new_scans(configuration)
+        given = signature.bind(*args, **kwargs).arguments
+        if "configuration_manager" in given and "plans_manager" in given:
+            treat_new_scans(given["configuration_manager"], given["plans_manager"])
         return build_network_architecture(*args, **kwargs)
 
     return build
@@ -186,7 +205,7 @@ def clip_scan(data: np.ndarray, dataset_json: dict[str, Any], files: Sequence[st
 def check_prediction(
     trainer_name: str, network: torch.nn.Module, plans: dict, configuration: str, dataset_json: dict
 ) -> None:
-    """Try whether this version of nnU-Net predicts a raw scan as a clipped one, on a scan of random numbers.
+    """Try whether this version of nnU-Net predicts a raw scan as a clipped one, and keeps single components.
 
     Args:
         network: the trainer's, for its weights' names and shapes alone.
@@ -195,7 +214,7 @@ def check_prediction(
         UDAError: if it does not.
     """
     intensities = read_intensities(dataset_json, "dataset.json", domain_of_new_scans())
-    if intensities is None:
+    if intensities is None and not plans.get(KEY):
         return
     weights = {name: torch.zeros((), dtype=w.dtype).expand(w.shape) for name, w in network.state_dict().items()}
     checkpoint = {
@@ -214,18 +233,44 @@ def check_prediction(
         predictor.initialize_from_trained_model_folder(name, (0,), "checkpoint_final.pth")
     stock = PlansManager(plans)
     of_worker = pickle.loads(pickle.dumps((predictor.plans_manager, predictor.configuration_manager)))
+    managers = ((predictor.plans_manager, predictor.configuration_manager), of_worker)
+    if plans.get(KEY) and not all(_keeps_one(plan, each, dataset_json) for plan, each in managers):
+        raise UDAError(
+            "nnunetv2 of this version does not let predictions keep as one piece what is one in the source's labels. "
+            "Train with nnunetv2 2.8.1, or with keep_largest_component=false (nnUNetUDA_configure -set)"
+        )
+    if intensities is None:
+        return
     rng = np.random.default_rng(0)
     raw = rng.normal(100, 3000, (len(dataset_json["channel_names"]), 4, 16, 16)).astype(np.float32)
     clipped = np.stack([intensities.clip(channel, "a scan of random numbers") for channel in raw])
     expected = _preprocess(clipped, stock, stock.get_configuration(configuration), dataset_json)
-    for managers in ((predictor.plans_manager, predictor.configuration_manager), of_worker):
+    for plan, each in managers:
         for scan in (raw, clipped):
-            if not np.allclose(_preprocess(scan, managers[0], managers[1], dataset_json), expected, atol=1e-4):
+            if not np.allclose(_preprocess(scan, plan, each, dataset_json), expected, atol=1e-4):
                 raise UDAError(
                     "nnunetv2 of this version does not predict with the intensities that the dataset was converted "
                     "with: nnUNetv2_predict would take new scans as they are. Train with nnunetv2 2.8.1, or convert "
                     "the data with -source_intensities none -target_intensities none"
                 )
+
+
+def _keeps_one(plans: PlansManager, configuration: ConfigurationManager, dataset: dict) -> bool:
+    """Whether of a large and a small piece of what is a single component the large one alone is predicted."""
+    labels = plans.get_label_manager(dataset)
+    size = (1, 16, 16)
+    logits = torch.zeros(labels.num_segmentation_heads, *size)
+    value = plans.plans[KEY][0][0]
+    logits[value, :, 2:8, 2:8] = logits[value, :, 12:14, 12:14] = 1
+    properties = {
+        "spacing": [1.0] * 3,  # of no account: the size stays
+        "shape_before_cropping": size, "shape_after_cropping_and_before_resampling": size,
+        "bbox_used_for_cropping": [[0, length] for length in size],
+    }  # fmt: skip
+    found = convert_predicted_logits_to_segmentation_with_correct_shape(
+        logits, plans, configuration, labels, properties, num_threads_torch=1
+    )
+    return int((found == value).sum()) == 36
 
 
 def _preprocess(scan: np.ndarray, plans: PlansManager, configuration: ConfigurationManager, dataset: dict) -> Any:

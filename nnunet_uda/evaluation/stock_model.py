@@ -6,7 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from datetime import date
 from io import StringIO
@@ -16,10 +16,16 @@ from typing import Any
 import numpy as np
 import SimpleITK as sitk
 import torch
+from batchgenerators.utilities.file_and_folder_operations import save_pickle
+from nnunetv2.postprocessing.remove_connected_components import apply_postprocessing_to_folder
+from nnunetv2.postprocessing.remove_connected_components import (
+    remove_all_but_largest_component_from_segmentation as keep_largest,
+)
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
+from nnunet_uda.data.components import KEY as COMPONENTS
 from nnunet_uda.data.convention import read_domains, read_json
 from nnunet_uda.errors import UDAError
 from nnunet_uda.evaluation.unsupervised import TrainedModel, open_model
@@ -31,6 +37,7 @@ from nnunet_uda.training.checkpoint import FINAL, read_checkpoint, write_checkpo
 
 TRAINER = "nnUNetTrainer"
 CARD = "MODEL_CARD.md"
+POSTPROCESSING = "postprocessing.pkl"
 KEPT_KEYS = (
     "network_weights",
     "init_args",
@@ -43,7 +50,7 @@ KEPT_KEYS = (
 
 def stock_plans(plans: dict[str, Any]) -> dict[str, Any]:
     """Plans without the settings of this package."""
-    return {key: value for key, value in plans.items() if key not in ("uda", "continue_training")}
+    return {key: value for key, value in plans.items() if key not in ("uda", "continue_training", COMPONENTS)}
 
 
 def stock_dataset(dataset_json: dict[str, Any]) -> dict[str, Any]:
@@ -101,9 +108,17 @@ def write_stock_model(folder: Path, folds: Sequence[str], checkpoint: str, resul
             shutil.copyfile(quality, place / f"fold_{fold}" / QUALITY)
     write_json(stock_plans(plans), place / "plans.json")
     write_json(stock_dataset(dataset_json), place / "dataset.json")
+    if plans.get(COMPONENTS):
+        save_pickle(largest_components(plans), str(place / POSTPROCESSING))
     if (fingerprint := folder / "dataset_fingerprint.json").is_file():
         shutil.copyfile(fingerprint, place / fingerprint.name)
     return place
+
+
+def largest_components(plans: dict[str, Any]) -> tuple[list[Callable], list[dict[str, Any]]]:
+    """What this package's trainers do to predictions (``data.components``), as nnU-Net's postprocessing."""
+    groups = plans.get(COMPONENTS, [])
+    return [keep_largest] * len(groups), [{"labels_or_regions": group, "background_label": 0} for group in groups]
 
 
 # -- the check ---------------------------------------------------------------------------------------------------------
@@ -142,6 +157,14 @@ def predict_as_a_receiver(results: Path, place: Path, folds: Sequence[str], scan
     if done.returncode != 0:
         last = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1:] or ["no message"]
         raise UDAError(f"nnUNetv2_predict alone fails with the exported model: {last[0]}. Nothing was exported")
+
+
+def postprocess_as_a_receiver(plans: dict[str, Any], dataset_json: dict[str, Any], raw: Path, output: Path) -> None:
+    """``nnUNetv2_apply_postprocessing`` with what was exported beside the model."""
+    with redirect_stdout(StringIO()):
+        apply_postprocessing_to_folder(
+            str(raw), str(output), *largest_components(plans), stock_plans(plans), stock_dataset(dataset_json), 1
+        )
 
 
 def compare_segmentations(first: Path, second: Path, ending: str) -> tuple[int, int, int]:
@@ -245,7 +268,8 @@ def model_card(
         "## Use",
         f"    nnUNetv2_install_pretrained_model_from_zip {name}.zip\n"
         f"    nnUNetv2_predict -d {name} -tr {TRAINER} -p {plans['plans_name']} -c {configuration} "
-        f"-f {' '.join(folds)} -i scans/ -o predictions/",
+        f"-f {' '.join(folds)} -i scans/ -o predictions/"
+        + (_postprocessing_words(place) if plans.get(COMPONENTS) else ""),
         clipping_words(clip) if clip else "Scans go in as they are.",
         "## Validation",
         _validation(folder, folds, domains),
@@ -268,6 +292,14 @@ def model_card(
 
 def _cell(value: Any) -> str:
     return str(value).replace("|", "\\|").replace("\n", " ")
+
+
+def _postprocessing_words(place: Path) -> str:
+    return (
+        "\n    nnUNetv2_apply_postprocessing -i predictions/ -o predictions_postprocessed/ -np 1 -pp_pkl_file "
+        f'"$nnUNet_results/{place.parent.name}/{place.name}/{POSTPROCESSING}"\n\n'
+        "The second command keeps the largest piece of what is one piece in every label that the model learnt from."
+    )
 
 
 def _validation(folder: Path, folds: Sequence[str], domains: Any) -> str:

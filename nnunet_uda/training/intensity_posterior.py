@@ -29,6 +29,10 @@ DOMAIN_SHARE = 0.3
 """For each class the domain's histogram counts as much as this share of the image's positions."""
 MOMENTUM = 0.99
 """Of the domain's histograms over batches."""
+DEGREES = 3.0
+"""Of freedom of Student's t: its tails bear what does not belong to a structure and was called so."""
+SMALLEST_SCALE = 1.5
+"""Of Student's t, in bins."""
 
 
 class IntensityPosterior(nn.Module):
@@ -36,11 +40,15 @@ class IntensityPosterior(nn.Module):
 
     A network that was trained on another contrast knows roughly where a structure lies and has the edges wrong. The
     image itself shows them: positions that are called one class mostly have its intensity. So each image is seen as a
-    mixture whose prior at each position is the network's p, and whose classes have intensity histograms h, found by
+    mixture whose prior at each position is the network's p, and whose classes have intensity distributions f, found by
     expectation maximisation:
 
-    .. math:: q_k(x) \propto p_k(x) \, h_k(I(x)), \qquad
+    .. math:: q_k(x) \propto p_k(x) \, f_k(I(x)), \qquad
               h_k(b) \propto \sum_{x: I(x) = b} q_k(x) + \lambda N \, d_k(b)
+
+    f of the background is the histogram h. A structure has one intensity and a spread: its f is Student's t around the
+    median of h. As a histogram it would keep a second mode, of whatever the network takes for the structure, and the
+    error with it: on brains, grey matter in the place of cerebrospinal fluid.
 
     d is the histogram of the class in the domain, a running mean over the labels that were trusted (``observe``), N the
     number of positions. It decides for a class that is small in this image or not in it at all: the image alone would
@@ -48,10 +56,11 @@ class IntensityPosterior(nn.Module):
     darker than others.
 
     Intensities are binned between two percentiles of the domain (``set_range``); values beyond them are in the outer
-    bins. Over several channels the geometric mean of their h is taken, because channels are not independent.
+    bins. Over several channels the geometric mean of their f is taken, because channels are not independent.
 
     Sources: mixture models whose prior is a map of tissue probabilities (Van Leemput et al., IEEE TMI 1999; Ashburner
-    and Friston, NeuroImage 2005); a network in place of the map, histograms in place of Gaussians.
+    and Friston, NeuroImage 2005); a network in place of the map, Student's t in place of Gaussians (Peel and McLachlan,
+    Statistics and Computing 2000).
 
     Args:
         num_classes: K, background included.
@@ -120,13 +129,14 @@ class IntensityPosterior(nn.Module):
         self.domain.mul_(MOMENTUM).add_(global_sum(seen), alpha=1 - MOMENTUM)
 
     def _log_shares(self, posterior: Tensor, bins: list[Tensor]) -> list[Tensor]:
-        """For each channel log h, [B, K, BINS], by ``posterior`` [B, K, N] at positions of ``bins`` [B, N]."""
+        """For each channel log f, [B, K, BINS], by ``posterior`` [B, K, N] at positions of ``bins`` [B, N]."""
         domain = self.domain / self.domain.sum(2, keepdim=True).clamp(min=1e-6)
         shares = []
         for here, known in zip(_histograms(posterior, bins), domain, strict=True):
             mixed = here + DOMAIN_SHARE * posterior.shape[2] * known
             mixed = mixed + (FLOOR * mixed.sum(2, keepdim=True) + FLOOR) / BINS
-            shares.append((mixed / mixed.sum(2, keepdim=True)).log())
+            mixed = mixed / mixed.sum(2, keepdim=True)
+            shares.append(torch.cat((mixed[:, :1].log(), _log_student_t(mixed[:, 1:])), 1))
         return shares
 
     def _binned(self, images: Tensor) -> list[Tensor]:
@@ -151,8 +161,20 @@ def _histograms(members: Tensor, bins: list[Tensor]) -> list[Tensor]:
     return found
 
 
+def _log_student_t(histograms: Tensor) -> Tensor:
+    """The logarithm of Student's t over the bins of ``histograms`` [..., BINS], each of which sums to 1.
+
+    Its place is their median, its scale half of the width of their middle 68 %.
+    """
+    below = histograms.cumsum(-1)
+    lower, median, upper = ((below < share).sum(-1, keepdim=True) for share in (0.16, 0.5, 0.84))
+    scale = ((upper - lower) / 2).clamp(min=SMALLEST_SCALE)
+    distance = (torch.arange(BINS, device=histograms.device) - median) / scale
+    return (-(DEGREES + 1) / 2 * torch.log1p(distance**2 / DEGREES)).log_softmax(-1)
+
+
 def _posterior(prior: Tensor, log_shares: list[Tensor], bins: list[Tensor]) -> Tensor:
-    """q [B, K, N] of ``prior`` [B, K, N] and, for each channel, log h [B, K, BINS] and ``bins`` [B, N]."""
+    """q [B, K, N] of ``prior`` [B, K, N] and, for each channel, log f [B, K, BINS] and ``bins`` [B, N]."""
     evidence = [
         shares.gather(2, channel[:, None].expand(-1, shares.shape[1], -1))
         for shares, channel in zip(log_shares, bins, strict=True)

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 
 from nnunet_uda.data import convention
-from nnunet_uda.data.new_scans import check_prediction
+from nnunet_uda.data.components import KEY, LOOKED_AT, find_single_components
+from nnunet_uda.data.new_scans import check_prediction, treat_new_scans
 from nnunet_uda.data.slices import refuse_mixed_slices
 from nnunet_uda.devices import open_device
 from nnunet_uda.errors import UDAError
@@ -93,6 +95,25 @@ def mend_results(trainer: UDATrainer) -> None:
             trainer.print_to_log_file(f"WARNING: {path} was cut short: written again from the preprocessed folder's")
 
 
+def find_components(trainer: UDATrainer) -> None:
+    """Let predictions keep as one piece what is one in the labels of all folds, in these plans and those of results."""
+    plans = trainer.plans_manager.plans
+    if KEY in plans:
+        return
+    plans[KEY] = []
+    if trainer.settings.keep_largest_component:
+        folder = trainer.preprocessed_dataset_folder
+        source = infer_dataset_class(folder)(folder)
+        cases = source.identifiers[:: -(-len(source.identifiers) // LOOKED_AT)]
+        labels = (source.load_case(case)[1][0] for case in cases)
+        plans[KEY] = find_single_components(labels, trainer.label_manager.foreground_labels)
+    treat_new_scans(trainer.configuration_manager, trainer.plans_manager)
+    if plans[KEY]:
+        names = dict(zip(trainer.label_manager.foreground_labels, trainer.structures, strict=True))
+        pieces = ", ".join(" and ".join(names[value] for value in group) for group in plans[KEY])
+        trainer.print_to_log_file(f"One piece in every label of the source, and kept so in predictions: {pieces}")
+
+
 def try_prediction(trainer: UDATrainer) -> None:
     """Refuse now what would only show, or not even that, when new scans are predicted. Draws no random number."""
     state = random_state()
@@ -111,6 +132,7 @@ def make_ready(trainer: UDATrainer) -> None:
     refuse_other_settings(trainer)
     if not trainer.was_initialized:
         trainer.initialize()
+    find_components(trainer)
     trainer.ranks.on_first(lambda: try_prediction(trainer))
     networks = trainer.plain_network, trainer.networks
     trainer.ranks.start_together(networks, trainer.settings.seed, trainer.current_epoch)

@@ -273,6 +273,7 @@ class UDATrainer(nnUNetTrainer, Generic[Settings]):
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:
         """nnU-Net's final validation; where the method translates, on translated source volumes."""
         start.mend_results(self)
+        start.find_components(self)
         with self.stopping.validating(), translated_validation(self) if self.translates else nullcontext():
             super().perform_actual_validation(save_probabilities)
 

@@ -1,0 +1,74 @@
+"""A structure that is one piece in every label of the source is one piece in a prediction.
+
+On another modality a network finds a second heart in a stomach and a second spine in a vessel. nnU-Net removes all
+but the largest component where that raises the Dice of its cross-validation, which says nothing here: on the source
+there is nothing to remove. What the labels themselves show holds in both domains, because it is anatomy.
+
+Which structures are one piece is found from the source's labels at the start of a training, as nnU-Net finds its
+fingerprint, and kept in the ``plans.json`` of the results (``KEY``); ``data.new_scans`` applies it where nnU-Net turns
+logits into a segmentation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from acvl_utils.morphology.morphology_helper import label_with_component_sizes, remove_all_but_largest_component
+
+KEY = "single_components"
+ENOUGH = 5
+"""Labels that show it. Fewer say little: the second tumour of a fourth patient is not false because three had one."""
+LARGEST_SHARE = 0.99
+"""Of a structure's voxels in its largest component: what is beside it are specks of drawing and resampling."""
+LOOKED_AT = 100
+"""Labels, evenly chosen."""
+
+
+def find_single_components(labels: Iterable[np.ndarray], structures: Sequence[int]) -> list[list[int]]:
+    """Groups of structures that form one connected component in every label that holds them: all of them together, and
+    each alone.
+
+    Args:
+        labels: integer segmentations of any shape.
+        structures: their foreground values.
+
+    Returns:
+        Lists of values, those of all structures together first; empty where there are too few labels.
+    """
+    values = [int(each) for each in structures]  # for JSON
+    groups = [values, *([each] for each in values if len(values) > 1)]
+    seen = [0] * len(groups)
+    candidates = set(range(len(groups)))
+    for label in labels:
+        for index in sorted(candidates):
+            mask = np.isin(label, groups[index])
+            if not mask.any():
+                continue
+            seen[index] += 1
+            sizes = label_with_component_sizes(mask)[1]
+            if max(sizes.values()) < LARGEST_SHARE * mask.sum():
+                candidates.discard(index)
+        if not candidates:
+            break
+    return [groups[index] for index in sorted(candidates) if seen[index] >= ENOUGH]
+
+
+def keep_largest_components(logits: Any, groups: Sequence[Sequence[int]]) -> Any:
+    """Logits ``(K, *S)`` by which each group of classes is one component; the rest of it becomes background.
+
+    Where a class is taken away, its logit and those of all others fall below the background's. Array or tensor, changed
+    in place.
+    """
+    is_tensor = isinstance(logits, torch.Tensor)
+    for group in groups:
+        segmentation = np.asarray(logits.argmax(0).cpu() if is_tensor else logits.argmax(0))
+        mask = np.isin(segmentation, group)
+        removed = mask & ~remove_all_but_largest_component(mask)
+        if removed.any():
+            where = torch.from_numpy(removed).to(logits.device) if is_tensor else removed
+            least = logits[:, where].min(0)
+            logits[1:, where] = (least.values if is_tensor else least) - 1
+    return logits
