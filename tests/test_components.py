@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from nnunet_uda.data.components import ENOUGH, KEY, find_single_components, keep
 from nnunet_uda.data.new_scans import check_prediction
 from nnunet_uda.errors import UDAError
 from nnunet_uda.foreign_plans import check_plans
+from nnunet_uda.quality.asked import Asked
 from nnunet_uda.training import start
 
 
@@ -80,7 +82,9 @@ def test_it_equals_the_loops(kind, size, groups):
     after = np.asarray(found.argmax(0))
     np.testing.assert_array_equal(after, slow(before, groups))
     same = after == before
-    np.testing.assert_allclose(np.asarray(found, np.float32)[:, same], logits[:, same], rtol=1e-2, atol=1e-2)
+    found = np.asarray(found, np.float32)
+    np.testing.assert_allclose(found[:, same], logits[:, same], rtol=1e-2, atol=1e-2)
+    np.testing.assert_allclose(np.sort(found, 0), np.sort(logits, 0), rtol=1e-2, atol=1e-2)  # a softmax stays one
 
 
 def test_nothing_found_stays_nothing():
@@ -127,6 +131,20 @@ def test_a_training_finds_it_and_its_predictions_keep_it(in_workspace, monkeypat
     start.find_components(without)
     assert without.plans_manager.plans[KEY] == []
     assert (export(without, logits) == 1).sum() == (logits.argmax(0) == 1).sum()
+
+
+def test_the_quality_estimate_is_of_what_is_predicted(monkeypatch):
+    plans = SimpleNamespace(plans={KEY: [[1]]})
+    predictor = SimpleNamespace(plans_manager=plans, allowed_mirroring_axes=None,
+                                configuration_manager=SimpleNamespace(patch_size=[20, 20]))  # fmt: skip
+    asked = Asked(predictor, {"fold 0": {}}, {})
+    scores = torch.zeros(2, 2, 20, 20)
+    scores[1, :, 2:10, 2:10] = scores[1, :, 14:17, 14:17] = 4
+    shrunk = lambda volume: torch.nn.functional.interpolate(scores[None], volume.shape[1:])[0]  # noqa: E731
+    monkeypatch.setattr(asked, "logits", shrunk)
+    seen, label, _ = asked.look(torch.randn(1, 2, 20, 20))
+    for one in (label, *(softmax.argmax(0).numpy() for softmax in seen.values())):
+        assert one[0, 5, 5] == 1 and one[0, 15, 15] == 0
 
 
 def test_a_version_of_nnunet_that_goes_another_way_is_refused(in_workspace, monkeypatch):

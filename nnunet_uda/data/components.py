@@ -56,19 +56,18 @@ def find_single_components(labels: Iterable[np.ndarray], structures: Sequence[in
     return [groups[index] for index in sorted(candidates) if seen[index] >= ENOUGH]
 
 
-def keep_largest_components(logits: Any, groups: Sequence[Sequence[int]]) -> Any:
-    """Logits ``(K, *S)`` by which each group of classes is one component; the rest of it becomes background.
+def keep_largest_components(scores: Any, groups: Sequence[Sequence[int]]) -> Any:
+    """Logits or probabilities ``(K, *S)`` by which each group of classes is one component, the rest of it background.
 
-    Where a class is taken away, its logit and those of all others fall below the background's. Array or tensor, changed
-    in place.
+    There the background and the class that was the greatest exchange their values. Array or tensor, changed in place.
     """
-    is_tensor = isinstance(logits, torch.Tensor)
+    is_tensor = isinstance(scores, torch.Tensor)
     for group in groups:
-        segmentation = np.asarray(logits.argmax(0).cpu() if is_tensor else logits.argmax(0))
+        segmentation = np.asarray(scores.argmax(0).cpu() if is_tensor else scores.argmax(0))
         mask = np.isin(segmentation, group)
         removed = mask & ~remove_all_but_largest_component(mask)
-        if removed.any():
-            where = torch.from_numpy(removed).to(logits.device) if is_tensor else removed
-            least = logits[:, where].min(0)
-            logits[1:, where] = (least.values if is_tensor else least) - 1
-    return logits
+        for value in np.unique(segmentation[removed]).tolist():
+            where = removed & (segmentation == value)
+            where = torch.from_numpy(where).to(scores.device) if is_tensor else where
+            scores[0, where], scores[value, where] = scores[value, where], scores[0, where]
+    return scores

@@ -13,6 +13,7 @@ import torch
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from torch import Tensor, nn
 
+from nnunet_uda.data.components import KEY, keep_largest_components
 from nnunet_uda.quality.signals import views
 
 TILE_STEP = 0.75
@@ -65,17 +66,19 @@ class Asked:
     def look(self, volume: Tensor) -> tuple[dict[str, Tensor], np.ndarray, dict[str, np.ndarray]]:
         """Softmax of the ``views`` of a volume ``(C, Z, Y, X)``, its segmentation and those of other weights.
 
-        The segmentation is that of the mean over folds and over the view that is mirrored, where there is one.
+        The segmentation is that of the mean over folds and over the view that is mirrored, where there is one. All keep
+        what the model's predictions keep (``data.components``).
         """
-        names = list(self.own)
+        names, single = list(self.own), self.predictor.plans_manager.plans.get(KEY, ())
         seen = views(volume, self.logits, self.mirror_axes, self.slices)
+        seen = {name: keep_largest_components(softmax, single) for name, softmax in seen.items()}
         mean = torch.stack([seen[name] for name in ("plain", "mirrored") if name in seen]).mean(0)
         beside = {names[0]: seen["plain"]} if len(names) > 1 else {}
         for name, weights in {**{name: self.own[name] for name in names[1:]}, **self.others}.items():
             with self._with(weights):
-                beside[name] = self.logits(volume).softmax(0)
+                beside[name] = keep_largest_components(self.logits(volume).softmax(0), single)
         folds = [mean, *(beside[name] for name in names[1:])]
-        label = torch.stack(folds).mean(0).argmax(0)
+        label = keep_largest_components(torch.stack(folds).mean(0), single).argmax(0)
         others = {name: to_array(softmax.argmax(0)) for name, softmax in beside.items()}
         return seen, to_array(label), others
 
