@@ -16,7 +16,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from acvl_utils.morphology.morphology_helper import label_with_component_sizes, remove_all_but_largest_component
+from acvl_utils.morphology.morphology_helper import (
+    cc3d_label_with_component_sizes,
+    remove_all_but_largest_component_cc3d,
+)
+from scipy import ndimage
 
 KEY = "single_components"
 ENOUGH = 5
@@ -48,8 +52,9 @@ def find_single_components(labels: Iterable[np.ndarray], structures: Sequence[in
             if not mask.any():
                 continue
             seen[index] += 1
-            sizes = label_with_component_sizes(mask)[1]
-            if max(sizes.values()) < LARGEST_SHARE * mask.sum():
+            _, volume = _boxed(mask)
+            sizes = cc3d_label_with_component_sizes(volume, 26)[1]
+            if max(sizes.values()) < LARGEST_SHARE * sum(sizes.values()):
                 candidates.discard(index)
         if not candidates:
             break
@@ -62,12 +67,28 @@ def keep_largest_components(scores: Any, groups: Sequence[Sequence[int]]) -> Any
     There the background and the class that was the greatest exchange their values. Array or tensor, changed in place.
     """
     is_tensor = isinstance(scores, torch.Tensor)
+    segmentation = np.asarray(scores.argmax(0).cpu() if is_tensor else scores.argmax(0)) if groups else None
     for group in groups:
-        segmentation = np.asarray(scores.argmax(0).cpu() if is_tensor else scores.argmax(0))
         mask = np.isin(segmentation, group)
-        removed = mask & ~remove_all_but_largest_component(mask)
+        removed = mask & ~largest_component(mask)
         for value in np.unique(segmentation[removed]).tolist():
             where = removed & (segmentation == value)
             where = torch.from_numpy(where).to(scores.device) if is_tensor else where
             scores[0, where], scores[value, where] = scores[value, where], scores[0, where]
+        segmentation[removed] = 0
     return scores
+
+
+def largest_component(mask: np.ndarray) -> np.ndarray:
+    """The largest component of a 2D or 3D mask, corners touch; several that are equally large."""
+    kept = np.zeros_like(mask)
+    if mask.any():
+        box, volume = _boxed(mask)
+        kept[box] = remove_all_but_largest_component_cc3d(volume, 26).reshape(kept[box].shape)
+    return kept
+
+
+def _boxed(mask: np.ndarray) -> tuple[tuple[slice, ...], np.ndarray]:
+    """Where a mask that is not empty lies, and what is there, 3D."""
+    box = ndimage.find_objects(mask.astype(np.uint8))[0]
+    return box, mask[box].reshape((1,) * (3 - mask.ndim) + mask[box].shape)
