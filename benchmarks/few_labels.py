@@ -20,9 +20,9 @@ import pandas as pd
 import table
 from tasks import TASKS
 
-from nnunet_uda.commands.compare import LOWER, UPPER
 from nnunet_uda.errors import UDAError, command
 from nnunet_uda.evaluation.report import markdown_table
+from nnunet_uda.experiments.compare import LOWER, UPPER
 from nnunet_uda.files import whole_file
 
 NUMBERS = (1, 2, 4, 8)

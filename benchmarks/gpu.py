@@ -58,12 +58,12 @@ from step_time import (
 )
 from tasks import TASKS, make_task
 
-from nnunet_uda.commands.configure import parse_assignment
 from nnunet_uda.commands.demo import Demo
 from nnunet_uda.data.convention import dataset_name, environment_folder, read_json
 from nnunet_uda.errors import UDAError, command
 from nnunet_uda.files import write_json
 from nnunet_uda.plans import derive_plans, merge_uda
+from nnunet_uda.settings import parse_assignment
 from nnunet_uda.training.checkpoint import seed_everything
 from nnunet_uda.training.streams import without_stopwatch
 

@@ -46,21 +46,19 @@ from tasks import PLANS, TASKS, add_task_arguments, chosen_tasks, make_task
 
 import nnunet_uda
 from nnunet_uda import dataset_conversion
-from nnunet_uda.commands.compare import LOWER, UPPER
-from nnunet_uda.commands.configure import parse_assignment
 from nnunet_uda.commands.demo import Demo
 from nnunet_uda.data.convention import environment_folder, is_plain_name, read_json
 from nnunet_uda.errors import UDAError, command
 from nnunet_uda.evaluation.compare_plot import Bar, draw_comparison
 from nnunet_uda.evaluation.report import jsonable, markdown_table
 from nnunet_uda.evaluation.runs import find_raw_dataset
-from nnunet_uda.evaluation.sweep_plot import OverSeeds, over_seeds
-from nnunet_uda.evaluation.tables import MEAN, gap_closed, summarise
+from nnunet_uda.evaluation.tables import MEAN, Spread, gap_closed, spread, summarise
+from nnunet_uda.experiments.compare import LOWER, UPPER
 from nnunet_uda.experiments.engines import LocalEngine, run_jobs
 from nnunet_uda.experiments.job import COST, Job, Score, find_target_test, find_trainer
 from nnunet_uda.files import exclusive, whole_file, write_json
 from nnunet_uda.plans import derive_plans, merge_uda
-from nnunet_uda.settings import describe_settings
+from nnunet_uda.settings import describe_settings, parse_assignment
 from nnunet_uda.training.criteria import HIGHER_IS_BETTER
 from nnunet_uda.workers import as_done
 
@@ -353,7 +351,7 @@ class Records:
                                       if label not in BOUNDS), UPPER]  # fmt: skip
 
 
-def text(cell: OverSeeds, digits: int) -> str:
+def text(cell: Spread, digits: int) -> str:
     """Mean ± deviation."""
     if not cell.n:
         return "–"
@@ -368,7 +366,7 @@ def summarise_lines(runs: pd.DataFrame, labels: Sequence[str]) -> list[dict[str,
         for label in labels:
             part = runs[(runs.task == task) & (runs.label == label)]
             if len(part):
-                figures = {name: over_seeds(part[name].tolist()) for name in ("dice", "assd_mm", "minutes", "steps")}
+                figures = {name: spread(part[name].tolist()) for name in ("dice", "assd_mm", "minutes", "steps")}
                 rows.append({"task": task, "label": label, "runs": len(part), "undefined": part.undefined.sum(),
                              "points": part.dice.tolist(), **figures})  # fmt: skip
         bounds = {row["label"]: row["dice"].mean for row in rows if row["label"] in BOUNDS}
@@ -380,7 +378,7 @@ def summarise_lines(runs: pd.DataFrame, labels: Sequence[str]) -> list[dict[str,
             apart = row["label"] in BOUNDS
             shares = [gap_closed(dice, bounds.get(LOWER, math.nan), bounds.get(UPPER, math.nan), "Dice")[0]
                       for dice in row["points"]]  # fmt: skip
-            row["gap"] = over_seeds([] if apart else shares)
+            row["gap"] = spread([] if apart else shares)
             noise = 2 * deviation * math.sqrt(1 / row["runs"] + 1 / best["runs"]) if best else 0.0
             row["best"] = not apart and row["dice"].mean >= best["dice"].mean - noise
         found += rows

@@ -70,10 +70,15 @@ def cannot_write(path: Path, error: Exception) -> UDAError:
     )
 
 
+def write_text(text: str, path: Path | str) -> None:
+    """Write ``text`` as UTF-8, whole or not at all; what is no character is escaped."""
+    with whole_file(path) as temporary:
+        temporary.write_text(text, "utf-8", "backslashreplace")
+
+
 def write_json(value: Any, path: Path | str) -> None:
     """Write ``value`` as indented JSON, whole or not at all."""
-    with whole_file(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=4) + "\n")
+    write_text(json.dumps(value, indent=4) + "\n", path)
 
 
 def remove_leftovers(folder: Path) -> None:

@@ -11,6 +11,7 @@ import ast
 import dataclasses
 import inspect
 import itertools
+import json
 import sys
 import textwrap
 import types
@@ -107,6 +108,19 @@ def require(condition: bool, name: str, expected: str, found: Any = "another val
     """Raise a ``ValueError`` that names the setting where ``condition`` does not hold."""
     if not condition:
         raise ValueError(f"'{name}' must be {expected}, found {found}")
+
+
+def parse_assignment(text: str) -> tuple[str, Any]:
+    """``name=value`` with a JSON value; anything that is no JSON is taken as a string."""
+    name, separator, value = text.partition("=")
+    if not separator or not name:
+        raise UDAError(
+            f"-set takes NAME=VALUE, for instance num_epochs=100 or cisfa.generator_width=32, found {text!r}"
+        )
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
 
 
 Settings = TypeVar("Settings")

@@ -14,6 +14,8 @@ import SimpleITK as sitk
 from conftest import TRAINERS, call
 from support.plans import plans
 
+import nnunet_uda.experiments.compare
+import nnunet_uda.experiments.sweep
 from nnunet_uda.commands import (
     compare,
     configure,
@@ -29,6 +31,7 @@ from nnunet_uda.commands import (
 
 JSON = {"channel_names": {"0": "x"}, "labels": {"background": 0, "a": 1}, "numTraining": 1, "file_ending": ".nii.gz",
         "uda": {"source_domain": "A", "target_domain": "B"}}  # fmt: skip
+GRIDS = (nnunet_uda.experiments.sweep, nnunet_uda.experiments.compare)
 COMMANDS = [entry for entry in entry_points(group="console_scripts") if entry.name.startswith("nnUNetUDA_")]
 
 
@@ -58,7 +61,7 @@ def work(tmp_path, monkeypatch) -> Path:
     for module, name in (
         (evaluate, "score_runs"), (evaluate, "read_references"), (evaluate_unsupervised, "preprocessed"),
         (preprocess, "preprocess_target"), (configure, "replan_plane"), (configure, "write_json"), (demo.Demo, "run"),
-        (sweep, "run_jobs"), (sweep, "lay_out_images"), (compare, "run_jobs"), (compare, "plan_rows"),
+        *((module, name) for module in GRIDS for name in ("run_jobs", "lay_out_images")),
         (pseudo_labels, "_source_volumes"), (train, "load_pretrained"),
     ):  # fmt: skip
         monkeypatch.setattr(module, name, no_work)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from conftest import REPOSITORY, write_volume
 
-from nnunet_uda.commands.compare import LOWER
+from nnunet_uda.experiments.compare import LOWER
 
 
 @pytest.fixture

@@ -23,14 +23,14 @@ from conftest import make_raw_dataset, write_volume
 from matplotlib.image import imread
 
 from nnunet_uda import figures
-from nnunet_uda.commands import compare, train
-from nnunet_uda.commands.compare import LOWER, UPPER, Method, Row, method_table, plan_rows, run_record, write_tables
+from nnunet_uda.commands import train
+from nnunet_uda.commands.compare import main, parse_arguments
 from nnunet_uda.errors import UDAError
 from nnunet_uda.evaluation import compare_plot
 from nnunet_uda.evaluation.runs import Labels
-from nnunet_uda.evaluation.sweep_plot import OverSeeds
-from nnunet_uda.evaluation.tables import Volume
-from nnunet_uda.experiments import engines, job
+from nnunet_uda.evaluation.tables import Spread, Volume
+from nnunet_uda.experiments import compare, engines, job
+from nnunet_uda.experiments.compare import LOWER, UPPER, Method, Row, method_table, plan_rows, run_record, write_tables
 from nnunet_uda.experiments.engines import LocalEngine, run_jobs
 from nnunet_uda.experiments.job import Job, Score, TargetTest, last_error
 from nnunet_uda.training.interruption import wait_for_fold
@@ -45,7 +45,7 @@ def a_job(folder: Path, name: str = "a", device: str = "cpu") -> Job:
 
 
 def parse(*options: str):
-    return compare.parse_arguments(["-d", "501", "-tr", "SourceOnlyTrainer", "-p", "tiny", "-o", "out", *options])
+    return parse_arguments(["-d", "501", "-tr", "SourceOnlyTrainer", "-p", "tiny", "-o", "out", *options])
 
 
 def test_a_job_survives_its_file(tmp_path):
@@ -160,7 +160,7 @@ def test_the_page_has_structures_distances_tests_and_every_slice(tmp_path):
 def test_the_dice_axis_is_not_a_magnifying_glass(tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(figures, "save_figure", lambda figure, path: drawn.extend(figure.axes))
-    bars = [compare_plot.Bar(test, label, OverSeeds(dice, 0.001, 2), OverSeeds(60, 1, 2), [dice])
+    bars = [compare_plot.Bar(test, label, Spread(dice, 0.001, 2), Spread(60, 1, 2), [dice])
             for test in ("a", "b") for label, dice in (("A", 0.003), ("B", 0.019))]  # fmt: skip
     compare_plot.draw_comparison(tmp_path / "c.png", bars, "title")
     dice, assd = drawn[:2], drawn[2:4]
@@ -230,9 +230,7 @@ def test_each_fold_of_a_fold_protocol_has_its_own_test_images(tmp_path, monkeypa
     method = Method("T", "T", DATASET, DATASET)
     rows = plan_rows([method], {(DATASET, None): {"plans_name": "tiny"}}, arguments, tmp_path / "out")
     assert [row.job.test.cases for row in rows] == [["ct_Tu00"], ["ct_Tu01"]]
-    assert [[path.name for path in row.job.images.iterdir()] for row in rows] == [
-        ["ct_Tu00_0000.nii.gz"], ["ct_Tu01_0000.nii.gz"],
-    ]  # fmt: skip
+    assert len({row.job.images for row in rows}) == 2 and not (tmp_path / "out").exists()
 
 
 REFUSED = [
@@ -250,7 +248,7 @@ REFUSED = [
 def test_bad_comparisons_are_refused_before_anything_is_written(in_workspace, tmp_path, capsys, options, words):
     before = sorted((in_workspace.preprocessed / DATASET).iterdir())
     with pytest.raises(SystemExit) as stopped:
-        compare.main(["-d", "501", "-tr", "SourceOnlyTrainer", "-p", "tiny", "-o", str(tmp_path / "out"), *options])
+        main(["-d", "501", "-tr", "SourceOnlyTrainer", "-p", "tiny", "-o", str(tmp_path / "out"), *options])
     assert stopped.value.code == 1 and words in capsys.readouterr().err
     assert sorted((in_workspace.preprocessed / DATASET).iterdir()) == before and not (tmp_path / "out").exists()
 
@@ -260,7 +258,7 @@ def test_nothing_made_otherwise_is_taken_for_a_part(in_workspace, tmp_path, monk
 
     def refused(*options: str) -> str:
         with pytest.raises(SystemExit):
-            compare.main(["-d", "501", "-tr", "SourceOnlyTrainer", "-p", "tiny", "-o", str(tmp_path / "o"), *options])
+            main(["-d", "501", "-tr", "SourceOnlyTrainer", "-p", "tiny", "-o", str(tmp_path / "o"), *options])
         return capsys.readouterr().err
 
     (tmp_path / "o").mkdir()
@@ -435,7 +433,7 @@ def test_a_job_waits_for_the_training_that_still_holds_its_fold(tmp_path, capfd)
 def test_a_missing_device_is_said_before_anything_is_started(in_workspace, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit):
-        compare.main(["-d", "501", "-tr", "SourceOnlyTrainer", "-p", "tiny", "-o", str(tmp_path / "out")])
+        main(["-d", "501", "-tr", "SourceOnlyTrainer", "-p", "tiny", "-o", str(tmp_path / "out")])
     assert "-device cuda is not available" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
@@ -473,7 +471,7 @@ def test_a_comparison_goes_on_where_it_stopped(in_workspace, tmp_path, monkeypat
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     words = ["-d", "501", "-tr", "EntMinTrainer", "-p", "tiny", "-o", str(tmp_path / "out"), "-device", "cpu", "-np",
              "1", "-lower", "SourceOnlyTrainer", "-upper", "SupervisedTrainer"]  # fmt: skip
-    compare.main([*words, "-jobs", "2"])
+    main([*words, "-jobs", "2"])
     out = tmp_path / "out"
     content = json.loads((out / "compare.json").read_text())
     assert [run["state"] for run in content["runs"]] == ["finished"] * 3
@@ -485,7 +483,7 @@ def test_a_comparison_goes_on_where_it_stopped(in_workspace, tmp_path, monkeypat
 
     [entmin] = out.glob("runs/*EntMin*")
     (entmin / "score.json").unlink()
-    compare.main(words)
+    main(words)
     again = {path: path.read_text() for path in logs}
     assert all(text == logs[path] for path, text in again.items() if entmin not in path.parents)
     assert again[entmin / "log.txt"].count("$ nnUNetUDA_train") == 1, "neither trained nor predicted again"

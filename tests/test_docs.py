@@ -18,11 +18,11 @@ from conftest import REPOSITORY, TRAINERS
 from packaging.specifiers import SpecifierSet
 from support.documents import bash_blocks, command_lines, inline_commands, options, parsed
 
-from nnunet_uda.commands.configure import parse_assignment
 from nnunet_uda.errors import UDAError
 from nnunet_uda.experiments.job import find_any_trainer
 from nnunet_uda.methods import check_uda
 from nnunet_uda.plans import merge_uda
+from nnunet_uda.settings import parse_assignment
 
 DOCS = REPOSITORY / "docs"
 

@@ -12,10 +12,12 @@ from typing import Any
 import pytest
 from conftest import REPOSITORY, TRAINERS, Workspace, batch, changed, make_trainer, parameters
 
-from nnunet_uda.commands import compare, configure
-from nnunet_uda.commands.sweep import plan_runs
+from nnunet_uda.commands import configure
+from nnunet_uda.commands.compare import parse_arguments
 from nnunet_uda.errors import UDAError
+from nnunet_uda.experiments import compare
 from nnunet_uda.experiments.job import find_trainer
+from nnunet_uda.experiments.sweep import plan_runs
 from nnunet_uda.methods import check_trainer, check_uda, find_methods
 from nnunet_uda.training.uda_trainer import UDATrainer
 
@@ -113,7 +115,7 @@ def test_the_documented_trainer_is_swept_and_compared(folder, in_workspace, tmp_
         plan_runs(base, "tiny", "2d", trainer, [["cisfa.patches", "8"]], None)
 
     words = ["-d", "501", "-tr", "EntropyTrainer", "CISFATrainer", "-p", "tiny", "-o", str(tmp_path / "out")]
-    arguments = compare.parse_arguments(words)
+    arguments = parse_arguments(words)
     methods = compare.find_methods(arguments)
     plans = compare.plan_plans(methods, arguments)
     rows = compare.plan_rows(methods, plans, arguments, tmp_path / "out")

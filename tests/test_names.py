@@ -24,8 +24,8 @@ from nnunet_uda.evaluation.metrics import list_cases
 from nnunet_uda.evaluation.overlays import OverlayTask, draw_case
 from nnunet_uda.evaluation.report import write_csv
 from nnunet_uda.evaluation.runs import parse_runs, read_labels
-from nnunet_uda.evaluation.sweep_plot import OverSeeds, Point, draw_sweeps
-from nnunet_uda.evaluation.tables import MEAN, Volume
+from nnunet_uda.evaluation.sweep_plot import Point, draw_sweeps
+from nnunet_uda.evaluation.tables import MEAN, Spread, Volume
 from nnunet_uda.names import MOST_BYTES, check_name, is_name, is_plain_name, spreadsheet_cell
 from nnunet_uda.training.embedding_picture import Embeddings, write_embedding_picture
 from nnunet_uda.training.pictures import plot_curves, write_panels
@@ -187,7 +187,7 @@ def test_no_text_in_pictures_is_taken_for_mathematics(tmp_path):
     draw_quicklook([(f"imagesTr: {name}, {name}", image, label) for name in MATHS[:2]], MATHS, tmp_path / "1.png")
     for name in ("a_$b_c", "plain"):
         draw_case(OverlayTask(name, image, {"reference": label, MATHS[0]: label}, structures, tmp_path, 1))
-    one = OverSeeds(0.5, 0.1, 2)
+    one = Spread(0.5, 0.1, 2)
     draw_comparison(tmp_path / "2.png", [Bar(MATHS[0], name, one, one, [0.4]) for name in MATHS], MATHS[1])
     points = [Point(name, name, one, one, one, 0, {"agreement": one}) for name in MATHS]
     draw_sweeps(tmp_path / "3.png", {MATHS[0]: points, MATHS[2]: points}, MATHS[1], MATHS[4])

@@ -16,10 +16,10 @@ from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 from support.documents import bash_blocks, parsed
 from support.reproduce import make_vendor_trees, run_commands
 
-from nnunet_uda.commands.configure import parse_assignment
 from nnunet_uda.methods import check_uda
 from nnunet_uda.networks.clip.shape import build_whole, clip_shape
 from nnunet_uda.plans import PROTOCOLS, merge_uda
+from nnunet_uda.settings import parse_assignment
 
 DOCUMENT = REPOSITORY / "docs" / "reproduce.md"
 PAPERS = ("CISFA", "Similarity-based prototypes", "UUDS")

@@ -15,22 +15,23 @@ from conftest import make_raw_dataset
 from matplotlib.image import imread
 
 from nnunet_uda import figures
-from nnunet_uda.commands import sweep
-from nnunet_uda.commands.sweep import Value, plan_runs, write_tables
+from nnunet_uda.commands.sweep import main
 from nnunet_uda.errors import UDAError
 from nnunet_uda.evaluation import sweep_plot
 from nnunet_uda.evaluation.metrics import evaluate_folder
 from nnunet_uda.evaluation.runs import Labels
-from nnunet_uda.evaluation.sweep_plot import OverSeeds, Point, over_seeds
-from nnunet_uda.evaluation.tables import Volume
+from nnunet_uda.evaluation.sweep_plot import Point
+from nnunet_uda.evaluation.tables import Spread, Volume, spread
+from nnunet_uda.experiments import sweep
 from nnunet_uda.experiments.job import Score, TargetTest, find_target_test, find_trainer, lay_out_images
+from nnunet_uda.experiments.sweep import Value, plan_runs, write_tables
 
 DATASET = "Dataset501_Blobs"
 LABELS = {"left": 1, "right": 2}
 
 
 def start(out: Path, *options: str, plans: str = "tiny", trainer: str = "SourceOnlyTrainer") -> None:
-    sweep.main(["-d", "501", "-tr", trainer, "-p", plans, "-o", str(out), "-device", "cpu", "-np", "1", *options])
+    main(["-d", "501", "-tr", trainer, "-p", plans, "-o", str(out), "-device", "cpu", "-np", "1", *options])
 
 
 def calls(out: Path) -> dict[str, list[str]]:
@@ -221,9 +222,9 @@ def test_tables_against_values_by_hand(tmp_path):
     points = write_tables(tmp_path, setup, test, sweeps, runs, scores, {"b_2": "it broke (log: L)"})["method.setting"]
 
     root = math.sqrt(0.02)  # deviation of two values that differ by 0.2: 0.2 / sqrt(2)
-    assert points[0].dice == OverSeeds(pytest.approx(0.7), pytest.approx(root), 2)
-    assert points[0].assd == OverSeeds(pytest.approx(2.5), pytest.approx(math.sqrt(0.5)), 2)
-    assert points[0].pseudo_dice == OverSeeds(pytest.approx(0.6), pytest.approx(root), 2)
+    assert points[0].dice == Spread(pytest.approx(0.7), pytest.approx(root), 2)
+    assert points[0].assd == Spread(pytest.approx(2.5), pytest.approx(math.sqrt(0.5)), 2)
+    assert points[0].pseudo_dice == Spread(pytest.approx(0.6), pytest.approx(root), 2)
     assert (points[0].undefined, points[1].undefined) == (1, 4)
 
     text = (tmp_path / "sweep.md").read_text()
@@ -250,9 +251,9 @@ def test_tables_against_values_by_hand(tmp_path):
 
 
 def test_deviation_needs_two_seeds():
-    one = over_seeds([0.5, math.nan])
+    one = spread([0.5, math.nan])
     assert (one.mean, one.n) == (0.5, 1) and math.isnan(one.std)
-    none = over_seeds([])
+    none = spread([])
     assert math.isnan(none.mean) and none.n == 0
 
 
@@ -305,8 +306,8 @@ def test_test_images_and_references_must_belong_together(tmp_path):
 def test_the_dice_axis_is_not_a_magnifying_glass(tmp_path, monkeypatch):
     axes = {}
     monkeypatch.setattr(figures, "save_figure", lambda figure, path: axes.update(enumerate(figure.axes)))
-    small = [OverSeeds(value, 0.001, 2) for value in (0.003, 0.019)]
-    points = [Point(i, str(i), cell, OverSeeds(60 + i, 1, 2), cell, 0, {"agreement": cell})
+    small = [Spread(value, 0.001, 2) for value in (0.003, 0.019)]
+    points = [Point(i, str(i), cell, Spread(60 + i, 1, 2), cell, 0, {"agreement": cell})
               for i, cell in enumerate(small)]  # fmt: skip
     sweep_plot.draw_sweeps(tmp_path / "s.png", {"setting": points}, "title", "note")
     upper, lower = axes.values()

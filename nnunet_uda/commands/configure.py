@@ -24,21 +24,8 @@ from nnunet_uda.plans import (
     replan_plane,
     training_share,
 )
-from nnunet_uda.settings import UDASettings, describe_settings, setting_notes
+from nnunet_uda.settings import UDASettings, describe_settings, parse_assignment, setting_notes
 from nnunet_uda.workers import wished_threads
-
-
-def parse_assignment(text: str) -> tuple[str, Any]:
-    """``name=value`` with a JSON value; anything that is no JSON is taken as a string."""
-    name, separator, value = text.partition("=")
-    if not separator or not name:
-        raise UDAError(
-            f"-set takes NAME=VALUE, for instance num_epochs=100 or cisfa.generator_width=32, found {text!r}"
-        )
-    try:
-        return name, json.loads(value)
-    except ValueError:
-        return name, value
 
 
 def list_settings() -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from nnunet_uda.evaluation.metrics import parallel
 from nnunet_uda.evaluation.overlays import MAX_PIXELS, OverlayTask, draw_case
 from nnunet_uda.evaluation.report import summary_tables, write_html
 from nnunet_uda.evaluation.runs import Labels
-from nnunet_uda.evaluation.tables import Volume, compare_runs
+from nnunet_uda.evaluation.tables import Volume, compare_runs, spread
 from nnunet_uda.palette import label_colours
 
 SLICES = 5
@@ -40,17 +39,12 @@ def pool_runs(runs: Sequence[Sequence[Volume]]) -> dict[str, Volume]:
         case: Volume(
             case,
             {
-                structure: {name: _mean([volume.metrics[structure][name] for volume in volumes]) for name in scores}
+                structure: {name: spread([v.metrics[structure][name] for v in volumes]).mean for name in scores}
                 for structure, scores in volumes[0].metrics.items()
             },
         )
         for case, volumes in found.items()
     }
-
-
-def _mean(values: Sequence[float]) -> float:
-    defined = [value for value in values if not math.isnan(value)]
-    return sum(defined) / len(defined) if defined else math.nan
 
 
 def write_compare_page(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nnunet_uda.evaluation.sweep_plot import OverSeeds
+from nnunet_uda.evaluation.tables import Spread
 
 PER_ROW = 4
 """Tests in a row of the plot."""
@@ -29,8 +29,8 @@ class Bar:
 
     test: str
     label: str
-    dice: OverSeeds
-    assd: OverSeeds
+    dice: Spread
+    assd: Spread
     runs: list[float]
 
 

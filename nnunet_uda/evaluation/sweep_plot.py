@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,27 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from nnunet_uda.evaluation.tables import Spread, spread
+
 LOG_FROM = 30
 """Largest by smallest value from which the values' axis is logarithmic."""
-
-
-@dataclass(frozen=True)
-class OverSeeds:
-    """Mean and sample deviation (n - 1; NaN for fewer than two) of the defined values, and their number."""
-
-    mean: float
-    std: float
-    n: int
-
-
-def over_seeds(values: Sequence[float]) -> OverSeeds:
-    """Mean and deviation over the seeds whose value is defined (not NaN)."""
-    defined = [value for value in values if not math.isnan(value)]
-    mean = float(np.mean(defined)) if defined else math.nan
-    return OverSeeds(mean, float(np.std(defined, ddof=1)) if len(defined) > 1 else math.nan, len(defined))
-
-
-NONE = over_seeds([])
 
 
 @dataclass(frozen=True)
@@ -49,11 +31,11 @@ class Point:
 
     value: Any
     label: str
-    dice: OverSeeds
-    assd: OverSeeds
-    pseudo_dice: OverSeeds
+    dice: Spread
+    assd: Spread
+    pseudo_dice: Spread
     undefined: int
-    criteria: dict[str, OverSeeds] = field(default_factory=dict)
+    criteria: dict[str, Spread] = field(default_factory=dict)
 
 
 def draw_sweeps(path: Path, sweeps: dict[str, list[Point]], title: str, note: str) -> None:
@@ -98,10 +80,11 @@ def _draw_sweep(upper: Any, lower: Any, unsorted: Sequence[Point]) -> None:
     lower.set_xlim(*(10**limits if logarithmic else limits))
     lower.set_xticks(x, [point.label for point in points], rotation=45 if len(points) > 5 else 0)
     lower.minorticks_off()
+    agreement = [point.criteria.get("agreement", spread([])) for point in points]
     solid, dashed = ("-", "--") if numbers else ("", "")
     for axis, cells, style, label in (
         (upper, [point.dice for point in points], f"C0o{solid}", "target test (needs target labels)"),
-        (upper, [point.criteria.get("agreement", NONE) for point in points], f"C2^{solid}", "agreement (needs none)"),
+        (upper, agreement, f"C2^{solid}", "agreement (needs none)"),
         (upper, [point.pseudo_dice for point in points], f"C1s{dashed}", "validation pseudo Dice (misleads)"),
         (lower, [point.assd for point in points], f"C0o{solid}", None),
     ):

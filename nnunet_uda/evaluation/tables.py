@@ -19,6 +19,22 @@ SMALLEST_N = 6
 
 
 @dataclass(frozen=True)
+class Spread:
+    """Mean and sample deviation (n - 1; NaN for fewer than two) of the defined values, and their number."""
+
+    mean: float
+    std: float
+    n: int
+
+
+def spread(values: Sequence[float]) -> Spread:
+    """Mean and deviation of the values that are defined (not NaN)."""
+    defined = [value for value in values if not math.isnan(value)]
+    mean = float(np.mean(defined)) if defined else math.nan
+    return Spread(mean, float(np.std(defined, ddof=1)) if len(defined) > 1 else math.nan, len(defined))
+
+
+@dataclass(frozen=True)
 class Volume:
     """Scores of one volume: ``metrics[structure][metric]`` as ``evaluate_case`` returns them; fold or ``None``."""
 
@@ -34,27 +50,12 @@ class Volume:
         """Score of a structure, or for ``MEAN`` the mean of the volume's defined scores (NaN where there is none)."""
         if row != MEAN:
             return self.metrics[row][metric]
-        return _mean([scores[metric] for scores in self.metrics.values()])
+        return spread([scores[metric] for scores in self.metrics.values()]).mean
 
     def undefined(self, row: str, metric: str) -> int:
         """Number of the row's scores that are undefined since exactly one of the two masks is empty."""
         rows = self.metrics.values() if row == MEAN else [self.metrics[row]]
         return sum(math.isnan(scores[metric]) and not math.isnan(scores["Dice"]) for scores in rows)
-
-
-def _mean(values: Sequence[float]) -> float:
-    defined = [value for value in values if not math.isnan(value)]
-    return float(np.mean(defined)) if defined else math.nan
-
-
-def _std(values: Sequence[float]) -> float:
-    """Sample deviation (n - 1) of the defined values; NaN for fewer than two."""
-    defined = [value for value in values if not math.isnan(value)]
-    return float(np.std(defined, ddof=1)) if len(defined) > 1 else math.nan
-
-
-def _count(values: Sequence[float]) -> int:
-    return sum(not math.isnan(value) for value in values)
 
 
 def summarise(volumes: Sequence[Volume]) -> dict[str, dict[str, dict[str, float]]]:
@@ -65,12 +66,7 @@ def summarise(volumes: Sequence[Volume]) -> dict[str, dict[str, dict[str, float]
         for metric in METRICS:
             values = [volume.value(row, metric) for volume in volumes]
             undefined = sum(volume.undefined(row, metric) for volume in volumes)
-            summary[row][metric] = {
-                "mean": _mean(values),
-                "std": _std(values),
-                "n": _count(values),
-                "n_undefined": undefined,
-            }
+            summary[row][metric] = {**vars(spread(values)), "n_undefined": undefined}
     return summary
 
 
@@ -83,7 +79,7 @@ def summarise_folds(volumes: Sequence[Volume]) -> dict[str, Any]:
         over_folds[row] = {}
         for metric in METRICS:
             means = [by_fold[fold][row][metric]["mean"] for fold in folds]
-            over_folds[row][metric] = {"mean": _mean(means), "std": _std(means), "n": _count(means)}
+            over_folds[row][metric] = vars(spread(means))
     return {"by_fold": {str(fold): summary for fold, summary in by_fold.items()}, "over_folds": over_folds}
 
 

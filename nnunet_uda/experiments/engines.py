@@ -36,38 +36,8 @@ Done = Callable[[Job, str | None], None]
 """Called with every job when it has ended, and with the reason where it has failed."""
 
 
-def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options that choose an engine and its means."""
-    group = parser.add_argument_group("where the runs run")
-    group.add_argument("-engine", choices=["local", "slurm"], default="local", help="processes of this machine, or "
-                       "jobs of SLURM (needs submitit: pip install 'nnunet_uda[slurm]') [local]")  # fmt: skip
-    group.add_argument("-jobs", type=int, help="runs at a time; local: each has its share of cores and one of the "
-                       "visible CUDA devices in turn [local: 1; slurm: as many as there are]")  # fmt: skip
-    group.add_argument("-partition", help="slurm: partition")
-    group.add_argument("-time", type=int, default=1440, help="slurm: minutes for each run; 90 s before, its training "
-                       "stops with a checkpoint, from which the next start goes on [1440]")  # fmt: skip
-    group.add_argument("-gpus", type=int, help="slurm: GPUs for each run [1 with -device cuda, else 0]")
-    group.add_argument("-cpus", type=int, default=8, help="slurm: cores for each run [8]")
-    group.add_argument("-mem", type=int, default=32, help="slurm: GB of memory for each run [32]")
-    group.add_argument("-slurm", nargs="+", default=[], metavar="KEY=VALUE", help="slurm: more of sbatch's options, "
-                       "such as account=mine qos=long")  # fmt: skip
-
-
-def check_engine_arguments(arguments: argparse.Namespace) -> None:
-    """Raise ``UDAError`` for numbers out of range, a device that is none, or options of sbatch without a value."""
-    for name, least in (("np", 1), ("jobs", 1), ("time", 1), ("cpus", 1), ("mem", 1), ("gpus", 0)):
-        value = getattr(arguments, name)
-        if value is not None and value < least:
-            raise UDAError(f"-{name} must be at least {least}, found {value}")
-    if arguments.device not in ("cpu", "cuda", "mps"):
-        raise UDAError(f"-device takes cpu, cuda or mps, found {arguments.device!r}")
-    for word in arguments.slurm:
-        if not all(word.partition("=")):
-            raise UDAError(f"-slurm takes KEY=VALUE, found {word!r}")
-
-
 def make_engine(arguments: argparse.Namespace, out: Path) -> LocalEngine | SubmititEngine:
-    """The engine that ``add_engine_arguments`` asked for."""
+    """The engine that the command's options ask for."""
     if arguments.engine == "local":
         open_device(arguments.device)
         return LocalEngine(arguments.jobs or 1, arguments.device)

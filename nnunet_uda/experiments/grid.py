@@ -1,44 +1,19 @@
-"""What ``nnUNetUDA_sweep`` and ``nnUNetUDA_compare`` share: options, folder, plans, figures and end of a grid."""
+"""What ``nnUNetUDA_sweep`` and ``nnUNetUDA_compare`` share: folder, plans, figures and failures of a grid of runs."""
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from nnunet_uda.data.convention import environment_folder, is_fold, read_json
-from nnunet_uda.errors import UDAError, shown
+from nnunet_uda.data.convention import environment_folder, mend_results, read_json
+from nnunet_uda.errors import UDAError
 from nnunet_uda.evaluation.metrics import METRICS
 from nnunet_uda.evaluation.report import jsonable
-from nnunet_uda.evaluation.tables import MEAN, summarise
-from nnunet_uda.experiments.engines import add_engine_arguments, check_engine_arguments
+from nnunet_uda.evaluation.tables import MEAN, Spread, spread, summarise
 from nnunet_uda.experiments.job import Score
 from nnunet_uda.settings import UDASettings, parse_settings, split_settings
-
-
-def add_grid_arguments(parser: argparse.ArgumentParser, command: str) -> None:
-    """Options of every grid; ``check_grid_arguments`` looks at them."""
-    parser.add_argument("-c", default="2d", help="configuration [2d]")
-    parser.add_argument("-o", type=Path, required=True, help=f"output folder: new, empty, or of {command} before")
-    parser.add_argument("-device", default="cuda", help="device of training and prediction: cpu, cuda or mps [cuda]")
-    parser.add_argument("-np", type=int, default=min(8, os.cpu_count() or 1), help="processes that score predictions "
-                        "[%(default)s]")  # fmt: skip
-    add_engine_arguments(parser)
-
-
-def check_grid_arguments(arguments: argparse.Namespace, folds: Iterable[str], once: Iterable[str]) -> None:
-    """Refuse what is no fold, and a value that is given twice to an option among ``once``."""
-    for name in once:
-        values = getattr(arguments, name) or []
-        if len(set(values)) != len(values):
-            raise UDAError(f"-{name}: a value is given twice in {values}")
-    for fold in folds:
-        if not is_fold(fold):
-            raise UDAError(f"-f takes a fold's number or 'all', found {shown(fold)}")
-    check_engine_arguments(arguments)
 
 
 def settings_in_force(trainer: Any, uda: dict[str, Any], where: str) -> dict[str, Any]:
@@ -72,23 +47,28 @@ def check_output(out: Path, marker: str, setup: dict[str, Any], what: str) -> No
         raise UDAError(f"{out} is not empty and holds no former {what} ({marker}): give another folder with -o")
 
 
-def check_images(dataset: str, plans: dict[str, Any], configuration: str, base: str) -> None:
-    """Refuse ``plans``, derived from those called ``base``, whose images have not been preprocessed."""
-    folder = environment_folder("nnUNet_preprocessed") / dataset / plans["configurations"][configuration][
-        "data_identifier"
-    ]  # fmt: skip
-    if not folder.is_dir():
-        raise UDAError(f"{folder} does not exist. First: nnUNetv2_preprocess -d {dataset} -plans_name {base} -c "
+def check_run(dataset: str, trainer: str, plans: dict[str, Any], configuration: str, base: str) -> None:
+    """Refuse a run, before anything is written, whose images are not there or whose plans' name is taken.
+
+    Args:
+        plans: of the run, derived from those called ``base``.
+
+    Raises:
+        UDAError: images not preprocessed, or other plans of that name, preprocessed or in a training's results.
+    """
+    preprocessed, name = environment_folder("nnUNet_preprocessed") / dataset, plans["plans_name"]
+    images = preprocessed / plans["configurations"][configuration]["data_identifier"]
+    if not images.is_dir():
+        raise UDAError(f"{images} does not exist. First: nnUNetv2_preprocess -d {dataset} -plans_name {base} -c "
                        f"{configuration}")  # fmt: skip
-
-
-def check_same_plans(path: Path, plans: dict[str, Any], base: str) -> None:
-    """Refuse a plans file, of a run's name or in its results, with other content than what ``base`` now gives."""
-    if path.exists() and read_json(path) != plans:
-        raise UDAError(
-            f"{path} exists, and differs from what {base} now gives: those plans have changed, or the name was taken. "
-            "Take plans of another name, or remove that file and the results trained by it"
-        )
+    results = environment_folder("nnUNet_results") / dataset / f"{trainer}__{name}__{configuration}"
+    mend_results(results, plans, read_json(preprocessed / "dataset.json"))
+    for path in (preprocessed / f"{name}.json", results / "plans.json"):
+        if path.exists() and read_json(path) != plans:
+            raise UDAError(
+                f"{path} exists, and differs from what {base} now gives: those plans have changed, or the name was "
+                "taken. Take plans of another name, or remove that file and the results trained by it"
+            )
 
 
 def figures_of(score: Score, structures: Iterable[str]) -> dict[str, Any]:
@@ -101,6 +81,13 @@ def figures_of(score: Score, structures: Iterable[str]) -> dict[str, Any]:
         for short, metric in zip(("dice", "assd_mm", "hd95_mm"), METRICS, strict=True)
     }
     return jsonable(figures) | {"distances_undefined": summary[MEAN]["ASSD"]["n_undefined"]}
+
+
+def over_runs(scores: Sequence[Score]) -> tuple[Spread, Spread, int]:
+    """Dice and ASSD over several runs, and the number of distances that are undefined in them."""
+    means = [summarise(score.volumes)[MEAN] for score in scores]
+    dice, assd = (spread([mean[metric]["mean"] for mean in means]) for metric in ("Dice", "ASSD"))
+    return dice, assd, sum(int(mean["ASSD"]["n_undefined"]) for mean in means)
 
 
 def dice_of(score: Score) -> float:

@@ -1,0 +1,281 @@
+"""A trainer at several values of settings: which runs that takes, and how the target's scores depend on them."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from nnunet_uda.data.convention import SPLITS_TARGET, environment_folder
+from nnunet_uda.errors import UDAError
+from nnunet_uda.evaluation.metrics import METRICS
+from nnunet_uda.evaluation.report import DIGITS, markdown_table, mean_cell, write_rows
+from nnunet_uda.evaluation.runs import find_raw_dataset
+from nnunet_uda.evaluation.sweep_plot import Point, draw_sweeps
+from nnunet_uda.evaluation.tables import Volume, spread
+from nnunet_uda.experiments.engines import make_engine, run_jobs
+from nnunet_uda.experiments.grid import (
+    check_output,
+    check_run,
+    figures_of,
+    missing_runs,
+    over_runs,
+    settings_in_force,
+)
+from nnunet_uda.experiments.job import (
+    TRANSDUCTIVE,
+    Job,
+    Score,
+    TargetTest,
+    find_target_test,
+    find_trainer,
+    lay_out_images,
+)
+from nnunet_uda.files import exclusive, write_json, write_text
+from nnunet_uda.foreign_plans import read_plans
+from nnunet_uda.methods import check_uda
+from nnunet_uda.names import check_name
+from nnunet_uda.plans import derive_plans, merge_uda
+from nnunet_uda.settings import parse_assignment
+from nnunet_uda.training.criteria import HIGHER_IS_BETTER
+
+SWEEP = "sweep.json"
+WARNING = (
+    "Dice and ASSD here are measured with the labels of the target's test cases. Do not choose a setting by them: the "
+    "result would no longer be unsupervised, and its score on these cases no longer a test."
+)
+CRITERIA = (
+    "The other columns need no target label (↑: higher is better, ↓: lower is better). Agreement: Dice between the "
+    "segmentations of an unlabelled target patch and of the same patch darkened and mirrored, a running mean over the "
+    "last epochs, as checkpoint_best follows it; likewise the other criteria. If a setting is chosen here, then by "
+    "agreement: on the phantom its rank correlation with the target's Dice was 0.83, that of validation pseudo Dice, "
+    "which is measured on source patches as the trainer shows them to the segmenter, 0.26. None of them is a Dice on "
+    "the target: label a few scans before you trust a choice."
+)
+CELLS = (
+    "Every run's figure is the mean over structures and then over test cases, as in nnUNetUDA_evaluate. Cells: mean ± "
+    "sample standard deviation over seeds; n: seeds. ASSD is undefined, and missing from its mean, where exactly one "
+    "of prediction and reference is empty: such distances are counted beside it."
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """Plans of their own name, the settings' differences from the sweep's plans, and the seed."""
+
+    name: str
+    plans: dict[str, Any]
+    seed: int | None
+
+
+@dataclass(frozen=True)
+class Value:
+    """One value of a swept setting and the names of its runs, one a seed."""
+
+    value: Any
+    text: str
+    in_plans: bool
+    runs: list[str]
+
+
+# --- what to train ---------------------------------------------------------------------------------------------------
+
+
+def value_text(value: Any) -> str:
+    """A value for tables and names: 1.0 and 1 are the same."""
+    if isinstance(value, float) and value.is_integer() and abs(value) < 1e15:
+        return str(int(value))
+    return str(value).lower() if isinstance(value, bool) else "null" if value is None else str(value)
+
+
+def plan_runs(
+    base: dict[str, Any],
+    name: str,
+    configuration: str,
+    trainer: type[Any],
+    vary: list[list[str]],
+    seeds: list[int] | None,
+) -> tuple[dict[str, list[Value]], dict[str, Run]]:
+    """The values of every sweep, by setting, and the runs that they need, by name and in the order of training.
+
+    A run's plans state only what differs from ``base``, so that equal settings are one run, in every sweep.
+
+    Raises:
+        UDAError: for everything ``nnUNetUDA_configure`` refuses, a setting that the trainer does not read or fixes,
+            a setting or a value given twice.
+    """
+    uda = base.get("uda", {})
+    check_uda(uda, f"plans {name!r}, key 'uda'")
+    before = settings_in_force(trainer, uda, f"plans {name!r}, key 'uda'")
+    sweeps: dict[str, list[Value]] = {}
+    for setting, *texts in vary:
+        method, _, key = setting.rpartition(".")
+        if setting in sweeps:
+            raise UDAError(f"-vary {setting} is given twice: put all its values behind one -vary")
+        if setting == "seed":
+            raise UDAError("-vary seed: give the seeds with -seeds")
+        if method not in ("", trainer.method):
+            raise UDAError(f"-vary {setting}: {trainer.__name__} does not read it. Its settings: {', '.join(before)}")
+        if method and key in trainer.fixed_settings:
+            raise UDAError(f"-vary {setting}: {trainer.__name__} fixes it to {trainer.fixed_settings[key]}")
+        values: list[Value] = []
+        sweeps[setting] = values
+        for text in texts:
+            where = f"-vary {setting} {text}"
+            changed = merge_uda(uda, dict([parse_assignment(f"{setting}={text}")]))
+            check_uda(changed, where)
+            value = settings_in_force(trainer, changed, where)[setting]
+            if value in [other.value for other in values]:
+                raise UDAError(f"{where}: this value is given twice")
+            values.append(Value(value, value_text(value), value == before[setting], []))
+
+    runs: dict[str, Run] = {}
+    for seed in seeds if seeds is not None else [before["seed"]]:
+        for setting, values in sweeps.items():
+            for value in values:
+                changes = {} if value.in_plans else {setting: value.value}
+                parts = [name, *(f"{key.rpartition('.')[2]}_{_safe(value.text)}" for key in changes)]
+                if seed is not None:
+                    parts.append(f"seed_{seed}")
+                elif not changes:
+                    parts.append("unchanged")
+                if seed != before["seed"]:
+                    changes["seed"] = seed
+                run_name = check_name("_".join(parts), "the name of a run's plans", file=True)
+                run = Run(run_name, derive_plans(base, configuration, run_name, merge_uda(uda, changes)), seed)
+                if runs.setdefault(run_name, run) != run:
+                    raise UDAError(f"-vary {setting}: two runs would both be called {run_name}; leave one value out")
+                value.runs.append(run_name)
+    return sweeps, runs
+
+
+def _safe(text: str) -> str:
+    """For a file's name: not too long, and without ``_``, since nnU-Net splits names at ``__``."""
+    if len(text) > 60:
+        text = f"{text[:50]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+    return re.sub(r"[^A-Za-z0-9.+-]", "-", text)
+
+
+# --- tables ----------------------------------------------------------------------------------------------------------
+
+
+def collect_points(values: list[Value], scores: dict[str, Score]) -> list[Point]:
+    """A sweep's values with means and deviations over the seeds whose runs have finished."""
+    points = []
+    for value in values:
+        done = [scores[name] for name in value.runs if name in scores]
+        dice, assd, undefined = over_runs(done)
+        pseudo_dice = spread([score.pseudo_dice for score in done])
+        criteria = {name: spread([score.criteria.get(name, math.nan) for score in done]) for name in HIGHER_IS_BETTER}
+        points.append(Point(value.value, value.text, dice, assd, pseudo_dice, undefined, criteria))
+    return points
+
+
+def sweep_table(setting: str, values: list[Value], points: list[Point], scores: dict[str, Score]) -> dict[str, Any]:
+    """One sweep as a table for ``markdown_table``."""
+    shown = [name for name in HIGHER_IS_BETTER if name == "agreement" or any(p.criteria[name].n for p in points)]
+    shown.sort(key=lambda name: name != "agreement")
+    rows = []
+    for value, point in zip(values, points, strict=True):
+        n = sum(name in scores for name in value.runs)
+        rows.append(
+            [
+                value.text + (" (as in the plans)" if value.in_plans else ""),
+                mean_cell(vars(point.dice), DIGITS["Dice"], n),
+                mean_cell(vars(point.assd), DIGITS["ASSD"], n, point.undefined),
+                *(mean_cell(vars(point.criteria[name]), DIGITS["Dice"], n) for name in shown),
+                mean_cell(vars(point.pseudo_dice), DIGITS["Dice"], n),
+                str(n) if n == len(value.runs) else f"{n} of {len(value.runs)}",
+            ]
+        )
+    without_label = [f"{name} {'↑' if HIGHER_IS_BETTER[name] else '↓'}" for name in shown]
+    header = ["value", "target Dice", "target ASSD (mm)", *without_label, "validation pseudo Dice", "n"]
+    return {"caption": setting, "header": header, "rows": rows}
+
+
+def write_tables(
+    out: Path,
+    setup: dict[str, Any],
+    test: TargetTest,
+    sweeps: dict[str, list[Value]],
+    runs: dict[str, Run],
+    scores: dict[str, Score],
+    failed: dict[str, str],
+) -> dict[str, list[Point]]:
+    """Write ``sweep.md`` (a table a sweep) and ``sweep.csv`` (a row a run); return the points of every sweep."""
+    points = {setting: collect_points(values, scores) for setting, values in sweeps.items()}
+    where = test.images if test.fold is None else f"fold {test.fold} of {SPLITS_TARGET}"
+    blocks = [
+        f"# {setup['trainer']} on {setup['dataset']}: sweep",
+        f"Plans {setup['plans']}, configuration {setup['configuration']}, fold {setup['fold']}; {len(test.cases)} "
+        f"target test case(s), {where}; structures: {', '.join(test.labels.structures)}.",
+        *([TRANSDUCTIVE] if test.transductive else []),
+        f"**{WARNING}**",
+        CRITERIA,
+        *(markdown_table(sweep_table(setting, sweeps[setting], points[setting], scores)) for setting in sweeps),
+        CELLS,
+    ]
+    blocks += missing_runs(runs, scores, failed)
+    write_text("\n\n".join(blocks) + "\n", out / "sweep.md")
+    write_rows(out / "sweep.csv", [
+        {"setting": setting, "value": value.text, "seed": runs[name].seed, "plans": name}
+        | run_record(scores.get(name), test.labels.structures)
+        for setting, values in sweeps.items() for value in values for name in value.runs
+    ])  # fmt: skip
+    return points
+
+
+def run_record(score: Score | None, structures: Iterable[str]) -> dict[str, Any]:
+    """A run's figures by column, None where it has not finished."""
+    shown = score or Score([Volume("", {name: dict.fromkeys(METRICS, math.nan) for name in structures})], math.nan)
+    criteria = {name: shown.criteria.get(name) for name in HIGHER_IS_BETTER}
+    record = criteria | {"validation_pseudo_dice": shown.pseudo_dice} | figures_of(shown, structures)
+    return record if score else dict.fromkeys(record)
+
+
+def run_sweep(arguments: argparse.Namespace, out: Path) -> tuple[dict[str, str], int]:
+    """Plan, check and run everything, and write tables and plot; reasons of failures by run, and the number of runs.
+
+    Raises:
+        UDAError: for bad arguments, and a folder, plans or results that were made otherwise.
+    """
+    environment_folder("nnUNet_results")
+    raw = find_raw_dataset(arguments.d)
+    preprocessed = environment_folder("nnUNet_preprocessed") / raw.name
+    base = read_plans(preprocessed, arguments.p)
+    trainer = find_trainer(arguments.tr)
+    sweeps, runs = plan_runs(base, arguments.p, arguments.c, trainer, arguments.vary, arguments.seeds)
+    test = find_target_test(raw, arguments.f)
+    setup = {"dataset": raw.name, "configuration": arguments.c, "fold": arguments.f, "trainer": arguments.tr,
+             "plans": arguments.p}  # fmt: skip
+    check_output(out, SWEEP, setup, "sweep")
+    for run in runs.values():
+        check_run(raw.name, arguments.tr, run.plans, arguments.c, arguments.p)
+
+    scores: dict[str, Score] = {}
+    failed: dict[str, str] = {}
+    engine = make_engine(arguments, out)
+    with exclusive(out):
+        for run in runs.values():
+            write_json(run.plans, preprocessed / f"{run.name}.json")
+        write_json(setup, out / SWEEP)
+        images = lay_out_images(raw, test, out / "images")
+        jobs = [
+            Job(run.name, out / "runs" / run.name, raw.name, arguments.c, arguments.f, arguments.tr, run.name, test,
+                images, arguments.device, arguments.np)
+            for run in runs.values()
+        ]  # fmt: skip
+        write = partial(write_tables, out, setup, test, sweeps, runs, scores, failed)
+        run_jobs(engine, jobs, scores, failed, write)
+        points = write()
+        title = f"{arguments.tr} on {raw.name}, plans {arguments.p}, fold {arguments.f}"
+        seeds = len(next(iter(sweeps.values()))[0].runs)
+        bars = f" Error bars: sample standard deviation over {seeds} seeds." if seeds > 1 else ""
+        draw_sweeps(out / "sweep.png", points, title, WARNING + bars)
+    return failed, len(runs)
