@@ -38,7 +38,7 @@ from nnunet_uda.dataset_conversion.dataset import skip_or_refuse
 from nnunet_uda.dataset_conversion.options import add_common_arguments, script, telling
 from nnunet_uda.dataset_conversion.protocols import Domain
 from nnunet_uda.errors import UDAError, system_fault
-from nnunet_uda.images.listing import contents, files_in, folders_in
+from nnunet_uda.images.listing import contents, files_in, folders_in, folders_named, is_folder
 from nnunet_uda.images.reading import LabelMap
 
 EXAMPLE = "nnUNetUDA_convert acdc -i ACDC -d 513"
@@ -55,16 +55,12 @@ def patient_folders(tree: Path) -> list[Path]:
     if not tree.is_dir():
         return []
     for base in (tree, *folders_in(tree)):
-        inside = [base, base / "training", base / "testing"]
-        found = [folder for place in inside if place.is_dir() for folder in folders_in(place) if _number(folder)]
-        if found:
+        inside = [place for place in (base, base / "training", base / "testing") if is_folder(place)]
+        if found := [
+            folder for place in inside for folder in folders_named(place, r"patient\d+", "patient001", "patient")
+        ]:
             return found
     return []
-
-
-def _number(folder: Path) -> int | None:
-    match = re.fullmatch(r"patient(\d+)", folder.name)
-    return int(match[1]) if match else None
 
 
 def classes(structures: list[str]) -> LabelMap:
@@ -90,8 +86,7 @@ def find_domain(
         )
     patients: dict[int, Path] = {}
     for folder in folders:
-        number = _number(folder)
-        assert number is not None, "patient_folders lists numbered folders alone"
+        number = int(folder.name.lower().removeprefix("patient"))
         if other := patients.get(number):
             raise UDAError(f"{folder}: the same patient as {other}; expected each once. Remove one of them.")
         patients[number] = folder
@@ -116,7 +111,7 @@ def _frames(folder: Path) -> tuple[dict[int, Path], dict[int, Path]]:
     images: dict[int, Path] = {}
     labels: dict[int, Path] = {}
     for path in files_in(folder):  # folders that are called as an image, too
-        if match := re.fullmatch(rf"{folder.name}_frame(\d+)(_gt)?(?i:\.nii(\.gz)?)", path.name):
+        if match := re.fullmatch(rf"{folder.name}_frame(\d+)(_gt)?\.nii(\.gz)?", path.name, re.IGNORECASE):
             kind = labels if match[2] else images
             if other := kind.get(int(match[1])):
                 raise UDAError(f"{path}: the same frame as {other.name}; expected each once. Remove one of them.")
@@ -143,9 +138,9 @@ def _chosen_frame(folder: Path, frame: str, frames: list[int], strict: bool, war
         text = path.read_text(errors="replace") if path.is_file() else ""
     except OSError as error:
         raise UDAError(f"{path}: cannot be read ({system_fault(error) or error}).") from None
-    match = re.search(rf"^\s*{frame}\s*[:=]\s*0*(\d{{1,4}})\s*$", text, re.MULTILINE | re.IGNORECASE)
-    if match:
-        return int(match[1])
+    told = set(re.findall(rf"^\s*{frame}\s*[:=]\s*0*(\d{{1,4}})\s*$", text, re.MULTILINE | re.IGNORECASE))
+    if len(told) == 1:
+        return int(told.pop())
     if not frames:
         return None
     guess = frames[0] if frame == "ed" else frames[-1]

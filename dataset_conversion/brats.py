@@ -78,7 +78,7 @@ from nnunet_uda.dataset_conversion.windows import IntensityRequest
 from nnunet_uda.errors import UDAError
 from nnunet_uda.images import reading
 from nnunet_uda.images.intensities import Intensities
-from nnunet_uda.images.listing import contents, files_in, folders_below
+from nnunet_uda.images.listing import contents, files_in, folders_below, folders_named
 from nnunet_uda.images.reading import LabelMap
 
 EXAMPLE = "nnUNetUDA_convert brats -i MICCAI_BraTS2020_TrainingData -d 505 -source flair -target t2"
@@ -156,6 +156,7 @@ def find_visits(tree: Path) -> tuple[str, list[Visit]]:
     visits: dict[str, Visit] = {}
     found_year = ""
     for folder in folders_below(tree) if tree.is_dir() else ():
+        folders_named(folder, "|".join(naming.folder for naming in NAMINGS.values()), "BraTS20_Training_001")
         images = [path for path in files_in(folder) if path.name.lower().endswith(ENDINGS)]
         year, match = next(
             ((y, m) for y, naming in NAMINGS.items() if (m := re.fullmatch(naming.folder, folder.name, re.I))),

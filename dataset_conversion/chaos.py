@@ -51,8 +51,8 @@ from nnunet_uda.dataset_conversion.dataset import skip_or_refuse
 from nnunet_uda.dataset_conversion.options import add_common_arguments, add_directions, script, telling
 from nnunet_uda.dataset_conversion.protocols import Domain
 from nnunet_uda.errors import UDAError
-from nnunet_uda.images.dicom import MOST_PIXELS, by_name, dicom_files, order_series, read_volume
-from nnunet_uda.images.listing import contents, entries, files_in, folders_in
+from nnunet_uda.images.dicom import MOST_PIXELS, by_name, dicom_files, order_series, read_header, read_volume
+from nnunet_uda.images.listing import contents, entries, files_in, folders_in, folders_named, is_folder
 from nnunet_uda.images.reading import LabelMap, readable
 
 EXAMPLE = "nnUNetUDA_convert chaos -i CHAOS -d 510 -source t1in -target t2spir"
@@ -117,6 +117,17 @@ def read_label(
     return label, [f"{folder}: unusual grey values read as {named}"] if unusual else []
 
 
+def read_scan(folder: Path, modality: str) -> sitk.Image:
+    """The volume in a folder of slices, which must be of this modality where they say of which they are."""
+    for path in dicom_files(folder):
+        if (found := read_header(path, "Modality", "SOPClassUID").modality) not in (modality, ""):
+            raise UDAError(
+                f"{path}: its Modality is {found}; expected {modality} in this folder. The slices are of another scan: "
+                "get the case again."
+            )
+    return read_volume(folder)
+
+
 def _png_files(folder: Path) -> list[Path]:
     return by_name([path for path in files_in(folder) if path.suffix.lower() == ".png"])
 
@@ -151,6 +162,7 @@ def find_domain(
             f"{folder}: no {modality} folder (found: {contents(folder)}); expected Train_Sets/{expected}. Check -i."
         )
     patients: dict[int, Path] = {}
+    folders_named(train / modality, r"\d+", "13")  # what is no folder
     for patient in by_name(folders_in(train / modality)):
         if not patient.name.isdecimal():
             raise UDAError(f"{patient}: unexpected folder; expected only {expected}. Rename or remove it.")
@@ -162,13 +174,13 @@ def find_domain(
     label_map = replace(label_map, files=in_files)
     cases = {}
     for number, patient in sorted(patients.items()):
-        if not ((patient / slices).is_dir() and entries(patient / slices)):
+        if not (is_folder(patient / slices) and entries(patient / slices)):
             skip_or_refuse(f"{patient}: {slices} is missing or empty", strict, warnings)
             continue
         cases[str(number)] = Case(
             f"{prefix}_{number:02d}", (patient / slices,),
-            patient / ground if (patient / ground).is_dir() and _png_files(patient / ground) else None,
-            label_map, read_volume, partial(read_label, greys=greys),
+            patient / ground if is_folder(patient / ground) and _png_files(patient / ground) else None,
+            label_map, partial(read_scan, modality=modality), partial(read_label, greys=greys),
         )  # fmt: skip
     if not cases:
         folder = train / modality

@@ -31,7 +31,7 @@ from nnunet_uda.dataset_conversion.dataset import skip_or_refuse
 from nnunet_uda.dataset_conversion.options import add_common_arguments, script, telling
 from nnunet_uda.dataset_conversion.protocols import Domain
 from nnunet_uda.errors import UDAError
-from nnunet_uda.images.listing import contents, files_in, folders_in
+from nnunet_uda.images.listing import contents, files_in, folders_in, folders_named, is_folder
 from nnunet_uda.images.reading import LabelMap
 
 EXAMPLE = "nnUNetUDA_convert emidec -i EMIDEC -d 514"
@@ -54,7 +54,7 @@ def number(text: str) -> str:
 def case_folders(tree: Path) -> list[Path]:
     """Folders ``Case_P001`` in ``tree`` or in a folder of it."""
     for base in (tree, *folders_in(tree)) if tree.is_dir() else ():
-        if found := [folder for folder in folders_in(base) if re.fullmatch(r"Case_[PN]?\d+", folder.name)]:
+        if found := folders_named(base, r"Case_[PN]?\d+", "Case_P001", "case_"):
             return found
     return []
 
@@ -101,8 +101,8 @@ def find_domain(tree: Path, name: str, prefix: str, label_map: LabelMap, strict:
 def _file(folder: Path) -> Path | None:
     """The NIfTI file called as the case, None without one; ``UDAError`` for another one."""
     case = folder.parent.name
-    files = [f for f in files_in(folder) if f.name.lower().endswith((".nii", ".nii.gz"))] if folder.is_dir() else []
-    own = [file for file in files if re.fullmatch(rf"{re.escape(case)}(?i:\.nii(\.gz)?)", file.name)]
+    files = [f for f in files_in(folder) if f.name.lower().endswith((".nii", ".nii.gz"))] if is_folder(folder) else []
+    own = [file for file in files if re.fullmatch(rf"{re.escape(case)}\.nii(\.gz)?", file.name, re.IGNORECASE)]
     if len(own) != len(files) or len(files) > 1:
         other = next((file for file in files if file not in own), files[-1])
         raise UDAError(f"{other}: unexpected file; expected {case}.nii.gz alone. Rename or remove it.")

@@ -82,6 +82,7 @@ def check_arguments(args: argparse.Namespace) -> None:
     check_options(args.d, args.name, args.channel or (), args.np)
     for identifier in args.few or ():
         check_name(identifier, "-few")
+    intensity_request(args)
     domains = getattr(args, "domains", ())
     if domains and args.source == args.target:
         raise UDAError(f"-source and -target are both {args.source}; expected two of {', '.join(domains)}.")

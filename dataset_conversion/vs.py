@@ -76,7 +76,7 @@ from nnunet_uda.dataset_conversion.splits import source_folds
 from nnunet_uda.errors import UDAError
 from nnunet_uda.images.dicom import Header, by_name, dicom_in, read_header, read_series
 from nnunet_uda.images.intensities import DEFAULT
-from nnunet_uda.images.listing import contents, files_in, folders_below, folders_in
+from nnunet_uda.images.listing import contents, files_in, folders_below, folders_in, folders_named
 from nnunet_uda.images.reading import LabelMap
 from nnunet_uda.images.rtstruct import (
     Structures,
@@ -192,6 +192,8 @@ def recognise(tree: Path) -> tuple[str, list[Path]]:
     for _ in range(4):
         below: list[Path] = []
         for folder in level:
+            folders_named(folder, r"VS-SEG-\d+", "VS-SEG-001", "vs-seg-")
+            folders_named(folder, r"vs_gk_\d+(_t[12])?", "vs_gk_1_t1 or vs_gk_1", "vs_gk_")
             for path in by_name(folders_in(folder)):
                 layout = _layout(path)
                 if layout:

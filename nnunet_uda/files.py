@@ -76,6 +76,15 @@ def write_text(text: str, path: Path | str) -> None:
         temporary.write_text(text, "utf-8", "backslashreplace")
 
 
+def check_place(path: Path) -> None:
+    """Raise ``UDAError`` where no file can be made at ``path``, nor the folders that it lacks: before long work."""
+    there = next(folder for folder in Path(os.path.abspath(path)).parents if os.path.lexists(folder))
+    if not there.is_dir():
+        raise UDAError(f"{path} cannot be written: {there} is no folder. Choose another path")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UDAError(f"{path} cannot be written: this user may not write into {there}. Choose another path")
+
+
 def write_json(value: Any, path: Path | str) -> None:
     """Write ``value`` as indented JSON, whole or not at all."""
     write_text(json.dumps(value, indent=4) + "\n", path)

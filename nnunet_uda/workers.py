@@ -32,6 +32,17 @@ def wished_threads() -> int:
     return int(threads) if threads.isdigit() and int(threads) else usable_cores()
 
 
+def check_numbers() -> None:
+    """Raise ``UDAError`` where a variable that nnU-Net takes for a number of processes holds something else."""
+    for variable, least in (("nnUNet_def_n_proc", 1), ("nnUNet_n_proc_DA", 0)):
+        value = os.environ.get(variable)
+        if value is not None and not (value.strip().isdecimal() and int(value) >= least):
+            raise UDAError(
+                f"the environment variable {variable} is {value!r}; expected a number of processes from {least} on. "
+                f"Correct it, or: unset {variable}"
+            )
+
+
 @contextmanager
 def environment(variable: str, value: str) -> Iterator[None]:
     """The environment variable has this value inside."""

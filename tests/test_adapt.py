@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -22,6 +23,8 @@ from nnunet_uda.adaptation.patches import Patches
 from nnunet_uda.adaptation.scan import learning
 from nnunet_uda.commands import adapt
 from nnunet_uda.errors import UDAError
+from nnunet_uda.evaluation.unsupervised import TrainedModel
+from nnunet_uda.evaluation.unsupervised import open_model as open_for_criteria
 from nnunet_uda.losses.consistency import consistency_loss
 
 CPU = torch.device("cpu")
@@ -190,6 +193,11 @@ def test_sizes_are_read_from_the_validation_and_say_what_not_to_believe(model):
     summary.write_text(json.dumps({"metric_per_case": [{"metrics": {"1": {}}}]}))
     with pytest.raises(UDAError, match=r"summary.json is no summary"):
         known_volumes(opened)
+    summary.write_text(json.dumps({"metric_per_case": cases}))
+    for spacings in ("abc", [["a", "b"]], 3, [None]):
+        (model / "dataset_fingerprint.json").write_text(json.dumps({"spacings": spacings}))
+        with pytest.raises(UDAError, match=r"dataset_fingerprint.json: 'spacings' must be"):
+            known_volumes(opened)
 
 
 # --- models of others -------------------------------------------------------------------------------------------------
@@ -227,7 +235,27 @@ def test_models_that_do_not_fit_are_refused_by_name(in_workspace, model, tmp_pat
     (model / "dataset.json").write_text(json.dumps(dataset | {"labels": {"background": 0, "all": [1, 2], "b": 2}}))
     expect(r"regions")
     (model / "dataset.json").write_text(json.dumps(dataset))
-    torch.save({"weights": 1}, model / "fold_0" / "checkpoint_final.pth")
+    path = model / "fold_0" / "checkpoint_final.pth"
+    whole = torch.load(path, weights_only=False)
+    some = next(iter(whole["network_weights"]))
+    for change, message in (
+        ({"init_args": "x"}, "its 'init_args' is 'x'"),
+        ({"init_args": {"configuration": ["2d"]}}, "its 'init_args' is"),
+        ({"init_args": {"configuration": "3d_cascade"}}, "is of the configuration '3d_cascade', which the plans.json"),
+        ({"network_weights": [1]}, "its 'network_weights' is"),
+        ({"network_weights": {some: 1}}, "its 'network_weights' is"),
+        ({"network_weights": {some: torch.tensor([float("nan")])}}, "its weights hold NaN"),
+        ({"trainer_name": "../x"}, "its 'trainer_name' is '../x'"),
+        ({"current_epoch": None}, "its 'current_epoch' is None"),
+        ({"inference_allowed_mirroring_axes": 1}, "its 'inference_allowed_mirroring_axes' is 1"),
+        ({"inference_allowed_mirroring_axes": (7,)}, "its 'inference_allowed_mirroring_axes' is"),
+        ({"uda": {"settings": "x"}}, "its 'uda' is"),
+    ):
+        torch.save(whole | change, path)
+        expect(rf"checkpoint_final.pth.*{re.escape(message)}")
+        with pytest.raises(UDAError, match=re.escape(message)):  # quality, export and checkpoints
+            open_for_criteria(TrainedModel(model, "0", "checkpoint_final.pth"), CPU)
+    torch.save({"weights": 1}, path)
     expect(r"is no checkpoint of an nnU-Net v2 training: it lacks network_weights")
     with pytest.raises(UDAError, match=r"nowhere does not exist"):
         open_model(tmp_path / "nowhere", None, "checkpoint_final.pth", CPU)

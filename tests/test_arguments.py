@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -17,14 +19,17 @@ from support.plans import plans
 import nnunet_uda.experiments.compare
 import nnunet_uda.experiments.sweep
 from nnunet_uda.commands import (
+    adapt,
     compare,
     configure,
     convert,
     demo,
     evaluate,
     evaluate_unsupervised,
+    export,
     preprocess,
     pseudo_labels,
+    quality,
     sweep,
     train,
 )
@@ -47,6 +52,8 @@ def work(tmp_path, monkeypatch) -> Path:
         (dataset / "P_2d").mkdir()
     monkeypatch.setenv("nnUNet_extTrainer", str(TRAINERS))
     raw = tmp_path / "nnUNet_raw" / "Dataset501_Blobs"
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "made.md").write_text("the user's own")
     for path in (raw / "imagesTu/b_0000.nii.gz", raw / "imagesTs/c_0000.nii.gz", raw / "labelsTs/c.nii.gz",
                  tmp_path / "one/c.nii.gz", tmp_path / "two/c.nii.gz", tmp_path / "taken/file.txt"):  # fmt: skip
         path.parent.mkdir(exist_ok=True)
@@ -77,6 +84,10 @@ MMWHS = ["mmwhs", "-i", "tree", "-source", "mr", "-target", "ct"]
 SWEEP = ["-d", "501", "-p", "P", "-tr", "CISFATrainer", "-vary", "mirror", "true", "-o", "out"]
 COMPARE = ["-d", "501", "-p", "P", "-tr", "CISFATrainer", "-o", "out"]
 EXPERIMENTS = ((sweep.main, SWEEP), (compare.main, COMPARE))
+EXPORT = ["-f", "0", "-device", "cpu"]
+MODELS = ((export.main, ["-m", "taken", "-o", "a.zip"]), (quality.main, ["-m", "taken", "-i", "one", "-o", "out"]),
+          (adapt.main, ["-m", "taken", "-i", "one", "-o", "out", "-device", "cpu"]),
+          (evaluate_unsupervised.main, ["-d", "501", "-tr", "T", "-o", "out", "-device", "cpu"]))  # fmt: skip
 PSEUDO = ["-d", "501", "-i", "one", "-o", "Dataset502_X"]
 CASES: list[tuple[Callable[..., None], list[str], str]] = [
     (evaluate.main, [*TWO, "-lower", "one"], "needs two bounds"),
@@ -118,7 +129,16 @@ CASES: list[tuple[Callable[..., None], list[str], str]] = [
         (["-d", "0"], "-d 0: expected a dataset id"), (["-d", "5", "-np", "0"], "-np 0"),
         (["-d", "5", "-name", "a b"], "-name 'a b'"), (["-d", "5", "-seed", "-1"], "-seed -1"),
         (["-d", "5", "-channel", "a\nb"], "-channel: 'a\\nb' cannot be a name"),
+        (["-d", "5", "-target_intensities", "bananas"], "-target_intensities bananas: expected two numbers"),
     )),
+    *((main, [*words, *more], text) for main, words in MODELS for more, text in (
+        (["-f", "0", "1", "0"], "-f: 0 is given twice"), (["-chk", "../x.pth"], "-chk: '../x.pth' cannot be a name"),
+    )),
+    *((export.main, [*EXPORT, "-m", "taken", "-o", place], text) for place, text in (
+        ("taken/made.zip", "made.md exists: choose another name"), ("taken/file.txt/a.zip", "file.txt is no folder"),
+    )),
+    *((evaluate.main, ["--unsupervised", "-d", "501", "-tr", "T", "-o", "out", "-device", device], "no such device")
+      for device in ("cpu:x", "cpu:1", "cuda:99")),
     (pseudo_labels.main, [*PSEUDO, "-volume_factor", "nan"], "-volume_factor must be at least 1"),
     (pseudo_labels.main, [*PSEUDO, "-component_share", "nan"], "-component_share must be between"),
     (pseudo_labels.main, [*PSEUDO[:-1], "Dataset501_X"], "give a dataset id that is free"),
@@ -143,6 +163,15 @@ def test_an_argument_is_refused_before_work_begins(work, monkeypatch, capsys, ma
     error = capsys.readouterr().err
     assert stopped.value.code == 1 and text in error and "Traceback" not in error, error
     assert sorted(work.rglob("*")) == before
+
+
+@pytest.mark.parametrize(("variable", "value"), [("nnUNet_def_n_proc", "eight"), ("nnUNet_n_proc_DA", "-1")])
+def test_variables_that_are_no_numbers_are_said_before_nnunet_is_imported(variable, value):
+    """Which ends in a traceback otherwise, of every command."""
+    words = [sys.executable, "-c", "import nnunet_uda.commands"]
+    done = subprocess.run(words, env=os.environ | {variable: value}, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith(f"ERROR: the environment variable {variable} is '{value}'; expected a number")
 
 
 def test_training_names_a_broken_dataset_json(work, capsys):

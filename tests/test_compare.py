@@ -53,6 +53,23 @@ def test_a_job_survives_its_file(tmp_path):
     assert Job.read(first.write()) == first
 
 
+def test_scores_that_were_cut_short_are_made_again(tmp_path, monkeypatch):
+    """No other program writes them, so that nobody is asked to mend them."""
+    job_, path = a_job(tmp_path), tmp_path / "runs" / "a" / "score.json"
+    path.parent.mkdir(parents=True)
+    monkeypatch.setattr(Job, "predicted", lambda self: True)
+    monkeypatch.setattr(Job, "_origin", lambda self: {"checkpoint": [1]})
+    scores = {"left": {"Dice": 0.5, "ASSD": None, "HD95": 1.0}}
+    whole = {"made_from": {"checkpoint": [1]}, "validation_pseudo_dice": 0.5, "metrics": {"x": scores}}
+    path.write_text(json.dumps(whole))
+    assert job_.score().volumes[0].metrics["left"]["Dice"] == 0.5
+    changes = [{"metrics": []}, {"metrics": {"x": "y"}}, {"metrics": {"x": {"left": 1}}}, {"criteria": []},
+               {"made_from": 1}, {"metrics": {"x": {"left": {"Dice": "y"}}}}, {"training_seconds": "y"}]  # fmt: skip
+    for text in ("", json.dumps(whole)[:-9], "[]", *(json.dumps(whole | change) for change in changes)):
+        path.write_text(text)
+        assert job_.score() is None, text
+
+
 # --- tables ----------------------------------------------------------------------------------------------------------
 
 

@@ -134,6 +134,15 @@ def test_cisfa_folds(tree):
         assert len(splits) == 4 and sorted(i for s in splits for i in s["val"]) == names(out / folder)
 
 
+def test_slices_of_another_modality_are_refused(tree, capsys):
+    for path in (tree / "Train_Sets/CT/5/DICOM_anon").iterdir():
+        edit(path, Modality="")
+    convert(tree)  # an anonymiser's work; the class says CT
+    edit(path, Modality="MR")
+    said = refused(capsys, tree, "--overwrite")
+    assert f"{path}: its Modality is MR; expected CT in this folder" in said
+
+
 def test_chosen_structures_and_test_ids(tree):
     out = convert(tree, "-structures", "spleen", "liver", "-test_ids", "2", "03", source="t1out", target="t2spir")
     assert json.loads((out / "dataset.json").read_text())["labels"] == {"background": 0, "spleen": 1, "liver": 2}

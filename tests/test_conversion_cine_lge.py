@@ -207,12 +207,15 @@ def test_a_frame_that_was_unpacked_as_a_folder(trees):
 def test_without_info_the_first_or_last_frame_is_taken_and_said(trees, capsys):
     (patient(trees, 1) / "Info.cfg").unlink()
     (patient(trees, 3) / "Info.cfg").write_bytes(b"ED one\xff\nES: \n")
+    (patient(trees, 2) / "Info.cfg").write_text("ED: 11\nES: 4\nED: 4\n")
+    patient(trees, 2).rename(patient(trees, 2).with_name("Patient002"))  # the files keep their names
     assert re.search(r"patient001/Info\.cfg is missing, or does not say which frame is ED\. Complete the input",
                      refused(capsys, trees, "acdc", "--strict"))  # fmt: skip
     out = convert(trees, "acdc")
     said = capsys.readouterr().out
     assert "patient001/Info.cfg is missing" in said and "the first frame of the folder, 1, is taken" in said
-    assert "patient003/Info.cfg is missing, or does not say" in said
+    for name in ("patient003", "Patient002"):
+        assert f"{name}/Info.cfg is missing, or does not say" in said
     assert (load(out / "imagesTr/cine_003_0000.nii.gz") == scan(3, 1)).all()
     out = convert(trees, "acdc", "-frame", "es", d="541")
     assert (load(out / "imagesTr/cine_001_0000.nii.gz") == scan(1, 7)).all()
@@ -228,6 +231,16 @@ def test_a_patient_without_the_frame_is_left_out_and_said(trees, capsys):
 def _rename_info(trees: Path) -> None:
     for path in trees.glob("ACDC/database/*/patient*"):
         path.rename(path.with_name(path.name.replace("patient", "p")))
+
+
+def gone(folder: Path) -> None:
+    shutil.rmtree(folder)
+    folder.symlink_to("/mnt/gone")
+
+
+def packed(folder: Path) -> None:
+    shutil.make_archive(str(folder), "zip", folder)
+    shutil.rmtree(folder)
 
 
 @pytest.mark.parametrize(
@@ -252,6 +265,10 @@ def _rename_info(trees: Path) -> None:
             r"patient001_frame01_gt.nii.gz: its image is missing",
         ),
         ("acdc", lambda t: (patient(t, 3) / "patient003_frame01.nii").touch(), (), "the same frame as patient003"),
+        ("acdc", lambda t: patient(t, 3).rename(patient(t, 3).with_name("patient003 (1)")), (), "unexpected folder"),
+        ("cine_lge", lambda t: gone(case(t, "P001") / "Contours"), (), "Contours: a link to /mnt/gone, where there is"),
+        ("cine_lge", lambda t: gone(patient(t, 1).parent), (), "training: a link to /mnt/gone, where there is nothing"),
+        ("emidec", lambda t: packed(case(t, "P001")), (), r"Case_P001.zip: a file; expected a folder.*Unpack it"),
         (
             "emidec",
             lambda t: shutil.rmtree(case(t, "P001") / "Images"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -217,6 +218,16 @@ def test_a_slice_without_an_ending_that_is_cut_short_is_not_missed(tmp_path):
         files[5].write_bytes(content)
         with pytest.raises(UDAError, match="IM5: cannot be read"):
             read_series(tmp_path)
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo])
+def test_what_lies_in_a_slices_place_is_not_missed(tmp_path, make):
+    """The last one: the rest is a whole series of its own."""
+    files = write_series(tmp_path, scan())
+    files[5].unlink()
+    make(files[5])
+    with pytest.raises(UDAError, match=rf"{files[5].name}: a (folder|pipe).*expected an image"):
+        read_series(tmp_path)
 
 
 # --- refusing ---------------------------------------------------------------------------------------------------------

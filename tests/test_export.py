@@ -72,6 +72,38 @@ def test_an_exported_model_is_nnunets_own_and_predicts_the_same(in_workspace, tm
     assert "exists" in capsys.readouterr().err
 
 
+def test_a_model_whose_folder_was_renamed_is_exported_and_files_beside_it_are_looked_at_first(
+    in_workspace, tmp_path, monkeypatch, capsys
+):
+    folder = trained_folder("SourceOnlyTrainer").rename(tmp_path / "renamed")
+
+    def predicted(*arguments) -> None:
+        pytest.fail("predicted before everything was looked at")
+
+    monkeypatch.setattr(export, "predict_here", predicted)
+    scans = in_workspace.raw / "Dataset501_Blobs" / "imagesTs"
+    command = ["-m", str(folder), "-o", str(tmp_path / "a.zip"), "-device", "cpu", "-i", str(scans)]
+    summary = folder / "fold_0" / "validation" / "summary.json"
+    summary.parent.mkdir()
+    summary.write_text('{"foreground_mean": ')
+    with pytest.raises(SystemExit):
+        export.main(command)
+    assert f"{summary} is not valid JSON" in capsys.readouterr().err
+    for strange in ("[]", '{"foreground_mean": "x"}', '{"foreground_mean": {"Dice": "x"}}'):
+        summary.write_text(strange)
+        summary.with_name("about.json").write_text("{}")
+        (folder / "fold_0" / "quality.json").write_text('{"about": "x"}')
+        quality = {"cases": [{"case": "a", "overall": {}, "structures": {}}]}
+        card = model_card(folder, folder, ["0"], "checkpoint_final.pth", "not compared", quality)
+        assert "fold 0: Dice not defined on MR validation cases" in card and "| Configuration | 2d, spacing" in card
+    monkeypatch.setattr(export, "predict_here", lambda *_: None)
+    monkeypatch.setattr(export, "predict_as_a_receiver", lambda *_: None)
+    monkeypatch.setattr(export, "compare_segmentations", lambda *_: (2, 100, 0))
+    export.main(command)
+    with zipfile.ZipFile(tmp_path / "a.zip") as content:
+        assert "Dataset501_Blobs/nnUNetTrainer__tiny__2d/plans.json" in content.namelist()
+
+
 def test_other_predictions_are_not_exported(in_workspace, tmp_path, monkeypatch, capsys):
     folder = trained_folder("SourceOnlyTrainer")
     monkeypatch.setattr(export, "predict_here", lambda *_: None)

@@ -9,7 +9,7 @@ import pytest
 from conftest import litter
 
 from nnunet_uda.errors import UDAError
-from nnunet_uda.images.listing import entries, files_in, folders_below, folders_in, passed_over
+from nnunet_uda.images.listing import entries, files_in, folders_below, folders_in, folders_named, passed_over
 
 
 def test_names_that_are_no_data():
@@ -58,6 +58,34 @@ def test_links_in_a_circle_end(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "up").symlink_to(tmp_path)
     assert len(list(folders_below(tmp_path))) == 2
+
+
+def test_a_link_to_a_folder_that_is_gone_is_not_missed(tmp_path):
+    (tmp_path / "notes.txt").symlink_to(tmp_path / "nowhere")
+    assert folders_in(tmp_path) == []
+    (tmp_path / "patient002").symlink_to("/mnt/unmounted/patient002")
+    with pytest.raises(UDAError, match=r"patient002: a link to /mnt/unmounted/patient002, where there is nothing"):
+        folders_in(tmp_path)
+
+
+def test_folders_of_cases_are_found_by_name_and_none_is_missed(tmp_path):
+    def named(begins: str = "") -> list[str]:
+        return [path.name for path in folders_named(tmp_path, r"patient\d+", "patient001", begins)]
+
+    for name in ("patient001", "Patient002", "other"):
+        (tmp_path / name).mkdir()
+    for name in ("patient.txt", "patient003.nii.gz", "patient001.zip"):
+        (tmp_path / name).touch()
+    assert named() == named("patient") == ["Patient002", "patient001"]
+    for name in ("patient004", "patient004.tar.gz", "patient004.zip"):
+        (tmp_path / name).touch()
+        with pytest.raises(UDAError, match=f"{name}: a file; expected a folder, like patient001. Unpack it"):
+            named()
+        (tmp_path / name).unlink()
+    (tmp_path / "patient004 copy").mkdir()
+    assert named() == ["Patient002", "patient001"]
+    with pytest.raises(UDAError, match="patient004 copy: unexpected folder; expected names like patient001"):
+        named("patient")
 
 
 def test_folders_that_cannot_be_listed(tmp_path, monkeypatch):

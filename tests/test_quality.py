@@ -25,7 +25,7 @@ from nnunet_uda.quality.calibration import (
     interval,
     verdict_of,
 )
-from nnunet_uda.quality.cases import block, quality_of_probabilities
+from nnunet_uda.quality.cases import block, quality_of_probabilities, read_calibration
 from nnunet_uda.quality.degrade import degrade
 from nnunet_uda.quality.shapes import contact_areas, describe_shapes, robust, shape_deviations, source_shapes
 from nnunet_uda.quality.signals import case_signals, describe_scan, known_scans, scan_deviations, views
@@ -238,6 +238,32 @@ def test_calibration_goes_through_json_and_refuses_another_file():
     for strange in ([], {"version": 99}, {"version": 1}):
         with pytest.raises(UDAError, match=r"here/quality.json is no calibration"):
             Calibration.from_json(strange, "here/quality.json")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"structures": ["cube"]}, r"is of the structures \['cube'\], the model's are ball"),
+        ({"shapes": []}, "is damaged"),
+        ({"shapes": "x"}, "is damaged"),
+        ({"shapes": [{"present": 1.0, "cases": 3}]}, r"is damaged \(KeyError: 'open'\)"),
+        ({"weights": {}}, "is damaged"),
+        ({"residuals": "x"}, "is damaged"),
+        ({"residuals": {"views": [[1], [2, 3]], "probabilities": [], "segmentation": []}}, "is damaged"),
+        ({"scans": []}, "is damaged"),
+        ({"scans": {"source": {"quantiles": [[1]], "field": []}}}, "is damaged"),
+        ({"about": "x"}, "is damaged"),
+        ({"about": {}}, "is damaged"),
+    ],
+)
+def test_a_damaged_calibration_and_one_of_other_structures_are_refused_by_name(tmp_path, change, message):
+    path = tmp_path / "quality.json"
+    whole = small_calibration(about={"volumes": [], "pairs": 3})
+    path.write_text(json.dumps(whole.to_json()))
+    assert read_calibration(path, ["ball"]) == whole
+    path.write_text(json.dumps(whole.to_json() | change))
+    with pytest.raises(UDAError, match=rf"quality.json {message}.*Remove it"):
+        read_calibration(path, ["ball"])
 
 
 def test_verdicts_are_good_only_where_the_range_holds_no_failure():

@@ -228,6 +228,21 @@ def test_a_start_killed_while_it_submits_leaves_no_second_job(tmp_path, slurm, m
     assert set(scores) == {"a"}
 
 
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"submitting": null, "jobs": []}', '{"jobs": {"a": {"id": "1"}}}'])
+def test_a_damaged_record_of_jobs_is_not_taken_for_none(tmp_path, slurm, text):
+    record = tmp_path / "slurm" / "submitted.json"
+    record.parent.mkdir()
+    record.write_text(text)
+    with pytest.raises(UDAError, match="submitted.json is n"):
+        engine_of(tmp_path).run([a_job(tmp_path, "a")], lambda _: None, lambda *_: None)
+    assert not (slurm / "1.sh").exists(), "nothing was submitted"
+
+
+def test_a_line_of_squeue_that_is_no_state_is_passed_over(monkeypatch):
+    monkeypatch.setattr(engines, "_ask_slurm", lambda *_: "1 RUNNING\n\nslurm is busy now\n2_0 PENDING\n")
+    assert engines.slurm_states() == {"1": "RUNNING", "2_0": "PENDING"}
+
+
 def test_a_requeued_job_is_waited_for(tmp_path, slurm, monkeypatch):
     job, seen = a_job(tmp_path, "a"), iter(["RUNNING", "PREEMPTED", "PENDING", "NODE_FAIL", "PENDING", "CANCELLED"])
     monkeypatch.setattr(engines, "slurm_states", lambda: {"1": next(seen, "CANCELLED")})

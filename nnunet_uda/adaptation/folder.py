@@ -8,6 +8,7 @@ that the model's validation knows say which of its labels are not to be believed
 from __future__ import annotations
 
 import copy
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -72,10 +73,14 @@ def known_volumes(model: Model) -> np.ndarray | None:
     fingerprint = model.folder / "dataset_fingerprint.json"
     if not counts or not fingerprint.is_file():
         return None
-    spacings = read_json(fingerprint).get("spacings")
-    if not isinstance(spacings, list) or not spacings:
-        return None
-    return np.array(counts) * float(np.median([np.prod(spacing) for spacing in spacings]))
+    try:
+        voxels = [math.prod(float(step) for step in spacing) for spacing in read_json(fingerprint)["spacings"]]
+        return np.array(counts) * float(np.median(voxels)) if voxels else None
+    except (KeyError, TypeError, ValueError) as error:
+        raise UDAError(
+            f"{fingerprint}: 'spacings' must be those of the training's scans ({type(error).__name__}: {error}). "
+            "Copy it again from nnUNet_preprocessed, or remove it: sizes are not looked at then"
+        ) from error
 
 
 def _reference_counts(content: Any, where: object, number: int) -> list[list[float]]:
@@ -85,7 +90,7 @@ def _reference_counts(content: Any, where: object, number: int) -> list[list[flo
             of_label = {int(re.sub(r"\D", "", str(key))): value["n_ref"] for key, value in case["metrics"].items()}
             counts.append([float(of_label[index]) for index in range(1, number + 1)])
         return counts
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UDAError(
             f"{where} is no summary of an nnU-Net validation of these {number} structures ({type(error).__name__}: "
             f"{error}). Validate again (nnUNetv2_train --val), or remove it: sizes are not looked at then"

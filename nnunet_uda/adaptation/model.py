@@ -26,21 +26,20 @@ from torch import Tensor, nn
 from nnunet_uda.data.case import preprocess_case
 from nnunet_uda.data.convention import check_dataset_json, read_json
 from nnunet_uda.data.new_scans import treat_new_scans
-from nnunet_uda.errors import UDAError, shown
+from nnunet_uda.errors import UDAError
 from nnunet_uda.files import write_json
 from nnunet_uda.foreign_plans import check_plans
 from nnunet_uda.images.intensities import read_intensities
 from nnunet_uda.methods import trainers_folder
 from nnunet_uda.quality.asked import Asked
 from nnunet_uda.quality.calibration import Calibration
-from nnunet_uda.quality.cases import FILE, quality_of_volume, structure_names, uncalibrated
-from nnunet_uda.training.checkpoint import FINAL, load, plain, write_checkpoint
+from nnunet_uda.quality.cases import FILE, quality_of_volume, read_calibration, structure_names, uncalibrated
+from nnunet_uda.training.checkpoint import FINAL, check_model, configuration_of, load, plain, write_checkpoint
 from nnunet_uda.training.uda_trainer import UDATrainer
 
 Weights = dict[str, Tensor]
 TILE_STEP = 0.5
 """Of the sliding window, nnU-Net's."""
-_KEYS = ("network_weights", "trainer_name", "init_args")
 
 
 @dataclass
@@ -135,10 +134,8 @@ class Model:
 
     @cached_property
     def calibration(self) -> Calibration:
-        path = self.folder / f"fold_{self.folds[0]}" / FILE
-        if path.is_file():
-            return Calibration.from_json(read_json(path), str(path))
-        return uncalibrated(structure_names(self.dataset_json))
+        path, structures = self.folder / f"fold_{self.folds[0]}" / FILE, structure_names(self.dataset_json)
+        return read_calibration(path, structures) if path.is_file() else uncalibrated(structures)
 
     def write_prediction(self, logits: Tensor, properties: dict[str, Any], path: Path) -> None:
         """The segmentation on the scan's own grid, whole or not at all; ``path`` with the file ending."""
@@ -262,11 +259,7 @@ def open_model(
         )
     files = [folder / f"fold_{fold}" / checkpoint for fold in folds]
     contents = [_read(path, trusted) for path in files]
-    configuration = contents[0]["init_args"].get("configuration")
-    if configuration not in plans["configurations"]:
-        raise UDAError(
-            f"{files[0]} is of the configuration {shown(configuration)}, which {folder / 'plans.json'} lacks"
-        )
+    configuration = configuration_of(contents[0], files[0], plans)
     manager = PlansManager(plans)
     settings = manager.get_configuration(configuration)
     if any(isinstance(value, list) for value in dataset_json["labels"].values()):
@@ -276,7 +269,7 @@ def open_model(
     treat_new_scans(settings, manager)
     labels = manager.get_label_manager(dataset_json)
     name = contents[0]["trainer_name"]
-    trainer = _find_trainer(name, folder)
+    trainer = _find_trainer(name)
     channels = determine_num_input_channels(manager, settings, dataset_json)
     try:
         with redirect_stdout(StringIO()):
@@ -304,18 +297,10 @@ def _read(path: Path, trusted: bool) -> dict[str, Any]:
             f"{path} cannot be read as data ({reason[:200]}): it is cut short, or holds pickled code, which is not run "
             "here. If you know where the file is from and trust it, add --trusted"
         ) from error
-    lacking = [key for key in _KEYS if key not in content]
-    if lacking or not isinstance(content["init_args"], dict) or not isinstance(content["network_weights"], dict):
-        raise UDAError(
-            f"{path} is no checkpoint of an nnU-Net v2 training: it lacks {', '.join(lacking) or 'weights'}; found "
-            f"{shown(sorted(map(str, content)))}"
-        )
-    return content
+    return check_model(content, path)
 
 
-def _find_trainer(name: Any, folder: Path) -> type[Any]:
-    if not isinstance(name, str) or not name.isidentifier():
-        raise UDAError(f"{folder}: the checkpoint's 'trainer_name' must be a class's name, found {shown(name)}")
+def _find_trainer(name: str) -> type[Any]:
     os.environ.setdefault("nnUNet_extTrainer", str(trainers_folder()))
     with redirect_stdout(StringIO()):
         try:
@@ -331,7 +316,7 @@ def _find_trainer(name: Any, folder: Path) -> type[Any]:
 
 def _check_weights(network: nn.Module, weights: Weights, path: Path, folder: Path) -> None:
     own = {name: tuple(value.shape) for name, value in network.state_dict().items()}
-    theirs = {name: tuple(value.shape) for name, value in weights.items() if isinstance(value, Tensor)}
+    theirs = {name: tuple(value.shape) for name, value in weights.items()}
     if own == theirs:
         return
     wrong = sorted(name for name in own.keys() | theirs.keys() if own.get(name) != theirs.get(name))

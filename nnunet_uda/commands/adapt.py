@@ -13,10 +13,9 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from nnunet_uda.data.convention import dataset_name, environment_folder, read_json
+from nnunet_uda.data.convention import check_model_options, dataset_name, environment_folder, read_json
 from nnunet_uda.errors import UDAError, command
 from nnunet_uda.files import exclusive, sha256, write_json
-from nnunet_uda.names import check_name
 from nnunet_uda.settings import parse_settings
 
 STATE = "adapt.json"
@@ -94,12 +93,9 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
 def _model_folder(args: argparse.Namespace) -> Path:
     if (args.m is None) == (args.d is None):
         raise UDAError("give either -m FOLDER, or -d DATASET with -tr, -p and -c as they were trained.")
-    for name, option in ((args.chk, "-chk"), *((fold, "-f") for fold in args.f or ())):
-        check_name(name, option, file=True)
+    check_model_options(args)
     if args.m is not None:
         return args.m
-    for name, option in ((args.tr, "-tr"), (args.p, "-p"), (args.c, "-c")):
-        check_name(name, option, file=True)
     return environment_folder("nnUNet_results") / dataset_name(args.d) / f"{args.tr}__{args.p}__{args.c}"
 
 
@@ -112,7 +108,7 @@ def _state(out: Path, described: dict[str, Any]) -> dict[str, Any]:
     path = out / STATE
     if path.exists():
         state = read_json(path)
-        if not isinstance(state, dict) or not isinstance(state.get("scans"), dict):
+        if not _is_state(state):
             raise UDAError(f"{path} is no record of this command: give a new folder (-o)")
         changed = sorted(key for key, value in described.items() if state.get(key) != value)
         if changed:
@@ -123,6 +119,16 @@ def _state(out: Path, described: dict[str, Any]) -> dict[str, Any]:
     if out.exists() and (not out.is_dir() or any(entry.name != ".lock" for entry in out.iterdir())):
         raise UDAError(f"{out} (-o) is not empty, or no folder: give a new folder")
     return {**described, "scans": {}}
+
+
+def _is_state(content: Any) -> bool:
+    scans = content.get("scans") if isinstance(content, dict) else None
+    return isinstance(scans, dict) and all(
+        isinstance(scan, dict)
+        and all(isinstance(scan.get(key), (int, float)) for key in ("before", "after"))
+        and scan.get("kept") in ("adapted", "unadapted")
+        for scan in scans.values()
+    )
 
 
 def _finish(model: Any, case: str, out: Path, state: dict[str, Any], before: float, after: float, logits: Any) -> None:

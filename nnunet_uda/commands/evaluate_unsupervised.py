@@ -8,7 +8,7 @@ from itertools import groupby, product
 from pathlib import Path
 from typing import Any
 
-from nnunet_uda.data.convention import TARGET_FOLDER, dataset_name, environment_folder
+from nnunet_uda.data.convention import TARGET_FOLDER, check_model_options, dataset_name, environment_folder
 from nnunet_uda.devices import open_device
 from nnunet_uda.errors import command
 from nnunet_uda.evaluation.output import check_output, whole_folder
@@ -54,6 +54,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 def model_folders(arguments: argparse.Namespace) -> list[tuple[Path, str]]:
     """nnU-Net's results folder and the fold of each combination of ``-tr``, ``-p`` and ``-f``."""
+    check_model_options(arguments)
     let_find()
     results = environment_folder("nnUNet_results") / dataset_name(arguments.d)
     names = product(arguments.tr, arguments.p)

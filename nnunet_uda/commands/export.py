@@ -7,6 +7,7 @@ import os
 import shutil
 import zipfile
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -30,8 +31,9 @@ from nnunet_uda.evaluation.stock_model import (
     write_stock_model,
 )
 from nnunet_uda.evaluation.unsupervised import TrainedModel, dataset_of, unlabelled_images
-from nnunet_uda.files import whole_file
+from nnunet_uda.files import check_place, whole_file
 from nnunet_uda.images.intensities import Intensities, read_clipped
+from nnunet_uda.images.listing import entries
 
 CHECKED = 2
 """Scans that are predicted with both models, by default."""
@@ -56,8 +58,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     arguments = parser.parse_args(argv)
     if arguments.o.suffix != ".zip":
         raise UDAError(f"-o takes a file that ends in .zip, found {arguments.o}")
-    if arguments.o.exists():
-        raise UDAError(f"{arguments.o} exists: choose another name with -o, or remove it. Nothing was written")
+    for place in (arguments.o, arguments.o.with_suffix(".md")):
+        if place.exists():
+            raise UDAError(f"{place} exists: choose another name with -o, or remove it. Nothing was written")
+    check_place(arguments.o)
     return arguments
 
 
@@ -71,7 +75,7 @@ def scans_to_check(arguments: argparse.Namespace, folder: Path, dataset_json: di
         return list(unlabelled_images(arguments.i, dataset_json).values())
     raw = environment_folder("nnUNet_raw") / folder.parent.name
     for name in ("imagesTs", TARGET_FOLDER, "imagesTr"):
-        if (raw / name).is_dir() and any((raw / name).iterdir()):
+        if (raw / name).is_dir() and entries(raw / name):
             return list(unlabelled_images(raw / name, dataset_json).values())[:CHECKED]
     raise UDAError(f"{raw} holds no scan to compare the predictions on: give some with -i FOLDER")
 
@@ -105,6 +109,8 @@ def main(argv: list[str] | None = None) -> None:
     with TemporaryDirectory() as name:
         work = Path(name)
         place = write_stock_model(folder, arguments.f, arguments.chk, work / "results")
+        card_with = partial(model_card, folder, place, arguments.f, arguments.chk, quality=quality)
+        card_with("not compared yet")  # what it reads, and may refuse, is read before the predictions
         lay_out(scans, work / "scans", clip)
         print(f"Predicting {len(scans)} scan(s) with the trained model, then as the receiver of the exported one")
         predict_here(folder, arguments.f, arguments.chk, work / "scans", work / "here", device)
@@ -120,7 +126,7 @@ def main(argv: list[str] | None = None) -> None:
                 "model: nothing was exported"
             )
         check = f"predictions of {number} scan(s), {voxels} voxels, equal those of the trained model voxel for voxel"
-        card = model_card(folder, place, arguments.f, arguments.chk, check, quality)
+        card = card_with(check)
         (place / CARD).write_text(card, "utf-8", "backslashreplace")
         arguments.o.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(arguments.o) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as archive:

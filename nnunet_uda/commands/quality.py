@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from nnunet_uda import files
 from nnunet_uda.commands.trainers import trainers_folder
-from nnunet_uda.data.convention import TARGET_FOLDER, dataset_name, environment_folder
+from nnunet_uda.data.convention import TARGET_FOLDER, check_model_options, dataset_name, environment_folder
 from nnunet_uda.devices import open_device
 from nnunet_uda.errors import UDAError, command
 from nnunet_uda.evaluation.output import check_output, whole_folder
@@ -83,10 +83,11 @@ def model_folder(arguments: argparse.Namespace) -> Path:
     """The model's folder of ``-m``, or of ``-d``, ``-tr``, ``-p`` and ``-c``.
 
     Raises:
-        UDAError: where neither is given.
+        UDAError: where neither is given, or a name is none.
     """
+    check_model_options(arguments)
     if arguments.m is not None:
-        return arguments.m
+        return Path(os.path.abspath(arguments.m))
     if arguments.d is None or arguments.tr is None:
         raise UDAError("-d and -tr are needed, or the model's folder: -m .../TRAINER__PLANS__CONFIGURATION")
     results = environment_folder("nnUNet_results") / dataset_name(arguments.d)

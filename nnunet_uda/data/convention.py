@@ -10,6 +10,7 @@ their labels. Their images stay in ``imagesTu``, so that plans, folds and all th
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import re
@@ -97,21 +98,33 @@ def mend_results(folder: Path, plans: dict[str, Any], dataset_json: dict[str, An
     mended = []
     for name, content in (("plans.json", plans), ("dataset.json", dataset_json)):
         path = folder / name
-        if path.exists() and not isinstance(_json_or_none(path), dict):
+        if path.exists() and not isinstance(json_or_none(path), dict):
             write_json(content, path)
             mended.append(path)
     return mended
 
 
-def _json_or_none(path: Path) -> Any:
+def check_model_options(arguments: argparse.Namespace) -> None:
+    """Raise ``UDAError`` where an option among those that name trained models holds no name, or one twice."""
+    for option in ("f", "chk", "tr", "p", "c"):
+        given = getattr(arguments, option)
+        names = given if isinstance(given, list) else [] if given is None else [given]
+        for name in names:
+            check_name(name, f"-{option}", file=True)
+            if names.count(name) > 1:
+                raise UDAError(f"-{option}: {name} is given twice; name each once")
+
+
+def json_or_none(path: Path) -> Any:
+    """``read_json`` of what can be made again: None where it is missing, or was cut short."""
     try:
         return _parsed(path)
-    except (ValueError, RecursionError):
+    except (ValueError, RecursionError, FileNotFoundError):
         return None
 
 
-def check_dataset_json(content: Any, where: Path | str) -> None:
-    """Check of a ``dataset.json`` what nnU-Net and everything here take for granted; ``uda`` is ``read_domains``'s.
+def check_dataset_json(content: Any, where: Path | str) -> dict[str, Any]:
+    """``content``, once it is what nnU-Net takes a ``dataset.json`` for; ``uda`` is ``read_domains``'s.
 
     Raises:
         UDAError: for the first fault.
@@ -138,6 +151,7 @@ def check_dataset_json(content: Any, where: Path | str) -> None:
     number = content.get("numTraining")
     if not isinstance(number, int) or isinstance(number, bool) or number < 0:
         raise UDAError(f"{where}: 'numTraining' must be the number of labelled cases, found {shown(number)}")
+    return content
 
 
 def source_cases(raw_dataset: Path, dataset_json: dict[str, Any]) -> dict[str, tuple[list[Path], Path]]:

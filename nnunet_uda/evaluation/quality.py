@@ -14,7 +14,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import Tensor
 
 from nnunet_uda.data.case import preprocess_case
-from nnunet_uda.data.convention import environment_folder, read_json
+from nnunet_uda.data.convention import check_splits, environment_folder, read_json
 from nnunet_uda.data.target import TargetDataset, target_folder
 from nnunet_uda.errors import UDAError
 from nnunet_uda.evaluation.unsupervised import TrainedModel, dataset_of, open_model
@@ -26,6 +26,7 @@ from nnunet_uda.quality.cases import (
     CaseQuality,
     make_calibration,
     quality_of_volume,
+    read_calibration,
     structure_names,
     uncalibrated,
 )
@@ -63,20 +64,14 @@ def open_asked(folder: Path, folds: Sequence[str], checkpoint: str, device: torc
     return Asked(predictor, own, others)
 
 
-def read_calibration(path: Path) -> Calibration:
-    """Raises ``UDAError`` for a file that is none."""
-    return Calibration.from_json(read_json(path), str(path))
-
-
 def find_calibration(
     folder: Path, fold: str, asked: Asked, log: Callable[[str], None] = print, **options: Any
 ) -> Calibration:
     """The calibration beside a fold's checkpoints; else made from the source's preprocessed cases and written there;
     else one that knows no source, from what many other models have in common."""
-    path = folder / f"fold_{fold}" / FILE
+    path, structures = folder / f"fold_{fold}" / FILE, structure_names(asked.predictor.dataset_json)
     if path.exists():
-        return read_calibration(path)
-    structures = structure_names(asked.predictor.dataset_json)
+        return read_calibration(path, structures)
     try:
         predictor = asked.predictor
         source = preprocessed_source(predictor.plans_manager, predictor.configuration_manager, fold)
@@ -113,7 +108,7 @@ def preprocessed_source(plans: PlansManager, configuration: Any, fold: str) -> t
         raise UDAError(f"{folder} holds no preprocessed case")
     held_out, words = labelled, f"{len(labelled.identifiers)} labelled cases that it has trained on"
     splits = base / "splits_final.json"
-    if fold != "all" and splits.exists() and int(fold) < len(content := read_json(splits)):
+    if fold != "all" and splits.exists() and int(fold) < len(content := check_splits(read_json(splits), None, splits)):
         cases = [case for case in content[int(fold)]["val"] if case in set(labelled.identifiers)]
         if cases:
             held_out = dataset_class(str(folder), cases)

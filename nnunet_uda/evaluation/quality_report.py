@@ -19,11 +19,18 @@ def read_report(path: Path) -> dict[str, Any]:
     """
     content = read_json(path)
     cases = content.get("cases") if isinstance(content, dict) else None
-    if not isinstance(cases, list) or not all(
-        isinstance(case, dict) and {"case", "overall", "structures"} <= set(case) for case in cases
-    ):
+    if not isinstance(cases, list) or not cases or not all(map(_is_case, cases)):
         raise UDAError(f"{path} is no report of nnUNetUDA_quality, expected its {REPORT}")
     return content
+
+
+def _is_case(case: Any) -> bool:
+    if not isinstance(case, dict) or not {"case", "overall", "structures"} <= set(case):
+        return False
+    overall = case["overall"]
+    if not isinstance(case["case"], str) or not isinstance(overall, dict):
+        return False
+    return all(isinstance(overall.get(key), int | float | None) for key in ("dice", "low", "high"))
 
 
 def read_estimates(path: Path) -> dict[str, float]:

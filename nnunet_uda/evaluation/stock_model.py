@@ -33,7 +33,7 @@ from nnunet_uda.files import sha256, write_json
 from nnunet_uda.foreign_plans import check_plans
 from nnunet_uda.images.intensities import Intensities, read_intensities
 from nnunet_uda.quality.cases import FILE as QUALITY
-from nnunet_uda.training.checkpoint import FINAL, read_checkpoint, write_checkpoint
+from nnunet_uda.training.checkpoint import FINAL, configuration_of, read_model, write_checkpoint
 
 TRAINER = "nnUNetTrainer"
 CARD = "MODEL_CARD.md"
@@ -90,19 +90,18 @@ def write_stock_model(folder: Path, folds: Sequence[str], checkpoint: str, resul
     plans = read_json(folder / "plans.json")
     check_plans(plans, folder / "plans.json")
     dataset_json = read_json(folder / "dataset.json")
-    configuration = folder.name.rpartition("__")[2]
-    place = results / plans["dataset_name"] / f"{TRAINER}__{plans['plans_name']}__{configuration}"
-    place.mkdir(parents=True)
     for fold in folds:
         path = TrainedModel(folder, fold, checkpoint).path
         if not path.is_file():
             raise UDAError(f"{path} does not exist: there is no such model, or its training has not ended")
-        content = read_checkpoint(path)
+        content = read_model(path)
+        configuration = configuration_of(content, path, plans)
         check_plain(folder, content, path)
+        place = results / plans["dataset_name"] / f"{TRAINER}__{plans['plans_name']}__{configuration}"
         kept = {key: content[key] for key in KEPT_KEYS if key in content}
         arguments = {**content["init_args"], "plans": stock_plans(plans), "dataset_json": stock_dataset(dataset_json)}
         kept |= {"trainer_name": TRAINER, "init_args": arguments, "optimizer_state": {}, "grad_scaler_state": None}
-        (place / f"fold_{fold}").mkdir()
+        (place / f"fold_{fold}").mkdir(parents=True)
         write_checkpoint(kept, place / f"fold_{fold}" / FINAL)
         if (quality := folder / f"fold_{fold}" / QUALITY).is_file():
             shutil.copyfile(quality, place / f"fold_{fold}" / QUALITY)
@@ -236,14 +235,15 @@ def model_card(
         quality: content of a quality report of ``nnUNetUDA_quality``.
     """
     plans, dataset_json = read_json(folder / "plans.json"), read_json(folder / "dataset.json")
-    content = read_checkpoint(TrainedModel(folder, folds[0], checkpoint).path)
-    configuration = folder.name.rpartition("__")[2]
-    name, uda = plans["dataset_name"], dataset_json.get("uda", {})
+    content = read_model(path := TrainedModel(folder, folds[0], checkpoint).path)
+    configuration = configuration_of(content, path, plans)
+    name, uda = plans["dataset_name"], dataset_json.get("uda")
+    uda = uda if isinstance(uda, dict) else {}
     domains = read_domains(dataset_json) if {"source_domain", "target_domain"} <= set(uda) else None
     settings = content.get("uda", {}).get("settings", {})
     labels = [f"{value} {label}" for label, value in dataset_json["labels"].items()]
     steps = f"{content['current_epoch']} epochs"
-    if settings:
+    if "iterations_per_epoch" in settings:
         steps += f" of {settings['iterations_per_epoch']} steps"
     rows = [
         ("Labels", ", ".join(labels)),
@@ -302,18 +302,26 @@ def _postprocessing_words(place: Path) -> str:
     )
 
 
+def _inside(path: Path, *keys: str) -> Any:
+    """The value behind ``keys`` in a JSON file, None where it has none."""
+    content = read_json(path)
+    for key in keys:
+        content = content.get(key) if isinstance(content, dict) else None
+    return content
+
+
 def _validation(folder: Path, folds: Sequence[str], domains: Any) -> str:
     lines = []
     for fold in folds:
         summary = folder / f"fold_{fold}" / "validation" / "summary.json"
         if not summary.is_file():
             continue
-        mean = read_json(summary).get("foreground_mean", {}).get("Dice")
+        mean = _inside(summary, "foreground_mean", "Dice")
         mean = f"{mean:.3f}" if isinstance(mean, float) else "not defined"
-        about = summary.with_name("about.json")
-        on = read_json(about)["validated_on"] if about.is_file() else (
-            f"{domains.source if domains else 'source'} validation cases, not the domain to predict"
-        )  # fmt: skip
+        about, otherwise = summary.with_name("about.json"), domains.source if domains else "source"
+        on = (_inside(about, "validated_on") if about.is_file() else None) or (
+            f"{otherwise} validation cases, not the domain to predict"
+        )
         lines.append(f"- fold {fold}: Dice {mean} on {on}")
     return "\n".join(lines) or "No final validation was run."
 
@@ -321,9 +329,10 @@ def _validation(folder: Path, folds: Sequence[str], domains: Any) -> str:
 def _expected(folder: Path, folds: Sequence[str], quality: dict[str, Any] | None) -> str:
     blocks = []
     if quality is not None:
-        known = [case["overall"] for case in quality["cases"] if case["overall"]["dice"] is not None]
-        counts = [f"{sum(case['overall']['verdict'] == verdict for case in quality['cases'])} {verdict}"
-                  for verdict in ("good", "look at it", "failed")]  # fmt: skip
+        overall = [case["overall"] for case in quality["cases"]]
+        known = [each for each in overall if all(each.get(key) is not None for key in ("dice", "low", "high"))]
+        verdicts = [each.get("verdict") for each in overall]
+        counts = [f"{verdicts.count(verdict)} {verdict}" for verdict in ("good", "look at it", "failed")]
         if known:
             dice, low, high = (float(np.mean([each[key] for each in known])) for key in ("dice", "low", "high"))
             blocks.append(
@@ -332,9 +341,9 @@ def _expected(folder: Path, folds: Sequence[str], quality: dict[str, Any] | None
             )
     path = folder / f"fold_{folds[0]}" / QUALITY
     if path.is_file():
-        about = read_json(path).get("about", {})
+        made_on = _inside(path, "about", "calibrated_on") or "source cases"
         blocks.append(
             f"{QUALITY} in the fold's folder is the calibration of nnUNetUDA_quality (nnunet_uda), which estimates the "
-            f"Dice of each case; made on {about.get('calibrated_on', 'source cases')} in random styles."
+            f"Dice of each case; made on {made_on} in random styles."
         )
     return "\n\n".join(blocks) or "Not estimated: see nnUNetUDA_quality of nnunet_uda."

@@ -16,10 +16,10 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from tqdm import tqdm
 
 from nnunet_uda.data.case import preprocess_case
-from nnunet_uda.data.convention import image_cases, read_json
+from nnunet_uda.data.convention import check_dataset_json, image_cases, read_json
 from nnunet_uda.errors import UDAError
 from nnunet_uda.foreign_plans import check_plans
-from nnunet_uda.training.checkpoint import read_checkpoint
+from nnunet_uda.training.checkpoint import configuration_of, read_model
 from nnunet_uda.training.criteria import TargetCriteria, look_twice
 
 
@@ -68,8 +68,9 @@ def open_model(model: TrainedModel, device: torch.device) -> tuple[nnUNetPredict
         UDAError: no or no whole checkpoint, a trainer that is not to be found, region-based labels.
     """
     require_checkpoint(model)
-    check_plans(read_json(model.folder / "plans.json"), model.folder / "plans.json")
-    checkpoint = read_checkpoint(model.path)
+    plans = check_plans(read_json(model.folder / "plans.json"), model.folder / "plans.json")
+    checkpoint = read_model(model.path)
+    configuration_of(checkpoint, model.path, plans)
     on_device = device.type == "cuda"
     predictor = nnUNetPredictor(
         use_mirroring=False, device=device, perform_everything_on_device=on_device, allow_tqdm=False
@@ -126,8 +127,8 @@ def dataset_of(model: TrainedModel) -> dict[str, Any]:
     """The ``dataset.json`` that lies with the model.
 
     Raises:
-        UDAError: if there is no such model.
+        UDAError: if there is no such model, or the file is none.
     """
     if not model.folder.is_dir():
         raise UDAError(f"{model.folder} does not exist: no such model has been trained (see -d, -tr, -p and -c)")
-    return read_json(model.folder / "dataset.json")
+    return check_dataset_json(read_json(model.folder / "dataset.json"), model.folder / "dataset.json")

@@ -245,11 +245,10 @@ class SubmititEngine:
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         record = self.folder / "submitted.json"
-        former = read_json(record) if record.exists() else {"submitting": None, "jobs": {}}
-        if former["submitting"] is not None:  # killed before their ids were written down
-            _ask_slurm("scancel", f"--user={os.getuid()}", f"--name={former['submitting']}")
+        submitting, known = _read_record(record) if record.exists() else (None, {})
+        if submitting is not None:  # killed before their ids were written down
+            _ask_slurm("scancel", f"--user={os.getuid()}", f"--name={submitting}")
         states = slurm_states()
-        known = {name: Submitted(**item) for name, item in former["jobs"].items()}
         ended = {name for name, item in known.items() if states.get(item.id, GONE) in ENDED}
         finished = {job.name for job in jobs if job.name in ended and job.score() is not None}  # meanwhile
         under_way = {name: item for name, item in known.items() if name not in ended - finished}
@@ -283,7 +282,7 @@ def slurm_states() -> dict[str, str]:
         UDAError: no answer.
     """
     answer = _ask_slurm("squeue", f"--user={os.getuid()}", "--states=all", "--array", "--noheader", "--format=%i %T")
-    return dict(line.split() for line in answer.splitlines())
+    return dict(words for line in answer.splitlines() if len(words := line.split()) == 2)
 
 
 def _ask_slurm(*words: str) -> str:
@@ -292,6 +291,23 @@ def _ask_slurm(*words: str) -> str:
     except (OSError, subprocess.CalledProcessError) as error:
         said = getattr(error, "stderr", None) or str(error)
         raise UDAError(f"SLURM's {words[0]} does not answer here ({said.strip()})") from error
+
+
+def _read_record(path: Path) -> tuple[str | None, dict[str, Submitted]]:
+    """What ``_write_record`` wrote.
+
+    Raises:
+        UDAError: for another content: which jobs are under way is not known.
+    """
+    try:
+        content = read_json(path)
+        known = {name: Submitted(str(item["id"]), int(item["log_start"])) for name, item in content["jobs"].items()}
+        return content["submitting"], known
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UDAError(
+            f"{path} is no record of submitted jobs ({type(error).__name__}: {error}), so that runs under way would be "
+            "submitted again. End those that squeue shows (scancel), then remove the file"
+        ) from error
 
 
 def _write_record(path: Path, submitting: str | None, jobs: dict[str, Submitted]) -> None:

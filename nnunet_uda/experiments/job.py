@@ -28,6 +28,7 @@ from nnunet_uda.data.convention import (
     TARGET_FOLDER,
     case_files,
     environment_folder,
+    json_or_none,
     mend_results,
     read_json,
 )
@@ -215,7 +216,7 @@ class Job:
         checkpoint, predictions = self.trained / FINAL, self.folder / "predictions"
         if not checkpoint.exists() or not (predictions / "made_from.json").exists():
             return False
-        if read_json(predictions / "made_from.json") != {"checkpoint": _stamp(checkpoint)}:
+        if json_or_none(predictions / "made_from.json") != {"checkpoint": _stamp(checkpoint)}:
             return False
         return all((predictions / f"{case}{self.test.labels.file_ending}").exists() for case in self.test.cases)
 
@@ -226,11 +227,13 @@ class Job:
 
     def score(self) -> Score | None:
         """The scores, where they are those of the present checkpoint, predictions and references."""
-        path = self.folder / "score.json"
-        if not self.predicted() or not path.exists():
+        content = json_or_none(self.folder / "score.json") if self.predicted() else None
+        if not isinstance(content, dict) or content.get("made_from") != self._origin():
             return None
-        content = read_json(path)
-        return Score.parse(content) if content.get("made_from") == self._origin() else None
+        try:
+            return Score.parse(content)
+        except (AttributeError, KeyError, TypeError, ValueError):  # no other program writes this file: it is made again
+            return None
 
     def measure(self, checkpoint: Path) -> None:
         """Write ``score.json``."""
@@ -245,12 +248,12 @@ class Job:
         content = read_checkpoint(checkpoint)
         logging, history = content["logging"], content.get("uda", {}).get("criteria", {})
         times = zip(logging["epoch_start_timestamps"], logging["epoch_end_timestamps"], strict=True)
-        cost = read_json(self.trained / COST) if (self.trained / COST).exists() else {}
+        cost = json_or_none(self.trained / COST)
         content = {
             "made_from": self._origin(),
             "validation_pseudo_dice": float(logging["mean_fg_dice"][-1]),
             "training_seconds": float(sum(end - start for start, end in times)),
-            **cost,
+            **(cost if isinstance(cost, dict) else {}),
             "criteria": {name: running_means(name, values)[-1] for name, values in history.items() if values},
             "metrics": metrics,
         }
@@ -380,7 +383,7 @@ def _stamp(path: Path) -> list[int]:
 
 
 def _nan(value: float | None) -> float:
-    return math.nan if value is None else value
+    return math.nan if value is None else float(value)
 
 
 @command

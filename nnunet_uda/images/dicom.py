@@ -26,8 +26,8 @@ from pydicom.dataelem import DataElement, RawDataElement, convert_raw_data_eleme
 
 from nnunet_uda.errors import UDAError, printable, shown
 from nnunet_uda.images.geometry import FARTHEST, check_possible
-from nnunet_uda.images.listing import files_in, folders_below
-from nnunet_uda.images.reading import readable
+from nnunet_uda.images.listing import entries, files_in, folders_below
+from nnunet_uda.images.reading import check_file, readable
 
 NOT_SLICES = ("RTSTRUCT", "RTPLAN", "RTDOSE", "RTRECORD", "SEG", "SR", "PR", "KO", "REG", "DOC", "FID", "RWV", "ANN")
 """Modalities of objects that may lie beside a series' slices; taken from a folder, they are passed over."""
@@ -214,10 +214,13 @@ def dicom_in(folder: Path) -> list[Path]:
     """DICOM files of a folder by name, whatever they hold.
 
     Where files without an ending are among them, another one without is taken too unless it is text: a slice that was
-    cut short must be refused, not missed.
+    cut short must be refused, not missed. So must a folder or a pipe that is called as a slice and lies beside others.
     """
     files = [p for p in files_in(folder) if p.name.upper() != "DICOMDIR" and (p.is_file() or not p.exists())]
     found = [path for path in files if is_dicom(path)]
+    for path in entries(folder) if found else ():
+        if path.suffix.lower() in ENDINGS and path not in found:
+            check_file(path)
     nameless = [path for path in files if re.fullmatch(r"|\.[\d,]+", path.suffix)]
     if set(found) & set(nameless):
         found += [path for path in nameless if path not in found and (b"\0" in _start(path) or not _start(path))]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from nnunet_uda.errors import UDAError
 
 ENDINGS = (".nii.gz", ".gipl.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd", ".gipl", ".hdr")
 """Of images that are taken from a folder; a file named explicitly may have any ending that SimpleITK reads."""
+ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".rar")
 LEFT_BY_SYSTEMS = frozenset(
     "__macosx,icon\r,thumbs.db,ehthumbs.db,desktop.ini,$recycle.bin,lost+found,@eadir,#recycle,#snapshot,"
     "system volume information".split(",")
@@ -47,8 +49,52 @@ def _called_as_an_image(path: Path) -> bool:
 
 
 def folders_in(folder: Path) -> list[Path]:
-    """Folders of ``entries``, without those that count as files."""
-    return [path for path in entries(folder) if path.is_dir() and not _called_as_an_image(path)]
+    """Folders of ``entries``, without those that count as files.
+
+    Raises:
+        UDAError: as ``entries``; for a link without an ending that leads nowhere: a patient's folder would be missed.
+    """
+    return [
+        path
+        for path in entries(folder)
+        if (path.is_dir() if path.suffix else is_folder(path)) and not _called_as_an_image(path)
+    ]
+
+
+def is_folder(path: Path) -> bool:
+    """Whether ``path`` is a folder. Raises ``UDAError`` for a link that leads nowhere: what it held would be missed."""
+    if path.is_symlink() and not path.exists():
+        raise UDAError(
+            f"{path}: a link to {os.readlink(path)}, where there is nothing; expected a folder, or nothing of this "
+            "name. Mount or restore what it leads to, or remove the link."
+        )
+    return path.is_dir()
+
+
+def folders_named(folder: Path, pattern: str, example: str, begins: str = "") -> list[Path]:
+    """Folders of ``folders_in`` whose names match ``pattern``, whatever the case of the letters.
+
+    Args:
+        example: of such a name, for messages.
+        begins: how only such folders are expected to begin, in lower case; empty where others may.
+
+    Raises:
+        UDAError: for a folder that begins so and is called otherwise (``patient002 copy``), and for a file that is
+            called as one, or an archive of one: a case would be missed.
+    """
+    named = []
+    for path in entries(folder):
+        bare = path.name
+        while (ending := Path(bare).suffix.lower()) in ARCHIVES:
+            bare = bare[: -len(ending)]
+        if path.is_dir():
+            if re.fullmatch(pattern, path.name, re.IGNORECASE):
+                named.append(path)
+            elif begins and path.name.lower().startswith(begins):
+                raise UDAError(f"{path}: unexpected folder; expected names like {example}. Rename or remove it.")
+        elif re.fullmatch(pattern, bare, re.IGNORECASE) and not is_folder(path) and not (folder / bare).is_dir():
+            raise UDAError(f"{path}: a file; expected a folder, like {example}. Unpack it, or remove it.")
+    return named
 
 
 def folders_below(folder: Path) -> Iterator[Path]:

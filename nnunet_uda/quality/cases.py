@@ -6,15 +6,19 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from nnunet_uda.errors import UDAError
+from nnunet_uda.data.convention import read_json
+from nnunet_uda.errors import UDAError, printable, shown
+from nnunet_uda.images.reading import readable
 from nnunet_uda.quality.asked import Asked, as_label
 from nnunet_uda.quality.calibration import (
+    KINDS,
     Calibration,
     Estimate,
     Pair,
@@ -25,8 +29,8 @@ from nnunet_uda.quality.calibration import (
     features,
 )
 from nnunet_uda.quality.degrade import degrade
-from nnunet_uda.quality.shapes import describe_shapes, source_shapes
-from nnunet_uda.quality.signals import case_signals, describe_scan, known_scans, scan_deviations
+from nnunet_uda.quality.shapes import describe_shapes, shape_deviations, source_shapes
+from nnunet_uda.quality.signals import LEVELS, case_signals, describe_scan, known_scans, scan_deviations
 
 FILE = "quality.json"
 """Beside a fold's checkpoints."""
@@ -159,9 +163,10 @@ def scan_distance(scan: dict[str, Any], usual: dict[str, Any]) -> dict[str, floa
 
 def load(asked: Asked, dataset: Any, case: str, num_structures: int) -> tuple[Tensor, np.ndarray, list[float]]:
     """Image ``(C, Z, Y, X)``, label ``(Z, Y, X)`` and mm of each axis of a preprocessed case."""
-    data, seg, _, properties = dataset.load_case(case)
-    volume = torch.from_numpy(np.asarray(data[:], dtype=np.float32))
-    return volume, as_label(seg[:], num_structures), asked.spacing(properties)
+    with readable(Path(dataset.source_folder, case), "a whole preprocessed case"):
+        data, seg, _, properties = dataset.load_case(case)
+        volume = torch.from_numpy(np.asarray(data[:], dtype=np.float32))
+        return volume, as_label(seg[:], num_structures), asked.spacing(properties)
 
 
 def block(volume: Tensor, label: np.ndarray, spacing: list[float]) -> tuple[Tensor, np.ndarray, list[float]]:
@@ -190,6 +195,46 @@ def structure_names(dataset_json: dict[str, Any]) -> list[str]:
     if not all(isinstance(value, int) for value in labels.values()):
         raise UDAError("the quality estimate needs plain labels, this model's dataset.json has regions")
     return [str(name) for name in sorted(labels, key=labels.__getitem__)]
+
+
+def read_calibration(path: Path, structures: Sequence[str]) -> Calibration:
+    """What lies beside a model that finds ``structures``, tried out on a scan that is made up.
+
+    Raises:
+        UDAError: for a file that is no calibration, a damaged one, or one of other structures.
+    """
+    found, remedy = (
+        Calibration.from_json(read_json(path), str(path)),
+        "Remove it: it is made again where that is possible",
+    )
+    if found.structures != list(structures):
+        raise UDAError(
+            f"{path} is of the structures {shown(found.structures)}, the model's are {', '.join(structures)}. {remedy}"
+        )
+    number = len(structures)
+    shape = {
+        "volume": 1e9, "extent": [10.0] * 3, "touches": [False] * 3, "components": 1, "largest_share": 1.0,
+        "roundness": 6.0, "contacts": [1 / (number + 1)] * (number + 1), "place": [0.5] * 3,
+    }  # fmt: skip
+    try:
+        for usual in found.scans.values():
+            scan = {"quantiles": [[0.0] * len(LEVELS)] * len(usual["quantiles"]), "field": [100.0] * 3}
+            scan_deviations(scan, usual)
+        for index, known in enumerate(found.shapes[:number]):
+            own = shape_deviations(shape, known) if known["present"] else None
+            signals = {"present": True, "agreement": {"darkened": 1.0}, "expected_dice": 1.0, "entropy_inside": 0.0,
+                       "edges": 1.0, "deviations": own, **shape}  # fmt: skip
+            sure = [estimate_structure(found, index, signals, None)]
+            sure += [estimate_structure(found, index, {"present": False}, None)]
+            sure += [Estimate(found.value(dict.fromkeys(names, 0.0), kind), *found.around(0.5, kind), "")
+                     for kind, names in KINDS.items()]  # fmt: skip
+            if not all(math.isfinite(each.low + each.high) for each in sure):
+                raise ValueError("NaN")
+        if len(found.shapes) != number or not isinstance(found.about["pairs"], int):
+            raise ValueError("other structures")
+    except (ArithmeticError, AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise UDAError(f"{path} is damaged ({type(error).__name__}: {printable(str(error))}). {remedy}") from error
+    return found
 
 
 def uncalibrated(structures: list[str]) -> Calibration:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from nnunet_uda.errors import UDAError, system_fault
+from nnunet_uda.errors import UDAError, shown, system_fault
 from nnunet_uda.files import sync_folder, whole_file
 
 LATEST, BEST, FINAL = "checkpoint_latest.pth", "checkpoint_best.pth", "checkpoint_final.pth"
@@ -92,6 +92,59 @@ def read_checkpoint(path: Path | str) -> dict[str, Any]:
     except Exception as error:  # a cut pickle raises whatever its last byte makes of it
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UDAError(f"{path} cannot be read as a checkpoint (cut short?): {reason}. {_way_out(path)}") from error
+
+
+def read_model(path: Path | str) -> dict[str, Any]:
+    """``read_checkpoint`` of what a network is to be made of.
+
+    Raises:
+        UDAError: as ``read_checkpoint`` and ``check_model``.
+    """
+    return check_model(read_checkpoint(path), path)
+
+
+def check_model(content: dict[str, Any], path: Path | str) -> dict[str, Any]:
+    """``content``, once it holds what every checkpoint of an nnU-Net v2 training does.
+
+    Raises:
+        UDAError: naming what it lacks, or what is of another kind; for weights that are no numbers.
+    """
+    no_checkpoint = f"{path} is no checkpoint of an nnU-Net v2 training"
+    remedy = "Choose another file (-chk), or get this one again"
+    needed = ("network_weights", "trainer_name", "init_args", "current_epoch")
+    if lacking := [key for key in needed if key not in content]:
+        found = shown(sorted(map(str, content)))
+        raise UDAError(f"{no_checkpoint}: it lacks {', '.join(lacking)}; found {found}. {remedy}")
+    weights, trainer, arguments, epoch = (content[key] for key in needed)
+    axes, uda = content.get("inference_allowed_mirroring_axes") or (), content.get("uda", {})
+    right = {
+        "network_weights": isinstance(weights, dict) and all(isinstance(w, torch.Tensor) for w in weights.values()),
+        "trainer_name": isinstance(trainer, str) and trainer.isidentifier(),
+        "init_args": isinstance(arguments, dict) and isinstance(arguments.get("configuration"), str),
+        "current_epoch": isinstance(epoch, int),
+        "inference_allowed_mirroring_axes": isinstance(axes, list | tuple) and set(map(str, axes)) <= set("012"),
+        "uda": isinstance(uda, dict) and isinstance(uda.get("settings", {}), dict),
+    }
+    if wrong := [key for key, is_right in right.items() if not is_right]:
+        raise UDAError(f"{no_checkpoint}: its {wrong[0]!r} is {shown(content[wrong[0]])}. {remedy}")
+    if not all(weight.isfinite().all() for weight in weights.values() if weight.is_floating_point()):
+        raise UDAError(f"{path}: its weights hold NaN or infinite numbers. Choose an earlier checkpoint (-chk)")
+    return content
+
+
+def configuration_of(content: dict[str, Any], path: Path | str, plans: dict[str, Any]) -> str:
+    """The name of the configuration that a model (``check_model``) was trained with.
+
+    Raises:
+        UDAError: where its plans lack it.
+    """
+    configuration = content["init_args"]["configuration"]
+    if configuration not in plans["configurations"]:
+        raise UDAError(
+            f"{path} is of the configuration {shown(configuration)}, which the plans.json beside its fold lacks; it "
+            f"has {', '.join(plans['configurations'])}. They are of different trainings: get the model's folder again"
+        )
+    return configuration
 
 
 def load(path: Path, trusted: bool = False) -> dict[str, Any]:

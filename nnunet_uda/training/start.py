@@ -22,6 +22,7 @@ from nnunet_uda.training.checkpoint import random_state, seed_everything, set_ra
 from nnunet_uda.training.log import settings_table
 from nnunet_uda.training.progress import Progress
 from nnunet_uda.training.trainer_state import settings_in_force
+from nnunet_uda.workers import check_numbers
 
 if TYPE_CHECKING:
     from nnunet_uda.training.uda_trainer import UDATrainer
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 def check_arguments(plans: dict[str, Any], dataset_json: dict[str, Any], device: torch.device) -> None:
     """Refuse what a trainer is made of: unset variables, a device that is not there, broken plans or dataset.json, and
     regions for labels."""
+    check_numbers()
     for variable in ("nnUNet_preprocessed", "nnUNet_results"):
         convention.environment_folder(variable)
     open_device(str(device))
