@@ -27,7 +27,7 @@ ENOUGH = 5
 """Labels that show it. Fewer say little: the second tumour of a fourth patient is not false because three had one."""
 LARGEST_SHARE = 0.99
 """Of a structure's voxels in its largest component: what is beside it are specks of drawing and resampling."""
-LOOKED_AT = 100
+LOOKED_AT = 50
 """Labels, evenly chosen."""
 
 
@@ -47,13 +47,16 @@ def find_single_components(labels: Iterable[np.ndarray], structures: Sequence[in
     seen = [0] * len(groups)
     candidates = set(range(len(groups)))
     for label in labels:
+        boxes = dict(enumerate(ndimage.find_objects(np.maximum(label, 0)), 1))
         for index in sorted(candidates):
-            mask = np.isin(label, groups[index])
-            if not mask.any():
+            found = [box for value in groups[index] if (box := boxes.get(value)) is not None]
+            if not found:
                 continue
             seen[index] += 1
-            _, volume = _boxed(mask)
-            sizes = cc3d_label_with_component_sizes(volume, 26)[1]
+            around = tuple(
+                slice(min(s.start for s in axis), max(s.stop for s in axis)) for axis in zip(*found, strict=True)
+            )
+            sizes = cc3d_label_with_component_sizes(_volume(np.isin(label[around], groups[index])), 26)[1]
             if max(sizes.values()) < LARGEST_SHARE * sum(sizes.values()):
                 candidates.discard(index)
         if not candidates:
@@ -83,12 +86,11 @@ def largest_component(mask: np.ndarray) -> np.ndarray:
     """The largest component of a 2D or 3D mask, corners touch; several that are equally large."""
     kept = np.zeros_like(mask)
     if mask.any():
-        box, volume = _boxed(mask)
-        kept[box] = remove_all_but_largest_component_cc3d(volume, 26).reshape(kept[box].shape)
+        box = ndimage.find_objects(mask.astype(np.uint8))[0]
+        kept[box] = remove_all_but_largest_component_cc3d(_volume(mask[box]), 26).reshape(kept[box].shape)
     return kept
 
 
-def _boxed(mask: np.ndarray) -> tuple[tuple[slice, ...], np.ndarray]:
-    """Where a mask that is not empty lies, and what is there, 3D."""
-    box = ndimage.find_objects(mask.astype(np.uint8))[0]
-    return box, mask[box].reshape((1,) * (3 - mask.ndim) + mask[box].shape)
+def _volume(mask: np.ndarray) -> np.ndarray:
+    """A 2D or 3D mask as a volume."""
+    return mask.reshape((1,) * (3 - mask.ndim) + mask.shape)
