@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import errno
 import io
+import multiprocessing
 import os
 import re
 import reprlib
 import select
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
 from types import TracebackType
@@ -161,9 +163,30 @@ def _reader_is_gone() -> bool:
     return gone
 
 
+@contextmanager
+def worker_ends_by_message() -> Iterator[None]:
+    """In a worker process of a program that is not ours a ``UDAError`` inside ends it by one message, not a traceback.
+
+    Its starter finds it dead. In the starter itself, which has an ``excepthook``, the error goes on.
+    """
+    try:
+        yield
+    except UDAError as error:
+        if multiprocessing.parent_process() is None:
+            raise
+        print(f"ERROR: {escaped(str(error))}", file=sys.stderr, flush=True)
+        raise SystemExit(1) from None
+
+
 def print_without_traceback(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
-    """An ``excepthook`` for programs that are not ours, such as ``nnUNetv2_train``: as ``command``, one message."""
-    if (text := message_of(error)) is not None:
+    """An ``excepthook`` for programs that are not ours, such as ``nnUNetv2_train``: as ``command``, one message.
+
+    What nnU-Net says of its worker processes' death is one: their own message (``worker_ends_by_message``) is above it.
+    """
+    text = message_of(error)
+    if text is None and isinstance(error, RuntimeError) and str(error).startswith("Background workers died"):
+        text = str(error)
+    if text is not None:
         print(f"ERROR: {escaped(text)}", file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, traceback)

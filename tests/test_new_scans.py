@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+import multiprocessing
 import pickle
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +16,7 @@ import SimpleITK as sitk
 import torch
 from conftest import make_trainer, two_geometries
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIOWithReorient
+from nnunetv2.inference.data_iterators import preprocessing_iterator_fromfiles
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.model_sharing.model_export import export_pretrained_model
 from nnunetv2.model_sharing.model_import import install_model_from_zip_file
@@ -22,7 +25,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 
 from nnunet_uda.data import new_scans
 from nnunet_uda.data.new_scans import NewScans, check_prediction, clip_scan, treat_new_scans
-from nnunet_uda.errors import UDAError
+from nnunet_uda.errors import UDAError, print_without_traceback
 from nnunet_uda.images.intensities import Intensities
 from nnunet_uda.training import start
 from nnunet_uda.training.uda_trainer import UDATrainer
@@ -175,15 +178,16 @@ class Stock:
     spacing: Sequence[float] = (1, 1, 1)
 
     def run_case(self, image_files, *managers):
-        scan = np.random.default_rng(0).normal(0, 100, (1, 4, 6, 8)).astype(np.float32)
+        scan = np.random.default_rng(0).normal(0, 100, (len(image_files), 4, 6, 8)).astype(np.float32)
         scan[0, 0, 0, 0] = self.voxel
-        return self.run_case_npy(scan, None, {"spacing": self.spacing}, *managers, {})
+        channels = {"channel_names": {"0": "T1"}}
+        return self.run_case_npy(scan, None, {"spacing": self.spacing}, *managers, channels)
 
     def run_case_npy(self, data, seg, properties, *managers):
         return data
 
 
-def preprocess(path: Path, voxel: float, spacing: Sequence[float] = (1, 1, 1)) -> np.ndarray:
+def preprocess(path: Path, voxel: float, spacing: Sequence[float] = (1, 1, 1), *others: Path) -> np.ndarray:
     made = new_scans._before(Stock)()
     made.voxel, made.spacing = voxel, spacing
     source = [1, 1, 1]
@@ -191,7 +195,7 @@ def preprocess(path: Path, voxel: float, spacing: Sequence[float] = (1, 1, 1)) -
         original_median_spacing_after_transp=source, transpose_forward=[0, 1, 2],
         plans={"original_median_spacing_after_transp": source},
     )  # fmt: skip
-    return made.run_case([str(path)], plans, SimpleNamespace(patch_size=(6, 8), spacing=(1, 1)))
+    return made.run_case([str(path), *map(str, others)], plans, SimpleNamespace(patch_size=(6, 8), spacing=(1, 1)))
 
 
 def scan_file(path: Path) -> Path:
@@ -234,6 +238,27 @@ def test_a_scan_of_another_order_is_refused_before_it_is_resampled(tmp_path, spa
 def test_values_that_no_scan_has_are_refused(tmp_path, voxel):
     with pytest.raises(UDAError, match="a_0000.nii.gz: .*expected (finite numbers|numbers below)"):
         preprocess(scan_file(tmp_path / "a_0000.nii.gz"), voxel)
+
+
+def test_another_number_of_channels_is_refused(tmp_path):
+    """nnU-Net would end in torch's words on the first layer."""
+    files = [scan_file(tmp_path / f"a_000{channel}.nii.gz") for channel in range(2)]
+    with pytest.raises(UDAError, match=r"a_0000.nii.gz, .*a_0001.nii.gz: 2 channel\(s\); expected 1, .*\(T1\)"):
+        preprocess(files[0], 1.0, (1, 1, 1), files[1])
+
+
+def test_nnunets_own_command_ends_by_one_message_of_a_worker_and_one_of_its_starter(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "a_0000.nii.gz"
+    path.write_bytes(b"no image")
+    monkeypatch.setattr(multiprocessing, "parent_process", lambda: "nnUNetv2_predict")
+    with pytest.raises(SystemExit) as end:
+        preprocess(path, 1.0)
+    said = capsys.readouterr().err
+    assert end.value.code == 1 and said.startswith(f"ERROR: {path}: cannot be read") and said.count("\n") == 1
+    dead = "Background workers died. Look for the error message further up!"
+    print_without_traceback(RuntimeError, RuntimeError(dead), None)
+    assert capsys.readouterr().err == f"ERROR: {dead}\n"
+    assert "Background workers died" in inspect.getsource(preprocessing_iterator_fromfiles), "as this nnU-Net says it"
 
 
 def test_what_does_not_look_like_the_target_is_said(capsys):

@@ -36,7 +36,7 @@ from nnunet_uda.data.case import check_before_resampling
 from nnunet_uda.data.components import KEY, keep_largest_components
 from nnunet_uda.data.convention import read_json
 from nnunet_uda.data.slices import elsewhere
-from nnunet_uda.errors import UDAError
+from nnunet_uda.errors import UDAError, worker_ends_by_message
 from nnunet_uda.files import cannot_write
 from nnunet_uda.images.intensities import NoContrastError, not_hounsfield, read_intensities
 from nnunet_uda.images.nifti import is_nifti, read_header
@@ -57,11 +57,12 @@ class NewScans(DefaultPreprocessor if TYPE_CHECKING else object):  # type: ignor
 
     def run_case(self, image_files: Sequence[str], *args: Any, **kwargs: Any) -> Any:
         self._files = image_files
-        for file in image_files:
-            check_complete(Path(file))
-            if reason := doubtful_geometry(Path(file)):
-                print(f"WARNING: {reason}")
-        return super().run_case(image_files, *args, **kwargs)
+        with worker_ends_by_message():
+            for file in image_files:
+                check_complete(Path(file))
+                if reason := doubtful_geometry(Path(file)):
+                    print(f"WARNING: {reason}")
+            return super().run_case(image_files, *args, **kwargs)
 
     def run_case_npy(
         self,
@@ -74,6 +75,13 @@ class NewScans(DefaultPreprocessor if TYPE_CHECKING else object):  # type: ignor
     ) -> Any:
         if not isinstance(dataset_json, dict):
             dataset_json = read_json(Path(dataset_json))
+        channels = dataset_json.get("channel_names") or dataset_json.get("modality")  # as nnU-Net counts them
+        if channels and len(data) != len(channels):
+            raise UDAError(
+                f"{', '.join(map(str, self._files))}: {len(data)} channel(s); expected {len(channels)}, as the model "
+                f"was trained with ({', '.join(map(str, channels.values()))}). Names that end in _0000, _0001, ... are "
+                "channels of one case: rename or remove what does not belong to it, or add what is missing."
+            )
         for index, channel in enumerate(data):
             check_values(channel, Path(self._files[min(index, len(self._files) - 1)]))
         where = (Path(self._files[0]), data.shape[1:], properties["spacing"])
