@@ -125,6 +125,7 @@ CASES: list[tuple[Callable[..., None], list[str], str]] = [
         (["-f", "x"], "-f takes"), (["-o", "taken"], "is not empty"),
     )),
     (compare.main, [*COMPARE, "-lower", ":501"], "-tr :"),
+    (compare.main, [*COMPARE, "-lower", "EntMinTrainer", "-upper", "EntMinTrainer:501"], "are the same, EntMin"),
     *((convert.main, [*words, *more], text) for words in (FOLDERS, MMWHS) for more, text in (
         (["-d", "0"], "-d 0: expected a dataset id"), (["-d", "5", "-np", "0"], "-np 0"),
         (["-d", "5", "-name", "a b"], "-name 'a b'"), (["-d", "5", "-seed", "-1"], "-seed -1"),

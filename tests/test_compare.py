@@ -53,6 +53,25 @@ def test_a_job_survives_its_file(tmp_path):
     assert Job.read(first.write()) == first
 
 
+def test_a_measured_score_holds_the_last_running_means_of_the_criteria(tmp_path, monkeypatch):
+    trained, labels = tmp_path / "trained", tmp_path / "labelsTs"
+    monkeypatch.setattr(Job, "trained", trained)
+    monkeypatch.setattr(Job, "predicted", lambda self: True)
+    monkeypatch.setattr(job, "evaluate_folder", lambda *_: {"x": {"left": {"Dice": 0.5, "ASSD": 1.0, "HD95": 2.0}}})
+    for folder in (trained, labels, tmp_path / "runs" / "a"):
+        folder.mkdir(parents=True)
+    (labels / "x.nii.gz").touch()
+    logging = {"mean_fg_dice": [0.1, 0.2], "epoch_start_timestamps": [0, 10], "epoch_end_timestamps": [4, 15]}
+    criteria = {"agreement": [0.5, 1.0], "snd": []}
+    torch.save({"logging": logging, "uda": {"criteria": criteria}}, trained / "checkpoint_final.pth")
+    (trained / "training_cost.json").write_text("[")  # cut short: the scores are worth more than it
+    one = a_job(tmp_path)
+    one.measure(trained / "checkpoint_final.pth")
+    score = one.score()
+    assert score.criteria == {"agreement": 0.75}, "half of the last value and half of the mean before"
+    assert (score.pseudo_dice, score.seconds) == (0.2, 9) and math.isnan(score.memory)
+
+
 def test_scores_that_were_cut_short_are_made_again(tmp_path, monkeypatch):
     """No other program writes them, so that nobody is asked to mend them."""
     job_, path = a_job(tmp_path), tmp_path / "runs" / "a" / "score.json"

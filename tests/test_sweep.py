@@ -24,7 +24,7 @@ from nnunet_uda.evaluation.sweep_plot import Point
 from nnunet_uda.evaluation.tables import Spread, Volume, spread
 from nnunet_uda.experiments import sweep
 from nnunet_uda.experiments.job import Score, TargetTest, find_target_test, find_trainer, lay_out_images
-from nnunet_uda.experiments.sweep import Value, plan_runs, write_tables
+from nnunet_uda.experiments.sweep import Value, collect_points, plan_runs, sweep_table, write_tables
 
 DATASET = "Dataset501_Blobs"
 LABELS = {"left": 1, "right": 2}
@@ -248,6 +248,17 @@ def test_tables_against_values_by_hand(tmp_path):
     assert (rows["a_2"]["seed"], rows["a_2"]["value"], rows["a_2"]["distances_undefined"]) == ("2", "0.7", "1")
     assert [rows[name]["agreement"] for name in rows] == ["0.8", "0.6", "", ""] and rows["b_1"]["snd"] == "1.5"
     assert rows["b_1"]["assd_mm"] == rows["b_1"]["validation_pseudo_dice"] == rows["b_2"]["dice"] == ""
+
+
+def test_agreement_stands_before_the_other_criteria_even_where_it_was_not_measured():
+    measured = {"entropy": 0.1, "foreground_entropy": 0.2, "mutual_information": 0.3, "snd": 0.4}
+    scores = {"a": Score([volume("x", (1, 1), (1, 1))], 0.5, criteria=measured)}
+    values = [Value(1, "1", False, ["a"])]
+    table = sweep_table("s", values, collect_points(values, scores), scores)
+    assert table["header"][3:8] == [
+        "agreement ↑", "entropy ↓", "foreground_entropy ↓", "mutual_information ↑", "snd ↑",
+    ]  # fmt: skip
+    assert table["rows"][0][3:8] == ["– (n = 0)", "0.100", "0.200", "0.300", "0.400"]
 
 
 def test_deviation_needs_two_seeds():

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from nnunet_uda.data.convention import case_files, environment_folder
+from nnunet_uda.errors import UDAError
 from nnunet_uda.evaluation.compare_page import MethodRuns, write_compare_page
 from nnunet_uda.evaluation.compare_plot import Bar, draw_comparison
 from nnunet_uda.evaluation.report import DIGITS, jsonable, markdown_table, mean_cell, write_rows
@@ -104,6 +105,10 @@ def find_methods(arguments: argparse.Namespace) -> list[Method]:
 
         lower, upper = bound(arguments.lower, LOWER), bound(arguments.upper, UPPER)
         bounds = [(method.trainer, method.dataset) for method in (*lower, *upper)]
+        if len(set(bounds)) < len(bounds):
+            raise UDAError(
+                f"-lower and -upper of {test} are the same, {lower[0].trainer}: no gap lies between. Give two"
+            )
         others = [Method(name, name, test, test) for name in arguments.tr if (name, test) not in bounds]
         methods += [*lower, *others, *upper]
     for trainer in {method.trainer for method in methods}:
