@@ -40,8 +40,6 @@ from nnunet_uda.images.nifti import nifti_geometry
 from nnunet_uda.names import check_name
 from nnunet_uda.workers import as_done
 
-DEFAULT_PROCESSES = min(8, os.cpu_count() or 1)
-
 
 def skip_or_refuse(fact: str, strict: bool, warnings: list[str], consequence: str = "this case is left out") -> None:
     """What a converter does about a case that lacks a file: a warning, or with ``--strict`` a ``UDAError``.
@@ -70,7 +68,7 @@ def write_dataset(
     warnings: list[str] | None = None,
     overwrite: bool = False,
     strict: bool = False,
-    processes: int = DEFAULT_PROCESSES,
+    processes: int = 1,
     geometry: str | None = None,
     few: Sequence[str] | None = None,
     seed: int = 12345,

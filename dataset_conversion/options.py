@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from nnunet_uda.data.convention import (
     environment_folder,
 )
-from nnunet_uda.dataset_conversion.dataset import DEFAULT_PROCESSES, check_options, recover
+from nnunet_uda.dataset_conversion.dataset import check_options, recover
 from nnunet_uda.dataset_conversion.windows import IntensityRequest
 from nnunet_uda.errors import UDAError, command
 from nnunet_uda.images.intensities import (
@@ -21,6 +21,7 @@ from nnunet_uda.images.intensities import (
 )
 from nnunet_uda.images.nifti import add_geometry_argument
 from nnunet_uda.names import check_name
+from nnunet_uda.workers import usual_processes
 
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,9 +44,7 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
         help="target training scans to train on with their labels: a number, taken by -seed, or case ids [none]",
     )  # fmt: skip
     parser.add_argument("-seed", type=int, default=12345, help="seed of the folds and of -few [12345]")
-    parser.add_argument(
-        "-np", type=int, default=DEFAULT_PROCESSES, metavar="N", help=f"processes [{DEFAULT_PROCESSES} here]"
-    )
+    parser.add_argument("-np", type=int, default=usual_processes(), metavar="N", help="processes [%(default)s here]")
     add_geometry_argument(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace the dataset of this id and name")
     parser.add_argument(

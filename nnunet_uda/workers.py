@@ -26,6 +26,12 @@ def usable_cores() -> int:
     return os.cpu_count() or 1
 
 
+def usual_processes() -> int:
+    """Worker processes where nobody says how many: nnU-Net's ``nnUNet_def_n_proc``, else 8, or the cores if fewer."""
+    given = os.environ.get("nnUNet_def_n_proc", "")
+    return int(given) if given.isdigit() and int(given) else min(8, usable_cores())
+
+
 def wished_threads() -> int:
     """Threads for work on the CPU: OMP_NUM_THREADS where that is a number, else this process's cores."""
     threads = os.environ.get("OMP_NUM_THREADS", "")

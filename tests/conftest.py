@@ -9,19 +9,21 @@ import io
 import itertools
 import json
 import math
+import multiprocessing
 import os
+import pkgutil
 import shutil
 import subprocess
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from multiprocessing.context import SpawnContext
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import nibabel
 import numpy as np
@@ -31,7 +33,10 @@ import torch
 
 os.environ["nnUNet_def_n_proc"] = "1"  # read once: eight processes would import torch for four tiny scans
 
+from nnunetv2.training.dataloading import data_loader
 from nnunetv2.training.logging.nnunet_logger import LocalLogger
+from nnunetv2.utilities import find_objects
+from nnunetv2.utilities.find_class_by_name import temporarily_cleanup_imports_from_path, temporarily_extend_syspath
 
 STARTED = time.monotonic()
 LEFT_OUT = pytest.StashKey[Counter]()
@@ -148,6 +153,18 @@ class Serial:
         return SimpleNamespace(ready=lambda: True, get=lambda: done)
 
 
+@pytest.fixture
+def serial(monkeypatch: pytest.MonkeyPatch) -> None:
+    """nnU-Net's pools of spawned processes do their work in this one."""
+    monkeypatch.setattr(SpawnContext, "Pool", lambda self, processes=None: Serial())
+
+
+@pytest.fixture
+def forked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Worker processes begin as copies of this one, which has imported everything, not anew."""
+    monkeypatch.setattr("nnunet_uda.workers.get_context", lambda _: multiprocessing.get_context("fork"))
+
+
 @contextmanager
 def changed_environment(variables: dict[str, str]) -> Iterator[None]:
     """``os.environ`` is ``variables`` inside."""
@@ -245,7 +262,7 @@ class Workspace:
             "nnUNetUDA_configure", "-d", "501", "-p", name, "-c", configuration, "-patch_size", *patch,
             "-batch_size", "2", "-base_features", "4", "-max_features", "8", "-stages", "3", *options, "-set",
             "num_epochs=2", "iterations_per_epoch=2", "val_iterations_per_epoch=1", "save_every=1", "seed=7",
-            "quality_volumes=0",
+            "quality_volumes=0", "criterion_patches=4",
             "cisfa.generator_width=4", "cisfa.generator_blocks=2", "cisfa.discriminator_width=4", "cisfa.patches=16",
             *settings,
         )  # fmt: skip
@@ -314,6 +331,28 @@ def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
 
 
+@functools.cache
+def trainer_modules() -> list[ModuleType]:
+    """The files of ``TRAINERS`` as nnU-Net's finder imports them, in its order."""
+    with temporarily_extend_syspath(str(TRAINERS)), temporarily_cleanup_imports_from_path(str(TRAINERS)):
+        return [importlib.import_module(name) for _, name, _ in pkgutil.iter_modules([str(TRAINERS)])]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def trainers_found_once() -> Iterator[None]:
+    """nnU-Net's finder imports a folder's files anew for every trainer that it looks for there: this one's stay."""
+    find = find_objects.recursive_find_python_class
+
+    def found(folder: str, name: str, *arguments: object, **options: object) -> type | None:
+        if Path(folder) != TRAINERS:
+            return find(folder, name, *arguments, **options)
+        return next((vars(module)[name] for module in trainer_modules() if name in vars(module)), None)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(find_objects, "recursive_find_python_class", found)
+        yield
+
+
 def made_once(folder: Path, make: Callable[[Path], object]) -> Path:
     """``folder``, which the first process that asks for it fills with ``make`` while the others wait."""
     with open(folder.with_suffix(".lock"), "w") as lock:
@@ -351,13 +390,22 @@ def draw_nothing(path: Path | str, *_: object, **__: object) -> None:
     Path(path).write_bytes(b"\x89PNG")
 
 
+@pytest.fixture(autouse=True)
+def undrawn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Conversions, whose quicklook takes longer than all else in them, leave an empty file but in tests that draw."""
+    converter = sys.modules.get("nnunet_uda.dataset_conversion.dataset")
+    if converter is not None and request.node.get_closest_marker("draws") is None:
+        monkeypatch.setattr(converter, "draw_quicklook", lambda rows, structures, path: draw_nothing(path))
+
+
 @pytest.fixture
 def in_workspace(
-    planned: Workspace, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    planned: Workspace, serial: None, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> Workspace:
     """``planned`` as this process's nnU-Net folders, with results of the test's own and no worker processes.
 
-    Pictures, which take longer than all else in an epoch of these, are empty files but for tests marked ``draws``.
+    Pictures, which take longer than all else in an epoch of these, are empty files but for tests marked ``draws``. Nor
+    are all libraries asked in each batch for their threads: the environment has said one.
     """
     for name, value in planned.environment.items():
         if name.startswith("nnUNet"):
@@ -365,10 +413,11 @@ def in_workspace(
     monkeypatch.setenv("nnUNet_results", str(tmp_path / "results"))
     monkeypatch.setenv("nnUNet_n_proc_DA", "0")
     monkeypatch.setattr(sys, "excepthook", sys.__excepthook__)
+    monkeypatch.setattr(data_loader, "threadpool_limits", lambda **_: nullcontext())
     monkeypatch.setattr(LocalLogger, "plot_progress_png", lambda _, folder: draw_nothing(Path(folder, "progress.png")))
     if request.node.get_closest_marker("draws") is None:
         importlib.import_module("nnunet_uda.training.uda_trainer")
-        ours = [module for name, module in sys.modules.items() if name.startswith("nnunet_uda.")]
+        ours = [module for name, module in sys.modules.items() if name.startswith("nnunet_uda.")] + trainer_modules()
         for module, name in itertools.product(ours, DRAWING):
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, draw_nothing)

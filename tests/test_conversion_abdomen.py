@@ -145,7 +145,7 @@ def test_target_labels_cannot_change_an_image(trees, source):
     assert len(before) == 13 and converted("505") == before
 
 
-def test_integrity_check_of_nnunet(trees, capfd):
+def test_integrity_check_of_nnunet(serial, trees, capfd):
     from nnunetv2.experiment_planning.verify_dataset_integrity import verify_dataset_integrity
 
     verify_dataset_integrity(str(convert(trees)), num_processes=1)

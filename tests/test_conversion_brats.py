@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
-import multiprocessing.dummy
 import shutil
 from pathlib import Path
 
@@ -32,13 +30,6 @@ def raw(tmp_path, monkeypatch) -> Path:
 @pytest.fixture
 def tree(raw, tmp_path) -> Path:
     return make_tree(tmp_path / "vendor", kinds=("t2", "flair", "seg"))
-
-
-@pytest.fixture
-def threads(monkeypatch) -> None:
-    """nnU-Net's pools become threads: spawning a process takes seconds."""
-    contexts = {"spawn": multiprocessing.dummy, None: multiprocessing.get_context()}
-    monkeypatch.setattr(multiprocessing, "get_context", lambda method=None: contexts[method])
 
 
 VENDORS = ("-source_intensities", "none", "-target_intensities", "none")
@@ -269,7 +260,7 @@ def test_regions_are_nnunets(raw, tmp_path, year, capsys):
 
 
 @pytest.mark.parametrize("structures", ["whole", "regions"])
-def test_verify_dataset_integrity(tree, structures, capfd, threads):
+def test_verify_dataset_integrity(serial, tree, structures, capfd):
     from nnunetv2.experiment_planning.verify_dataset_integrity import verify_dataset_integrity
 
     out = convert(tree, "-structures", structures, "-protocol", "uuds")

@@ -7,9 +7,9 @@ import fcntl
 import gzip
 import json
 import math
+import multiprocessing
 import os
 import resource
-import signal
 import subprocess
 import sys
 import time
@@ -241,7 +241,7 @@ def test_too_few_cases_for_the_folds():
 # --- the dataset ------------------------------------------------------------------------------------------------------
 
 
-def test_round_trip_keeps_voxels_types_and_oblique_geometry(raw, tmp_path):
+def test_round_trip_keeps_voxels_types_and_oblique_geometry(forked, raw, tmp_path):
     c, s = math.cos(0.3), math.sin(0.3)
     directions = [(1, 0, 0, 0, 1, 0, 0, 0, 1), (-1, 0, 0, 0, -1, 0, 0, 0, 1), (c, -s, 0, s, c, 0, 0, 0, 1)]
     directions += [(0, 0, 1, 1, 0, 0, 0, 1, 0), (0, -c, s, 0, s, c, -1, 0, 0)]
@@ -266,7 +266,7 @@ def test_round_trip_keeps_voxels_types_and_oblique_geometry(raw, tmp_path):
             assert getattr(mask, get)() == getattr(after, get)()
 
 
-def test_verify_dataset_integrity_and_reader(raw, groups, capfd):
+def test_verify_dataset_integrity_and_reader(serial, raw, groups, capfd):
     from nnunetv2.experiment_planning.verify_dataset_integrity import verify_dataset_integrity
 
     out = write(groups)
@@ -379,7 +379,7 @@ def test_two_geometries_are_refused_or_chosen_for_image_and_label(raw, groups, c
     for path in (*case.images, case.label):
         two_geometries(path)
     with pytest.raises(UDAError, match=r"s0\.nii\.gz: .*two geometries.*mirrored.*-nifti_geometry qform or sform"):
-        write(groups, processes=processes)
+        write(groups)
     written = write(groups, processes=processes, geometry="qform")
     out = capsys.readouterr().out
     assert "s0: s0.nii.gz: read by its qform" in out and "s0: s0_l.nii.gz: read by its qform" in out
@@ -448,7 +448,7 @@ def test_one_volume_and_one_slab_are_in_memory(tmp_path, clipping):
     assert int(done.stdout.split()[-1]) < 1.5 * 256**3 * 8  # slabs of a few times 16 MB, whatever the volume
 
 
-def test_every_bad_file_is_listed_and_nothing_remains(raw, groups):
+def test_every_bad_file_is_listed_and_nothing_remains(forked, raw, groups):
     for name in ("s0", "t1"):
         path = next(c.images[0] for g in groups for c in g.cases if c.identifier == name)
         path.write_bytes(path.read_bytes()[:300])
@@ -541,7 +541,7 @@ def dying_read(path: Path) -> sitk.Image:
     os._exit(9)
 
 
-def test_a_killed_worker_is_explained(raw, groups):
+def test_a_killed_worker_is_explained(forked, raw, groups):
     groups[1] = Group("CT", [Case("t", groups[1].cases[0].images, read_image=dying_read)], "imagesTu")
     with pytest.raises(UDAError, match="a worker process was killed.*smaller -np"):
         write(groups, processes=2)
@@ -555,21 +555,16 @@ def slow_read(path: Path) -> sitk.Image:
 
 def test_killed_conversion_leaves_nothing_visible_and_the_next_completes(raw, groups, tmp_path):
     """SIGKILL while the last case is being read."""
-    program = (
-        "import sys; from pathlib import Path; sys.path.insert(0, sys.argv[1])\n"
-        "from test_conversion_common import *\n"
-        "files = Path(sys.argv[2])\n"
-        "s = [Case('s0', (files / 's0.nii.gz',), files / 's0_l.nii.gz', MAP)]\n"
-        "t = [Case(f't{i}', (files / f't{i}.nii.gz',), read_image=slow_read) for i in range(2)]\n"
-        "write([Group('MR', s, 'imagesTr', 'labelsTr'), Group('CT', t, 'imagesTu')])\n"
-    )
-    process = subprocess.Popen([sys.executable, "-c", program, str(Path(__file__).parent), str(tmp_path / "in")])
+    cases = [Case(f"t{i}", (tmp_path / "in" / f"t{i}.nii.gz",), read_image=slow_read) for i in range(2)]
+    slow = [Group("MR", groups[0].cases[:1], "imagesTr", "labelsTr"), Group("CT", cases, "imagesTu")]
+    process = multiprocessing.get_context("fork").Process(target=write, args=(slow,))
+    process.start()
     deadline = time.time() + 40
     while not list(raw.glob(".converting_Dataset007_*/new/imagesTu/t0_0000.nii.gz")):
-        assert time.time() < deadline and process.poll() is None
+        assert time.time() < deadline and process.is_alive()
         time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
     assert not list(raw.glob("Dataset*")) and list(raw.glob(".converting_Dataset007_*"))
     out = write(groups)
     assert leftovers(raw) == [] and len(list((out / "imagesTu").iterdir())) == 2

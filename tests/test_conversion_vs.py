@@ -224,7 +224,7 @@ def test_crossmoda_validation_with_labels_of_ones_own(root):
     assert (sitk.GetArrayFromImage(sitk.ReadImage(str(out / "labelsTs/crossmoda_10_hrT2.nii.gz"))) == tumour(9)).all()
 
 
-def test_integrity_as_nnunet_sees_it(root, pristine, capfd):
+def test_integrity_as_nnunet_sees_it(serial, root, pristine, capfd):
     from nnunetv2.experiment_planning.verify_dataset_integrity import verify_dataset_integrity
 
     out = convert(pristine("convenient"))

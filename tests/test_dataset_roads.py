@@ -15,6 +15,7 @@ import SimpleITK as sitk
 from support import chaos, vs
 from support.reproduce import make_vendor_trees, run_commands
 
+pytestmark = pytest.mark.slow
 DATA = os.environ.get("NNUNET_UDA_TEST_DATA")
 NO_DATA = "NNUNET_UDA_TEST_DATA is not set: no real scans"
 
@@ -89,7 +90,6 @@ def test_brats_from_the_vendors_tree_to_predictions(vendor, tmp_path):
         assert_grid(prediction, sitk.ReadImage(str(scan)), 1)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("source", "target"), [("ct", "mr"), ("mr", "ct")])
 def test_abdomen_from_the_vendors_trees_to_predictions(vendor, tmp_path, source, target):
     trees = (vendor["CHAOS"], vendor["BTCV"])
@@ -105,7 +105,6 @@ def test_abdomen_from_the_vendors_trees_to_predictions(vendor, tmp_path, source,
         assert_grid(prediction, scan, 4)
 
 
-@pytest.mark.slow
 def test_chaos_from_the_vendors_tree_to_predictions(vendor, tmp_path):
     predictions = travel(tmp_path, "chaos", "-i", vendor["CHAOS"], "-source", "t1in", "-target", "t2spir")
     assert predictions.keys() == {"t2spir_01", "t2spir_13", "t2spir_38"}
@@ -114,7 +113,6 @@ def test_chaos_from_the_vendors_tree_to_predictions(vendor, tmp_path):
         assert_grid(prediction, read_slices(folder), 4)
 
 
-@pytest.mark.slow
 def test_schwannoma_from_dicom_to_predictions(vendor, tmp_path):
     predictions = travel(tmp_path, "vs", "-i", vendor["VS"], "-source", "cet1", "-target", "hrt2")
     assert predictions.keys() == {f"vs_gk_{number}_t2" for number in vs.ROLES["test"]}
@@ -127,7 +125,6 @@ def test_schwannoma_from_dicom_to_predictions(vendor, tmp_path):
 # --- real scans: converted, and intact ------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(DATA is None, reason=NO_DATA)
 def test_real_schwannoma_scans_named_as_crossmoda(tmp_path):
     files, tree = Path(DATA, "vs"), tmp_path / "vendor"
@@ -145,7 +142,6 @@ def test_real_schwannoma_scans_named_as_crossmoda(tmp_path):
     intact_dataset(tmp_path, "vs", "-i", str(tree), "-source", "cet1", "-target", "hrt2")
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(DATA is None, reason=NO_DATA)
 def test_real_schwannoma_scans_in_the_converted_layout(tmp_path):
     """Four pairs of the one ceT1 and three hrT2 scans that there are."""
@@ -161,7 +157,6 @@ def test_real_schwannoma_scans_in_the_converted_layout(tmp_path):
     intact_dataset(tmp_path, "vs", "-i", str(tree), "-source", "cet1", "-target", "hrt2")
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not chaos.REAL.is_dir(), reason=f"{NO_DATA}, or none of CHAOS")
 def test_real_chaos_case(tmp_path):
     tree = chaos.make_chaos(tmp_path / "vendor", mr=(1, 2), ct=())

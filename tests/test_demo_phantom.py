@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -121,9 +119,9 @@ def test_mr_contrast(phantom: Path, number: int) -> None:
 
 
 def test_deterministic_per_seed_and_different_patients(phantom: Path, tmp_path: Path) -> None:
-    make_phantom(tmp_path / "same", seed=7, num_mr=1, num_ct=2, num_processes=1)
+    make_phantom(tmp_path / "same", seed=7, num_mr=1, num_ct=1, num_processes=1)
     make_phantom(tmp_path / "other", seed=8, num_mr=1, num_ct=1, num_processes=1)
-    for modality, number in (("mr", 1001), ("ct", 1001), ("ct", 1002)):
+    for modality, number in (("mr", 1001), ("ct", 1001)):
         for a, b in zip(read(phantom, modality, number), read(tmp_path / "same", modality, number), strict=True):
             np.testing.assert_array_equal(a, b)
     anatomies = [read(phantom, m, n)[1] for m, n in CASES]
@@ -148,7 +146,5 @@ def test_bad_input(tmp_path: Path) -> None:
 def test_command(tmp_path: Path) -> None:
     main(["-o", str(tmp_path / "a"), "-seed", "3", "-num_mr", "1", "-num_ct", "1", "-np", "1"])
     assert len(list((tmp_path / "a").rglob("*.nii.gz"))) == 4
-    again = [sys.executable, "-m", "nnunet_uda.demo.phantom", "-o", str(tmp_path / "a"), "-seed", "3"]
-    result = subprocess.run(again, capture_output=True, text=True, check=False)
-    assert result.returncode == 1
-    assert "already exists" in result.stderr and "Traceback" not in result.stderr
+    with pytest.raises(UDAError, match="already exists"):
+        main(["-o", str(tmp_path / "a"), "-seed", "3"])

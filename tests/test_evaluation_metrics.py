@@ -168,7 +168,7 @@ def test_dice_agrees_exactly_with_nnunet(tmp_path):
     assert ours["case2"]["organ"]["Dice"] == 0
 
 
-def test_several_processes_give_the_same_scores(tmp_path):
+def test_several_processes_give_the_same_scores(forked, tmp_path):
     for i in range(3):
         for folder, seed in (("r", i), ("p", 50 + i)):
             write(tmp_path / folder / f"case{i}.nii.gz", blobs(seed))

@@ -20,7 +20,7 @@ from conftest import differences, make_trainer, same_weights, sampled, weights
 from support.kills import kill_at, killed
 from support.tiny import PROTOTYPES, write_plans
 
-from nnunet_uda import files
+from nnunet_uda import files, workers
 from nnunet_uda.commands import configure, convert, fold_images, intensities, preprocess
 from nnunet_uda.data.damage import refuse_damaged
 from nnunet_uda.data.target import MANIFEST, TargetDataset
@@ -296,6 +296,13 @@ def _end_badly(task: int) -> int:
     if task == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     return task
+
+
+@pytest.mark.parametrize(("given", "cores", "expected"), [("", 2, 2), ("", 64, 8), ("12", 2, 12), ("many", 3, 3)])
+def test_no_more_workers_than_cores_unless_someone_says_so(monkeypatch, given, cores, expected):
+    monkeypatch.setenv("nnUNet_def_n_proc", given)
+    monkeypatch.setattr(workers, "usable_cores", lambda: cores)
+    assert workers.usual_processes() == expected
 
 
 @pytest.mark.slow

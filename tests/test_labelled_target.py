@@ -18,7 +18,7 @@ from support.tiny import write_plans
 from nnunet_uda.commands import preprocess
 from nnunet_uda.data.target import preprocess_target
 from nnunet_uda.errors import UDAError
-from nnunet_uda.training import streams, target_scans
+from nnunet_uda.training import streams
 
 NAME = "Dataset501_Blobs"
 FEW = ["ct_Tu00", "ct_Tu02"]
@@ -42,7 +42,6 @@ def labelled(in_workspace, monkeypatch, tmp_path):
     for name in ("raw", "preprocessed"):
         shutil.copytree(getattr(in_workspace, name), tmp_path / name)
         monkeypatch.setenv(f"nnUNet_{name}", str(tmp_path / name))
-    monkeypatch.setattr(target_scans, "default_num_processes", 1)  # no process is started
     raw = tmp_path / "raw" / NAME
     for case in FEW:
         write_label(raw / "labelsTu" / f"{case}.nii.gz", raw / "imagesTu" / f"{case}_0000.nii.gz")

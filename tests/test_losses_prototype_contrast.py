@@ -266,7 +266,7 @@ def enqueue_on_rank(rank: int, folder: str) -> None:
 
 
 def test_two_processes_hold_equal_dictionaries(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(enqueue_on_rank, (str(tmp_path),), nprocs=2)
+    torch.multiprocessing.start_processes(enqueue_on_rank, (str(tmp_path),), nprocs=2, start_method="fork")
     expected = PrototypeDictionary(CLASSES, CAPACITY, DIM)
     for call, (first, second) in enumerate(ROUNDS):
         rows = torch.cat((rows_of(0, call), rows_of(1, call)))

@@ -368,13 +368,11 @@ def test_worker_processes_draw_such_batches_too(workspace, monkeypatch):
 
 @pytest.mark.draws
 def test_a_run_writes_pictures_and_watches_the_structure(workspace):
-    trainer = train(pictures=True, bound=1.0)
+    trainer = train(pictures=True, bound=1.0, num_epochs=1)
     folder = Path(trainer.output_folder)
-    names = ["losses.png", *(f"pictures/{name}" for name in ("epoch_0000.png", "epoch_0001.png",
-             "prompts_epoch_0000.png", "prompts_epoch_0001.png", "domains.png"))]  # fmt: skip
-    for name in names:
+    for name in ("losses.png", "pictures/epoch_0000.png", "pictures/prompts_epoch_0000.png", "pictures/domains.png"):
         assert (folder / name).read_bytes()[:4] == b"\x89PNG", name
-    assert len(trainer.record.history["structure"]) == 2
+    assert len(trainer.record.history["structure"]) == 1
     assert set(trainer.record.history) == TERMS | {"structure"}
     log = next(folder.glob("training_log*.txt")).read_text()
     assert "WARNING: translations keep little" in log and "content_weight=1" in log

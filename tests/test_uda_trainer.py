@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import resource
 import shutil
@@ -29,6 +30,29 @@ def train(name: str = "CISFATrainer", **options):
     return trainer
 
 
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("kept") / "results"
+
+
+@pytest.fixture
+def trained(in_workspace, kept) -> Path:
+    """``checkpoint_final.pth`` of CISFA in results of the test's own; the first test that asks for it trains."""
+    results = Path(os.environ["nnUNet_results"])
+    if kept.exists():
+        shutil.copytree(kept, results)
+    else:
+        train()
+        shutil.copytree(results, kept)
+    return results / "Dataset501_Blobs" / "CISFATrainer__tiny__2d" / "fold_0" / "checkpoint_final.pth"
+
+
+def loaded(path: Path):
+    trainer = make_trainer("CISFATrainer")
+    trainer.load_checkpoint(str(path))
+    return trainer
+
+
 @pytest.fixture
 def own_copy(in_workspace, monkeypatch, tmp_path):
     """Raw and preprocessed folders that the test may change."""
@@ -39,26 +63,22 @@ def own_copy(in_workspace, monkeypatch, tmp_path):
 
 
 def test_a_seed_decides_every_weight_and_target_labels_decide_nothing(own_copy):
-    first = weights(train())
-    labels = own_copy / "raw" / "Dataset501_Blobs" / "labelsTs"
-    for path in labels.iterdir():
+    first = weights(train(num_epochs=1))
+    for path in (own_copy / "raw" / "Dataset501_Blobs" / "labelsTs").iterdir():
         path.write_bytes(b"garbage")
     shutil.rmtree(own_copy / "results")
-    assert same_weights(first, weights(train()))
-    shutil.rmtree(labels)
+    assert same_weights(first, weights(train(num_epochs=1)))
     shutil.rmtree(own_copy / "results")
-    assert same_weights(first, weights(train()))
-    shutil.rmtree(own_copy / "results")
-    assert not same_weights(first, weights(train(seed=8)))
+    assert not same_weights(first, weights(train(num_epochs=1, seed=8)))
 
 
 def test_the_target_images_do_matter(own_copy):
-    first = weights(train())
+    first = weights(train(num_epochs=1))
     image, _ = draw_case(np.random.default_rng(5), True, (10, 36, 36))
     for path in (own_copy / "raw" / "Dataset501_Blobs" / "imagesTu").iterdir():
         write_volume(path, image[::-1].copy())
     shutil.rmtree(own_copy / "results")
-    assert not same_weights(first, weights(train()))
+    assert not same_weights(first, weights(train(num_epochs=1)))
 
 
 def test_the_running_mean_goes_on_to_the_last_bit_after_any_epoch(in_workspace, monkeypatch):
@@ -84,47 +104,43 @@ def test_the_running_mean_goes_on_to_the_last_bit_after_any_epoch(in_workspace, 
     assert all(means(stop) == whole for stop in range(39))
 
 
-def test_a_checkpoint_with_a_plain_adam_goes_on_fused(in_workspace):
-    trainer = train()
-    path = Path(trainer.output_folder, "checkpoint_final.pth")
-    checkpoint = torch.load(path, weights_only=False)
+def test_a_checkpoint_with_a_plain_adam_goes_on_fused(trained):
+    checkpoint = torch.load(trained, weights_only=False)
     for state in (checkpoint["optimizer_state"], *checkpoint["uda"]["optimizers"].values()):
         for group in state["param_groups"]:
             assert group["fused"]
             group["fused"] = None
-    torch.save(checkpoint, path)
-    loaded = make_trainer("CISFATrainer")
-    loaded.load_checkpoint(str(path))
-    assert all(group["fused"] for one in loaded.optimizers.values() for group in one.param_groups)
+    torch.save(checkpoint, trained)
+    assert all(group["fused"] for one in loaded(trained).optimizers.values() for group in one.param_groups)
 
 
 def test_a_checkpoint_holds_everything(in_workspace):
     trainer = train()
-    loaded = make_trainer("CISFATrainer")
-    loaded.load_checkpoint(str(Path(trainer.output_folder, "checkpoint_final.pth")))
-    assert same_weights(weights(trainer), weights(loaded))
+    again = loaded(Path(trainer.output_folder, "checkpoint_final.pth"))
+    assert same_weights(weights(trainer), weights(again))
     for name, optimizer in trainer.optimizers.items():
-        ours, theirs = optimizer.state_dict(), loaded.optimizers[name].state_dict()
+        ours, theirs = optimizer.state_dict(), again.optimizers[name].state_dict()
         assert ours["param_groups"] == theirs["param_groups"]
         assert ours["state"].keys() == theirs["state"].keys() and ours["state"]
         for index, state in ours["state"].items():
             for key, value in state.items():
                 assert torch.equal(torch.as_tensor(value), torch.as_tensor(theirs["state"][index][key]))
-    assert loaded.record.history == trainer.record.history
-    assert set(loaded.record.history) >= {"segmentation", "patch_contrastive", "global_contrastive"}
+    assert again.record.history == trainer.record.history
+    assert set(again.record.history) >= {"segmentation", "patch_contrastive", "global_contrastive"}
 
 
 @pytest.mark.draws
 def test_pictures_and_logs_are_written(in_workspace):
-    folder = Path(train().output_folder)
-    for name in ("losses.png", "criteria.png", "progress.png", "pictures/epoch_0000.png", "pictures/epoch_0001.png"):
+    folder = Path(train(num_epochs=1).output_folder)
+    for name in ("losses.png", "criteria.png", "progress.png", "pictures/epoch_0000.png"):
         assert (folder / name).read_bytes()[:4] == b"\x89PNG", name
     log = next(folder.glob("training_log*.txt")).read_text()
     assert "No target label is read" in log and "  patch_contrastive  " in log
 
 
 def test_a_log_says_what_a_step_takes_and_holds_no_numpy(in_workspace, capsys):
-    log = next(Path(train(num_epochs=2, iterations_per_epoch=6).output_folder).glob("training_log*.txt")).read_text()
+    trainer = train("SourceOnlyTrainer", num_epochs=2, iterations_per_epoch=6)
+    log = next(Path(trainer.output_folder).glob("training_log*.txt")).read_text()
     assert re.search(r"2 epochs x 6 steps, [\d.]+ s each: .* left, until ", log)
     assert "Training on the CPU, with" in log and "-preset cpu" not in log, "these plans are small"
     assert re.search(r"setting +here +default\n +num_epochs +2 +200\n", log)
@@ -146,48 +162,43 @@ def test_plans_for_a_gpu_are_warned_of_on_a_cpu(in_workspace, monkeypatch):
         ("CISFATrainer", {"cisfa__foreground_weight": 3}, "other settings"),
     ],
 )
-def test_a_checkpoint_of_another_run_is_refused(in_workspace, trainer, options, words):
-    path = str(Path(train().output_folder, "checkpoint_final.pth"))
+def test_a_checkpoint_of_another_run_is_refused(trained, trainer, options, words):
     with pytest.raises(UDAError, match=words):
-        make_trainer(trainer, **options).load_checkpoint(path)
+        make_trainer(trainer, **options).load_checkpoint(str(trained))
 
 
-def test_a_checkpoint_of_other_plans_or_a_cut_one_is_refused(in_workspace):
-    trainer = train()
-    path = Path(trainer.output_folder, "checkpoint_final.pth")
+def test_a_checkpoint_of_other_plans_or_a_cut_one_is_refused(trained):
     other = make_trainer("CISFATrainer")
     other.plans_manager.plans["configurations"]["2d"]["batch_size"] = 5
     with pytest.raises(UDAError, match="other plans"):
-        other.load_checkpoint(str(path))
-    path.write_bytes(path.read_bytes()[:5000])
+        other.load_checkpoint(str(trained))
+    trained.write_bytes(trained.read_bytes()[:5000])
     with pytest.raises(UDAError, match="cut short"):
-        make_trainer("CISFATrainer").load_checkpoint(str(path))
+        loaded(trained)
 
 
-def test_results_of_other_settings_are_not_mixed(in_workspace):
-    train()
+def test_results_of_other_settings_are_not_mixed(trained):
     with pytest.raises(UDAError, match="other settings"):
         make_trainer("CISFATrainer", iterations_per_epoch=3).run_training()
 
 
-def test_a_full_disk_leaves_the_previous_checkpoint(in_workspace):
-    trainer = train()
-    path = Path(trainer.output_folder, "checkpoint_final.pth")
-    before = path.read_bytes()
+def test_a_full_disk_leaves_the_previous_checkpoint(trained):
+    trainer, before = loaded(trained), trained.read_bytes()
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, hard))  # writing fails half-way, as on a full disk
     try:
         with pytest.raises(UDAError, match=r"checkpoint_final.pth could not be written.*intact"):
-            trainer.save_checkpoint(str(path))
+            trainer.save_checkpoint(str(trained))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert path.read_bytes() == before
-    assert [p.name for p in path.parent.glob(".*.tmp")] == []
-    trainer.save_checkpoint(str(path))  # with room again
+    assert trained.read_bytes() == before
+    assert [p.name for p in trained.parent.glob(".*.tmp")] == []
+    trainer.save_checkpoint(str(trained))  # with room again
 
 
 def test_a_missing_results_folder_is_explained_too(in_workspace):
-    trainer = train()
+    trainer = make_trainer("SourceOnlyTrainer")
+    trainer.initialize()
     with pytest.raises(UDAError, match="read-only"):
         trainer.save_checkpoint("/proc/no_such_folder/checkpoint.pth")
 
@@ -341,6 +352,19 @@ def test_curves_are_drawn_in_a_style_of_their_own_whatever_a_process_has_set(tmp
         assert matplotlib.rcParams["font.size"] == 40, "and what was set is set again"
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
     assert matplotlib.rcParams["font.size"] == before
+
+
+@pytest.mark.parametrize("columns", [2, 5])
+def test_a_title_stays_within_its_picture(monkeypatch, tmp_path, columns):
+    seen = []
+    monkeypatch.setattr(pictures, "save_figure", lambda figure, path: seen.append(figure))
+    title = f"CASTTrainer, epoch 2\n{preview.orientation(preview.REORIENTED, 0)}"
+    pictures.write_panels(tmp_path / "a.png", [[("target", np.eye(9), None)] * columns], ["left"], title)
+    [figure] = seen
+    figure.canvas.draw()
+    extent = figure._suptitle.get_window_extent()
+    assert extent.x0 >= 0 and extent.x1 <= figure.bbox.width and extent.y1 <= figure.bbox.height
+    matplotlib.pyplot.close(figure)
 
 
 def test_running_means_start_without_bias_and_pass_over_gaps():

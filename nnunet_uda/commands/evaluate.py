@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -47,6 +46,7 @@ from nnunet_uda.evaluation.runs import (
 from nnunet_uda.evaluation.tables import Volume, check_bounds, compare_runs
 from nnunet_uda.images.nifti import add_geometry_argument, nifti_geometry
 from nnunet_uda.palette import label_colours
+from nnunet_uda.workers import usual_processes
 
 MAX_PANELS = 1000
 """Panels in the folder of overlays at most: with more volumes or runs, fewer slices of each are drawn."""
@@ -81,7 +81,7 @@ def make_parser() -> argparse.ArgumentParser:
         "-slices", metavar="N", type=int, default=5, help="overlays of each volume, at most (default: 5)"
     )
     parser.add_argument("-plane", choices=list(PLANES), help="plane of the overlays (default: the thick-slice plane)")
-    parser.add_argument("-np", metavar="N", type=int, default=min(8, os.cpu_count() or 1), help="number of processes "
+    parser.add_argument("-np", metavar="N", type=int, default=usual_processes(), help="number of processes "
                         "(default: %(default)s)")  # fmt: skip
     add_geometry_argument(parser)
     parser.add_argument("--unsupervised", action="store_true", help=argparse.SUPPRESS)

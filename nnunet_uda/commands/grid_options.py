@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Iterable
 from pathlib import Path
 
 from nnunet_uda.data.convention import is_fold
 from nnunet_uda.errors import UDAError, shown
+from nnunet_uda.workers import usual_processes
 
 
 def add_grid_arguments(parser: argparse.ArgumentParser, command: str) -> None:
@@ -16,7 +16,7 @@ def add_grid_arguments(parser: argparse.ArgumentParser, command: str) -> None:
     parser.add_argument("-c", default="2d", help="configuration [2d]")
     parser.add_argument("-o", type=Path, required=True, help=f"output folder: new, empty, or of {command} before")
     parser.add_argument("-device", default="cuda", help="device of training and prediction: cpu, cuda or mps [cuda]")
-    parser.add_argument("-np", type=int, default=min(8, os.cpu_count() or 1), help="processes that score predictions "
+    parser.add_argument("-np", type=int, default=usual_processes(), help="processes that score predictions "
                         "[%(default)s]")  # fmt: skip
     group = parser.add_argument_group("where the runs run")
     group.add_argument("-engine", choices=["local", "slurm"], default="local", help="processes of this machine, or "

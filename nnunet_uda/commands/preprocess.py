@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 
-from nnunetv2.configuration import default_num_processes
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_uda.data.convention import (
@@ -18,6 +17,7 @@ from nnunet_uda.data.slices import refuse_mixed_slices
 from nnunet_uda.data.target import preprocess_target
 from nnunet_uda.errors import UDAError, command
 from nnunet_uda.foreign_plans import read_plans
+from nnunet_uda.workers import usual_processes
 
 
 @command
@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("-d", required=True, nargs="+", help="dataset ids or names")
     parser.add_argument("-c", nargs="+", default=["2d"], help="configurations, for instance 2d 3d_fullres [2d]")
     parser.add_argument("-p", default="nnUNetPlans", help="plans identifier [nnUNetPlans]")
-    parser.add_argument("-np", type=int, default=default_num_processes, help="number of processes")
+    parser.add_argument("-np", type=int, default=usual_processes(), help="number of processes [%(default)s]")
     args = parser.parse_args(argv)
     if args.np < 1:
         raise UDAError(f"-np must be at least 1, found {args.np}")

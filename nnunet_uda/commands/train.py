@@ -25,7 +25,7 @@ from nnunet_uda.files import write_json
 from nnunet_uda.foreign_plans import read_plans
 from nnunet_uda.methods import let_find
 from nnunet_uda.training.checkpoint import BEST, FINAL, read_checkpoint
-from nnunet_uda.workers import end_with_starter, tied, usable_cores, wished_threads
+from nnunet_uda.workers import end_with_starter, tied, usable_cores, usual_processes, wished_threads
 
 TIMEOUT = timedelta(hours=2)
 """After which a collective call that another process does not answer is an error."""
@@ -181,8 +181,10 @@ def spawn(number: int, argv: list[str]) -> None:
 def set_threads(device: str) -> None:
     """As nnU-Net: all cores on the CPU, shared by this machine's processes; what OMP_NUM_THREADS says goes first.
 
-    All are those that this process may use: SLURM gives a task some of a machine's.
+    All are those that this process may use: SLURM gives a task some of a machine's. Nor does nnU-Net start more workers
+    for the final validation, each of which imports torch.
     """
+    os.environ.setdefault("nnUNet_def_n_proc", str(usual_processes()))
     if device == "cuda":
         torch.set_num_threads(1)
     elif os.environ.get("OMP_NUM_THREADS", "").isdigit():

@@ -302,7 +302,8 @@ def make_phantom(folder: Path, seed: int, num_mr: int = 16, num_ct: int = 16, nu
             (Path(name) / f"{modality.lower()}_train").mkdir()
         tasks = [("MR", i) for i in range(num_mr)] + [("CT", i) for i in range(num_ct)]
         write = partial(_write_patient, folder=Path(name), seed=seed)
-        list(tqdm(as_done(write, tasks, num_processes), total=len(tasks), desc="phantom", unit="scan"))
+        written = map(write, tasks) if num_processes == 1 else as_done(write, tasks, num_processes)
+        list(tqdm(written, total=len(tasks), desc="phantom", unit="scan"))
         for part in Path(name).iterdir():
             part.rename(folder / part.name)
 

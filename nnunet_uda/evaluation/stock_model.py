@@ -149,7 +149,7 @@ def predict_as_a_receiver(results: Path, place: Path, folds: Sequence[str], scan
     words = [
         sys.executable, "-c", "from nnunetv2.inference.predict_from_raw_data import predict_entry_point as go; go()",
         "-d", place.parent.name, "-tr", TRAINER, "-p", plans_name, "-c", configuration, "-f", *folds,
-        "-i", str(scans), "-o", str(output), "-device", device.type, "-npp", "1", "-nps", "1",
+        "-i", str(scans), "-o", str(output), "-device", device.type, "-npp", "0", "-nps", "0",
         "--disable_progress_bar",
     ]  # fmt: skip
     done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)

@@ -286,7 +286,7 @@ def predict_folder(
     if not images.is_dir():
         raise UDAError(f"{images} is no folder of images (CASE_0000.nii.gz)")
     output.mkdir(parents=True, exist_ok=True)
-    predictor = nnUNetPredictor(device=device, allow_tqdm=False)
+    predictor = nnUNetPredictor(device=device, allow_tqdm=False, perform_everything_on_device=device.type == "cuda")
     predictor.initialize_from_trained_model_folder(str(trained), folds, checkpoint)
     predictor.predict_from_files_sequential(str(images), str(output))
 

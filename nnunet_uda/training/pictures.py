@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,6 +22,8 @@ SMOOTHING = 0.8
 """Share of the running mean that an epoch keeps, in plots of losses."""
 ALPHA = 0.45
 """Of a segmentation over its image."""
+LETTERS = 28
+"""Of a title that have room over a panel."""
 
 
 def class_map(number: int) -> ListedColormap:
@@ -37,14 +40,15 @@ def write_panels(
     Args:
         rows: panels, all with pixels of the same shape.
         structures: names of the classes 1, 2, ... for the legend.
-        title: over all.
+        title: over all; lines that are too long for the panels are wrapped.
         aspect: height of a pixel, its width being 1.
     """
     columns = max(len(row) for row in rows)
     shapes = [np.array(row[0][1].shape) for row in rows]
     width = 2.4
     heights = [max(0.6, width * aspect * shape[0] / shape[1]) + 0.3 for shape in shapes]
-    top, bottom = 0.25 * len(title.splitlines()) + 0.1, 0.35
+    lines = [part for line in title.splitlines() for part in textwrap.wrap(line, LETTERS * columns)]
+    top, bottom = 0.25 * len(lines) + 0.1, 0.35
     figure, axes = plt.subplots(
         len(rows), columns, figsize=(width * columns, sum(heights) + top + bottom), squeeze=False, layout="constrained",
         gridspec_kw={"height_ratios": heights},
@@ -69,8 +73,8 @@ def write_panels(
                     aspect=aspect,
                 )
             axis.set_title(name, fontsize=8)
-    if title:
-        figure.suptitle(title, fontsize=10)
+    if lines:
+        figure.suptitle("\n".join(lines), fontsize=10)
     patches = [
         Patch(color=class_map(len(structures))(index), label=legend_label(name))
         for index, name in enumerate(structures)

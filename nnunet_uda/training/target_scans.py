@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nnunetv2.configuration import default_num_processes
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_uda.data.convention import labelled_target, normalisation_warning, read_domains
@@ -20,6 +19,7 @@ from nnunet_uda.data.target import (
     target_identifiers,
 )
 from nnunet_uda.training.ranks import Ranks
+from nnunet_uda.workers import usual_processes
 
 TARGET_REMEDY = "Remove the files of these cases: the same command with --c preprocesses them again"
 
@@ -74,6 +74,6 @@ class TargetScans:
     def _preprocessed(self, labelled: bool) -> Path:
         return self.ranks.on_first(
             lambda: preprocess_target(
-                self.plans, self.configuration, self.dataset_json, default_num_processes, self.log, labelled=labelled
+                self.plans, self.configuration, self.dataset_json, usual_processes(), self.log, labelled=labelled
             )
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.metadata
 import re
 import runpy
@@ -21,6 +22,12 @@ class Parsed(BaseException):
     """Carries the parser out of a command before it does anything."""
 
 
+@functools.cache
+def installed() -> dict[str, importlib.metadata.EntryPoint]:
+    """The commands of all packages by name."""
+    return {entry.name: entry for entry in importlib.metadata.entry_points(group="console_scripts")}
+
+
 def starter(words: list[str]) -> tuple[Callable[[], object], list[str]]:
     """What ``words`` starts, and its arguments.
 
@@ -28,9 +35,8 @@ def starter(words: list[str]) -> tuple[Callable[[], object], list[str]]:
         AssertionError: there is no such command, script or module.
     """
     if words[0] != "python":
-        entries = {entry.name: entry for entry in importlib.metadata.entry_points(group="console_scripts")}
-        assert words[0] in entries, f"there is no command {words[0]}"
-        return entries[words[0]].load(), words[1:]
+        assert words[0] in installed(), f"there is no command {words[0]}"
+        return installed()[words[0]].load(), words[1:]
     if words[1] == "-m":
         return lambda: runpy.run_module(words[2], run_name="__main__"), words[3:]
     assert (REPOSITORY / words[1]).is_file(), words[1]
