@@ -153,6 +153,39 @@ class Serial:
         return SimpleNamespace(ready=lambda: True, get=lambda: done)
 
 
+@functools.cache
+def trainer_modules() -> list[ModuleType]:
+    """The files of ``TRAINERS`` as nnU-Net's finder imports them, in its order."""
+    with temporarily_extend_syspath(str(TRAINERS)), temporarily_cleanup_imports_from_path(str(TRAINERS)):
+        return [importlib.import_module(name) for _, name, _ in pkgutil.iter_modules([str(TRAINERS)])]
+
+
+DRAWING = ("plot_curves", "write_panels", "write_embedding_picture", "write_domain_map", "write_prompt_maps")
+"""What draws a training's pictures, in whatever module of the package it is called."""
+
+
+def draw_nothing(path: Path | str, *_: object, **__: object) -> None:
+    Path(path).write_bytes(b"\x89PNG")
+
+
+def lighten(patch: pytest.MonkeyPatch, pictures: bool = False) -> None:
+    """Leave out of trainings what takes longer than all else in an epoch of the tests' and is not what they test.
+
+    Pictures are empty files, and libraries are not asked for their threads in each batch: the environment says one.
+
+    Args:
+        pictures: whether this package draws its own all the same.
+    """
+    patch.setattr(data_loader, "threadpool_limits", lambda **_: nullcontext())
+    patch.setattr(LocalLogger, "plot_progress_png", lambda _, folder: draw_nothing(Path(folder, "progress.png")))
+    if not pictures:
+        importlib.import_module("nnunet_uda.training.uda_trainer")
+        ours = [module for name, module in sys.modules.items() if name.startswith("nnunet_uda.")] + trainer_modules()
+        for module, name in itertools.product(ours, DRAWING):
+            if hasattr(module, name):
+                patch.setattr(module, name, draw_nothing)
+
+
 @pytest.fixture
 def serial(monkeypatch: pytest.MonkeyPatch) -> None:
     """nnU-Net's pools of spawned processes do their work in this one."""
@@ -179,12 +212,16 @@ def changed_environment(variables: dict[str, str]) -> Iterator[None]:
 
 
 def call(name: str, command: tuple[str, ...], environment: dict[str, str]) -> subprocess.CompletedProcess:
-    """An installed command's ``main`` called in this process, which it leaves as it was, as if it were another."""
+    """An installed command's ``main`` called in this process, which it leaves as it was, as if it were another.
+
+    Trainings are lightened.
+    """
     [entry] = entry_points(group="console_scripts", name=name)
     output, errors, status = io.StringIO(), io.StringIO(), 0
     threads, hook, argv = torch.get_num_threads(), sys.excepthook, sys.argv
     with pytest.MonkeyPatch.context() as patch, changed_environment(environment):
         patch.setattr(SpawnContext, "Pool", lambda self, processes=None: Serial())
+        lighten(patch)
         patch.setattr(sys, "argv", list(command))
         with redirect_stdout(output), redirect_stderr(errors):
             try:
@@ -331,13 +368,6 @@ def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
 
 
-@functools.cache
-def trainer_modules() -> list[ModuleType]:
-    """The files of ``TRAINERS`` as nnU-Net's finder imports them, in its order."""
-    with temporarily_extend_syspath(str(TRAINERS)), temporarily_cleanup_imports_from_path(str(TRAINERS)):
-        return [importlib.import_module(name) for _, name, _ in pkgutil.iter_modules([str(TRAINERS)])]
-
-
 @pytest.fixture(scope="session", autouse=True)
 def trainers_found_once() -> Iterator[None]:
     """nnU-Net's finder imports a folder's files anew for every trainer that it looks for there: this one's stay."""
@@ -382,14 +412,6 @@ def planned(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     return Workspace(shutil.copytree(made, tmp_path_factory.mktemp("workspace") / "own"))
 
 
-DRAWING = ("plot_curves", "write_panels", "write_embedding_picture", "write_domain_map", "write_prompt_maps")
-"""What draws a training's pictures, in whatever module of the package it is called."""
-
-
-def draw_nothing(path: Path | str, *_: object, **__: object) -> None:
-    Path(path).write_bytes(b"\x89PNG")
-
-
 @pytest.fixture(autouse=True)
 def undrawn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Conversions, whose quicklook takes longer than all else in them, leave an empty file but in tests that draw."""
@@ -404,8 +426,7 @@ def in_workspace(
 ) -> Workspace:
     """``planned`` as this process's nnU-Net folders, with results of the test's own and no worker processes.
 
-    Pictures, which take longer than all else in an epoch of these, are empty files but for tests marked ``draws``. Nor
-    are all libraries asked in each batch for their threads: the environment has said one.
+    Trainings are lightened, but those of tests marked ``draws`` draw.
     """
     for name, value in planned.environment.items():
         if name.startswith("nnUNet"):
@@ -413,14 +434,7 @@ def in_workspace(
     monkeypatch.setenv("nnUNet_results", str(tmp_path / "results"))
     monkeypatch.setenv("nnUNet_n_proc_DA", "0")
     monkeypatch.setattr(sys, "excepthook", sys.__excepthook__)
-    monkeypatch.setattr(data_loader, "threadpool_limits", lambda **_: nullcontext())
-    monkeypatch.setattr(LocalLogger, "plot_progress_png", lambda _, folder: draw_nothing(Path(folder, "progress.png")))
-    if request.node.get_closest_marker("draws") is None:
-        importlib.import_module("nnunet_uda.training.uda_trainer")
-        ours = [module for name, module in sys.modules.items() if name.startswith("nnunet_uda.")] + trainer_modules()
-        for module, name in itertools.product(ours, DRAWING):
-            if hasattr(module, name):
-                monkeypatch.setattr(module, name, draw_nothing)
+    lighten(monkeypatch, pictures=request.node.get_closest_marker("draws") is not None)
     return planned
 
 

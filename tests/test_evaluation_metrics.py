@@ -15,7 +15,7 @@ from scipy.ndimage import gaussian_filter
 from scipy.spatial.distance import cdist
 
 from nnunet_uda.errors import UDAError
-from nnunet_uda.evaluation import evaluate_case, evaluate_folder
+from nnunet_uda.evaluation import evaluate_case, evaluate_folder, metrics
 from nnunet_uda.evaluation.metrics import evaluate_masks
 from nnunet_uda.images.geometry import check_same_geometry
 from nnunet_uda.images.reading import read_image
@@ -168,12 +168,17 @@ def test_dice_agrees_exactly_with_nnunet(tmp_path):
     assert ours["case2"]["organ"]["Dice"] == 0
 
 
-def test_several_processes_give_the_same_scores(forked, tmp_path):
+def test_several_processes_give_the_same_scores_and_none_is_started_for_moments(forked, tmp_path, monkeypatch):
     for i in range(3):
         for folder, seed in (("r", i), ("p", 50 + i)):
             write(tmp_path / folder / f"case{i}.nii.gz", blobs(seed))
     arguments = (tmp_path / "r", tmp_path / "p", {"organ": 1, "vessel": 2})
-    assert evaluate_folder(*arguments, num_processes=2) == evaluate_folder(*arguments)
+    alone = evaluate_folder(*arguments)
+    with monkeypatch.context() as patch:
+        patch.setattr(metrics, "as_done", lambda *_: pytest.fail("a process is started"))
+        assert evaluate_folder(*arguments, num_processes=2) == alone
+    monkeypatch.setattr(metrics, "PATIENCE", -1.0)
+    assert evaluate_folder(*arguments, num_processes=2) == alone
 
 
 def test_2d_images(tmp_path):

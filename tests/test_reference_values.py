@@ -13,6 +13,7 @@ from conftest import litter, two_geometries
 
 from nnunet_uda.commands import convert, evaluate
 from nnunet_uda.errors import UDAError
+from nnunet_uda.evaluation import metrics
 from nnunet_uda.evaluation.reference_values import named_values, recorded_values
 from nnunet_uda.evaluation.runs import Labels
 from nnunet_uda.evaluation.tables import MEAN
@@ -225,12 +226,14 @@ def test_a_dataset_that_was_not_converted_here(work, capsys):
     assert dice(work.evaluate("mrl", "-labels", "spleen=7", "liver=5")) == 1
 
 
-def test_references_with_two_geometries_are_refused_or_read_by_the_chosen_one(work, capsys):
+def test_references_with_two_geometries_are_refused_or_read_by_the_chosen_one(work, capsys, monkeypatch):
     work.convert(1, 2)
     for index in range(2):
         two_geometries(work.root / "mrl" / f"b{index}.nii.gz")
     assert "two geometries" in work.refused(capsys, "mrl")
     assert "differs from that of" in work.refused(capsys, "mrl", "-nifti_geometry", "sform"), "it lies elsewhere"
+    assert dice(work.evaluate("mrl", "-nifti_geometry", "qform")) == 1
+    monkeypatch.setattr(metrics, "PATIENCE", -1.0)
     assert dice(work.evaluate("mrl", "-nifti_geometry", "qform", "-np", "2")) == 1, "in worker processes too"
 
 

@@ -304,7 +304,7 @@ def test_a_task_takes_the_cores_that_slurm_gives_it(monkeypatch):
     taken = []
     monkeypatch.setattr(train.torch, "set_num_threads", taken.append)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)))
-    for name in ("OMP_NUM_THREADS", "SLURM_CPUS_PER_TASK", "LOCAL_WORLD_SIZE"):
+    for name in ("OMP_NUM_THREADS", "SLURM_CPUS_PER_TASK", "LOCAL_WORLD_SIZE", "nnUNet_def_n_proc"):
         monkeypatch.delenv(name, raising=False)
     for name, value in (("LOCAL_WORLD_SIZE", "2"), ("SLURM_CPUS_PER_TASK", "12"), ("OMP_NUM_THREADS", "5")):
         train.set_threads("cpu")
@@ -312,6 +312,7 @@ def test_a_task_takes_the_cores_that_slurm_gives_it(monkeypatch):
     train.set_threads("cpu")
     train.set_threads("cuda")
     assert taken == [16, 8, 6, 5, 1]
+    assert os.environ["nnUNet_def_n_proc"] == "8", "nnU-Net's own number, where there are as many cores"
 
 
 # --- with SLURM ------------------------------------------------------------------------------------------------------

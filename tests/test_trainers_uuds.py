@@ -225,7 +225,8 @@ def test_the_adversarial_variant_has_defaults_of_its_own_and_takes_the_users_set
 
 def test_target_labels_come_after_the_warm_up_and_never_with_chi_0(workspace):
     def term(**options):
-        return started(**options).train_step(next(started(**options).dataloader_train))["uncertain_segmentation"]
+        trainer = started(**options)
+        return trainer.train_step(next(trainer.dataloader_train))["uncertain_segmentation"]
 
     assert term() > 0
     assert term(uuds__warmup_epochs=1) == 0

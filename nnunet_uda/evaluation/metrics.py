@@ -15,7 +15,9 @@ Only one empty: Dice is 0; ASSD and HD95 are NaN, and the tables count the volum
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,9 @@ from nnunet_uda.images.nifti import choose_geometry, chosen_geometry
 from nnunet_uda.images.reading import LabelMap, read_image
 from nnunet_uda.names import check_name
 from nnunet_uda.workers import as_done
+
+PATIENCE = 5.0
+"""Seconds of work after which processes are started for the rest: each imports for as long as that."""
 
 METRICS = ("Dice", "ASSD", "HD95")
 
@@ -226,13 +231,20 @@ def evaluate_folder(
 
 
 def parallel(function: Callable[..., Any], tasks: Sequence[tuple], num_processes: int, description: str) -> list[Any]:
-    """``[function(*task) for task in tasks]`` with progress, in spawned processes where ``num_processes`` > 1."""
-    if num_processes <= 1 or len(tasks) <= 1:
-        return [function(*task) for task in tqdm(tasks, desc=description, unit="volume")]
-    workers, set_up = min(num_processes, len(tasks)), partial(_set_up, chosen_geometry())
-    numbered = as_done(partial(_numbered, function), enumerate(tasks), workers, set_up)
+    """``[function(*task) for task in tasks]`` with progress, in spawned processes where it takes more than moments."""
+    numbered = _done(function, tasks, num_processes)
     found = dict(tqdm(numbered, desc=description, unit="volume", total=len(tasks)))
     return [found[index] for index in range(len(tasks))]
+
+
+def _done(function: Callable[..., Any], tasks: Sequence[tuple], num_processes: int) -> Iterator[tuple[int, Any]]:
+    """Results with their tasks' numbers: the first from this process, those left after ``PATIENCE`` from others."""
+    left, begun = list(enumerate(tasks)), time.monotonic()
+    while left and (num_processes <= 1 or len(left) == 1 or time.monotonic() - begun <= PATIENCE):
+        yield _numbered(function, left.pop(0))
+    if left:
+        set_up = partial(_set_up, chosen_geometry())
+        yield from as_done(partial(_numbered, function), left, min(num_processes, len(left)), set_up)
 
 
 def _numbered(function: Callable[..., Any], task: tuple[int, tuple]) -> tuple[int, Any]:
@@ -241,8 +253,6 @@ def _numbered(function: Callable[..., Any], task: tuple[int, tuple]) -> tuple[in
 
 def _set_up(geometry: str | None) -> None:
     """A worker reads files by the same geometry, and uses one thread."""
-    import torch
-
     choose_geometry(geometry)
-    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"  # for torch, which scores load
     sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
