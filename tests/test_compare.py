@@ -424,7 +424,8 @@ def test_jobs_and_their_trainings_are_tied_to_what_starts_them(tmp_path, fake, m
 
     def note(words, env, **options):
         seen.append(env["NNUNET_UDA_STARTER"])
-        return popen(words, env=env, **options)
+        refusing = [sys.executable, "-c", "raise SystemExit(1)"]  # as a training would in the end, without its imports
+        return popen(refusing if "nnunet_uda.commands.train" in words else words, env=env, **options)
 
     fake(0.0)
     monkeypatch.setattr(subprocess, "Popen", note)

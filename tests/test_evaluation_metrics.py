@@ -141,7 +141,7 @@ def test_rule_for_empty_masks():
         assert math.isnan(one["HD95"])
 
 
-def test_dice_agrees_exactly_with_nnunet(tmp_path):
+def test_dice_agrees_exactly_with_nnunet(serial, tmp_path):
     from nnunetv2.evaluation.evaluate_predictions import compute_metrics_on_folder
     from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIOWithReorient
 

@@ -17,6 +17,7 @@ from nnunet_uda.evaluation import metrics
 from nnunet_uda.evaluation.reference_values import named_values, recorded_values
 from nnunet_uda.evaluation.runs import Labels
 from nnunet_uda.evaluation.tables import MEAN
+from nnunet_uda.images.nifti import choose_geometry, chosen_geometry
 
 LABELS = Labels({"liver": 1, "spleen": 2}, None, ".nii.gz")
 SHAPE = (6, 20, 24)
@@ -233,7 +234,19 @@ def test_references_with_two_geometries_are_refused_or_read_by_the_chosen_one(wo
     assert "two geometries" in work.refused(capsys, "mrl")
     assert "differs from that of" in work.refused(capsys, "mrl", "-nifti_geometry", "sform"), "it lies elsewhere"
     assert dice(work.evaluate("mrl", "-nifti_geometry", "qform")) == 1
+
+    def elsewhere(function, tasks, processes, set_up):
+        """As in other processes, which know nothing of what this one has chosen."""
+        here = chosen_geometry()
+        choose_geometry(None)
+        set_up()
+        done = [function(task) for task in tasks]
+        choose_geometry(here)
+        return done
+
     monkeypatch.setattr(metrics, "PATIENCE", -1.0)
+    monkeypatch.setattr(metrics, "as_done", elsewhere)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     assert dice(work.evaluate("mrl", "-nifti_geometry", "qform", "-np", "2")) == 1, "in worker processes too"
 
 
