@@ -11,6 +11,7 @@ from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 
 from nnunet_uda.data import convention
 from nnunet_uda.data.components import KEY, LOOKED_AT, find_single_components
+from nnunet_uda.data.damage import refuse_damaged
 from nnunet_uda.data.new_scans import check_prediction, treat_new_scans
 from nnunet_uda.data.slices import refuse_mixed_slices
 from nnunet_uda.devices import open_device
@@ -21,6 +22,7 @@ from nnunet_uda.settings import UDASettings
 from nnunet_uda.training.checkpoint import random_state, seed_everything, set_random_state
 from nnunet_uda.training.log import settings_table
 from nnunet_uda.training.progress import Progress
+from nnunet_uda.training.streams import source_remedy
 from nnunet_uda.training.trainer_state import settings_in_force
 from nnunet_uda.workers import check_numbers
 
@@ -106,6 +108,7 @@ def find_components(trainer: UDATrainer) -> None:
     if trainer.settings.keep_largest_component:
         folder = trainer.preprocessed_dataset_folder
         source = infer_dataset_class(folder)(folder)
+        refuse_damaged((source,), source_remedy(trainer))
         cases = source.identifiers[:: -(-len(source.identifiers) // LOOKED_AT)]
         labels = (source.load_case(case)[1][0] for case in cases)
         plans[KEY] = find_single_components(labels, trainer.label_manager.foreground_labels)
