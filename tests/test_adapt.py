@@ -255,6 +255,9 @@ def test_models_that_do_not_fit_are_refused_by_name(in_workspace, model, tmp_pat
         expect(rf"checkpoint_final.pth.*{re.escape(message)}")
         with pytest.raises(UDAError, match=re.escape(message)):  # quality, export and checkpoints
             open_for_criteria(TrainedModel(model, "0", "checkpoint_final.pth"), CPU)
+    torch.save(whole, path)
+    (model / "fold_0" / "quality.json").write_text("[]")
+    expect(r"quality.json is no calibration")
     torch.save({"weights": 1}, path)
     expect(r"is no checkpoint of an nnU-Net v2 training: it lacks network_weights")
     with pytest.raises(UDAError, match=r"nowhere does not exist"):

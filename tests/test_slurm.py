@@ -154,6 +154,8 @@ def test_jobs_end_with_scores_or_with_what_they_and_slurm_said(tmp_path, slurm):
     jobs = [a_job(tmp_path, name) for name in ("good", "bad", "silent")]
     engine = engine_of(tmp_path)
     engine.parameters["slurm_additional_parameters"] = {"signal": engines.WARNING}
+    jobs[2].log.parent.mkdir(parents=True)
+    jobs[2].log.write_text("ERROR: of a start before\n")
     scores, failed = {}, {}
     run_jobs(engine, jobs, scores, failed, lambda: None)
     assert set(scores) == {"good"} and set(failed) == {"bad", "silent"}

@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
-from functools import cached_property
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -53,6 +52,7 @@ class Model:
         predictor: nnU-Net's, with the network.
         trainer: the class that built the network.
         configuration: its name in the plans.
+        calibration: that beside the first fold's checkpoint, or what is known without one.
     """
 
     folder: Path
@@ -62,6 +62,7 @@ class Model:
     predictor: nnUNetPredictor
     trainer: type[Any]
     configuration: str
+    calibration: Calibration
 
     @property
     def network(self) -> nn.Module:
@@ -131,11 +132,6 @@ class Model:
         spacing, image = asked.spacing(properties), torch.from_numpy(np.asarray(volume))
         quality, _ = quality_of_volume("", asked, self.calibration, image, spacing)
         return float(np.nan_to_num(quality.overall.dice))
-
-    @cached_property
-    def calibration(self) -> Calibration:
-        path, structures = self.folder / f"fold_{self.folds[0]}" / FILE, structure_names(self.dataset_json)
-        return read_calibration(path, structures) if path.is_file() else uncalibrated(structures)
 
     def write_prediction(self, logits: Tensor, properties: dict[str, Any], path: Path) -> None:
         """The segmentation on the scan's own grid, whole or not at all; ``path`` with the file ending."""
@@ -285,7 +281,9 @@ def open_model(
         predictor = nnUNetPredictor(device=device, allow_tqdm=False)
     weights = [content.pop("network_weights") for content in contents]
     predictor.manual_initialization(network, manager, settings, weights, dataset_json, name, axes)
-    return Model(folder, folds, weights, contents, predictor, trainer, configuration)
+    path, structures = folder / f"fold_{folds[0]}" / FILE, structure_names(dataset_json)
+    calibration = read_calibration(path, structures) if path.is_file() else uncalibrated(structures)
+    return Model(folder, folds, weights, contents, predictor, trainer, configuration, calibration)
 
 
 def _read(path: Path, trusted: bool) -> dict[str, Any]:
