@@ -249,6 +249,7 @@ def test_models_that_do_not_fit_are_refused_by_name(in_workspace, model, tmp_pat
         ({"current_epoch": None}, "its 'current_epoch' is None"),
         ({"inference_allowed_mirroring_axes": 1}, "its 'inference_allowed_mirroring_axes' is 1"),
         ({"inference_allowed_mirroring_axes": (7,)}, "its 'inference_allowed_mirroring_axes' is"),
+        ({"inference_allowed_mirroring_axes": (0, 2)}, "are (0, 2), but patches of 2d have 2 axes"),
         ({"uda": {"settings": "x"}}, "its 'uda' is"),
     ):
         torch.save(whole | change, path)

@@ -224,7 +224,9 @@ def test_a_signal_ends_training_with_a_checkpoint_that_goes_on_bit_for_bit(in_wo
     last.run_training()
     assert same_weights(weights(whole), weights(last))
     undisturbed, continued = (checkpoint.read_checkpoint(folder / n) for n in (checkpoint.FORMER, checkpoint.FINAL))
-    assert max(undisturbed["logging"]["ema_fg_dice"]) > 0, "else it says nothing of the running mean"
+    assert undisturbed["_best_ema"] == max(undisturbed["logging"]["ema_fg_dice"]) > 0, (
+        "else it says nothing of the mean"
+    )
     assert differences(undisturbed, continued) == []
     assert not (folder / checkpoint.PREVIOUS).exists() and not (folder / checkpoint.LATEST).exists()
 

@@ -55,6 +55,17 @@ def patch(path: Path, offset: int, value: np.generic) -> Path:
     return path
 
 
+def test_what_a_header_is_instead_is_said(tmp_path):
+    image = nib.Nifti2Image(np.ones(SHAPE, np.int16), AFFINE)
+    nib.save(image, str(tmp_path / "two.nii.gz"))
+    with pytest.raises(UDAError, match=r"two.nii.gz: cannot be read \(NIfTI-2\).*save it as NIfTI-1"):
+        read_image(tmp_path / "two.nii.gz")
+    path = write(tmp_path / "short.nii")
+    path.write_bytes(path.read_bytes()[:300])
+    with pytest.raises(UDAError, match=r"short.nii: the file is truncated, 300 bytes; expected a header of 348"):
+        read_image(path)
+
+
 @pytest.mark.parametrize("ending", ["nii", "nii.gz", "hdr"])
 @pytest.mark.parametrize("scale", [None, (2.5, -7.0), (0.0, 3.0), (math.nan, math.nan)])
 @pytest.mark.parametrize("dtype", ["u1", "i2", "u8", "f8"])

@@ -253,6 +253,14 @@ def test_a_requeued_job_is_waited_for(tmp_path, slurm, monkeypatch):
     assert "SLURM job 1 CANCELLED" in failed["a"] and next(seen, None) is None
 
 
+def test_a_job_that_slurm_has_forgotten_is_not_waited_for(tmp_path, slurm, monkeypatch):
+    looks = iter([{}, {"1": "RUNNING"}, {}, {}])  # the first: what is under way; a fifth would find none, and fail
+    monkeypatch.setattr(engines, "slurm_states", lambda: next(looks))
+    failed = {}
+    run_jobs(engine_of(tmp_path), [a_job(tmp_path, "a")], {}, failed, lambda: None)
+    assert "SLURM job 1 no longer known to it; log: " in failed["a"]
+
+
 def test_what_slurm_refuses_or_does_not_answer(tmp_path, slurm, monkeypatch, capsys):
     jobs = [a_job(tmp_path, "a")]
     (slurm / "down").touch()

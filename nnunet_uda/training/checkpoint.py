@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_uda.errors import UDAError, shown, system_fault
 from nnunet_uda.files import sync_folder, whole_file
@@ -122,7 +123,7 @@ def check_model(content: dict[str, Any], path: Path | str) -> dict[str, Any]:
         "trainer_name": isinstance(trainer, str) and trainer.isidentifier(),
         "init_args": isinstance(arguments, dict) and isinstance(arguments.get("configuration"), str),
         "current_epoch": isinstance(epoch, int),
-        "inference_allowed_mirroring_axes": isinstance(axes, list | tuple) and set(map(str, axes)) <= set("012"),
+        "inference_allowed_mirroring_axes": isinstance(axes, list | tuple) and all(a in (0, 1, 2) for a in axes),
         "uda": isinstance(uda, dict) and isinstance(uda.get("settings", {}), dict),
     }
     if wrong := [key for key, is_right in right.items() if not is_right]:
@@ -136,13 +137,20 @@ def configuration_of(content: dict[str, Any], path: Path | str, plans: dict[str,
     """The name of the configuration that a model (``check_model``) was trained with.
 
     Raises:
-        UDAError: where its plans lack it.
+        UDAError: where its plans lack it, or its patches lack an axis along which the model is mirrored.
     """
     configuration = content["init_args"]["configuration"]
     if configuration not in plans["configurations"]:
         raise UDAError(
             f"{path} is of the configuration {shown(configuration)}, which the plans.json beside its fold lacks; it "
             f"has {', '.join(plans['configurations'])}. They are of different trainings: get the model's folder again"
+        )
+    axes = content.get("inference_allowed_mirroring_axes") or ()
+    dimensions = len(PlansManager(plans).get_configuration(configuration).patch_size)
+    if any(axis >= dimensions for axis in axes):
+        raise UDAError(
+            f"{path}: its 'inference_allowed_mirroring_axes' are {shown(axes)}, but patches of {configuration} have "
+            f"{dimensions} axes. They are of different trainings: get the model's folder again"
         )
     return configuration
 
