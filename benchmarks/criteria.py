@@ -35,10 +35,8 @@ import torch
 from scipy.stats import spearmanr
 
 from nnunet_uda.commands.evaluate_unsupervised import (
-    COLUMNS,
     add_model_arguments,
     model_folders,
-    names_of,
 )
 from nnunet_uda.data.convention import TARGET_FOLDER, case_files, read_json
 from nnunet_uda.devices import open_device
@@ -47,9 +45,11 @@ from nnunet_uda.evaluation.metrics import read_segmentation
 from nnunet_uda.evaluation.report import jsonable, markdown_table
 from nnunet_uda.evaluation.runs import find_raw_dataset
 from nnunet_uda.evaluation.unsupervised import (
+    COLUMNS,
     TrainedModel,
     dataset_of,
     measure,
+    names_of,
     open_model,
     preprocessed,
     unlabelled_images,

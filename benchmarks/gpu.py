@@ -58,8 +58,8 @@ from step_time import (
 )
 from tasks import TASKS, make_task
 
-from nnunet_uda.commands.demo import Demo
 from nnunet_uda.data.convention import dataset_name, environment_folder, read_json
+from nnunet_uda.demo.road import Demo
 from nnunet_uda.errors import UDAError, command
 from nnunet_uda.files import write_json
 from nnunet_uda.plans import derive_plans, merge_uda

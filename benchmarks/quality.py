@@ -37,7 +37,6 @@ import numpy as np
 import torch
 from scipy.stats import rankdata, spearmanr
 
-from nnunet_uda.commands.trainers import trainers_folder
 from nnunet_uda.data.case import preprocess_case
 from nnunet_uda.data.convention import TARGET_FOLDER, environment_folder
 from nnunet_uda.errors import UDAError, command
@@ -45,6 +44,7 @@ from nnunet_uda.evaluation.quality import open_asked, preprocessed_source
 from nnunet_uda.evaluation.report import jsonable, markdown_table
 from nnunet_uda.evaluation.unsupervised import TrainedModel, dataset_of, unlabelled_images
 from nnunet_uda.files import write_json
+from nnunet_uda.methods import trainers_folder
 from nnunet_uda.quality.asked import Asked, as_label
 from nnunet_uda.quality.calibration import KINDS, Calibration, Pair, calibrate, fit_weights
 from nnunet_uda.quality.cases import calibration_pairs, quality_of_volume, structure_names

@@ -46,8 +46,8 @@ from tasks import PLANS, TASKS, add_task_arguments, chosen_tasks, make_task
 
 import nnunet_uda
 from nnunet_uda import dataset_conversion
-from nnunet_uda.commands.demo import Demo
 from nnunet_uda.data.convention import environment_folder, is_plain_name, read_json
+from nnunet_uda.demo.road import Demo
 from nnunet_uda.errors import UDAError, command
 from nnunet_uda.evaluation.compare_plot import Bar, draw_comparison
 from nnunet_uda.evaluation.report import jsonable, markdown_table
@@ -55,11 +55,12 @@ from nnunet_uda.evaluation.runs import find_raw_dataset
 from nnunet_uda.evaluation.tables import MEAN, Spread, gap_closed, spread, summarise
 from nnunet_uda.experiments.compare import LOWER, UPPER
 from nnunet_uda.experiments.engines import LocalEngine, run_jobs
-from nnunet_uda.experiments.job import COST, Job, Score, find_target_test, find_trainer
+from nnunet_uda.experiments.job import Job, Score, find_target_test, find_trainer
 from nnunet_uda.files import exclusive, whole_file, write_json
 from nnunet_uda.plans import derive_plans, merge_uda
 from nnunet_uda.settings import describe_settings, parse_assignment
 from nnunet_uda.training.criteria import HIGHER_IS_BETTER
+from nnunet_uda.training.fold import COST
 from nnunet_uda.workers import as_done
 
 BOUNDS = {LOWER: PLAIN, UPPER: "SupervisedTrainer"}

@@ -27,9 +27,9 @@ from pathlib import Path
 
 import numpy as np
 
-from nnunet_uda.commands.demo import Demo
 from nnunet_uda.data.convention import read_json
 from nnunet_uda.demo.brain import convert_command
+from nnunet_uda.demo.road import Demo
 from nnunet_uda.errors import UDAError, command
 from nnunet_uda.files import write_json
 

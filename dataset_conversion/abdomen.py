@@ -59,8 +59,8 @@ def convert(args: argparse.Namespace, warnings: list[str]) -> None:
         args.i, {"CHAOS": chaos.train_folder, "BTCV": btcv.training_folder},
         "one CHAOS tree (with Train_Sets/MR) and one BTCV tree (with RawData/Training/img and label)",
     )  # fmt: skip
-    mr = chaos.find_domain(chaos_tree, args.sequence, "MR", "mr", chaos.classes(args.structures), args.strict, warnings)
-    ct = btcv.find_domain(btcv_tree, btcv.classes(args.structures))
+    mr = chaos.find_domain(chaos_tree, args.sequence, "MR", "mr", args.structures, args.strict, warnings)
+    ct = btcv.find_domain(btcv_tree, args.structures)
     source, target = (ct, mr) if args.source == "ct" else (mr, ct)
     plan = protocols.arrange(source, target, args, warnings, skip_unlabelled=True)
     information = {

@@ -30,16 +30,16 @@ from __future__ import annotations
 
 import argparse
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from nnunet_uda.dataset_conversion import protocols
-from nnunet_uda.dataset_conversion.case import Case
+from nnunet_uda.dataset_conversion.case import Case, class_map
 from nnunet_uda.dataset_conversion.dataset import skip_or_refuse
 from nnunet_uda.dataset_conversion.options import add_common_arguments, script, telling
 from nnunet_uda.dataset_conversion.protocols import Domain
 from nnunet_uda.errors import UDAError, system_fault
 from nnunet_uda.images.listing import contents, files_in, folders_in, folders_named, is_folder
-from nnunet_uda.images.reading import LabelMap
 
 EXAMPLE = "nnUNetUDA_convert acdc -i ACDC -d 513"
 
@@ -63,20 +63,15 @@ def patient_folders(tree: Path) -> list[Path]:
     return []
 
 
-def classes(structures: list[str]) -> LabelMap:
-    """ACDC's values to classes in the order of ``structures``."""
-    numbers = {value: structures.index(name) + 1 if name in structures else 0 for name, value in VALUES.items()}
-    return LabelMap(numbers, names={value: name for name, value in VALUES.items()})
-
-
 def find_domain(
-    tree: Path, frame: str, name: str, prefix: str, label_map: LabelMap, strict: bool, warnings: list[str]
+    tree: Path, frame: str, name: str, prefix: str, structures: Sequence[str], strict: bool, warnings: list[str]
 ) -> Domain:
     """A case of every patient by number, its label attached where the file exists (it is not opened).
 
     Args:
         frame: of ``FRAMES``.
         name, prefix: of the domain, and of its case ids.
+        structures: classes 1, 2, ...
     """
     folders = patient_folders(tree)
     if not folders:
@@ -90,6 +85,7 @@ def find_domain(
         if other := patients.get(number):
             raise UDAError(f"{folder}: the same patient as {other}; expected each once. Remove one of them.")
         patients[number] = folder
+    label_map = class_map({value: name for name, value in VALUES.items()}, structures)
     cases = {}
     for number, folder in sorted(patients.items()):
         images, labels = _frames(folder)
@@ -162,7 +158,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 @telling
 def convert(args: argparse.Namespace, warnings: list[str]) -> None:
     """Run the conversion that ``args`` (of ``add_arguments``) describe."""
-    domain = find_domain(args.i, args.frame, "cine", "cine", classes(args.structures), args.strict, warnings)
+    domain = find_domain(args.i, args.frame, "cine", "cine", args.structures, args.strict, warnings)
     title = f"ACDC cine MR, {args.frame.upper()}"
     protocols.write_supervised("ACDC", domain, args.structures, INFORMATION, args, warnings, "heart", title)
 

@@ -32,16 +32,15 @@ A scan for imagesTr without a label is left out with a warning; --strict refuses
 from __future__ import annotations
 
 import argparse
-import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from nnunet_uda.dataset_conversion import protocols
-from nnunet_uda.dataset_conversion.case import Case
+from nnunet_uda.dataset_conversion.case import Case, class_map, numbered
 from nnunet_uda.dataset_conversion.options import add_common_arguments, add_directions, script, telling
 from nnunet_uda.dataset_conversion.protocols import Domain
 from nnunet_uda.errors import UDAError
-from nnunet_uda.images.listing import contents, files_in, folders_in
-from nnunet_uda.images.reading import LabelMap
+from nnunet_uda.images.listing import contents, folders_in
 
 EXAMPLE = "nnUNetUDA_convert amos -i amos22 -d 511 -source ct -target mr"
 
@@ -66,23 +65,18 @@ def dataset_folder(tree: Path) -> Path | None:
     return next((f for f in folders if (f / "imagesTr").is_dir() and (f / "labelsTr").is_dir()), None)
 
 
-def classes(structures: list[str]) -> LabelMap:
-    """AMOS's values to classes in the order of ``structures``."""
-    numbers = {i: structures.index(name) + 1 if name in structures else 0 for i, name in enumerate(STRUCTURES, 1)}
-    return LabelMap(numbers, names=dict(enumerate(STRUCTURES, 1)))
-
-
-def find_domain(tree: Path, modality: str, label_map: LabelMap) -> Domain:
+def find_domain(tree: Path, modality: str, structures: Sequence[str]) -> Domain:
     """A modality's cases by number, labels attached where the file exists (it is not opened); imagesVa are the test."""
     rule = "imagesTr/amos_<number>.nii.gz and labelsTr/amos_<number>.nii.gz, and the same in imagesVa and labelsVa"
     folder = dataset_folder(tree)
     if folder is None:
         raise UDAError(f"{tree}: no imagesTr and labelsTr folder (found: {contents(tree)}); expected {rule}. Check -i.")
+    label_map = class_map(dict(enumerate(STRUCTURES, 1)), structures)
     images: dict[int, Path] = {}
     cases: dict[str, Case] = {}
     test: list[str] = []
     for part in PARTS:
-        here, labels = (_numbered(folder / f"{kind}{part}", rule) for kind in ("images", "labels"))
+        here, labels = (numbered(folder / f"{kind}{part}", r"amos_(\d+)", rule) for kind in ("images", "labels"))
         for number in sorted(set(labels) - set(here)):
             raise UDAError(
                 f"{labels[number]}: its image is missing in images{part}; expected {rule}. Add it, or remove the label."
@@ -103,19 +97,6 @@ def find_domain(tree: Path, modality: str, label_map: LabelMap) -> Domain:
     return Domain(modality.upper(), dict(sorted(cases.items(), key=lambda item: int(item[0]))), tuple(test), folder)
 
 
-def _numbered(folder: Path, rule: str) -> dict[int, Path]:
-    """AMOS's files in ``folder`` by number; none where there is no such folder."""
-    found: dict[int, Path] = {}
-    for path in files_in(folder) if folder.is_dir() else ():
-        if match := re.fullmatch(r"amos_(\d+)(?i:\.nii(\.gz)?)", path.name):
-            if other := found.get(int(match[1])):
-                raise UDAError(f"{path}: the same number as {other.name}; expected each once. Remove one of them.")
-            found[int(match[1])] = path
-        elif path.name.lower().endswith((".nii", ".nii.gz")):
-            raise UDAError(f"{path}: unexpected file; expected only {rule}. Rename or remove it.")
-    return found
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-i", type=Path, required=True, metavar="VENDOR_TREE", help="folder with imagesTr and labelsTr")
     add_directions(parser, ("ct", "mr"))
@@ -133,8 +114,7 @@ def convert(args: argparse.Namespace, warnings: list[str]) -> None:
     structures = list(STRUCTURES) if args.structures == ["all"] else args.structures
     if "all" in structures:
         raise UDAError(f"-structures {' '.join(structures)}: expected all, or names, not both.")
-    label_map = classes(structures)
-    source, target = (find_domain(args.i, modality, label_map) for modality in (args.source, args.target))
+    source, target = (find_domain(args.i, modality, structures) for modality in (args.source, args.target))
     plan = protocols.arrange(source, target, args, warnings, skip_unlabelled=True)
     information = {"description": f"AMOS22, {plan.description}", **INFORMATION}
     protocols.write_arranged("AMOS", source, target, plan, structures, information, args, warnings, "abdomen")

@@ -69,6 +69,7 @@ from nnunet_uda.dataset_conversion.options import (
     add_common_arguments,
     add_directions,
     channel_names,
+    dataset_options,
     intensity_request,
     script,
     telling,
@@ -292,8 +293,7 @@ def convert(args: argparse.Namespace, warnings: list[str]) -> None:
     write_dataset(
         args.d, name, dataset, classes, _channels(args, request, warnings),
         adaptation=not args.upper_bound, source_splits=source_splits, target_splits=target_splits,
-        information=information, intensities=request, warnings=warnings, overwrite=args.overwrite, strict=args.strict,
-        processes=args.np, geometry=args.nifti_geometry, few=args.few, seed=args.seed,
+        information=information, intensities=request, warnings=warnings, **dataset_options(args),
     )  # fmt: skip
 
 

@@ -23,17 +23,16 @@ A scan without a label is left out with a warning; --strict refuses it.
 from __future__ import annotations
 
 import argparse
-import re
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from nnunet_uda.dataset_conversion import protocols
-from nnunet_uda.dataset_conversion.case import Case
+from nnunet_uda.dataset_conversion.case import Case, class_map, numbered
 from nnunet_uda.dataset_conversion.options import add_common_arguments, script, telling
 from nnunet_uda.dataset_conversion.protocols import Domain
 from nnunet_uda.errors import UDAError
-from nnunet_uda.images.listing import contents, files_in
-from nnunet_uda.images.reading import LabelMap
+from nnunet_uda.images.listing import contents
 
 EXAMPLE = "nnUNetUDA_convert btcv -i BTCV -d 520"
 
@@ -56,31 +55,15 @@ def training_folder(tree: Path) -> Path | None:
     return next((f for f in folders if (f / "img").is_dir() and (f / "label").is_dir()), None)
 
 
-def classes(structures: list[str]) -> LabelMap:
-    """BTCV's values to classes in the order of ``structures``."""
-    numbers = {value: structures.index(name) + 1 if name in structures else 0 for name, value in VALUES.items()}
-    return LabelMap(numbers, names={value: name for name, value in VALUES.items()})
-
-
-def find_domain(tree: Path, label_map: LabelMap) -> Domain:
-    """Cases by number, labels attached where the file exists (it is not opened)."""
+def find_domain(tree: Path, structures: Sequence[str]) -> Domain:
+    """Cases by number, classed in the order of ``structures``; a label is attached where its file exists, unopened."""
     training = training_folder(tree)
     rule = "img/img<number>.nii.gz and label/label<number>.nii.gz, numbers 0001-0010 and 0021-0040"
     if training is None:
         raise UDAError(
             f"{tree}: no img and label folder (found: {contents(tree)}); expected RawData/Training/{rule}. Check -i."
         )
-    files: dict[str, dict[int, Path]] = {"img": {}, "label": {}}
-    for kind, of_kind in files.items():
-        for path in files_in(training / kind):
-            match = re.fullmatch(rf"{kind}(\d+)(?i:\.nii(\.gz)?)", path.name)
-            if match:
-                if other := of_kind.get(int(match[1])):
-                    raise UDAError(f"{path}: the same number as {other.name}; expected each once. Remove one of them.")
-                of_kind[int(match[1])] = path
-            elif path.name.lower().endswith((".nii", ".nii.gz")):
-                raise UDAError(f"{path}: unexpected file; expected only {rule}. Rename or remove it.")
-    images, labels = files["img"], files["label"]
+    images, labels = (numbered(training / kind, rf"{kind}(\d+)", rule) for kind in ("img", "label"))
     if not images:
         folder = training / "img"
         raise UDAError(f"{folder} holds no image (found: {contents(folder)}); expected {rule}. Check -i.")
@@ -99,6 +82,7 @@ def find_domain(tree: Path, label_map: LabelMap) -> Domain:
             f"{labels[number]}: its image img{number:04d} is missing; expected {rule}. Add it, or remove the label; a "
             "label of another patient must not be used."
         )
+    label_map = class_map({value: name for name, value in VALUES.items()}, structures)
     cases = {
         str(number): Case(f"ct_{number:04d}", (path,), labels.get(number), label_map)
         for number, path in sorted(images.items())
@@ -116,7 +100,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 @telling
 def convert(args: argparse.Namespace, warnings: list[str]) -> None:
     """Run the conversion that ``args`` (of ``add_arguments``) describe."""
-    domain = replace(find_domain(args.i, classes(args.structures)), test=())
+    domain = replace(find_domain(args.i, args.structures), test=())
     protocols.write_supervised("BTCV", domain, args.structures, INFORMATION, args, warnings, "abdomen", "BTCV abdomen")
 
 

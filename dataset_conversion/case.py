@@ -7,9 +7,11 @@ bounds alone: no label of its own can change it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import SimpleITK as sitk
@@ -17,7 +19,6 @@ import SimpleITK as sitk
 from nnunet_uda.data.convention import LABELS_TARGET
 from nnunet_uda.data.slices import AXES, Grid
 from nnunet_uda.errors import UDAError
-from nnunet_uda.files import cannot_write
 from nnunet_uda.images.dicom import series_remarks
 from nnunet_uda.images.geometry import Grid as VoxelGrid
 from nnunet_uda.images.geometry import check_same_geometry
@@ -26,8 +27,9 @@ from nnunet_uda.images.intensities import (
     NoContrastError,
     not_hounsfield,
 )
+from nnunet_uda.images.listing import files_in
 from nnunet_uda.images.nifti import nifti_geometry
-from nnunet_uda.images.reading import LabelMap, check_image, check_whole, read_image, read_label, remarks
+from nnunet_uda.images.reading import LabelMap, check_image, read_image, read_label, remarks, write_image
 
 ENDING = ".nii.gz"
 
@@ -51,6 +53,33 @@ class Case:
     label_map: LabelMap | None = None
     read_image: Callable[[Path], sitk.Image] = read_image
     read_label: Callable[[Path, sitk.Image, Path], tuple[sitk.Image, list[str]]] = read_label
+
+
+def class_map(names: Mapping[int, str], structures: Sequence[str], **more: Any) -> LabelMap:
+    """A vendor's values, by their names, to the classes 1, 2, ... of ``structures``; others become background."""
+    classes = {name: index for index, name in enumerate(structures, 1)}
+    return LabelMap({value: classes.get(name, 0) for value, name in names.items()}, names=names, **more)
+
+
+def numbered(folder: Path, pattern: str, rule: str) -> dict[int, Path]:
+    """NIfTI files of a folder, where there is one, by their number.
+
+    Args:
+        pattern: of a name without its ending; its group is the number.
+        rule: what is expected, for messages.
+
+    Raises:
+        UDAError: for another NIfTI file, and for a number twice.
+    """
+    found: dict[int, Path] = {}
+    for path in files_in(folder) if folder.is_dir() else ():
+        if match := re.fullmatch(rf"{pattern}(?i:\.nii(\.gz)?)", path.name):
+            if other := found.get(int(match[1])):
+                raise UDAError(f"{path}: the same number as {other.name}; expected each once. Remove one of them.")
+            found[int(match[1])] = path
+        elif path.name.lower().endswith((".nii", ".nii.gz")):
+            raise UDAError(f"{path}: unexpected file; expected only {rule}. Rename or remove it.")
+    return found
 
 
 @dataclass(frozen=True)
@@ -139,7 +168,7 @@ def convert_case(
             if clipping.checked and clipping.intensities is not None:
                 beyond.append(_beyond(image, clipping.intensities))
             image = _clip(image, path, clipping, report.notes)
-            _write(image, images_folder / f"{case.identifier}_{channel:04d}{ENDING}")
+            write_image(image, images_folder / f"{case.identifier}_{channel:04d}{ENDING}")
             _remark(report, path)
             del image
         if labels_folder is not None and case.label is not None and case.label_map is not None:
@@ -156,7 +185,7 @@ def convert_case(
                 report.outside = np.min([_outside(mask, classes, structures) for mask in beyond], axis=0).tolist()
             converted = sitk.GetImageFromArray(classes)
             converted.CopyInformation(grid)
-            _write(converted, labels_folder / f"{case.identifier}{ENDING}")
+            write_image(converted, labels_folder / f"{case.identifier}{ENDING}")
     return report
 
 
@@ -206,14 +235,6 @@ def _remark(report: CaseReport, path: Path) -> None:
     repairs, warnings = ([], series_remarks(path)) if path.is_dir() else remarks(path)
     report.notes += repairs
     report.warnings += warnings
-
-
-def _write(image: sitk.Image, path: Path) -> None:
-    try:
-        sitk.WriteImage(image, str(path), True)
-        check_whole(path)  # on a full disk SimpleITK leaves a short file without an error
-    except RuntimeError as error:
-        raise cannot_write(path, error) from None
 
 
 def _describe(identifier: str, image: sitk.Image) -> CaseReport:

@@ -36,7 +36,7 @@ A patient without the sequence, and a scan for imagesTr without masks, is left o
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -46,14 +46,14 @@ import SimpleITK as sitk
 from PIL import Image
 
 from nnunet_uda.dataset_conversion import protocols
-from nnunet_uda.dataset_conversion.case import Case
+from nnunet_uda.dataset_conversion.case import Case, class_map
 from nnunet_uda.dataset_conversion.dataset import skip_or_refuse
 from nnunet_uda.dataset_conversion.options import add_common_arguments, add_directions, script, telling
 from nnunet_uda.dataset_conversion.protocols import Domain
 from nnunet_uda.errors import UDAError
 from nnunet_uda.images.dicom import MOST_PIXELS, by_name, dicom_files, order_series, read_header, read_volume
 from nnunet_uda.images.listing import contents, entries, files_in, folders_in, folders_named, is_folder
-from nnunet_uda.images.reading import LabelMap, readable
+from nnunet_uda.images.reading import readable
 
 EXAMPLE = "nnUNetUDA_convert chaos -i CHAOS -d 510 -source t1in -target t2spir"
 
@@ -150,7 +150,7 @@ def train_folder(tree: Path) -> Path | None:
 
 
 def find_domain(
-    tree: Path, sequence: str, name: str, prefix: str, label_map: LabelMap, strict: bool, warnings: list[str]
+    tree: Path, sequence: str, name: str, prefix: str, structures: Sequence[str], strict: bool, warnings: list[str]
 ) -> Domain:
     """Cases of a sequence by patient number, masks attached where there are any (they are not opened)."""
     modality, slices, ground = SEQUENCES[sequence]
@@ -170,6 +170,7 @@ def find_domain(
             raise UDAError(f"{patient}: the same patient number as {other}; expected each once. Remove one of them.")
         patients[int(patient.name)] = patient
     greys = CT_GREYS if sequence == "ct" else MR_GREYS
+    label_map = class_map(dict(enumerate(STRUCTURES, 1)), structures)
     in_files = {grey: label_map.values[index] for values, index in greys.items() for grey in values}
     label_map = replace(label_map, files=in_files)
     cases = {}
@@ -186,12 +187,6 @@ def find_domain(
         folder = train / modality
         raise UDAError(f"{folder} holds no scan (found: {contents(folder)}); expected {expected}. Check -i.")
     return Domain(name, cases, SIFA_TEST if modality == "MR" else (), train / modality)
-
-
-def classes(structures: list[str]) -> LabelMap:
-    """``read_label``'s values to classes in the order of ``structures``."""
-    numbers = {i: structures.index(name) + 1 if name in structures else 0 for i, name in enumerate(STRUCTURES, 1)}
-    return LabelMap(numbers, names=dict(enumerate(STRUCTURES, 1)))
 
 
 def divide_patients(source: Domain, target: Domain, test: list[str], seed: int) -> tuple[Domain, Domain]:
@@ -227,9 +222,8 @@ def convert(args: argparse.Namespace, warnings: list[str]) -> None:
             f"-structures {' '.join(structures)}: CHAOS's CT masks hold the liver alone. Use -structures liver, or "
             "BTCV's CT: nnUNetUDA_convert abdomen."
         )
-    label_map = classes(structures)
     source, target = (
-        find_domain(args.i, sequence, sequence.upper(), sequence, label_map, args.strict, warnings)
+        find_domain(args.i, sequence, sequence.upper(), sequence, structures, args.strict, warnings)
         for sequence in (args.source, args.target)
     )
     if not with_ct:

@@ -62,9 +62,7 @@ def convert(args: argparse.Namespace, warnings: list[str]) -> None:
         args.i, {"ACDC": acdc.patient_folders, "EMIDEC": emidec.case_folders},
         "one ACDC tree (with training/patient001) and one EMIDEC tree (with Case_P001)",
     )  # fmt: skip
-    cine = acdc.find_domain(
-        acdc_tree, args.frame, "cine", "cine", acdc.classes(args.structures), args.strict, warnings
-    )  # fmt: skip
+    cine = acdc.find_domain(acdc_tree, args.frame, "cine", "cine", args.structures, args.strict, warnings)
     lge = emidec.find_domain(emidec_tree, "LGE", "lge", emidec.classes(args.structures), args.strict, warnings)
     if args.source == "cine":
         source, target = cine, emidec.with_drawn_test(lge, args.seed)

@@ -46,6 +46,7 @@ from nnunet_uda.dataset_conversion.options import (
     add_common_arguments,
     add_upper_bound,
     channel_names,
+    dataset_options,
     intensity_request,
     script,
     telling,
@@ -381,8 +382,7 @@ def convert(args: argparse.Namespace, warnings: list[str]) -> None:
         args.d, args.name or name, groups, list(structures),
         channel_names(args.channel, len(labelled[0].images)), adaptation=not args.upper_bound,
         intensities=intensity_request(args), source_splits=splits, target_splits=target_splits,
-        warnings=warnings, overwrite=args.overwrite, strict=args.strict, processes=args.np,
-        geometry=args.nifti_geometry, few=trained_on, seed=args.seed,
+        warnings=warnings, **dataset_options(args) | {"few": trained_on},
     )  # fmt: skip
 
 

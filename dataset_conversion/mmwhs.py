@@ -36,6 +36,7 @@ from __future__ import annotations
 
 import argparse
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -43,7 +44,7 @@ import SimpleITK as sitk
 from scipy import ndimage
 
 from nnunet_uda.dataset_conversion import protocols
-from nnunet_uda.dataset_conversion.case import Case
+from nnunet_uda.dataset_conversion.case import Case, class_map
 from nnunet_uda.dataset_conversion.options import add_common_arguments, add_directions, script, telling
 from nnunet_uda.dataset_conversion.protocols import Domain
 from nnunet_uda.errors import UDAError
@@ -137,12 +138,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 @telling
 def convert(args: argparse.Namespace, warnings: list[str]) -> None:
     """Run the conversion that ``args`` (of ``add_arguments``) describe."""
-    unknown_advice = "Correct the label file: only 421 and pieces on the border are repaired."
-    classes = {VALUES[name]: args.structures.index(name) + 1 if name in args.structures else 0 for name in VALUES}
-    label_map = LabelMap(
-        classes, names={value: name for name, value in VALUES.items()}, hint=unknown_advice,
-        files={**classes, 421: classes[420]},
+    label_map = class_map(
+        {value: name for name, value in VALUES.items()}, args.structures,
+        hint="Correct the label file: only 421 and pieces on the border are repaired.",
     )  # fmt: skip
+    label_map = replace(label_map, files={**label_map.values, 421: label_map.values[420]})
     source, target = (
         Domain(
             modality.upper(), find_cases(args.i, modality, label_map), SIFA_TEST[modality], args.i / f"{modality}_train"

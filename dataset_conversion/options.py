@@ -6,6 +6,7 @@ import argparse
 import functools
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 from nnunet_uda.data.convention import (
     environment_folder,
@@ -88,6 +89,12 @@ def check_arguments(args: argparse.Namespace) -> None:
     if not 0 <= args.seed < 2**32:
         raise UDAError(f"-seed {args.seed}: expected a number from 0 to {2**32 - 1}.")
     environment_folder("nnUNet_raw")
+
+
+def dataset_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The options that ``write_dataset`` takes as they are."""
+    return {"overwrite": args.overwrite, "strict": args.strict, "processes": args.np, "geometry": args.nifti_geometry,
+            "few": args.few, "seed": args.seed}  # fmt: skip
 
 
 def intensity_request(

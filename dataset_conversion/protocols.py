@@ -13,7 +13,7 @@ import numpy as np
 from nnunet_uda.data.convention import is_ct
 from nnunet_uda.dataset_conversion.case import Case, Group
 from nnunet_uda.dataset_conversion.dataset import skip_or_refuse, write_dataset
-from nnunet_uda.dataset_conversion.options import channel_names, intensity_request
+from nnunet_uda.dataset_conversion.options import channel_names, dataset_options, intensity_request
 from nnunet_uda.dataset_conversion.splits import folds_of, source_folds
 from nnunet_uda.errors import UDAError
 from nnunet_uda.images.intensities import DEFAULT
@@ -195,8 +195,7 @@ def write_arranged(
         args.d, args.name or f"{prefix}_{default_name}", plan.groups, structures, channel_names(args.channel, 1),
         adaptation=not args.upper_bound, source_splits=plan.source_splits, target_splits=plan.target_splits,
         information=information, intensities=intensity_request(args, preset, None if args.protocol else DEFAULT),
-        warnings=warnings, overwrite=args.overwrite, strict=args.strict, processes=args.np,
-        geometry=args.nifti_geometry, few=args.few, seed=args.seed,
+        warnings=warnings, **dataset_options(args),
     )  # fmt: skip
 
 
@@ -241,8 +240,7 @@ def write_supervised(
         [Group(domain.name, training, "imagesTr", "labelsTr"), Group(domain.name, test, "imagesTs", "labelsTs")],
         structures, channel_names(channels, 1), adaptation=False, source_splits=splits,
         information={"description": f"{title}, supervised, seed {args.seed}", **information}, intensities=request,
-        warnings=warnings, overwrite=args.overwrite, strict=args.strict, processes=args.np,
-        geometry=args.nifti_geometry,
+        warnings=warnings, **dataset_options(args),
     )  # fmt: skip
 
 

@@ -61,12 +61,13 @@ from pathlib import Path
 
 import SimpleITK as sitk
 
-from nnunet_uda.dataset_conversion.case import Case, Group
+from nnunet_uda.dataset_conversion.case import Case, Group, class_map
 from nnunet_uda.dataset_conversion.dataset import skip_or_refuse, write_dataset
 from nnunet_uda.dataset_conversion.options import (
     add_common_arguments,
     add_directions,
     channel_names,
+    dataset_options,
     intensity_request,
     script,
     telling,
@@ -404,9 +405,9 @@ def find_crossmoda(folders: Sequence[Path], structures: Sequence[str]) -> tuple[
         )
     year = next(iter(years))
     names = {1: "vs", 2: "vs", 3: "cochlea"} if year == "2023" else {1: "vs", 2: "cochlea"}
-    label_map = LabelMap(
-        {value: structures.index(name) + 1 if name in structures else 0 for value, name in names.items()},
-        names=names,
+    label_map = class_map(
+        names,
+        structures,
         hint=f"These are the labels of crossMoDA {year}, which the file names announce. Correct the label file.",
     )
     cases: dict[str, list[Case]] = {role: [] for role in ("source", "target", "validation")}
@@ -497,8 +498,7 @@ def convert(args: argparse.Namespace, warnings: list[str]) -> None:
         adaptation=not args.upper_bound, source_splits=source_splits,
         information={"description": f"{what}, seed {args.seed}", **(crossmoda if layout == CROSSMODA else tcia)},
         intensities=intensity_request(args, otherwise=None if args.protocol else DEFAULT),
-        warnings=warnings, overwrite=args.overwrite, strict=args.strict, processes=args.np,
-        geometry=args.nifti_geometry, few=args.few, seed=args.seed,
+        warnings=warnings, **dataset_options(args),
     )  # fmt: skip
 
 

@@ -13,11 +13,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nnunet_uda.data.convention import dataset_name, environment_folder, read_json
+from nnunet_uda.data.convention import dataset_name, environment_folder, read_json, results_folder
 from nnunet_uda.devices import best_device, open_device
 from nnunet_uda.errors import UDAError
-
-FINAL = "checkpoint_final.pth"
+from nnunet_uda.training.checkpoint import FINAL
 
 
 def convert(converter: str, *, dataset_id: int, **options: Any) -> Path:
@@ -157,8 +156,7 @@ def predict(
 
 
 def _trained(dataset: int | str, trainer: str, plans: str, configuration: str) -> Path:
-    name = dataset_name(str(dataset))
-    folder = environment_folder("nnUNet_results") / name / f"{trainer}__{plans}__{configuration}"
+    folder = results_folder(str(dataset), trainer, plans, configuration)
     if not folder.is_dir():
         raise UDAError(f"{folder} does not exist: train({dataset!r}, trainer={trainer!r}, plans={plans!r}) first")
     return folder

@@ -1,4 +1,4 @@
-"""Durations and moments as people say them."""
+"""Durations and moments in everyday words."""
 
 from __future__ import annotations
 

@@ -90,6 +90,14 @@ def write_json(value: Any, path: Path | str) -> None:
     write_text(json.dumps(value, indent=4) + "\n", path)
 
 
+def link(file: Path, place: Path) -> None:
+    """Make ``place`` a link to ``file`` where the file system allows, else a copy."""
+    try:
+        os.symlink(file.resolve(), place)
+    except OSError:
+        shutil.copyfile(file, place)
+
+
 def remove_leftovers(folder: Path) -> None:
     """Remove what killed processes left of ``whole_file``; for a folder that nobody else writes into now."""
     for path in folder.glob(".*.tmp"):
@@ -165,7 +173,7 @@ def put_back(target: Path, family: str | None = None) -> None:
 
 
 def _set_aside(work: Path) -> list[Path]:
-    """Folders that wait in a killed command's working folder; conversions of before kept them in one of this name."""
+    """Folders that a killed command had set aside; earlier versions kept them in a folder called ``..._replaced``."""
     folder = work if work.name.endswith("_replaced") else work / FORMER
     return [path for path in folder.glob("*") if path.name != LOCK]
 

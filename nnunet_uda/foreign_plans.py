@@ -74,7 +74,7 @@ def check_plans(plans: Any, where: Path | str) -> dict[str, Any]:
     """``plans``, once everything that they name is what it should be. Nothing is called.
 
     Raises:
-        UDAError: for the first name that is none, or that names something else than what nnU-Net writes there.
+        UDAError: for the first name that does not exist, or names something else than nnU-Net writes there.
     """
     check_plans_names(plans, where)
     for key in ("image_reader_writer", "label_manager"):

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import io
+import json
 import os
 import pkgutil
 import re
 from collections.abc import Iterable, Iterator
+from contextlib import redirect_stdout
 from dataclasses import dataclass
+from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
@@ -17,7 +21,14 @@ from typing import Any
 from nnunetv2.utilities.find_class_by_name import temporarily_cleanup_imports_from_path, temporarily_extend_syspath
 
 from nnunet_uda.errors import UDAError
-from nnunet_uda.settings import UDASettings, describe_settings, method_objects, parse_settings, split_settings
+from nnunet_uda.settings import (
+    UDASettings,
+    describe_settings,
+    method_objects,
+    parse_settings,
+    setting_notes,
+    split_settings,
+)
 
 EXTERNAL = "nnUNet_extTrainer"
 TRAINERS = "nnunet_uda.trainers"
@@ -67,6 +78,28 @@ def find_methods() -> Found:
     return Found(sorted(found.values(), key=lambda method: method.name), unreadable)
 
 
+def list_settings() -> str:
+    """All settings with type, default and meaning, as text: shared ones, then those of every method that is found."""
+
+    def line(name: str, kind: str, default: Any, notes: dict[str, str]) -> str:
+        note = notes.get(name.rpartition(".")[2])
+        return f"  {name} = {json.dumps(default)}  ({kind})" + (f"\n      {note}" if note else "")
+
+    found = find_methods()
+    notes = setting_notes(UDASettings)
+    lines = ["Shared by all trainers:", *(line(*setting, notes) for setting in describe_settings(UDASettings))]
+    first: dict[str, list[tuple[str, str, Any]]] = {}
+    for method in found.methods:
+        settings, before = describe_settings(method.settings), first.get(method.name, [])
+        heading = f" as {', '.join(method.trainers)} has them, where they differ" if before else ""
+        first.setdefault(method.name, settings)
+        notes = setting_notes(method.settings)
+        own = [line(f"{method.name}.{each[0]}", *each[1:], notes) for each in settings if each not in before]
+        lines += [f"Settings of {method.name}{heading}:", *own] if own else []
+    lines += [f"Could not be imported: {path}: {error}" for path, error in found.unreadable.items()]
+    return "\n".join(lines)
+
+
 def _method_of(trainer: type[Any]) -> Method:
     check_trainer(trainer)
     return Method(trainer.method, trainer.method_settings, [])
@@ -105,6 +138,28 @@ def trainer_names() -> list[str]:
         for path in folder.rglob("*.py"):
             names.update(re.findall(r"^class (\w*Trainer\w*)\b", path.read_text("utf-8", "replace"), re.MULTILINE))
     return sorted(names)
+
+
+def find_any_trainer(name: str) -> type[Any]:
+    """The trainer class, nnU-Net's own or another.
+
+    Raises:
+        UDAError: no such trainer.
+    """
+    from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
+
+    let_find()
+    try:
+        with redirect_stdout(io.StringIO()):  # nnU-Net says which files it looks into
+            return recursive_find_trainer_class_by_name(name)
+    except RuntimeError as error:
+        names = trainer_names()
+        by_small = {known.lower().removesuffix("trainer"): known for known in names}
+        near = [by_small[word] for word in get_close_matches(name.lower().removesuffix("trainer"), by_small, 3)]
+        meant = f" Did you mean {' or '.join(near)}?" if near else f" These would be found: {', '.join(names)}"
+        raise UDAError(f"-tr {name}: no trainer of that name.{meant}") from error
+    except (AssertionError, TypeError) as error:  # what nnU-Net makes of another class, or of what is no class
+        raise UDAError(f"-tr {name} is no trainer ({error})") from error
 
 
 def _names(folder: Path, package: str) -> Iterator[str]:

@@ -36,6 +36,11 @@ def structure_colour(index: int) -> RGB:
     return red, green, blue
 
 
+def name_colours(labels: dict[str, int]) -> dict[str, RGB]:
+    """The colour of each structure by its name; ``labels`` without the background."""
+    return dict(zip(labels, label_colours(labels).values(), strict=True))
+
+
 def label_colours(labels: dict[str, int]) -> dict[int, RGB]:
     """The colour of each foreground label, in the order of ``labels``."""
     values = [value for value in labels.values() if value != 0]

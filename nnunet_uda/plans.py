@@ -18,12 +18,14 @@ from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 from nnunetv2.utilities.json_export import recursive_fix_for_json_export
 
 from nnunet_uda.data.convention import check_splits, environment_folder, read_json
-from nnunet_uda.data.slices import FILE, LEAST, order_of
+from nnunet_uda.data.slices import FILE, LEAST, order_of, refuse_mixed_slices
 from nnunet_uda.errors import UDAError
-from nnunet_uda.foreign_plans import find_in_nnunet
+from nnunet_uda.files import write_json
+from nnunet_uda.foreign_plans import find_in_nnunet, read_plans
 from nnunet_uda.methods import check_uda, find_methods
+from nnunet_uda.names import check_name
 from nnunet_uda.settings import describe_settings
-from nnunet_uda.workers import environment
+from nnunet_uda.workers import environment, wished_threads
 
 PLANES = {"axial": [0, 1, 2], "coronal": [1, 0, 2], "sagittal": [2, 0, 1]}
 """``transpose_forward`` of images that nnU-Net's reader has reoriented to RAS, whose array axes are (S, A, R)."""
@@ -145,11 +147,7 @@ def cpu_preset(plans: dict[str, Any], configuration: str, cores: int) -> tuple[d
     Args:
         cores: that training will use.
     """
-    if configuration not in plans["configurations"]:
-        raise UDAError(f"the plans have no configuration {configuration!r}; they have {list(plans['configurations'])}")
-    chosen = plans["configurations"][configuration]
-    if "patch_size" not in chosen:
-        raise UDAError(f"configuration {configuration!r} inherits from another one: choose {chosen['inherits_from']!r}")
+    chosen = _configuration(plans, configuration)
     most, batch = CPU_SIZES[len(chosen["patch_size"])]
     images = chosen.get("median_image_size_in_voxels", chosen["patch_size"])
     patch = tuple(
@@ -205,11 +203,7 @@ def derive_plans(
     if uda:
         check_uda(uda, f"plans {name!r}, key 'uda'")
         plans["uda"] = uda
-    if configuration not in plans["configurations"]:
-        raise UDAError(f"the plans have no configuration {configuration!r}; they have {list(plans['configurations'])}")
-    chosen = plans["configurations"][configuration]
-    if "architecture" not in chosen:
-        raise UDAError(f"configuration {configuration!r} inherits from another one: choose {chosen['inherits_from']!r}")
+    chosen = _configuration(plans, configuration)
     kwargs = chosen["architecture"]["arch_kwargs"]
     dimension = len(chosen["patch_size"])
 
@@ -245,6 +239,20 @@ def derive_plans(
     return plans
 
 
+def _configuration(plans: dict[str, Any], name: str) -> dict[str, Any]:
+    """A configuration that is described by itself.
+
+    Raises:
+        UDAError: no such configuration, or one that inherits from another.
+    """
+    if name not in plans["configurations"]:
+        raise UDAError(f"the plans have no configuration {name!r}; they have {list(plans['configurations'])}")
+    chosen = plans["configurations"][name]
+    if "architecture" not in chosen:
+        raise UDAError(f"configuration {name!r} inherits from another one: choose {chosen['inherits_from']!r}")
+    return chosen
+
+
 def _resize_stages(kwargs: dict[str, Any], number: int) -> None:
     for key, length in (
         ("features_per_stage", number),
@@ -256,6 +264,60 @@ def _resize_stages(kwargs: dict[str, Any], number: int) -> None:
             values = list(kwargs[key])
             kwargs[key] = (values + [values[-1]] * length)[:length]
     kwargs["n_stages"] = number
+
+
+def write_plans(
+    dataset: str,
+    base_name: str,
+    name: str,
+    configuration: str,
+    settings: dict[str, Any],
+    changes: dict[str, Any],
+    plane: str | None,
+    protocol: str | None,
+    preset: str | None,
+    overwrite: bool,
+) -> tuple[Path, dict[str, Any], bool]:
+    """Write a plans file of its own name into the preprocessed dataset's folder.
+
+    Args:
+        settings: by names of shared settings or ``method.name``, over those of protocol, preset and base.
+        changes: of the configuration: options for ``derive_plans``, over those of protocol and preset.
+
+    Returns:
+        The file, the plans, and whether their images are preprocessed otherwise than the base's.
+
+    Raises:
+        UDAError: a bad name, setting or change, and plans of that name with other content unless ``overwrite``.
+    """
+    folder = environment_folder("nnUNet_preprocessed") / dataset
+    path = folder / f"{check_name(name, '-p', file=True)}.json"
+    if name == base_name:
+        raise UDAError(f"-p must be a new name: planning again would drop settings from {base_name}.json")
+    if "__" in name:
+        raise UDAError(f"-p {name}: nnU-Net tells trainer, plans and configuration apart at '__'. Take another name")
+    former = read_json(path) if path.exists() and not overwrite else None
+    base = read_plans(folder, base_name)
+    uda, options = base.get("uda", {}), dict[str, Any]()
+    # planning for another plane takes minutes: what is wrong with the rest is said before
+    trial = derive_plans(base, configuration, name, merge_uda(uda, settings), **changes)
+    patch_size, where = trial["configurations"][configuration]["patch_size"], folder / "dataset.json"
+    refuse_mixed_slices(read_json(where), patch_size, f"{where}, -c {configuration}")
+    plans = replan_plane(dataset, base, plane, name) if plane else base
+    if protocol:
+        fingerprint = read_json(folder / "dataset_fingerprint.json")
+        share = training_share(folder, fingerprint)
+        papers, options = PROTOCOLS[protocol](fingerprint, plans["transpose_forward"][0], share)
+        uda = uda | papers
+    if preset:
+        fast, options = cpu_preset(plans, configuration, wished_threads())
+        uda = merge_presets(uda, fast)
+    plans = derive_plans(plans, configuration, name, merge_uda(uda, settings), **options | changes)
+    if former not in (None, plans):
+        raise UDAError(f"{path} exists, with other content: choose another name, or replace it with --overwrite")
+    write_json(plans, path)
+    identifiers = [content["configurations"][configuration]["data_identifier"] for content in (base, plans)]
+    return path, plans, identifiers[0] != identifiers[1]
 
 
 def replan_plane(dataset: str, plans: dict[str, Any], plane: str, name: str) -> dict[str, Any]:

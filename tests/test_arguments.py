@@ -18,6 +18,7 @@ from support.plans import plans
 
 import nnunet_uda.experiments.compare
 import nnunet_uda.experiments.sweep
+import nnunet_uda.plans
 from nnunet_uda.commands import (
     adapt,
     compare,
@@ -33,6 +34,11 @@ from nnunet_uda.commands import (
     sweep,
     train,
 )
+from nnunet_uda.data import pseudo_dataset
+from nnunet_uda.demo.road import Demo
+from nnunet_uda.evaluation import unsupervised
+from nnunet_uda.evaluation.scoring import Evaluation
+from nnunet_uda.training import fold
 
 JSON = {"channel_names": {"0": "x"}, "labels": {"background": 0, "a": 1}, "numTraining": 1, "file_ending": ".nii.gz",
         "uda": {"source_domain": "A", "target_domain": "B"}}  # fmt: skip
@@ -66,10 +72,11 @@ def work(tmp_path, monkeypatch) -> Path:
         pytest.fail("work has begun")
 
     for module, name in (
-        (evaluate, "score_runs"), (evaluate, "read_references"), (evaluate_unsupervised, "preprocessed"),
-        (preprocess, "preprocess_target"), (configure, "replan_plane"), (configure, "write_json"), (demo.Demo, "run"),
+        (Evaluation, "score"), (evaluate, "read_references"), (unsupervised, "preprocessed"),
+        (preprocess, "preprocess_target"), (nnunet_uda.plans, "replan_plane"), (nnunet_uda.plans, "write_json"),
+        (Demo, "run"),
         *((module, name) for module in GRIDS for name in ("run_jobs", "lay_out_images")),
-        (pseudo_labels, "_source_volumes"), (train, "load_pretrained"),
+        (pseudo_dataset, "_source_volumes"), (fold, "load_pretrained"),
     ):  # fmt: skip
         monkeypatch.setattr(module, name, no_work)
     for converter in convert.CONVERTERS.values():

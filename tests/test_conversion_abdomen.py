@@ -12,7 +12,7 @@ import pytest
 from support import btcv, chaos
 from support.dicom import shorter
 from support.folders import refusal, use_folders
-from support.scans import load, names
+from support.scans import VENDORS, load, names
 
 from nnunet_uda.commands.convert import main
 
@@ -33,9 +33,6 @@ def made(tmp_path_factory) -> Path:
 def trees(made, tmp_path, monkeypatch) -> Path:
     use_folders(monkeypatch, tmp_path)
     return Path(shutil.copytree(made, tmp_path / "vendor"))
-
-
-VENDORS = ("-source_intensities", "none", "-target_intensities", "none")
 
 
 def convert(

@@ -12,9 +12,10 @@ import SimpleITK as sitk
 from conftest import litter
 from support.brats import FOLDERS, LPS, SHAPE, brain, case_folder, file, make_case, make_tree, save, tumour
 from support.folders import refusal, use_folders
+from support.scans import VENDORS, load, names
 
 from nnunet_uda.commands.convert import main
-from nnunet_uda.dataset_conversion.brats import NAMINGS, PATIENTS
+from nnunet_uda.dataset_conversion.brats import PATIENTS
 from nnunet_uda.dataset_conversion.protocols import split_patients
 from nnunet_uda.images.intensities import Intensities, read_intensities
 
@@ -32,21 +33,10 @@ def tree(raw, tmp_path) -> Path:
     return make_tree(tmp_path / "vendor", kinds=("t2", "flair", "seg"))
 
 
-VENDORS = ("-source_intensities", "none", "-target_intensities", "none")
-
-
 def convert(tree: Path, *options: str, source: str = "flair", target: str = "t2", d: str = "505") -> Path:
     kept = () if {"-clip", "-range", "-protocol"} & set(options) else VENDORS
     main(["brats", "-i", str(tree), "-d", d, "-source", source, "-target", target, "-np", "1", *kept, *options])
     return next((tree.parent / "nnUNet_raw").glob(f"Dataset{d}_*"))
-
-
-def names(folder: Path) -> list[str]:
-    return sorted(p.name.removesuffix(".nii.gz").removesuffix("_0000") for p in folder.iterdir())
-
-
-def load(path: Path) -> np.ndarray:
-    return sitk.GetArrayFromImage(sitk.ReadImage(str(path)))
 
 
 def read(path: Path) -> dict:
@@ -517,11 +507,3 @@ def test_other_requests_that_are_refused(tree, capsys):
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
-
-
-def test_help_shows_trees_licence_page_and_repairs(capsys):
-    with pytest.raises(SystemExit):
-        main(["brats", "-h"])
-    text = capsys.readouterr().out
-    for expected in (*NAMINGS, "BraTS20_Training_001", "W39_1998.09.19_Segm.nii", "https://", "research", "clip"):
-        assert expected in text

@@ -9,6 +9,7 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -626,6 +627,14 @@ def test_a_full_disk_is_noticed(raw, groups, tmp_path):
 
 
 # --- what is missing --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", sorted({*convert.CONVERTERS} - {"folders"}))
+def test_help_shows_tree_licence_and_page(capsys, name):
+    with pytest.raises(SystemExit):
+        convert.main([name, "-h"])
+    text = capsys.readouterr().out
+    assert "xpected tree" in text and "https://" in text and re.search("CC BY|terms", text)
 
 
 def test_strict_refuses_what_is_otherwise_a_warning(raw, groups, capsys):

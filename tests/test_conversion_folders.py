@@ -15,6 +15,7 @@ from conftest import litter
 from support.dicom import DIRECTIONS, write_series
 from support.folders import use_folders
 from support.rtstruct import save_rtstruct
+from support.scans import load
 
 from nnunet_uda.commands.convert import main
 from nnunet_uda.dataset_conversion.folders import list_scans
@@ -80,10 +81,6 @@ def refused(capsys, data: Path, *more: str, **changes: str | list[str] | None) -
 
 def names(folder: Path) -> list[str]:
     return sorted(p.name.removesuffix(".nii.gz") for p in folder.iterdir())
-
-
-def load(path: Path) -> np.ndarray:
-    return sitk.GetArrayFromImage(sitk.ReadImage(str(path)))
 
 
 def test_formats_names_and_labels(data):

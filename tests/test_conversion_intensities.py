@@ -11,7 +11,7 @@ import pytest
 import SimpleITK as sitk
 from support.folders import use_folders
 from support.reproduce import make_vendor_trees
-from support.scans import body
+from support.scans import body, load
 
 from nnunet_uda.commands.convert import main
 from nnunet_uda.images.intensities import Intensities, read_intensities
@@ -35,10 +35,6 @@ def mr(seed: int) -> np.ndarray:
 def save(path: Path, array: np.ndarray) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     sitk.WriteImage(sitk.GetImageFromArray(array), str(path))
-
-
-def load(path: Path) -> np.ndarray:
-    return sitk.GetArrayFromImage(sitk.ReadImage(str(path)))
 
 
 @pytest.fixture

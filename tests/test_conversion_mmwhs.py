@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import SimpleITK as sitk
-from conftest import litter
-from support.folders import refusal, use_folders
+from support.folders import check_litter, refusal, use_folders
 from support.mmwhs import DIRECTIONS, IDS, SHAPE, heart, save
+from support.scans import VENDORS, load, names
 
 from nnunet_uda.commands.convert import main
 from nnunet_uda.dataset_conversion.mmwhs import VALUES, border_pieces
@@ -33,20 +33,9 @@ def tree(tmp_path, monkeypatch) -> Path:
     return tmp_path / "vendor"
 
 
-VENDORS = ("-source_intensities", "none", "-target_intensities", "none")
-
-
 def convert(tree: Path, *options: str, source: str = "mr", target: str = "ct", d: str = "501") -> Path:
     main(["mmwhs", "-i", str(tree), "-d", d, "-source", source, "-target", target, "-np", "1", *VENDORS, *options])
     return next((tree.parent / "nnUNet_raw").glob(f"Dataset{d}_*"))
-
-
-def names(folder: Path) -> list[str]:
-    return sorted(p.name.removesuffix(".nii.gz").removesuffix("_0000") for p in folder.iterdir())
-
-
-def load(path: Path) -> np.ndarray:
-    return sitk.GetArrayFromImage(sitk.ReadImage(str(path)))
 
 
 def refused(capsys, *arguments, **options) -> str:
@@ -95,11 +84,7 @@ def test_voxels_and_labels_are_kept(tree):
 
 
 def test_what_systems_leave_beside_files_is_passed_over(tree):
-    clean = convert(tree)
-    litter(tree)
-    littered = convert(tree, d="599")
-    for folder in [path for path in clean.iterdir() if path.is_dir()]:
-        assert names(littered / folder.name) == names(folder) != []
+    check_litter(convert, tree)
 
 
 def test_chosen_structures(tree):
@@ -281,10 +266,3 @@ def test_runs_as_a_script_and_in_parallel(tree):
     alone = convert(tree, *clipped, d="502")
     files = [p.relative_to(alone) for p in alone.rglob("*.nii.gz")]
     assert len(files) == 16 and all((alone / f).read_bytes() == (parallel / f).read_bytes() for f in files)
-
-
-def test_help_shows_tree_licence_and_page(capsys):
-    with pytest.raises(SystemExit):
-        main(["mmwhs", "-h"])
-    text = capsys.readouterr().out
-    assert "ct_train_1001_image.nii.gz" in text and "research" in text and "https://" in text

@@ -19,6 +19,7 @@ from pydicom import dcmread
 from pydicom.dataset import Dataset
 from support.folders import use_folders
 from support.rtstruct import save_rtstruct
+from support.scans import VENDORS, names
 from support.vs import NUMBERS, ROLES, direction, make_tcia, outline, save_series, scan, structures, tumour, uid
 
 from nnunet_uda.commands.convert import main
@@ -128,16 +129,9 @@ def root(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
-VENDORS = ("-source_intensities", "none", "-target_intensities", "none")
-
-
 def convert(tree: Path, *options: str, source: str = "cet1", target: str = "hrt2", d: str = "507") -> Path:
     main(["vs", "-i", str(tree), "-d", d, "-source", source, "-target", target, "-np", "1", *VENDORS, *options])
     return next(Path(os.environ["nnUNet_raw"]).glob(f"Dataset{d}_*"))
-
-
-def names(folder: Path) -> list[str]:
-    return sorted(p.name.removesuffix(".nii.gz").removesuffix("_0000") for p in folder.iterdir())
 
 
 def refused(capsys, *arguments, **options) -> str:
@@ -686,21 +680,6 @@ def test_requests_that_are_refused(root, pristine, capsys):
         (crossmoda, ("-test_ids", "3"), {}, "-test_ids go with -protocol uuds"),
     ):
         assert message in refused(capsys, tree, *options, **modalities)
-
-
-def test_help_shows_trees_licence_and_pages(capsys):
-    with pytest.raises(SystemExit):
-        main(["vs", "-h"])
-    text = capsys.readouterr().out
-    for part in (
-        "VS-SEG-001",
-        "vs_gk_1_t1",
-        "TrainingSource",
-        "CC BY 4.0",
-        "CC BY-NC-SA 4.0",
-        "https://doi.org/10.7937",
-    ):
-        assert part in text
 
 
 # --- real files -------------------------------------------------------------------------------------------------------

@@ -33,6 +33,7 @@ from nnunet_uda.losses.pseudo_label import pseudo_label_loss
 from nnunet_uda.losses.supervised_contrastive import supervised_contrastive_loss
 from nnunet_uda.losses.uncertainty import uncertain_segmentation_loss
 from nnunet_uda.plans import derive_plans
+from nnunet_uda.training import fold, launch
 from nnunet_uda.training.uda_trainer import NonFiniteLossError
 
 DATASET = "Dataset501_Blobs"
@@ -467,23 +468,23 @@ def test_who_started_a_process(monkeypatch):
                  "MASTER_PORT"):  # fmt: skip
         monkeypatch.setenv(name, "")  # so that what the command sets is unset again
         monkeypatch.delenv(name)
-    assert train.started_by() is None
+    assert launch.started_by() is None
     monkeypatch.setenv("SLURM_PROCID", "0")
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
-    assert train.started_by() is None, "a plain job of one task"
+    assert launch.started_by() is None, "a plain job of one task"
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "8")
     monkeypatch.setenv("SLURM_PROCID", "5")
     monkeypatch.setenv("SLURM_LOCALID", "1")
     monkeypatch.setenv("SLURM_JOB_ID", "70123")
-    assert train.started_by() == "srun"
+    assert launch.started_by() == "srun"
     with pytest.raises(UDAError, match="export MASTER_ADDR=HOST"):
         monkeypatch.setenv("PATH", "")
-        train.adopt_srun()
+        launch.adopt_srun()
     monkeypatch.setenv("MASTER_ADDR", "node1")
-    train.adopt_srun()
+    launch.adopt_srun()
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")
     assert [os.environ[name] for name in names] == ["5", "1", "8", "30123"]
-    assert train.started_by() == "torchrun", "its variables are there now"
+    assert launch.started_by() == "torchrun", "its variables are there now"
 
 
 @pytest.mark.parametrize(
@@ -504,21 +505,21 @@ def test_pretrained_weights_are_read_on_any_device(tmp_path):
     network = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
     wanted = {key: torch.full_like(value, 3.0) for key, value in network.state_dict().items()}
     torch.save({"network_weights": wanted}, tmp_path / "c.pth")
-    train.load_pretrained(network, tmp_path / "c.pth")
+    fold.load_pretrained(network, tmp_path / "c.pth")
     assert all((value == 3).all() for value in network.state_dict().values())
     torch.save({"network_weights": wanted | {"0.weight": torch.zeros(3, 2)}}, tmp_path / "c.pth")
     with pytest.raises(UDAError, match=r"0.weight is of shape \(3, 2\), this network's has shape \(2, 2\)"):
-        train.load_pretrained(network, tmp_path / "c.pth")
+        fold.load_pretrained(network, tmp_path / "c.pth")
 
 
 def test_memory_is_the_most_of_all_starts_and_time_their_sum(tmp_path):
     path = tmp_path / "cost.json"
-    train.write_cost(path, torch.device("cpu"))
+    fold.write_cost(path, torch.device("cpu"))
     first = json.loads(path.read_text())["peak_memory_gib"]
     assert 0.05 < first < 100
     path.write_text(json.dumps({"peak_memory_gib": 1000.0, "cpu_seconds": 1e6}))
     before = time.process_time()
-    train.write_cost(path, torch.device("cpu"))
+    fold.write_cost(path, torch.device("cpu"))
     found = json.loads(path.read_text())
     assert found["peak_memory_gib"] == 1000.0 and before <= found["cpu_seconds"] - 1e6 <= time.process_time()
 

@@ -19,8 +19,7 @@ from packaging.specifiers import SpecifierSet
 from support.documents import bash_blocks, command_lines, inline_commands, options, parsed
 
 from nnunet_uda.errors import UDAError
-from nnunet_uda.experiments.job import find_any_trainer
-from nnunet_uda.methods import check_uda
+from nnunet_uda.methods import check_uda, find_any_trainer
 from nnunet_uda.plans import merge_uda
 from nnunet_uda.settings import parse_assignment
 

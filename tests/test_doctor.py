@@ -9,14 +9,15 @@ import pytest
 import torch
 from conftest import TRAINERS
 
+from nnunet_uda import installation
 from nnunet_uda.commands import doctor, train
-from nnunet_uda.commands.doctor import NOTE, OK, WRONG, Finding
+from nnunet_uda.installation import NOTE, OK, WRONG, Finding
 from nnunet_uda.methods import let_find
 
 
 @pytest.fixture
 def healthy(tmp_path, monkeypatch):
-    for name in doctor.FOLDERS:
+    for name in installation.FOLDERS:
         (tmp_path / name).mkdir()
         monkeypatch.setenv(name, str(tmp_path / name))
     monkeypatch.setenv("nnUNet_extTrainer", str(TRAINERS))
@@ -27,7 +28,7 @@ def test_a_machine_that_has_everything(healthy, capsys):
     doctor.main([])
     lines = capsys.readouterr().out.splitlines()
     assert lines[-1] == "Everything is there" and not any(line.startswith(WRONG) for line in lines)
-    for word in ("Python", "nnunetv2 2.8", *doctor.FOLDERS, "device", "cores", "trainers"):
+    for word in ("Python", "nnunetv2 2.8", *installation.FOLDERS, "device", "cores", "trainers"):
         assert any(word in line for line in lines), word
 
 
@@ -37,14 +38,14 @@ def test_a_machine_that_has_everything(healthy, capsys):
         (lambda path, patch: patch.delenv("nnUNet_raw"), "nnUNet_raw           not set. Add: export nnUNet_raw="),
         (lambda path, patch: (path / "nnUNet_results").rmdir(), "nnUNet_results is no folder. Make it: mkdir -p"),
         (
-            lambda path, patch: patch.setattr(doctor.os, "access", lambda p, mode: mode != os.W_OK),
+            lambda path, patch: patch.setattr(installation.os, "access", lambda p, mode: mode != os.W_OK),
             "nnUNet_results       ",
         ),
         (lambda path, patch: patch.delenv("nnUNet_extTrainer"), "is not set: nnUNetUDA_train finds the trainers"),
         (lambda path, patch: patch.setenv("nnUNet_extTrainer", str(path)), ", without /"),
         (lambda path, patch: patch.setenv("nnUNet_extTrainer", f"{TRAINERS}:{path}/gone"), "gone is no folder"),
-        (lambda path, patch: patch.setattr(doctor, "LEAST_GIB", 10**9), "make room there"),
-        (lambda path, patch: patch.setattr(doctor, "version", lambda name: "0.1"), "nnunetv2 0.1 ("),
+        (lambda path, patch: patch.setattr(installation, "LEAST_GIB", 10**9), "make room there"),
+        (lambda path, patch: patch.setattr(installation, "version", lambda name: "0.1"), "nnunetv2 0.1 ("),
     ],
 )
 def test_what_is_wrong_has_a_line_and_a_status(healthy, monkeypatch, capsys, change, text):
@@ -59,7 +60,7 @@ def test_what_is_wrong_has_a_line_and_a_status(healthy, monkeypatch, capsys, cha
 @pytest.mark.parametrize("value", ["0", "2"])
 def test_what_planning_fails_with_is_noted(monkeypatch, value):
     monkeypatch.setenv("nnUNet_n_proc_DA", value)
-    noted = [finding.state for finding in doctor.devices() if finding.what == "nnUNet_n_proc_DA"]
+    noted = [finding.state for finding in installation.devices() if finding.what == "nnUNet_n_proc_DA"]
     assert noted == ([NOTE] if value == "0" else [])
 
 
@@ -77,7 +78,7 @@ def test_one_failing_check_stops_no_other():
         raise OSError("no such thing")
         yield
 
-    found = list(doctor.examine((failing, lambda: iter([Finding(OK, "x", "y")]))))
+    found = list(installation.examine((failing, lambda: iter([Finding(OK, "x", "y")]))))
     assert [finding.state for finding in found] == [WRONG, OK] and "no such thing" in found[0].text
     assert NOTE != WRONG
 

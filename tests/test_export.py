@@ -18,6 +18,7 @@ from conftest import make_trainer, write_volume, written_model
 from nnunet_uda.commands import export
 from nnunet_uda.data.components import KEY
 from nnunet_uda.errors import UDAError
+from nnunet_uda.evaluation import stock_model
 from nnunet_uda.evaluation.stock_model import check_plain, clipping_words, compare_segmentations, model_card
 from nnunet_uda.images.intensities import Intensities
 from nnunet_uda.training.checkpoint import read_checkpoint
@@ -80,7 +81,7 @@ def test_a_model_whose_folder_was_renamed_is_exported_and_files_beside_it_are_lo
     def predicted(*arguments) -> None:
         pytest.fail("predicted before everything was looked at")
 
-    monkeypatch.setattr(export, "predict_here", predicted)
+    monkeypatch.setattr(stock_model, "predict_here", predicted)
     scans = in_workspace.raw / "Dataset501_Blobs" / "imagesTs"
     command = ["-m", str(folder), "-o", str(tmp_path / "a.zip"), "-device", "cpu", "-i", str(scans)]
     summary = folder / "fold_0" / "validation" / "summary.json"
@@ -96,9 +97,9 @@ def test_a_model_whose_folder_was_renamed_is_exported_and_files_beside_it_are_lo
         quality = {"cases": [{"case": "a", "overall": {}, "structures": {}}]}
         card = model_card(folder, folder, ["0"], "checkpoint_final.pth", "not compared", quality)
         assert "fold 0: Dice not defined on MR validation cases" in card and "| Configuration | 2d, spacing" in card
-    monkeypatch.setattr(export, "predict_here", lambda *_: None)
-    monkeypatch.setattr(export, "predict_as_a_receiver", lambda *_: None)
-    monkeypatch.setattr(export, "compare_segmentations", lambda *_: (2, 100, 0))
+    monkeypatch.setattr(stock_model, "predict_here", lambda *_: None)
+    monkeypatch.setattr(stock_model, "predict_as_a_receiver", lambda *_: None)
+    monkeypatch.setattr(stock_model, "compare_segmentations", lambda *_: (2, 100, 0))
     export.main(command)
     with zipfile.ZipFile(tmp_path / "a.zip") as content:
         assert "Dataset501_Blobs/nnUNetTrainer__tiny__2d/plans.json" in content.namelist()
@@ -106,9 +107,9 @@ def test_a_model_whose_folder_was_renamed_is_exported_and_files_beside_it_are_lo
 
 def test_other_predictions_are_not_exported(in_workspace, tmp_path, monkeypatch, capsys):
     folder = trained_folder("SourceOnlyTrainer")
-    monkeypatch.setattr(export, "predict_here", lambda *_: None)
-    monkeypatch.setattr(export, "predict_as_a_receiver", lambda *_: None)
-    monkeypatch.setattr(export, "compare_segmentations", lambda *_: (2, 100, 3))
+    monkeypatch.setattr(stock_model, "predict_here", lambda *_: None)
+    monkeypatch.setattr(stock_model, "predict_as_a_receiver", lambda *_: None)
+    monkeypatch.setattr(stock_model, "compare_segmentations", lambda *_: (2, 100, 3))
     with pytest.raises(SystemExit):
         export.main(["-m", str(folder), "-f", "0", "-o", str(tmp_path / "a.zip"), "-device", "cpu"])
     assert "predicts 3 of 100 voxels" in capsys.readouterr().err

@@ -25,6 +25,7 @@ from nnunet_uda.commands import configure, convert, fold_images, intensities, pr
 from nnunet_uda.data.damage import refuse_damaged
 from nnunet_uda.data.target import MANIFEST, TargetDataset
 from nnunet_uda.errors import UDAError
+from nnunet_uda.images import reading
 from nnunet_uda.training import checkpoint, interruption
 from nnunet_uda.training.interruption import StopSignals, fold_lock
 from nnunet_uda.training.streams import refuse_damaged_cases
@@ -475,7 +476,7 @@ def test_a_folder_of_images_is_whole_after_a_kill_and_the_same_command(own_copy,
     (raw / "splits_target.json").write_text(json.dumps(splits))
     if name == "clip":
         main, command = intensities.main, ["-percentiles", "5", "95", "-i", str(raw / "imagesTs"), "-o", str(out)]
-        module, function = intensities.sitk, "WriteImage"
+        module, function = reading.sitk, "WriteImage"
     else:
         main, command = fold_images.main, ["-d", "501", "-f", "0", "-o", str(out)]
         module, function = os, "symlink"

@@ -13,7 +13,7 @@ FLOORS = (
     {"errors"},
     {"collectives", "devices", "durations", "files", "names", "palette", "settings", "workers"},
     {"figures", "images", "methods"},
-    {"data"},
+    {"data", "installation"},
     {"foreign_plans"},
     {"plans"},
     {"networks"},

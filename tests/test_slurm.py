@@ -15,12 +15,13 @@ from pathlib import Path
 
 import pytest
 
-from nnunet_uda.commands import compare, train
+from nnunet_uda.commands import compare
 from nnunet_uda.errors import UDAError
 from nnunet_uda.evaluation.runs import Labels
 from nnunet_uda.experiments import engines
 from nnunet_uda.experiments.engines import SubmititEngine, make_engine, run_jobs
 from nnunet_uda.experiments.job import Job, Score, TargetTest
+from nnunet_uda.training import launch
 
 pytest.importorskip("submitit")
 
@@ -312,15 +313,15 @@ def test_sigterm_waits_for_the_checkpoint_of_the_command(tmp_path):
 
 def test_a_task_takes_the_cores_that_slurm_gives_it(monkeypatch):
     taken = []
-    monkeypatch.setattr(train.torch, "set_num_threads", taken.append)
+    monkeypatch.setattr(launch.torch, "set_num_threads", taken.append)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)))
     for name in ("OMP_NUM_THREADS", "SLURM_CPUS_PER_TASK", "LOCAL_WORLD_SIZE", "nnUNet_def_n_proc"):
         monkeypatch.delenv(name, raising=False)
     for name, value in (("LOCAL_WORLD_SIZE", "2"), ("SLURM_CPUS_PER_TASK", "12"), ("OMP_NUM_THREADS", "5")):
-        train.set_threads("cpu")
+        launch.set_threads("cpu")
         monkeypatch.setenv(name, value)
-    train.set_threads("cpu")
-    train.set_threads("cuda")
+    launch.set_threads("cpu")
+    launch.set_threads("cuda")
     assert taken == [16, 8, 6, 5, 1]
     assert os.environ["nnUNet_def_n_proc"] == "8", "nnU-Net's own number, where there are as many cores"
 

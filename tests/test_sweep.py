@@ -23,6 +23,7 @@ from nnunet_uda.evaluation.runs import Labels
 from nnunet_uda.evaluation.sweep_plot import Point
 from nnunet_uda.evaluation.tables import Spread, Volume, spread
 from nnunet_uda.experiments import sweep
+from nnunet_uda.experiments.grid import check_run
 from nnunet_uda.experiments.job import Score, TargetTest, find_target_test, find_trainer, lay_out_images
 from nnunet_uda.experiments.sweep import Value, collect_points, plan_runs, sweep_table, write_tables
 
@@ -159,6 +160,15 @@ def test_nothing_made_otherwise_is_taken_for_a_part_of_the_sweep(in_workspace, t
     (plans.parent / "moved.json").write_text(json.dumps(tiny))
     assert "elsewhere does not exist. First: nnUNetv2_preprocess" in refused("new", "-p", "moved")
     (plans.parent / "moved.json").unlink()
+
+
+def test_plans_in_results_that_a_kill_cut_short_are_mended(in_workspace, tmp_path):
+    tiny = json.loads((in_workspace.preprocessed / DATASET / "tiny.json").read_text())
+    trained = tmp_path / "results" / DATASET / "SourceOnlyTrainer__tiny__2d" / "plans.json"
+    trained.parent.mkdir(parents=True)
+    trained.write_text("{")
+    check_run(DATASET, "SourceOnlyTrainer", tiny, "2d", "tiny")
+    assert json.loads(trained.read_text()) == tiny
 
 
 def test_equal_settings_are_one_run(in_workspace):

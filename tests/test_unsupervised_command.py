@@ -16,8 +16,8 @@ import torch
 from conftest import REPOSITORY, make_trainer
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
-from nnunet_uda.commands import evaluate_unsupervised
 from nnunet_uda.commands.evaluate import main
+from nnunet_uda.evaluation import unsupervised
 from nnunet_uda.evaluation.metrics import evaluate_case
 from nnunet_uda.training.criteria import HIGHER_IS_BETTER, TargetCriteria, look_twice
 
@@ -221,12 +221,12 @@ def test_the_benchmark_runs_and_goes_on(benchmark, models, tmp_path, capsys) -> 
 
 def test_the_best_is_bold_and_equal_values_are_not_all() -> None:
     row = {"trainer": "T", "plans": "P", "fold": "0", "checkpoint": "c", "epochs": 1}
-    names = dict.fromkeys(evaluate_unsupervised.COLUMNS, 0.5)
+    names = dict.fromkeys(unsupervised.COLUMNS, 0.5)
     values = [names | {"agreement": 0.9}, names | {"agreement": 0.7, "snd": math.nan}, names | {"agreement": 0.90001}]
     cells = [[cell.strip() for cell in line.split("|")[6:-1]]
-             for line in evaluate_unsupervised.table([row | value for value in values]).splitlines()[4:]]  # fmt: skip
-    by_name = dict(zip(evaluate_unsupervised.COLUMNS, zip(*cells, strict=True), strict=True))
+             for line in unsupervised.table([row | value for value in values]).splitlines()[4:]]  # fmt: skip
+    by_name = dict(zip(unsupervised.COLUMNS, zip(*cells, strict=True), strict=True))
     assert by_name["entropy"] == ("0.5000",) * 3, "nothing to choose by"
     assert by_name["agreement"] == ("**0.9000**", "0.7000", "**0.9000**"), "as good as it looks"
     assert by_name["snd"] == ("**0.5000**", "–", "**0.5000**")
-    assert "**0" not in evaluate_unsupervised.table([row | values[0]]), "alone it is not the best of anything"
+    assert "**0" not in unsupervised.table([row | values[0]]), "alone it is not the best of anything"

@@ -29,7 +29,7 @@ from nnunet_uda.errors import UDAError
 from nnunet_uda.files import write_json
 from nnunet_uda.foreign_plans import check_plans
 from nnunet_uda.images.intensities import read_intensities
-from nnunet_uda.methods import trainers_folder
+from nnunet_uda.methods import let_find
 from nnunet_uda.quality.asked import Asked
 from nnunet_uda.quality.calibration import Calibration
 from nnunet_uda.quality.cases import FILE, quality_of_volume, read_calibration, structure_names, uncalibrated
@@ -93,8 +93,7 @@ class Model:
     @property
     def structures(self) -> list[str]:
         """Names of the classes from 1."""
-        names = {value: name for name, value in self.dataset_json["labels"].items()}
-        return [names[label] for label in self.predictor.label_manager.foreground_labels]
+        return structure_names(self.dataset_json)
 
     def preprocess(self, files: Sequence[Path]) -> tuple[np.ndarray, dict[str, Any]]:
         """``(C, Z, Y, X)`` float32 and properties of a scan, as its network reads it; with the intensities of the
@@ -104,13 +103,6 @@ class Model:
             files, predictor.plans_manager, predictor.configuration_manager, self.dataset_json
         )
         return data.astype(np.float32, copy=False), properties
-
-    def spacing(self, properties: dict[str, Any]) -> list[float]:
-        """mm for each axis of a preprocessed volume; in 2D slices keep their distance."""
-        manager = self.predictor.plans_manager
-        own = [float(properties["spacing"][axis]) for axis in manager.transpose_forward]
-        network = [float(step) for step in self.predictor.configuration_manager.spacing]
-        return [*own[: 3 - len(network)], *network]
 
     def logits(self, volume: np.ndarray | Tensor, weights: Sequence[Weights], mirror: bool = True) -> Tensor:
         """``(K, Z, Y, X)`` on the CPU, mean over ``weights``, as nnU-Net predicts; ``mirror`` as it was trained."""
@@ -180,8 +172,10 @@ class Model:
 
     @property
     def written_trainer(self) -> str:
-        """The trainer that predicts with what is written: nnU-Net's own where its plain network is all that there is
-        to the model's, and no new scan has to be clipped; else the model's."""
+        """The trainer that will predict with the written model.
+
+        It is nnU-Net's own where the model is a plain network and no new scan has to be clipped, else the model's.
+        """
         own = self.predictor.trainer_name
         plain_network = self.trainer.build_network_architecture is UDATrainer.build_network_architecture
         clipped = read_intensities(self.dataset_json, "dataset.json of the model", "target") is not None
@@ -299,7 +293,7 @@ def _read(path: Path, trusted: bool) -> dict[str, Any]:
 
 
 def _find_trainer(name: str) -> type[Any]:
-    os.environ.setdefault("nnUNet_extTrainer", str(trainers_folder()))
+    let_find()
     with redirect_stdout(StringIO()):
         try:
             return recursive_find_trainer_class_by_name(name)

@@ -7,47 +7,14 @@ import json
 from pathlib import Path
 from typing import Any
 
-from nnunet_uda.data.convention import dataset_name, environment_folder, read_json
-from nnunet_uda.data.slices import plane_warning, refuse_mixed_slices
+from nnunet_uda.data.convention import dataset_name
+from nnunet_uda.data.slices import plane_warning
 from nnunet_uda.errors import UDAError, command
-from nnunet_uda.files import write_json
-from nnunet_uda.foreign_plans import read_plans
-from nnunet_uda.methods import find_methods
-from nnunet_uda.names import check_name
-from nnunet_uda.plans import (
-    PLANES,
-    PROTOCOLS,
-    cpu_preset,
-    derive_plans,
-    merge_presets,
-    merge_uda,
-    replan_plane,
-    training_share,
-)
-from nnunet_uda.settings import UDASettings, describe_settings, parse_assignment, setting_notes
-from nnunet_uda.workers import wished_threads
+from nnunet_uda.methods import list_settings
+from nnunet_uda.plans import PLANES, PROTOCOLS, write_plans
+from nnunet_uda.settings import parse_assignment
 
-
-def list_settings() -> str:
-    """All settings with type, default and meaning, as text: shared ones, then those of every method that is found."""
-
-    def line(name: str, kind: str, default: Any, notes: dict[str, str]) -> str:
-        note = notes.get(name.rpartition(".")[2])
-        return f"  {name} = {json.dumps(default)}  ({kind})" + (f"\n      {note}" if note else "")
-
-    found = find_methods()
-    notes = setting_notes(UDASettings)
-    lines = ["Shared by all trainers:", *(line(*setting, notes) for setting in describe_settings(UDASettings))]
-    first: dict[str, list[tuple[str, str, Any]]] = {}
-    for method in found.methods:
-        settings, before = describe_settings(method.settings), first.get(method.name, [])
-        heading = f" as {', '.join(method.trainers)} has them, where they differ" if before else ""
-        first.setdefault(method.name, settings)
-        notes = setting_notes(method.settings)
-        own = [line(f"{method.name}.{each[0]}", *each[1:], notes) for each in settings if each not in before]
-        lines += [f"Settings of {method.name}{heading}:", *own] if own else []
-    lines += [f"Could not be imported: {path}: {error}" for path, error in found.unreadable.items()]
-    return "\n".join(lines)
+CHANGES = ("patch_size", "batch_size", "base_features", "max_features", "stages", "slice_size")
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -86,54 +53,21 @@ def run(args: argparse.Namespace, settings: dict[str, Any]) -> Path:
     """
     if args.preset and args.protocol:
         raise UDAError("-preset and -protocol exclude each other: each is a schedule and a network")
-    dataset = dataset_name(args.d)
-    folder = environment_folder("nnUNet_preprocessed") / dataset
-    path = folder / f"{check_name(args.p, '-p', file=True)}.json"
-    if args.p == args.base:
-        raise UDAError(f"-p must be a new name: planning again would drop settings from {args.base}.json")
-    if "__" in args.p:
-        raise UDAError(f"-p {args.p}: nnU-Net tells trainer, plans and configuration apart at '__'. Take another name")
-    former = read_json(path) if path.exists() and not args.overwrite else None
-    base = read_plans(folder, args.base)
-    given = {
-        "patch_size": args.patch_size,
-        "batch_size": args.batch_size,
-        "base_features": args.base_features,
-        "max_features": args.max_features,
-        "stages": args.stages,
-        "slice_size": args.slice_size,
-    }
-    given = {key: value for key, value in given.items() if value is not None}
-    for key, value in given.items():
+    changes = {key: value for key in CHANGES if (value := getattr(args, key)) is not None}
+    for key, value in changes.items():
         if min(value if isinstance(value, list) else [value]) < 1:
             raise UDAError(f"-{key} must be at least 1, found {value}")
     settings = dict(parse_assignment(text) for text in args.set) | settings
-    # planning for another plane takes minutes: what is wrong with the rest is said before
-    trial = derive_plans(base, args.c, args.p, merge_uda(base.get("uda", {}), settings), **given)
-    patch_size = trial["configurations"][args.c]["patch_size"]
-    refuse_mixed_slices(read_json(folder / "dataset.json"), patch_size, f"{folder / 'dataset.json'}, -c {args.c}")
-    plans = replan_plane(dataset, base, args.plane, args.p) if args.plane else base
-    uda = base.get("uda", {})
-    options: dict[str, Any] = {}
-    if args.protocol:
-        fingerprint = read_json(folder / "dataset_fingerprint.json")
-        share = training_share(folder, fingerprint)
-        protocol, options = PROTOCOLS[args.protocol](fingerprint, plans["transpose_forward"][0], share)
-        uda = uda | protocol
-    if args.preset:
-        preset, options = cpu_preset(plans, args.c, wished_threads())
-        uda = merge_presets(uda, preset)
-    uda, options = merge_uda(uda, settings), options | given
-    plans = derive_plans(plans, args.c, args.p, uda, **options)
-    if former not in (None, plans):
-        raise UDAError(f"{path} exists, with other content: choose another name, or replace it with --overwrite")
-    write_json(plans, path)
-
+    path, plans, other_images = write_plans(
+        dataset_name(args.d), args.base, args.p, args.c, settings, changes, args.plane, args.protocol, args.preset,
+        args.overwrite,
+    )  # fmt: skip
     chosen = plans["configurations"][args.c]
     if warning := plane_warning(plans, args.c):
         print(f"WARNING: {warning}")
-    print(f"Wrote {path}: patch {chosen['patch_size']}, batch {chosen['batch_size']}, uda {json.dumps(uda)}")
-    if chosen["data_identifier"] != base["configurations"][args.c]["data_identifier"]:
+    shown = json.dumps(plans.get("uda", {}))
+    print(f"Wrote {path}: patch {chosen['patch_size']}, batch {chosen['batch_size']}, uda {shown}")
+    if other_images:
         print(f"Its images are preprocessed differently. Next: nnUNetv2_preprocess -d {args.d} -plans_name {args.p} -c "
               f"{args.c} -np 8")  # fmt: skip
     device = " -device cpu" if args.preset == "cpu" else ""

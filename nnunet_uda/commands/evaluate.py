@@ -6,18 +6,14 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from nnunet_uda import files
 from nnunet_uda.data.convention import read_json
 from nnunet_uda.errors import UDAError, command
-from nnunet_uda.evaluation.metrics import evaluate_case, parallel
 from nnunet_uda.evaluation.output import REPORT, check_output, whole_folder
-from nnunet_uda.evaluation.overlays import MAX_PIXELS, PLANES, OverlayTask, draw_case
+from nnunet_uda.evaluation.overlays import PLANES
 from nnunet_uda.evaluation.reference_values import (
     Reading,
     describe,
-    exchanged,
     named_values,
     read_by,
     recorded_values,
@@ -33,7 +29,6 @@ from nnunet_uda.evaluation.report import (
 )
 from nnunet_uda.evaluation.runs import (
     Labels,
-    Run,
     cases_of_folds,
     choose_volumes,
     find_images,
@@ -43,9 +38,10 @@ from nnunet_uda.evaluation.runs import (
     read_labels,
     runs_and_bound,
 )
-from nnunet_uda.evaluation.tables import Volume, check_bounds, compare_runs
+from nnunet_uda.evaluation.scoring import Evaluation
+from nnunet_uda.evaluation.tables import check_bounds, compare_runs
+from nnunet_uda.files import put_back, write_text
 from nnunet_uda.images.nifti import add_geometry_argument, nifti_geometry
-from nnunet_uda.palette import label_colours
 from nnunet_uda.workers import usual_processes
 
 MAX_PANELS = 1000
@@ -103,63 +99,6 @@ def check_arguments(arguments: argparse.Namespace) -> None:
         raise UDAError(f"-slices and -np must be at least 1, found {arguments.slices} and {arguments.np}")
 
 
-def score_runs(
-    runs: Sequence[Run],
-    volumes: Sequence[tuple[int | None, str]],
-    reference: Path,
-    labels: Labels,
-    reading: Reading,
-    num_processes: int,
-) -> dict[str, list[Volume]]:
-    """Scores of every run's volumes, in the order of ``volumes``."""
-    tasks = [
-        (
-            reference / f"{case}{labels.file_ending}",
-            run.folder_of(fold) / f"{case}{labels.file_ending}",
-            labels.structures,
-            labels.ignore,
-            reading.maps.get(case),
-        )
-        for run in runs
-        for fold, case in volumes
-    ]
-    scores = iter(parallel(evaluate_case, tasks, num_processes, "Scores"))
-    return {run.name: [Volume(case, next(scores), fold) for fold, case in volumes] for run in runs}
-
-
-def draw_overlays(
-    folder: Path,
-    runs: Sequence[Run],
-    volumes: Sequence[tuple[int | None, str]],
-    reference: Path,
-    images: dict[str, Path],
-    labels: Labels,
-    reading: Reading,
-    plane: str | None,
-    n_slices: int,
-    num_processes: int,
-) -> list[dict[str, Any]]:
-    """Write the overlays' PNG files to ``folder``; what the page shows of each volume."""
-    folder.mkdir()
-    names = [case if fold is None else f"{case} (fold {fold})" for fold, case in volumes]
-    tasks = []
-    for fold, case in volumes:
-        file = f"{case}{labels.file_ending}"
-        segmentations = {"reference": reference / file}
-        for run in runs:
-            title = run.name if run.name not in ("image", "reference") else f"run {run.name}"
-            segmentations[title] = run.folder_of(fold) / file
-        name = case if fold is None else f"fold_{fold}_{case}"
-        label_map = reading.maps.get(case)
-        task = OverlayTask(
-            name, images[case], segmentations, labels.structures, folder, n_slices, plane, label_map,
-            MAX_PIXELS // len(volumes),
-        )  # fmt: skip
-        tasks.append((task,))
-    drawn = parallel(draw_case, tasks, num_processes, "Overlays")
-    return [{"volume": name, **shown} for name, shown in zip(names, drawn, strict=True)]
-
-
 def read_references(
     arguments: argparse.Namespace,
     dataset_json: Path,
@@ -176,25 +115,6 @@ def read_references(
     if recorded is None:
         return Reading({}, [])
     return read_by(recorded, labels, cases, reference, raw, arguments.np)
-
-
-def exchanged_structures(
-    runs: Sequence[Run],
-    volumes: Sequence[tuple[int | None, str]],
-    reference: Path,
-    labels: Labels,
-    reading: Reading,
-    scores: dict[str, list[Volume]],
-    num_processes: int,
-) -> list[str]:
-    """Warnings for runs whose structures would be found under each other's values."""
-    warnings = []
-    for run in runs:
-        names = [(fold, f"{case}{labels.file_ending}") for fold, case in volumes]
-        files = [(reference / name, run.folder_of(fold) / name) for fold, name in names]
-        if warning := exchanged(run.name, scores[run.name], files, labels, reading, num_processes):
-            warnings.append(f"WARNING: {warning}")
-    return warnings
 
 
 @command
@@ -217,7 +137,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
-    files.put_back(Path(arguments.o))
+    put_back(Path(arguments.o))
     raw = find_raw_dataset(arguments.d) if arguments.d else None
     for option, value in (("-r", arguments.r), ("-djfile", arguments.djfile)):
         if raw is None and value is None:
@@ -261,35 +181,29 @@ def _evaluate(arguments: argparse.Namespace) -> None:
             f"({n_slices} of a volume at most) are printed, and lie as pictures in the folder overlays."
         )
 
+    evaluation = Evaluation(runs, volumes, reference, labels, arguments.np)
     reading = read_references(arguments, dataset_json, labels, sorted({case for _, case in volumes}), reference, raw)
     with whole_folder(Path(arguments.o)) as folder:
-        scores = score_runs(runs, volumes, reference, labels, reading, arguments.np)
-        notes = [*reading.notes, *exchanged_structures(runs, volumes, reference, labels, reading, scores, arguments.np)]
+        scores = evaluation.score(reading)
         comparison = compare_runs(scores, lower, upper)
-        comparison["bounds"] = {"lower": lower, "upper": upper}
         setup = {
             "dataset": raw.name if raw else None,
             "reference": str(reference),
             "runs": {run.name: run.folder for run in runs},
             "structures": labels.structures,
             "scored_folds": None if fold_cases is None else list(fold_cases),
-            "notes": notes,
+            "notes": [*reading.notes, *evaluation.exchanged(reading, scores)],
         }
         overlays = []
         if images:
-            overlays = draw_overlays(
-                folder / "overlays", runs, volumes, reference, images, labels, reading, arguments.plane, n_slices,
-                arguments.np,
-            )  # fmt: skip
+            overlays = evaluation.draw(folder / "overlays", images, reading, arguments.plane, n_slices)
         tables = summary_tables(scores, comparison)
         text = summary_markdown(setup, tables)
         write_json(folder / REPORT, setup, scores, comparison)
         write_csv(folder / "evaluation.csv", scores)
         volumes_text = markdown_table(volume_table(scores))
-        (folder / "evaluation.md").write_text(f"{text}\n{volumes_text}\n", "utf-8", "backslashreplace")
-        colours = label_colours(labels.structures)
-        by_name = {name: colours[value] for name, value in labels.structures.items()}
-        write_html(folder / "evaluation.html", setup, scores, tables, overlays, by_name, note)
+        write_text(f"{text}\n{volumes_text}\n", folder / "evaluation.md")
+        write_html(folder / "evaluation.html", setup, scores, tables, overlays, labels.structures, note)
     print(text)
     print(f"Written to {arguments.o}: {REPORT}, evaluation.csv, evaluation.md, evaluation.html (open it in a browser)")
 

@@ -1,42 +1,31 @@
-"""``nnUNetUDA_evaluate --unsupervised``: compare trained checkpoints on target images without a label."""
+"""``nnUNetUDA_checkpoints``: compare trained checkpoints on target images without a label."""
 
 from __future__ import annotations
 
 import argparse
-import math
-from itertools import groupby, product
+from itertools import product
 from pathlib import Path
-from typing import Any
 
-from nnunet_uda.data.convention import TARGET_FOLDER, check_model_options, dataset_name, environment_folder
+from nnunet_uda.data.convention import TARGET_FOLDER, check_model_options, dataset_name, results_folder
 from nnunet_uda.devices import open_device
 from nnunet_uda.errors import command
 from nnunet_uda.evaluation.output import check_output, whole_folder
-from nnunet_uda.evaluation.report import jsonable, markdown_table, write_rows
+from nnunet_uda.evaluation.report import jsonable, write_rows
 from nnunet_uda.evaluation.runs import find_raw_dataset
 from nnunet_uda.evaluation.unsupervised import (
+    COLUMNS,
+    NOTE,
     TrainedModel,
+    compare_checkpoints,
     dataset_of,
-    measure,
-    preprocessed,
-    pseudo_dice,
     require_checkpoint,
+    table,
     unlabelled_images,
 )
 from nnunet_uda.files import put_back, write_json
 from nnunet_uda.methods import let_find
-from nnunet_uda.training.criteria import HIGHER_IS_BETTER
 
 REPORT = "criteria.json"
-COLUMNS = {"pseudo_dice": True, **HIGHER_IS_BETTER}
-NOTE = (
-    "No label was read. ↑: higher is better, ↓: lower is better; bold: the best of a column. pseudo_dice is that of "
-    "the checkpoint's last epoch in training, on source validation patches. All others are measured on these images, "
-    "without test-time mirroring. agreement: Dice between the segmentations of an image and of the same image darkened "
-    "and mirrored. entropy and snd also praise a network that finds nothing; foreground_entropy, mutual_information "
-    "and agreement do not. Choose by agreement: it ranked checkpoints best where that could be tested. None of them is "
-    "a Dice on the target: label a few scans before you trust a choice."
-)
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,30 +45,9 @@ def model_folders(arguments: argparse.Namespace) -> list[tuple[Path, str]]:
     """nnU-Net's results folder and the fold of each combination of ``-tr``, ``-p`` and ``-f``."""
     check_model_options(arguments)
     let_find()
-    results = environment_folder("nnUNet_results") / dataset_name(arguments.d)
     names = product(arguments.tr, arguments.p)
-    return [(results / f"{trainer}__{plans}__{arguments.c}", fold) for trainer, plans in names for fold in arguments.f]
-
-
-def names_of(folder: Path) -> tuple[str, str]:
-    """Trainer and plans of nnU-Net's results folder ``TRAINER__PLANS__CONFIGURATION``."""
-    trainer, _, rest = folder.name.partition("__")
-    return trainer, rest.rpartition("__")[0]
-
-
-def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown, the best value of each criterion in bold, unless what is shown of all is the same."""
-    header = ["trainer", "plans", "fold", "checkpoint", "epochs"]
-    header += [f"{name} {'↑' if higher else '↓'}" for name, higher in COLUMNS.items()]
-    lines = [[str(row[key]) for key in header[:5]] for row in rows]
-    for name, higher in COLUMNS.items():
-        values = [row[name] for row in rows]
-        texts = ["–" if math.isnan(value) else f"{value:.4f}" for value in values]
-        best = (max if higher else min)((v for v in values if not math.isnan(v)), default=math.nan)
-        differ = len(set(texts)) > 1
-        for line, text in zip(lines, texts, strict=True):
-            line.append(f"**{text}**" if differ and text == f"{best:.4f}" else text)
-    return markdown_table({"caption": f"{len(rows)} checkpoint(s)", "header": header, "rows": lines})
+    folders = [results_folder(arguments.d, trainer, plans, arguments.c) for trainer, plans in names]
+    return [(folder, fold) for folder in folders for fold in arguments.f]
 
 
 @command
@@ -110,22 +78,8 @@ def main(argv: list[str] | None = None) -> None:
     images = arguments.i or find_raw_dataset(arguments.d) / TARGET_FOLDER
     cases = unlabelled_images(images, dataset_of(models[0]))
 
-    rows = []
     with whole_folder(Path(arguments.o), REPORT) as output:
-        for folder, group in groupby(models, key=lambda model: model.folder):
-            same_plans = list(group)
-            with preprocessed(same_plans[0], cases, device) as volumes:
-                for model in same_plans:
-                    values, checkpoint = measure(model, volumes, device)
-                    trainer, plans = names_of(folder)
-                    row: dict[str, Any] = {"trainer": trainer, "plans": plans, "fold": model.fold}
-                    row |= {
-                        "checkpoint": model.checkpoint,
-                        "epochs": checkpoint["current_epoch"],
-                        "pseudo_dice": pseudo_dice(checkpoint),
-                        **values,
-                    }
-                    rows.append(row)
+        rows = compare_checkpoints(models, cases, device)
         text = f"{table(rows)}\n\n{len(cases)} image(s) of {images}. {NOTE}\n"
         content = {"dataset": dataset_name(arguments.d), "configuration": arguments.c, "images": str(images),
                    "cases": list(cases), "higher_is_better": COLUMNS, "checkpoints": rows}  # fmt: skip

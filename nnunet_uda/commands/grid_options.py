@@ -1,4 +1,4 @@
-"""Options that ``nnUNetUDA_sweep`` and ``nnUNetUDA_compare`` share, and what is looked at in them."""
+"""The options that ``nnUNetUDA_sweep`` and ``nnUNetUDA_compare`` share, and their checks."""
 
 from __future__ import annotations
 
@@ -34,8 +34,15 @@ def add_grid_arguments(parser: argparse.ArgumentParser, command: str) -> None:
 
 
 def check_grid_arguments(arguments: argparse.Namespace, folds: Iterable[str], once: Iterable[str]) -> None:
-    """Raise ``UDAError`` for what is no fold, a value given twice to an option among ``once``, numbers out of range,
-    a device that is none, or options of sbatch without a value."""
+    """Check what the parser let through.
+
+    Args:
+        folds: must be numbers or ``all``.
+        once: options in which no value may stand twice.
+
+    Raises:
+        UDAError: for the first fault.
+    """
     for name in once:
         values = getattr(arguments, name) or []
         if len(set(values)) != len(values):

@@ -9,16 +9,12 @@ import argparse
 import sys
 from pathlib import Path
 
-import SimpleITK as sitk
-from tqdm import tqdm
-
-from nnunet_uda.data.convention import case_files, dataset_name, environment_folder, read_json
+from nnunet_uda.data.clipped_scans import find_scans, write_clipped
+from nnunet_uda.data.convention import dataset_name, environment_folder, read_json
 from nnunet_uda.errors import UDAError, command
-from nnunet_uda.files import cannot_write, whole_folder
-from nnunet_uda.images.intensities import PRESETS, Intensities, parse_intensities, read_clipped, read_intensities
-from nnunet_uda.images.listing import ENDINGS, entries
+from nnunet_uda.files import whole_folder
+from nnunet_uda.images.intensities import PRESETS, Intensities, parse_intensities, read_intensities
 from nnunet_uda.images.nifti import add_geometry_argument, nifti_geometry
-from nnunet_uda.images.reading import check_whole
 
 
 def clip(argv: list[str] | None = None) -> None:
@@ -53,11 +49,11 @@ def main(argv: list[str] | None = None) -> None:
     add_geometry_argument(parser)
     args = parser.parse_args(argv)
     intensities = _intensities(args)
-    cases = _cases(args.i)
+    cases = find_scans(args.i)
     if args.o.exists() and (not args.o.is_dir() or any(args.o.iterdir())):
         raise UDAError(f"{args.o} exists and is not an empty folder: give a new folder. Nothing was written.")
     with nifti_geometry(args.nifti_geometry), whole_folder(args.o) as folder:
-        _write_all(cases, intensities, folder)
+        write_clipped(cases, intensities, folder)
     print(f"{len(cases)} scan(s) clipped into {args.o}")
 
 
@@ -85,44 +81,6 @@ def _intensities(args: argparse.Namespace) -> Intensities:
             "new scans are predicted as they are. To clip all the same, give -percentiles or -window instead of -d."
         )
     return intensities
-
-
-def _cases(folder: Path) -> dict[str, Path]:
-    """Scans by name without ending (``CASE_0000``)."""
-    if not folder.is_dir():
-        raise UDAError(f"{folder} (-i) is no folder; expected one that holds CASE_0000.nii.gz files.")
-    cases: dict[str, Path] = {}
-    for ending in ENDINGS:
-        for files in case_files(folder, ending).values():
-            for path in files:
-                name = path.name.removesuffix(ending)
-                if other := cases.get(name):
-                    raise UDAError(f"{path}: there is also {other.name}; expected each scan once. Remove one of them.")
-                cases[name] = path
-    for path in entries(folder):
-        if path.name.lower().endswith(ENDINGS) and path not in cases.values():
-            raise UDAError(f"{path}: expected a name like CASE_0000.nii.gz, as nnUNetv2_predict needs it. Rename it.")
-    if not cases:
-        raise UDAError(f"{folder} (-i) holds no scan; expected files named like CASE_0000.nii.gz.")
-    return cases
-
-
-def _write_all(cases: dict[str, Path], intensities: Intensities, folder: Path) -> None:
-    errors: list[str] = []
-    for name, path in tqdm(cases.items(), desc="Clipping", unit="scan"):
-        try:
-            clipped = read_clipped(path, intensities)
-        except UDAError as error:
-            errors.append(str(error))
-            continue
-        written = folder / f"{name}.nii.gz"
-        try:
-            sitk.WriteImage(clipped, str(written), True)
-            check_whole(written)  # on a full disk SimpleITK leaves a short file without an error
-        except (RuntimeError, OSError) as error:
-            raise cannot_write(written, error) from None
-    if errors:
-        raise UDAError("nothing was written:\n  - " + "\n  - ".join(errors) if len(errors) > 1 else errors[0])
 
 
 if __name__ == "__main__":

@@ -86,6 +86,11 @@ def read_json(path: Path) -> Any:
         raise UDAError(f"{path} is not valid JSON for any purpose here: its brackets are nested too deep") from None
 
 
+def results_folder(dataset: str, trainer: str, plans: str, configuration: str) -> Path:
+    """nnU-Net's folder of a trained model, ``TRAINER__PLANS__CONFIGURATION``; ``dataset`` is an id or name."""
+    return environment_folder("nnUNet_results") / dataset_name(dataset) / f"{trainer}__{plans}__{configuration}"
+
+
 def mend_results(folder: Path, plans: dict[str, Any], dataset_json: dict[str, Any]) -> list[Path]:
     """Write ``plans.json`` and ``dataset.json`` of a results folder again where a kill or a full disk cut them short.
 
@@ -202,7 +207,7 @@ def check_plans_names(plans: Any, where: Path | str) -> dict[str, Any]:
     """``plans``, once every name in them that becomes a folder's name is one: no path leads out of nnU-Net's folders.
 
     Raises:
-        UDAError: for a name that is none, or plans without configurations.
+        UDAError: for a bad name, or plans without configurations.
     """
     if not isinstance(plans, dict) or not isinstance(plans.get("configurations"), dict):
         raise UDAError(f"{where} must hold plans as nnU-Net writes them: a JSON object with 'configurations'")
@@ -226,7 +231,7 @@ class Domains:
 
 
 def read_domains(dataset_json: dict[str, Any], where: str = "dataset.json") -> Domains:
-    """Names of both domains.
+    """The names of both domains.
 
     Raises:
         UDAError: if the ``uda`` key is missing or lacks a name.
@@ -285,7 +290,7 @@ def image_cases(folder: Path, file_ending: str) -> dict[str, list[Path]]:
     """``case_files`` of a folder of images that are all to be read.
 
     Raises:
-        UDAError: no image, one that nothing would read since it is called otherwise, and what is no file.
+        UDAError: no image, one whose name nnU-Net would not read, or something that is no file.
     """
     cases = case_files(folder, file_ending)
     if not cases:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from pathlib import Path
 
 from nnunet_uda.data.convention import (
@@ -16,7 +14,7 @@ from nnunet_uda.data.convention import (
     target_cases,
 )
 from nnunet_uda.errors import UDAError
-from nnunet_uda.files import whole_folder
+from nnunet_uda.files import link, whole_folder
 
 
 def lay_out_fold(raw: Path, fold: int, output: Path) -> list[str]:
@@ -45,8 +43,5 @@ def lay_out_fold(raw: Path, fold: int, output: Path) -> list[str]:
         raise UDAError(f"{output} is not empty, or no folder: give a new folder")
     with whole_folder(output) as folder:
         for path in (raw / TARGET_FOLDER / file.name for identifier in identifiers for file in cases[identifier]):
-            try:
-                os.symlink(path.resolve(), folder / path.name)
-            except OSError:
-                shutil.copyfile(path, folder / path.name)
+            link(path, folder / path.name)
     return identifiers

@@ -6,12 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from nnunet_uda.evaluation.metrics import parallel
-from nnunet_uda.evaluation.overlays import MAX_PIXELS, OverlayTask, draw_case
+from nnunet_uda.evaluation.overlays import MAX_PIXELS, OverlayTask, draw_cases
 from nnunet_uda.evaluation.report import summary_tables, write_html
 from nnunet_uda.evaluation.runs import Labels
 from nnunet_uda.evaluation.tables import Volume, compare_runs, spread
-from nnunet_uda.palette import label_colours
 
 SLICES = 5
 NOTE = (
@@ -75,27 +73,17 @@ def write_compare_page(
     scores = {label: [volumes[case] for case in cases] for label, volumes in pooled.items()}
     lower, upper = bounds if all(bound in scores for bound in bounds) else (None, None)
     comparison = compare_runs(scores, lower, upper)
-    comparison["bounds"] = {"lower": lower, "upper": upper}
     folder = path.with_name(f"{path.stem}_overlays")
     folder.mkdir(exist_ok=True)
     ending = labels.file_ending
-    tasks = [
-        (
-            OverlayTask(
-                case,
-                images[case],
-                {"reference": reference / f"{case}{ending}"}
-                | {label: methods[label].predictions[case] for label in scores},
-                labels.structures,
-                folder,
-                SLICES,
-                pixels=MAX_PIXELS // len(cases),
-            ),
-        )
-        for case in cases
-    ]
-    drawn = parallel(draw_case, tasks, num_processes, "Overlays")
-    overlays = [{"volume": case, **shown} for case, shown in zip(cases, drawn, strict=True)]
+    tasks = {}
+    for case in cases:
+        predictions = {label: methods[label].predictions[case] for label in scores}
+        tasks[case] = OverlayTask(
+            case, images[case], {"reference": reference / f"{case}{ending}"} | predictions, labels.structures, folder,
+            SLICES, pixels=MAX_PIXELS // len(cases),
+        )  # fmt: skip
+    overlays = draw_cases(tasks, num_processes)
     setup = {
         "dataset": test,
         "reference": reference,
@@ -103,8 +91,6 @@ def write_compare_page(
         "scored_folds": None,
         "notes": [NOTE],
     }
-    colours = label_colours(labels.structures)
-    by_name = {name: colours[value] for name, value in labels.structures.items()}
     note = f"The chosen slices ({SLICES} of a volume at most) are printed, and lie as pictures in {folder.name}."
-    write_html(path, setup, scores, summary_tables(scores, comparison), overlays, by_name, note)
+    write_html(path, setup, scores, summary_tables(scores, comparison), overlays, labels.structures, note)
     return True

@@ -11,7 +11,7 @@ import numpy as np
 import SimpleITK as sitk
 from scipy.ndimage import binary_erosion, zoom
 
-from nnunet_uda.evaluation.metrics import read_reference
+from nnunet_uda.evaluation.metrics import parallel, read_reference
 from nnunet_uda.evaluation.stacks import make_stack
 from nnunet_uda.images.geometry import check_same_geometry
 from nnunet_uda.images.reading import LabelMap, read_image
@@ -84,6 +84,12 @@ class OverlayTask:
     """The reference's values to those of ``labels``, where they differ."""
     pixels: int = 10**7
     """Of the volume on the page, at most."""
+
+
+def draw_cases(tasks: dict[str, OverlayTask], num_processes: int) -> list[dict[str, Any]]:
+    """What ``draw_case`` returns of each volume, with its name, a key of ``tasks``, under ``volume``."""
+    drawn = parallel(draw_case, [(task,) for task in tasks.values()], num_processes, "Overlays")
+    return [{"volume": name, **shown} for name, shown in zip(tasks, drawn, strict=True)]
 
 
 def draw_case(task: OverlayTask) -> dict[str, Any]:

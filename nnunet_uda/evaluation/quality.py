@@ -67,8 +67,11 @@ def open_asked(folder: Path, folds: Sequence[str], checkpoint: str, device: torc
 def find_calibration(
     folder: Path, fold: str, asked: Asked, log: Callable[[str], None] = print, **options: Any
 ) -> Calibration:
-    """The calibration beside a fold's checkpoints; else made from the source's preprocessed cases and written there;
-    else one that knows no source, from what many other models have in common."""
+    """The calibration beside a fold's checkpoints.
+
+    Without one, it is made from the source's preprocessed cases and written there. Without these, it knows no source
+    and holds what many other models have in common.
+    """
     path, structures = folder / f"fold_{fold}" / FILE, structure_names(asked.predictor.dataset_json)
     if path.exists():
         return read_calibration(path, structures)
@@ -207,7 +210,7 @@ def estimate_quality(
 def judge_all(
     judge: Judge, images: dict[str, list[Path]], predictions: dict[str, Path] | None = None
 ) -> Iterator[tuple[str, CaseQuality, Looked]]:
-    """Case after case, for who draws them on the way."""
+    """Judge case after case, so that a caller can draw each at once."""
     for case, files in images.items():
         quality, looked = judge.judge(case, files, (predictions or {}).get(case))
         yield case, quality, looked

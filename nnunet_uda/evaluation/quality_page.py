@@ -13,7 +13,7 @@ import numpy as np
 from nnunet_uda.evaluation.overlays import draw_overlay
 from nnunet_uda.evaluation.page import write_filled
 from nnunet_uda.evaluation.report import jsonable
-from nnunet_uda.palette import label_colours
+from nnunet_uda.palette import label_colours, name_colours
 
 GAP = 4
 """Pixels between the planes of a thumbnail."""
@@ -90,5 +90,4 @@ def write_page(
             for case in cases
         ],
     }
-    colours = dict(zip(structures, label_colours(structures).values(), strict=True))
-    write_filled(path, "quality", title, colours, jsonable(data), {"notes": notes})
+    write_filled(path, "quality", title, name_colours(structures), jsonable(data), {"notes": notes})

@@ -67,10 +67,10 @@ def dataset_values(labels: Labels) -> LabelMap:
 
 
 def named_values(words: Sequence[str], labels: Labels) -> LabelMap:
-    """The option ``-labels``: what the references' values mean.
+    """What the references' values mean, from the option ``-labels``.
 
     Raises:
-        UDAError: a structure that the dataset has not, or one that has no value.
+        UDAError: a structure that the dataset lacks, or one without a value.
     """
     given = parse_labels(words)
     unlike = sorted(set(given) ^ set(labels.structures))

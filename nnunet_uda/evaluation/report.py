@@ -15,7 +15,7 @@ from nnunet_uda.evaluation.page import write_filled
 from nnunet_uda.evaluation.tables import MEAN, Volume
 from nnunet_uda.files import whole_file
 from nnunet_uda.names import spreadsheet_cell
-from nnunet_uda.palette import RUNS
+from nnunet_uda.palette import RUNS, name_colours
 
 UNITS = {"Dice": "Dice", "ASSD": "ASSD (mm)", "HD95": "HD95 (mm)"}
 DIGITS = {"Dice": 3, "ASSD": 2, "HD95": 2}
@@ -55,10 +55,13 @@ def write_json(path: Path, setup: dict[str, Any], runs: dict[str, list[Volume]],
         ]
         for name, run in runs.items()
     }
-    content = jsonable({**setup, "rules": RULES, "volumes": volumes, **comparison})
-    path.write_text(
-        json.dumps(content, indent=2, allow_nan=False, ensure_ascii=False) + "\n", "utf-8", "backslashreplace"
-    )
+    write_report(path, {**setup, "rules": RULES, "volumes": volumes, **comparison})
+
+
+def write_report(path: Path, content: dict[str, Any]) -> None:
+    """``content`` as JSON for people: NaN is null, and names stand as they are."""
+    text = json.dumps(jsonable(content), indent=2, allow_nan=False, ensure_ascii=False)
+    path.write_text(f"{text}\n", "utf-8", "backslashreplace")
 
 
 def write_csv(path: Path, runs: dict[str, list[Volume]]) -> None:
@@ -259,7 +262,7 @@ def write_html(
     runs: dict[str, list[Volume]],
     tables: Sequence[dict[str, Any]],
     overlays: Sequence[dict[str, Any]],
-    colours: dict[str, tuple[int, int, int]],
+    structures: dict[str, int],
     overlay_note: str,
 ) -> None:
     """``evaluation.html``: tables, a plot of every volume and overlays, in one file that asks the network for nothing.
@@ -270,10 +273,10 @@ def write_html(
         runs: volumes of each run.
         tables: ``summary_tables``'s result.
         overlays: for each volume its name under ``volume`` and what ``draw_case`` returns.
-        colours: RGB of each structure.
+        structures: their values by name.
         overlay_note: how the slices were chosen, or why there are none.
     """
-    first = next(iter(runs))
+    first, colours = next(iter(runs)), name_colours(structures)
     rows_of = [*runs[first][0].metrics, MEAN]
     data = {
         "metrics": [{"key": metric, "label": UNITS[metric], "digits": DIGITS[metric]} for metric in METRICS],

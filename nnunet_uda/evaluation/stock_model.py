@@ -6,17 +6,21 @@ import os
 import shutil
 import subprocess
 import sys
+import zipfile
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from datetime import date
+from functools import partial
 from io import StringIO
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import SimpleITK as sitk
 import torch
 from batchgenerators.utilities.file_and_folder_operations import save_pickle
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.postprocessing.remove_connected_components import apply_postprocessing_to_folder
 from nnunetv2.postprocessing.remove_connected_components import (
     remove_all_but_largest_component_from_segmentation as keep_largest,
@@ -26,18 +30,21 @@ from nnunetv2.utilities.label_handling.label_handling import determine_num_input
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_uda.data.components import KEY as COMPONENTS
-from nnunet_uda.data.convention import read_domains, read_json
+from nnunet_uda.data.convention import TARGET_FOLDER, environment_folder, read_domains, read_json
 from nnunet_uda.errors import UDAError
-from nnunet_uda.evaluation.unsupervised import TrainedModel, open_model
-from nnunet_uda.files import sha256, write_json
+from nnunet_uda.evaluation.unsupervised import TrainedModel, open_model, unlabelled_images
+from nnunet_uda.files import sha256, whole_file, write_json, write_text
 from nnunet_uda.foreign_plans import check_plans
-from nnunet_uda.images.intensities import Intensities, read_intensities
+from nnunet_uda.images.intensities import Intensities, read_clipped, read_intensities
+from nnunet_uda.images.listing import entries
 from nnunet_uda.quality.cases import FILE as QUALITY
 from nnunet_uda.training.checkpoint import FINAL, configuration_of, read_model, write_checkpoint
 
 TRAINER = "nnUNetTrainer"
 CARD = "MODEL_CARD.md"
 POSTPROCESSING = "postprocessing.pkl"
+CHECKED = 2
+"""Scans that are predicted with both models, by default."""
 KEPT_KEYS = (
     "network_weights",
     "init_args",
@@ -120,14 +127,67 @@ def largest_components(plans: dict[str, Any]) -> tuple[list[Callable], list[dict
     return [keep_largest] * len(groups), [{"labels_or_regions": group, "background_label": 0} for group in groups]
 
 
+def export(
+    folder: Path,
+    folds: Sequence[str],
+    checkpoint: str,
+    scans: Sequence[Sequence[Path]],
+    quality: dict[str, Any] | None,
+    clip: Intensities | None,
+    device: torch.device,
+    archive: Path,
+) -> tuple[str, Path]:
+    """Write the model and its card into ``archive``, and the card beside it.
+
+    Args:
+        scans: files of each scan that both models predict.
+        quality: content of a quality report, for the card.
+        clip: what the receiver does to every scan.
+
+    Returns:
+        What was compared, in words, and the card's path.
+
+    Raises:
+        UDAError: no such checkpoint, a network that is not nnU-Net's, or predictions that differ.
+    """
+    with TemporaryDirectory() as name:
+        work = Path(name)
+        place = write_stock_model(folder, folds, checkpoint, work / "results")
+        card_with = partial(model_card, folder, place, folds, checkpoint, quality=quality)
+        card_with("not compared yet")  # what it reads, and may refuse, is read before the predictions
+        lay_out(scans, work / "scans", clip)
+        predict_here(folder, folds, checkpoint, work / "scans", work / "here", device)
+        predict_as_a_receiver(work / "results", place, folds, work / "scans", work / "there", device)
+        plans, dataset_json = read_json(folder / "plans.json"), read_json(folder / "dataset.json")
+        there = work / "there"
+        if plans.get(COMPONENTS):
+            there = work / "postprocessed"
+            postprocess_as_a_receiver(plans, dataset_json, work / "there", there)
+        number, voxels, differ = compare_segmentations(work / "here", there, dataset_json["file_ending"])
+        if differ:
+            raise UDAError(
+                f"nnU-Net alone predicts {differ} of {voxels} voxels of {number} scan(s) otherwise than the trained "
+                "model: nothing was exported"
+            )
+        check = f"predictions of {number} scan(s), {voxels} voxels, equal those of the trained model voxel for voxel"
+        card = card_with(check)
+        write_text(card, place / CARD)
+        archive.parent.mkdir(parents=True, exist_ok=True)
+        with whole_file(archive) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as content:
+            for path in sorted((work / "results").rglob("*")):
+                if path.is_file():
+                    content.write(path, path.relative_to(work / "results"))
+    beside = archive.with_suffix(".md")
+    write_text(card, beside)
+    return check, beside
+
+
 # -- the check ---------------------------------------------------------------------------------------------------------
 
 
 def predict_here(folder: Path, folds: Sequence[str], checkpoint: str, scans: Path, output: Path, device: Any) -> None:
     """Predict a folder of scans in this process, with the model's own trainer and nnU-Net's settings."""
     open_model(TrainedModel(folder, folds[0], checkpoint), device)  # its messages
-    from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
-
     predictor = nnUNetPredictor(device=device, allow_tqdm=False, perform_everything_on_device=device.type == "cuda")
     output.mkdir()
     with redirect_stdout(StringIO()):
@@ -177,6 +237,32 @@ def compare_segmentations(first: Path, second: Path, ending: str) -> tuple[int, 
         voxels += one.size
         differ += int(np.count_nonzero(one != two))
     return len(files), voxels, differ
+
+
+def scans_to_check(given: Path | None, folder: Path, dataset_json: dict[str, Any]) -> list[list[Path]]:
+    """Files of the scans that are predicted twice: those in ``given``, else some of the dataset's.
+
+    Raises:
+        UDAError: if there is none.
+    """
+    if given is not None:
+        return list(unlabelled_images(given, dataset_json).values())
+    raw = environment_folder("nnUNet_raw") / folder.parent.name
+    for name in ("imagesTs", TARGET_FOLDER, "imagesTr"):
+        if (raw / name).is_dir() and entries(raw / name):
+            return list(unlabelled_images(raw / name, dataset_json).values())[:CHECKED]
+    raise UDAError(f"{raw} holds no scan to compare the predictions on: give some with -i FOLDER")
+
+
+def lay_out(scans: Sequence[Sequence[Path]], folder: Path, clip: Intensities | None) -> None:
+    """Copies of the scans in ``folder``, clipped where that is what the receiver has to do."""
+    folder.mkdir()
+    for files in scans:
+        for file in files:
+            if clip is None:
+                shutil.copyfile(file, folder / file.name)
+            else:
+                sitk.WriteImage(read_clipped(file, clip), str(folder / file.name))
 
 
 # -- the card ----------------------------------------------------------------------------------------------------------

@@ -150,7 +150,8 @@ def compare_runs(
 
     Returns:
         ``{"summary": {run: summarise()}, "folds": {run: summarise_folds()} or None with fewer than two folds,
-        "gap_closed": {run: {row: {"Dice": {"percent", "note"}, "ASSD": ...}}} or None,
+        "gap_closed": {run: {row: {"Dice": {"percent", "note"}, "ASSD": ...}}} or None, "bounds": {"lower", "upper"},
+        "bounds": {"lower": lower, "upper": upper},
         "wilcoxon": [{"run_a", "run_b", ...}]}``.
 
     Raises:
@@ -174,6 +175,7 @@ def compare_runs(
         "summary": summary,
         "folds": {name: summarise_folds(volumes) for name, volumes in runs.items()} if len(folds) > 1 else None,
         "gap_closed": gap,
+        "bounds": {"lower": lower, "upper": upper},
         "wilcoxon": [{"run_a": a, "run_b": b} | wilcoxon(runs[a], runs[b]) for a, b in combinations(runs, 2)],
     }
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
+from itertools import groupby
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -18,9 +20,20 @@ from tqdm import tqdm
 from nnunet_uda.data.case import preprocess_case
 from nnunet_uda.data.convention import check_dataset_json, image_cases, read_json
 from nnunet_uda.errors import UDAError
+from nnunet_uda.evaluation.report import markdown_table
 from nnunet_uda.foreign_plans import check_plans
 from nnunet_uda.training.checkpoint import configuration_of, read_model
-from nnunet_uda.training.criteria import TargetCriteria, look_twice
+from nnunet_uda.training.criteria import HIGHER_IS_BETTER, TargetCriteria, look_twice
+
+COLUMNS = {"pseudo_dice": True, **HIGHER_IS_BETTER}
+NOTE = (
+    "No label was read. ↑: higher is better, ↓: lower is better; bold: the best of a column. pseudo_dice is that of "
+    "the checkpoint's last epoch in training, on source validation patches. All others are measured on these images, "
+    "without test-time mirroring. agreement: Dice between the segmentations of an image and of the same image darkened "
+    "and mirrored. entropy and snd also praise a network that finds nothing; foreground_entropy, mutual_information "
+    "and agreement do not. Choose by agreement: it ranked checkpoints best where that could be tested. None of them is "
+    "a Dice on the target: label a few scans before you trust a choice."
+)
 
 
 @dataclass(frozen=True)
@@ -105,7 +118,7 @@ def measure(model: TrainedModel, volumes: Sequence[Path], device: torch.device) 
 
 @contextmanager
 def preprocessed(model: TrainedModel, cases: dict[str, list[Path]], device: torch.device) -> Iterator[list[Path]]:
-    """The images as the networks of ``model``'s folder read them, ``(C, Z, Y, X)`` arrays in files of a while."""
+    """The images as this model's networks read them: ``(C, Z, Y, X)`` arrays in temporary files."""
     predictor, _ = open_model(model, device)
     plans, configuration = predictor.plans_manager, predictor.configuration_manager
     with TemporaryDirectory() as name:
@@ -132,3 +145,47 @@ def dataset_of(model: TrainedModel) -> dict[str, Any]:
     if not model.folder.is_dir():
         raise UDAError(f"{model.folder} does not exist: no such model has been trained (see -d, -tr, -p and -c)")
     return check_dataset_json(read_json(model.folder / "dataset.json"), model.folder / "dataset.json")
+
+
+def compare_checkpoints(
+    models: Sequence[TrainedModel], cases: dict[str, list[Path]], device: torch.device
+) -> list[dict[str, Any]]:
+    """The criteria of each checkpoint on the same images, a row each, which are preprocessed once for each plans.
+
+    Args:
+        models: those of one folder side by side.
+        cases: ``unlabelled_images``'s.
+    """
+    rows = []
+    for folder, group in groupby(models, key=lambda model: model.folder):
+        same_plans = list(group)
+        trainer, plans = names_of(folder)
+        with preprocessed(same_plans[0], cases, device) as volumes:
+            for model in same_plans:
+                values, checkpoint = measure(model, volumes, device)
+                rows.append({
+                    "trainer": trainer, "plans": plans, "fold": model.fold, "checkpoint": model.checkpoint,
+                    "epochs": checkpoint["current_epoch"], "pseudo_dice": pseudo_dice(checkpoint), **values,
+                })  # fmt: skip
+    return rows
+
+
+def names_of(folder: Path) -> tuple[str, str]:
+    """Trainer and plans of nnU-Net's results folder ``TRAINER__PLANS__CONFIGURATION``."""
+    trainer, _, rest = folder.name.partition("__")
+    return trainer, rest.rpartition("__")[0]
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown, the best value of each criterion in bold, unless what is shown of all is the same."""
+    header = ["trainer", "plans", "fold", "checkpoint", "epochs"]
+    header += [f"{name} {'↑' if higher else '↓'}" for name, higher in COLUMNS.items()]
+    lines = [[str(row[key]) for key in header[:5]] for row in rows]
+    for name, higher in COLUMNS.items():
+        values = [row[name] for row in rows]
+        texts = ["–" if math.isnan(value) else f"{value:.4f}" for value in values]
+        best = (max if higher else min)((v for v in values if not math.isnan(v)), default=math.nan)
+        differ = len(set(texts)) > 1
+        for line, text in zip(lines, texts, strict=True):
+            line.append(f"**{text}**" if differ and text == f"{best:.4f}" else text)
+    return markdown_table({"caption": f"{len(rows)} checkpoint(s)", "header": header, "rows": lines})

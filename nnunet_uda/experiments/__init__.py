@@ -1,1 +1,1 @@
-"""Trainings by the dozen: what one is, and the engines that run them."""
+"""Many trainings: one run as a job, the engines that run jobs, and the grids of sweep and compare."""

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from nnunet_uda.data.convention import environment_folder, mend_results, read_json
+from nnunet_uda.data.convention import environment_folder, mend_results, read_json, results_folder
 from nnunet_uda.errors import UDAError
 from nnunet_uda.evaluation.metrics import METRICS
 from nnunet_uda.evaluation.report import jsonable
@@ -61,7 +61,7 @@ def check_run(dataset: str, trainer: str, plans: dict[str, Any], configuration: 
     if not images.is_dir():
         raise UDAError(f"{images} does not exist. First: nnUNetv2_preprocess -d {dataset} -plans_name {base} -c "
                        f"{configuration}")  # fmt: skip
-    results = environment_folder("nnUNet_results") / dataset / f"{trainer}__{name}__{configuration}"
+    results = results_folder(dataset, trainer, name, configuration)
     mend_results(results, plans, read_json(preprocessed / "dataset.json"))
     for path in (preprocessed / f"{name}.json", results / "plans.json"):
         if path.exists() and read_json(path) != plans:

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
 import math
 import os
@@ -17,9 +16,7 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import redirect_stdout
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,16 +36,15 @@ from nnunet_uda.evaluation.report import jsonable
 from nnunet_uda.evaluation.runs import Labels, cases_of_folds, read_labels
 from nnunet_uda.evaluation.tables import Volume
 from nnunet_uda.files import exclusive, whole_file, whole_folder, write_json
-from nnunet_uda.methods import let_find, trainer_names
+from nnunet_uda.methods import find_any_trainer, let_find
+from nnunet_uda.training.checkpoint import FINAL, read_checkpoint
+from nnunet_uda.training.fold import COST
 from nnunet_uda.training.interruption import wait_for_fold
+from nnunet_uda.training.model_choice import running_means
 from nnunet_uda.workers import end_with_starter, tied
 
 if TYPE_CHECKING:
     import torch
-
-FINAL = "checkpoint_final.pth"
-COST = "training_cost.json"
-"""What ``nnUNetUDA_train`` writes beside the checkpoints: peak memory in GiB, resident and on the device."""
 
 TRANSDUCTIVE = (
     "Transductive: this dataset has no target test images (imagesTs), so the runs are tested on target images that "
@@ -237,9 +233,6 @@ class Job:
 
     def measure(self, checkpoint: Path) -> None:
         """Write ``score.json``."""
-        from nnunet_uda.training.checkpoint import read_checkpoint
-        from nnunet_uda.training.model_choice import running_means
-
         labels = self.test.labels
         metrics = evaluate_folder(
             self.test.reference, self.folder / "predictions", labels.structures, labels.file_ending, self.test.cases,
@@ -343,28 +336,6 @@ def find_trainer(name: str) -> type[Any]:
     if not issubclass(trainer, UDATrainer):
         raise UDAError(f"-tr {name}: it does not read the settings under 'uda' in the plans, so none can be varied")
     return trainer
-
-
-def find_any_trainer(name: str) -> type[Any]:
-    """The trainer class, nnU-Net's own or another.
-
-    Raises:
-        UDAError: no such trainer.
-    """
-    from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
-
-    let_find()
-    try:
-        with redirect_stdout(io.StringIO()):  # nnU-Net says which files it looks into
-            return recursive_find_trainer_class_by_name(name)
-    except RuntimeError as error:
-        names = trainer_names()
-        by_small = {known.lower().removesuffix("trainer"): known for known in names}
-        near = [by_small[word] for word in get_close_matches(name.lower().removesuffix("trainer"), by_small, 3)]
-        meant = f" Did you mean {' or '.join(near)}?" if near else f" These would be found: {', '.join(names)}"
-        raise UDAError(f"-tr {name}: no trainer of that name.{meant}") from error
-    except (AssertionError, TypeError) as error:  # what nnU-Net makes of another class, or of what is no class
-        raise UDAError(f"-tr {name} is no trainer ({error})") from error
 
 
 def last_error(log: Path, start: int, otherwise: str) -> str:

@@ -16,6 +16,7 @@ import numpy as np
 import SimpleITK as sitk
 
 from nnunet_uda.errors import UDAError, printable
+from nnunet_uda.files import cannot_write
 from nnunet_uda.images.geometry import Grid, check_possible, check_same_geometry, short
 from nnunet_uda.images.listing import ENDINGS
 from nnunet_uda.images.nifti import Nifti, is_nifti, not_finite, opened, read_header, slabs, truncated
@@ -285,6 +286,19 @@ def check_values(voxels: np.ndarray, path: Path) -> tuple[Any, Any]:
 
 def _not_finite(voxels: np.ndarray, path: Path) -> UDAError:
     return not_finite(path, sum(int((~np.isfinite(plane)).sum()) for plane in voxels), voxels.size)
+
+
+def write_image(image: sitk.Image, path: Path) -> None:
+    """Write an image, compressed.
+
+    Raises:
+        UDAError: if it cannot be written whole.
+    """
+    try:
+        sitk.WriteImage(image, str(path), True)
+        check_whole(path)  # on a full disk SimpleITK leaves a short file without an error
+    except (RuntimeError, OSError) as error:
+        raise cannot_write(path, error) from None
 
 
 def read_label(path: Path, image: sitk.Image, image_path: Path) -> tuple[sitk.Image, list[str]]:

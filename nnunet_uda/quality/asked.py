@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import redirect_stdout
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
-from torch import Tensor, nn
+from torch import Tensor
 
 from nnunet_uda.data.components import KEY, keep_largest_components
 from nnunet_uda.quality.signals import views
@@ -52,10 +52,8 @@ class Asked:
         return self.predictor.label_manager.num_segmentation_heads - 1
 
     def spacing(self, properties: dict[str, Any]) -> list[float]:
-        """mm for each axis of a preprocessed volume; in 2D slices keep their distance."""
-        plans, configuration = self.predictor.plans_manager, self.predictor.configuration_manager
-        original = [float(properties["spacing"][axis]) for axis in plans.transpose_forward]
-        return [*original[: 3 - len(configuration.spacing)], *(float(step) for step in configuration.spacing)]
+        """``network_spacing`` of a case."""
+        return network_spacing(self.predictor, properties)
 
     def logits(self, volume: Tensor) -> Tensor:
         """``(C, Z, Y, X)`` to ``(K, Z, Y, X)``, without mirroring."""
@@ -82,21 +80,21 @@ class Asked:
         others = {name: to_array(softmax.argmax(0)) for name, softmax in beside.items()}
         return seen, to_array(label), others
 
-    def _with(self, weights: dict[str, Tensor]) -> _Weights:
-        return _Weights(self.predictor.network, weights, next(iter(self.own.values())))
+    @contextmanager
+    def _with(self, weights: dict[str, Tensor]) -> Iterator[None]:
+        """Other weights for a while."""
+        self.predictor.network.load_state_dict(weights)
+        try:
+            yield
+        finally:
+            self.predictor.network.load_state_dict(next(iter(self.own.values())))
 
 
-class _Weights:
-    """A network with other weights for a while."""
-
-    def __init__(self, network: nn.Module, weights: dict[str, Tensor], own: dict[str, Tensor]) -> None:
-        self.network, self.weights, self.own = network, weights, own
-
-    def __enter__(self) -> None:
-        self.network.load_state_dict(self.weights)
-
-    def __exit__(self, *_: object) -> None:
-        self.network.load_state_dict(self.own)
+def network_spacing(predictor: nnUNetPredictor, properties: dict[str, Any]) -> list[float]:
+    """mm for each axis of a preprocessed volume; in 2D slices keep their distance."""
+    own = [float(properties["spacing"][axis]) for axis in predictor.plans_manager.transpose_forward]
+    network = [float(step) for step in predictor.configuration_manager.spacing]
+    return [*own[: 3 - len(network)], *network]
 
 
 def to_array(label: Tensor) -> np.ndarray:

@@ -153,7 +153,7 @@ class Calibration:
         """The calibration that a file holds.
 
         Raises:
-            UDAError: for a file that is none, or one of another version.
+            UDAError: for a file that is no calibration, or one of another version.
         """
         names = cls.__dataclass_fields__
         if not isinstance(content, dict) or content.get("version") != VERSION or not set(names) <= set(content):

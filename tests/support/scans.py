@@ -16,6 +16,10 @@ def body(seed: int = 0) -> np.ndarray:
     return (array + rng.normal(0, 10, array.shape)).round().astype(np.int16)
 
 
+VENDORS = ("-source_intensities", "none", "-target_intensities", "none")
+"""Options by which a conversion keeps the voxels."""
+
+
 def load(path: Path) -> np.ndarray:
     return sitk.GetArrayFromImage(sitk.ReadImage(str(path)))
 

@@ -1,0 +1,148 @@
+"""What ``nnUNetUDA_quality`` writes and shows: a report, a table of lines, and a page with thumbnails."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from nnunet_uda.errors import UDAError
+from nnunet_uda.evaluation.quality import Judge, Looked, judge_all
+from nnunet_uda.evaluation.quality_page import thumbnail, write_page
+from nnunet_uda.evaluation.quality_report import REPORT
+from nnunet_uda.evaluation.report import markdown_table, write_report, write_rows
+from nnunet_uda.quality.calibration import COVERAGE, FAILED, GOOD
+from nnunet_uda.quality.cases import CaseQuality
+
+SHOWN = 20
+"""Cases in the table on the screen."""
+MANY = 200
+"""Cases from which thumbnails are smaller."""
+BLIND = (
+    "An estimate, not a measurement: no label of these scans was read. It cannot see a wrong structure of plausible "
+    "size, shape and neighbours that the network finds with certainty in every view, nor labels that are drawn by "
+    "another rule than the source's."
+)
+
+
+def find_predictions(folder: Path | None, cases: Sequence[str], ending: str) -> dict[str, Path]:
+    """The segmentation of each case; none without a folder.
+
+    Raises:
+        UDAError: naming a case without one.
+    """
+    if folder is None:
+        return {}
+    found = {case: folder / f"{case}{ending}" for case in cases}
+    missing = [path.name for path in found.values() if not path.is_file()]
+    if missing:
+        raise UDAError(
+            f"{folder} holds no {missing[0]}, expected a prediction of every scan ({len(missing)} of {len(cases)} are "
+            "missing). Predict them with nnUNetv2_predict, or leave -pred out"
+        )
+    return found
+
+
+def picture(judge: Judge, looked: Looked, structures: dict[str, int], size: int) -> str:
+    """``thumbnail`` of a case, its axes put back from the network's order."""
+    backward = list(judge.asked.predictor.plans_manager.transpose_backward)
+    image = looked.volume[0].numpy().transpose(backward)
+    label = looked.label.transpose(backward)
+    if judge.asked.predictor.plans_manager.plans["image_reader_writer"] == "SimpleITKIOWithReorient":
+        image, label = image[:, ::-1, ::-1], label[:, ::-1, ::-1]  # it reads in RAS
+    return thumbnail(image, label, [looked.spacing[axis] for axis in backward], structures, size)
+
+
+def write_csv(path: Path, cases: Sequence[CaseQuality]) -> None:
+    """A line a case and structure, and one of the case as a whole."""
+    rows = []
+    for case in cases:
+        lines: list[tuple[str, Any, dict[str, Any], list[str]]] = [("all", case.overall, {}, case.reasons)]
+        lines += [(name, each, case.signals[name], each.reasons) for name, each in case.structures.items()]
+        for name, each, signals, reasons in lines:
+            agreement = list(signals.get("agreement", {}).values())
+            rows.append({
+                "case": case.case, "structure": name, "dice": _rounded(each.dice), "low": _rounded(each.low),
+                "high": _rounded(each.high), "verdict": each.verdict,
+                "volume_ml": _rounded(signals.get("volume", math.nan) / 1000), "components": signals.get("components"),
+                "agreement": _rounded(np.mean(agreement)) if agreement else None, "reasons": "; ".join(reasons),
+            })  # fmt: skip
+    write_rows(path, rows)
+
+
+def _rounded(value: float) -> str | None:
+    return f"{value:.3f}" if math.isfinite(value) else None
+
+
+def table(cases: Sequence[CaseQuality]) -> str:
+    """The worst cases as Markdown."""
+    rows = []
+    for case in cases[:SHOWN]:
+        each = case.overall
+        dice = "–" if math.isnan(each.dice) else f"{each.dice:.2f}"
+        reason = case.reasons[0] if case.reasons else "nothing unusual"
+        rows.append([case.case, dice, f"{each.low:.2f} to {each.high:.2f}", each.verdict, reason])
+    caption = f"The {len(rows)} worst of {len(cases)} case(s)" if len(cases) > SHOWN else f"{len(cases)} case(s)"
+    return markdown_table({"caption": caption, "header": ["case", "Dice", "range", "verdict", "why"], "rows": rows})
+
+
+def worst_first(cases: Sequence[CaseQuality]) -> list[CaseQuality]:
+    return sorted(cases, key=lambda case: (-1.0 if math.isnan(case.overall.dice) else case.overall.dice, case.case))
+
+
+def judge_and_draw(
+    judge: Judge, images: dict[str, list[Path]], predictions: dict[str, Path], draw: bool
+) -> tuple[list[CaseQuality], dict[str, str]]:
+    """All cases, the worst first, and thumbnails by case, none unless ``draw``."""
+    found, pictures = [], {}
+    structures = _structures(judge)
+    size = 150 if len(images) <= MANY else 110
+    cases = tqdm(judge_all(judge, images, predictions), total=len(images), desc="Quality", unit="case")
+    for case, quality, looked in cases:
+        found.append(quality)
+        if draw:
+            pictures[case] = picture(judge, looked, structures, size)
+    return worst_first(found), pictures
+
+
+def _structures(judge: Judge) -> dict[str, int]:
+    return {name: value for value, name in enumerate(judge.calibration.structures, 1)}
+
+
+def write_quality(
+    output: Path,
+    judge: Judge,
+    about: dict[str, Any],
+    judged: str,
+    found: Sequence[CaseQuality],
+    pictures: dict[str, str],
+) -> str:
+    """Write report, CSV and page into ``output``; what the estimates are calibrated on, in words.
+
+    Args:
+        about: the report's first entries: model, scans and predictions.
+        judged: whose segmentations these are, in words.
+    """
+    made = judge.calibration.about
+    calibrated = (
+        f"Calibrated on {made.get('calibrated_on', 'labelled cases')} in random styles ({made['pairs']} pairs)."
+        if made["pairs"]
+        else "Not calibrated on this model: neither quality.json nor the source's preprocessed cases were there."
+    )
+    notes = [
+        f"Judged: {judged}, {len(found)} case(s). Dice from 0 to 1, with a range that holds {COVERAGE:.0%} of "
+        f"calibration's cases. good: {GOOD} or more and a range from {FAILED} on; failed: below {FAILED}. A case's "
+        "verdict is that of its worst structure.",
+        calibrated,
+        BLIND,
+    ]
+    cases = [case.to_json() for case in found]
+    write_report(output / REPORT, {**about, "calibration": made, "notes": notes, "cases": cases})
+    write_csv(output / "quality.csv", found)
+    title = f"Quality of {Path(about['model']).name} on {len(found)} scan(s)"
+    write_page(output / "quality.html", title, notes, cases, _structures(judge), pictures)
+    return calibrated
