@@ -69,8 +69,10 @@ def keep_largest_components(scores: Any, groups: Sequence[Sequence[int]]) -> Any
 
     There the background and the class that was the greatest exchange their values. Array or tensor, changed in place.
     """
+    if not groups:
+        return scores
     is_tensor = isinstance(scores, torch.Tensor)
-    segmentation = np.asarray(scores.argmax(0).cpu() if is_tensor else scores.argmax(0)) if groups else None
+    segmentation = np.asarray(scores.argmax(0).cpu() if is_tensor else scores.argmax(0))
     for group in groups:
         mask = np.isin(segmentation, group)
         removed = mask & ~largest_component(mask)
