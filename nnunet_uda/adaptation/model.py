@@ -202,6 +202,7 @@ class Model:
                 "network_weights": {name: value.cpu() for name, value in weights.items()},
                 "trainer_name": self.written_trainer,
                 "init_args": checkpoint["init_args"],
+                "current_epoch": checkpoint.get("current_epoch", 0),  # of the training that was adapted
                 "inference_allowed_mirroring_axes": None if axes is None else tuple(axes),
                 "adapted": plain(note),
             },

@@ -58,7 +58,7 @@ def open_asked(folder: Path, folds: Sequence[str], checkpoint: str, device: torc
     others = {}
     if len(folds) == 1 and predictor.allowed_mirroring_axes:  # else it would take over three times a prediction's time
         kept = sorted((folder / f"fold_{folds[0]}").glob("checkpoint_epoch_*.pth"))
-        done = read_checkpoint(folder / f"fold_{folds[0]}" / checkpoint)["current_epoch"]
+        done = read_checkpoint(folder / f"fold_{folds[0]}" / checkpoint).get("current_epoch")
         earlier = [path for path in kept if int(path.stem.rpartition("_")[2]) != done]
         others = {path.stem: read_checkpoint(path)["network_weights"] for path in earlier[-KEPT_CHECKPOINTS:]}
     return Asked(predictor, own, others)

@@ -328,7 +328,7 @@ def model_card(
     domains = read_domains(dataset_json) if {"source_domain", "target_domain"} <= set(uda) else None
     settings = content.get("uda", {}).get("settings", {})
     labels = [f"{value} {label}" for label, value in dataset_json["labels"].items()]
-    steps = f"{content['current_epoch']} epochs"
+    steps = f"{content.get('current_epoch', 'not recorded:')} epochs"
     if "iterations_per_epoch" in settings:
         steps += f" of {settings['iterations_per_epoch']} steps"
     rows = [

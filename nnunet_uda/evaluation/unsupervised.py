@@ -165,7 +165,7 @@ def compare_checkpoints(
                 values, checkpoint = measure(model, volumes, device)
                 rows.append({
                     "trainer": trainer, "plans": plans, "fold": model.fold, "checkpoint": model.checkpoint,
-                    "epochs": checkpoint["current_epoch"], "pseudo_dice": pseudo_dice(checkpoint), **values,
+                    "epochs": checkpoint.get("current_epoch"), "pseudo_dice": pseudo_dice(checkpoint), **values,
                 })  # fmt: skip
     return rows
 

@@ -112,17 +112,17 @@ def check_model(content: dict[str, Any], path: Path | str) -> dict[str, Any]:
     """
     no_checkpoint = f"{path} is no checkpoint of an nnU-Net v2 training"
     remedy = "Choose another file (-chk), or get this one again"
-    needed = ("network_weights", "trainer_name", "init_args", "current_epoch")
+    needed = ("network_weights", "trainer_name", "init_args")  # what nnU-Net predicts with
     if lacking := [key for key in needed if key not in content]:
         found = shown(sorted(map(str, content)))
         raise UDAError(f"{no_checkpoint}: it lacks {', '.join(lacking)}; found {found}. {remedy}")
-    weights, trainer, arguments, epoch = (content[key] for key in needed)
+    weights, trainer, arguments = (content[key] for key in needed)
     axes, uda = content.get("inference_allowed_mirroring_axes") or (), content.get("uda", {})
     right = {
         "network_weights": isinstance(weights, dict) and all(isinstance(w, torch.Tensor) for w in weights.values()),
         "trainer_name": isinstance(trainer, str) and trainer.isidentifier(),
         "init_args": isinstance(arguments, dict) and isinstance(arguments.get("configuration"), str),
-        "current_epoch": isinstance(epoch, int),
+        "current_epoch": isinstance(content.get("current_epoch", 0), int),
         "inference_allowed_mirroring_axes": isinstance(axes, list | tuple) and all(a in (0, 1, 2) for a in axes),
         "uda": isinstance(uda, dict) and isinstance(uda.get("settings", {}), dict),
     }

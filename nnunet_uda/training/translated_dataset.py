@@ -54,7 +54,7 @@ class TranslatedDataset:
     """Stands in for a preprocessed dataset: the same cases with their images translated.
 
     Made for ``nnUNetTrainer.perform_actual_validation``, which only builds it, lists ``identifiers`` and calls
-    ``load_case``.
+    ``load_case``; ``source_folder`` is for messages.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class TranslatedDataset:
     ) -> TranslatedDataset:
         """What calling a dataset class does: open ``folder``."""
         self.dataset = self.dataset_class(folder, identifiers, folder_with_segs_from_previous_stage)
-        self.identifiers = self.dataset.identifiers
+        self.identifiers, self.source_folder = self.dataset.identifiers, self.dataset.source_folder
         return self
 
     def get_identifiers(self, folder: str) -> list[str]:
