@@ -340,6 +340,15 @@ def test_a_damaged_source_case_is_named_before_training(own_copy):
         make_trainer("SourceOnlyTrainer").run_training()
 
 
+def test_damage_inside_a_label_is_named_before_training(own_copy):
+    path = own_copy / "preprocessed" / "Dataset501_Blobs" / "nnUNetPlans_2d" / "mr_Tr01_seg.b2nd"
+    content = path.read_bytes()
+    third = len(content) // 3
+    path.write_bytes(content[:third] + b"\xff" * third + content[2 * third :])
+    with pytest.raises(UDAError, match=r"nnUNetPlans_2d/mr_Tr01 .*nnUNetv2_preprocess -d Dataset501_Blobs"):
+        make_trainer("SourceOnlyTrainer").run_training()
+
+
 def test_damage_inside_a_file_is_found_when_loading_fails(own_copy, monkeypatch):
     trainer = make_trainer("SourceOnlyTrainer", num_epochs=1)
     trainer.on_train_start()

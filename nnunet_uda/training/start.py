@@ -108,10 +108,13 @@ def find_components(trainer: UDATrainer) -> None:
     if trainer.settings.keep_largest_component:
         folder = trainer.preprocessed_dataset_folder
         source = infer_dataset_class(folder)(folder)
-        refuse_damaged((source,), source_remedy(trainer))
         cases = source.identifiers[:: -(-len(source.identifiers) // LOOKED_AT)]
         labels = (source.load_case(case)[1][0] for case in cases)
-        plans[KEY] = find_single_components(labels, trainer.label_manager.foreground_labels)
+        try:
+            plans[KEY] = find_single_components(labels, trainer.label_manager.foreground_labels)
+        except Exception:  # a damaged file raises whatever its bytes make of it
+            refuse_damaged((source,), source_remedy(trainer), voxels=True)
+            raise
     treat_new_scans(trainer.configuration_manager, trainer.plans_manager)
     if plans[KEY]:
         names = dict(zip(trainer.label_manager.foreground_labels, trainer.structures, strict=True))
