@@ -37,6 +37,7 @@ from nnunet_uda.files import sha256, whole_file, write_json, write_text
 from nnunet_uda.foreign_plans import check_plans
 from nnunet_uda.images.intensities import Intensities, read_clipped, read_intensities
 from nnunet_uda.images.listing import entries
+from nnunet_uda.images.reading import write_image
 from nnunet_uda.quality.cases import FILE as QUALITY
 from nnunet_uda.training.checkpoint import FINAL, configuration_of, read_model, write_checkpoint
 
@@ -262,7 +263,7 @@ def lay_out(scans: Sequence[Sequence[Path]], folder: Path, clip: Intensities | N
             if clip is None:
                 shutil.copyfile(file, folder / file.name)
             else:
-                sitk.WriteImage(read_clipped(file, clip), str(folder / file.name))
+                write_image(read_clipped(file, clip), folder / file.name)
 
 
 # -- the card ----------------------------------------------------------------------------------------------------------
