@@ -29,7 +29,7 @@ def usable_cores() -> int:
 def usual_processes() -> int:
     """Worker processes where nobody says how many: nnU-Net's ``nnUNet_def_n_proc``, else 8, or the cores if fewer."""
     given = os.environ.get("nnUNet_def_n_proc", "")
-    return int(given) if given.isdigit() and int(given) else min(8, usable_cores())
+    return int(given) if given.isdecimal() and int(given) else min(8, usable_cores())
 
 
 def wished_threads() -> int:

@@ -301,7 +301,9 @@ def _end_badly(task: int) -> int:
     return task
 
 
-@pytest.mark.parametrize(("given", "cores", "expected"), [("", 2, 2), ("", 64, 8), ("12", 2, 12), ("many", 3, 3)])
+@pytest.mark.parametrize(
+    ("given", "cores", "expected"), [("", 2, 2), ("", 64, 8), ("12", 2, 12), ("many", 3, 3), ("²", 3, 3)]
+)
 def test_no_more_workers_than_cores_unless_someone_says_so(monkeypatch, given, cores, expected):
     monkeypatch.setenv("nnUNet_def_n_proc", given)
     monkeypatch.setattr(workers, "usable_cores", lambda: cores)
