@@ -225,7 +225,7 @@ def test_tables_against_values_by_hand(tmp_path):
         "b_1": Score([volume("x", (0, nan), (0, nan)), volume("y", (0, nan), (0, nan))], nan, criteria={"snd": 1.5}),
     }
     sweeps = {"method.setting": [Value(0.7, "0.7", False, ["a_1", "a_2"]), Value(0.9, "0.9", True, ["b_1", "b_2"])]}
-    runs = {f"{letter}_{seed}": sweep.Run(f"{letter}_{seed}", {}, seed) for seed in (1, 2) for letter in "ab"}
+    runs = {f"{letter}_{seed}": sweep.PlannedRun(f"{letter}_{seed}", {}, seed) for seed in (1, 2) for letter in "ab"}
     setup = {"dataset": DATASET, "configuration": "2d", "fold": "0", "trainer": "T", "plans": "P"}
     labels = Labels(LABELS, None, ".nii.gz")
     test = TargetTest(["x", "y"], tmp_path, labels, None)

@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from acvl_utils.cropping_and_padding.bounding_boxes import crop_and_pad_nd
 from batchgenerators.dataloading.single_threaded_augmenter import SingleThreadedAugmenter
-from batchgenerators.utilities.file_and_folder_operations import join, save_json
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetBaseDataset
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import Tensor, nn
@@ -26,6 +25,7 @@ from torch.nn import functional as F
 from nnunet_uda.data.convention import read_domains
 from nnunet_uda.data.mixed_slices import MixedSliceLoader
 from nnunet_uda.errors import UDAError
+from nnunet_uda.files import write_json
 from nnunet_uda.foreign_plans import check_before_building
 from nnunet_uda.losses.domain_discrepancy import domain_discrepancy_loss
 from nnunet_uda.losses.patch_nce import PatchNCELoss
@@ -429,7 +429,7 @@ class UUDSTrainer(UDATrainer[UUDSSettings]):
             f"from the features of that), against their own {domain} labels: no target label was read"
         )
         if self.local_rank == 0:
-            save_json({"validated_on": note}, join(self.output_folder, "validation", "about.json"))
+            write_json({"validated_on": note}, Path(self.output_folder, "validation", "about.json"))
 
     # -- pictures ------------------------------------------------------------------------------------------------
 

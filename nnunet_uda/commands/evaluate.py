@@ -25,7 +25,7 @@ from nnunet_uda.evaluation.report import (
     volume_table,
     write_csv,
     write_html,
-    write_json,
+    write_scores,
 )
 from nnunet_uda.evaluation.runs import (
     Labels,
@@ -199,7 +199,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
             overlays = evaluation.draw(folder / "overlays", images, reading, arguments.plane, n_slices)
         tables = summary_tables(scores, comparison)
         text = summary_markdown(setup, tables)
-        write_json(folder / REPORT, setup, scores, comparison)
+        write_scores(folder / REPORT, setup, scores, comparison)
         write_csv(folder / "evaluation.csv", scores)
         volumes_text = markdown_table(volume_table(scores))
         write_text(f"{text}\n{volumes_text}\n", folder / "evaluation.md")

@@ -39,12 +39,12 @@ def cluster_contrast(image: Tensor, clusters: tuple[int, int] = (3, 6), *, gener
     of labels as in FetalSynthSeg (Zalevskyi et al., 2024).
 
     Args:
-        image: [C, *S] float, 2D or 3D, any scale.
+        image: ``(C, *S)`` float, 2D or 3D, any scale.
         clusters: least and greatest K, both included, at least 2.
         generator: source of randomness, on the CPU.
 
     Returns:
-        [C, *S], of the type of ``image``.
+        ``(C, *S)``, of the type of ``image``.
     """
 
     def uniform(low: float, high: float, number: int = 1) -> Tensor:
@@ -74,7 +74,7 @@ def cluster_contrast(image: Tensor, clusters: tuple[int, int] = (3, 6), *, gener
 
 
 def cluster_centres(values: Tensor, number: int, generator: torch.Generator) -> Tensor:
-    """Centres [number] of ``values`` [N] by k-means from a random start, rising; of a random sample of the values."""
+    """Centres ``(number,)`` of ``values`` ``(N,)`` by k-means from a random start, rising; of a random sample."""
     sample = values[torch.randint(len(values), (SAMPLED,), generator=generator).to(values.device)]
     centres = sample[:number].sort().values
     for _ in range(ROUNDS):
@@ -86,7 +86,7 @@ def cluster_centres(values: Tensor, number: int, generator: torch.Generator) -> 
 
 
 def gaussian_blur(maps: Tensor, sigma: float) -> Tensor:
-    """Each of the maps [N, *S], 2D or 3D, blurred by ``sigma`` voxels; edges go on beyond the border."""
+    """Each of the maps ``(N, *S)``, 2D or 3D, blurred by ``sigma`` voxels; edges go on beyond the border."""
     reach = round(2.5 * sigma)
     if reach == 0:
         return maps

@@ -107,6 +107,6 @@ class MixedSliceLoader(nnUNetDataLoader):
 
 
 def is_mixed(label: Tensor, ignore_label: int | None = None) -> bool:
-    """Whether some labels of ``[B, 1, H, W]`` hold foreground and others none, nor ignored pixels."""
+    """Whether some labels of ``(B, 1, H, W)`` hold foreground and others none, nor ignored pixels."""
     holds = ((label > 0) & (label != (0 if ignore_label is None else ignore_label))).flatten(1).any(1)
     return bool(holds.any() and (label <= 0).flatten(1).all(1).any())

@@ -25,7 +25,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from batchgenerators.utilities.file_and_folder_operations import save_json
 from nnunetv2.inference.data_iterators import PreprocessAdapterFromNpy
 from nnunetv2.inference.export_prediction import convert_predicted_logits_to_segmentation_with_correct_shape
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
@@ -37,7 +36,7 @@ from nnunet_uda.data.components import KEY, keep_largest_components
 from nnunet_uda.data.convention import read_json
 from nnunet_uda.data.slices import elsewhere
 from nnunet_uda.errors import UDAError, worker_ends_by_message
-from nnunet_uda.files import cannot_write
+from nnunet_uda.files import cannot_write, write_json
 from nnunet_uda.images.intensities import NoContrastError, not_hounsfield, read_intensities
 from nnunet_uda.images.nifti import is_nifti, read_header
 from nnunet_uda.images.reading import check_complete, check_values, remarks
@@ -230,8 +229,8 @@ def check_prediction(
         "inference_allowed_mirroring_axes": None,
     }  # fmt: skip
     with TemporaryDirectory() as name, redirect_stdout(StringIO()):
-        save_json(plans, Path(name, "plans.json"), sort_keys=False)
-        save_json(dataset_json, Path(name, "dataset.json"), sort_keys=False)
+        write_json(plans, Path(name, "plans.json"))
+        write_json(dataset_json, Path(name, "dataset.json"))
         Path(name, "fold_0").mkdir()
         try:
             torch.save(checkpoint, weights_file := Path(name, "fold_0", "checkpoint_final.pth"))

@@ -29,14 +29,14 @@ def random_convolution(
     same networks on every device.
 
     Args:
-        images: [B, C, *patch] float, B at least 1, z-scored, 2D or 3D.
+        images: ``(B, C, *patch)`` float, B at least 1, z-scored, 2D or 3D.
         kernel_sizes: odd numbers, one of which is drawn for each layer.
         layers: number of convolutions, at least 1.
         hidden_channels: channels between them; 2 in the authors' work.
         generator: source of randomness.
 
     Returns:
-        [B, C, *patch], of the type of ``images``, without a graph.
+        ``(B, C, *patch)``, of the type of ``images``, without a graph.
     """
     if layers < 1 or not kernel_sizes or any(size < 1 or size % 2 == 0 for size in kernel_sizes):
         raise ValueError(f"random_convolution needs layers and odd kernel sizes, not {layers} and {kernel_sizes}")
@@ -65,5 +65,5 @@ def random_convolution(
 
 
 def _norm(images: Tensor) -> Tensor:
-    """Frobenius norm of each image over channels and positions, ``[B, 1, *1]``."""
+    """Frobenius norm of each image over channels and positions, ``(B, 1, *1)``."""
     return torch.linalg.vector_norm(images, dim=tuple(range(1, images.ndim)), keepdim=True)

@@ -86,7 +86,7 @@ class _StyleTransform(BasicTransform):
         self.keep_statistics = keep_statistics
 
     def restyle(self, image: Tensor, generator: torch.Generator) -> Tensor:
-        """[C, *S] to [C, *S]."""
+        """``(C, *S)`` to ``(C, *S)``."""
         raise NotImplementedError
 
     def apply(self, data_dict: dict, **params: Any) -> dict:
@@ -155,11 +155,11 @@ def location_scale(image: Tensor, *, generator: torch.Generator) -> Tensor:
     greatest value.
 
     Args:
-        image: [C, *S] float.
+        image: ``(C, *S)`` float.
         generator: source of randomness.
 
     Returns:
-        [C, *S], of the type of ``image``.
+        ``(C, *S)``, of the type of ``image``.
     """
     result = image.float().clone()
     for channel in result:
@@ -172,7 +172,7 @@ def location_scale(image: Tensor, *, generator: torch.Generator) -> Tensor:
 
 
 def _moved(values: Tensor, generator: torch.Generator) -> Tensor:
-    """Values [N], in units of the channel's range, along a curve and to another place."""
+    """Values ``(N,)``, in units of the channel's range, along a curve and to another place."""
 
     def normal() -> float:
         return torch.randn(1, generator=generator).item()
@@ -199,7 +199,7 @@ def bezier_curve(generator: torch.Generator) -> Tensor:
 
 
 def look_up(curve: Tensor, x: Tensor) -> Tensor:
-    """Linear interpolation of ``curve`` [P], given at even places from 0 to 1, at ``x`` in [0, 1]."""
+    """Linear interpolation of ``curve`` ``(P,)``, given at even places from 0 to 1, at ``x`` in [0, 1]."""
     place = x.clamp(0, 1) * (len(curve) - 1)
     index = place.long().clamp(max=len(curve) - 2)
     return torch.lerp(curve[index], curve[index + 1], place - index)
@@ -231,7 +231,7 @@ def smooth_random_map(shape: Collection[int], control_points: int = 4, *, genera
 
 
 def with_statistics_of(reference: Tensor, image: Tensor, where: Tensor | None = None) -> Tensor:
-    """``image`` [C, *S] scaled and shifted so that each channel has its mean and deviation in ``reference`` [C, *S].
+    """``image`` scaled and shifted to each channel's mean and deviation in ``reference``; both ``(C, *S)``.
 
     With ``where``, [*S] bool, both are taken there and the rest of ``image`` stays.
     """
@@ -268,7 +268,7 @@ def quantiles(values: Tensor, shares: tuple[float, ...]) -> list[float]:
 
 
 class ViewsTransform(BasicTransform):
-    """An image as it is and changed by each of ``transforms``, one behind the other: [C, *S] to [(1 + n) C, *S]."""
+    """An image as it is, and changed by each of n ``transforms``: ``(C, *S)`` to ``((1 + n) C, *S)``."""
 
     def __init__(self, *transforms: Callable[..., dict]):
         super().__init__()

@@ -41,7 +41,7 @@ def jsonable(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-def write_json(path: Path, setup: dict[str, Any], runs: dict[str, list[Volume]], comparison: dict[str, Any]) -> None:
+def write_scores(path: Path, setup: dict[str, Any], runs: dict[str, list[Volume]], comparison: dict[str, Any]) -> None:
     """``evaluation.json``: ``setup``, the volumes of every run with all scores, and ``compare_runs``'s result."""
     volumes = {
         name: [

@@ -66,7 +66,7 @@ CELLS = (
 
 
 @dataclass(frozen=True)
-class Run:
+class PlannedRun:
     """Plans of their own name, the settings' differences from the sweep's plans, and the seed."""
 
     name: str
@@ -101,7 +101,7 @@ def plan_runs(
     trainer: type[Any],
     vary: list[list[str]],
     seeds: list[int] | None,
-) -> tuple[dict[str, list[Value]], dict[str, Run]]:
+) -> tuple[dict[str, list[Value]], dict[str, PlannedRun]]:
     """The values of every sweep, by setting, and the runs that they need, by name and in the order of training.
 
     A run's plans state only what differs from ``base``, so that equal settings are one run, in every sweep.
@@ -135,7 +135,7 @@ def plan_runs(
                 raise UDAError(f"{where}: this value is given twice")
             values.append(Value(value, value_text(value), value == before[setting], []))
 
-    runs: dict[str, Run] = {}
+    runs: dict[str, PlannedRun] = {}
     for seed in seeds if seeds is not None else [before["seed"]]:
         for setting, values in sweeps.items():
             for value in values:
@@ -148,7 +148,7 @@ def plan_runs(
                 if seed != before["seed"]:
                     changes["seed"] = seed
                 run_name = check_name("_".join(parts), "the name of a run's plans", file=True)
-                run = Run(run_name, derive_plans(base, configuration, run_name, merge_uda(uda, changes)), seed)
+                run = PlannedRun(run_name, derive_plans(base, configuration, run_name, merge_uda(uda, changes)), seed)
                 if runs.setdefault(run_name, run) != run:
                     raise UDAError(f"-vary {setting}: two runs would both be called {run_name}; leave one value out")
                 value.runs.append(run_name)
@@ -204,7 +204,7 @@ def write_tables(
     setup: dict[str, Any],
     test: TargetTest,
     sweeps: dict[str, list[Value]],
-    runs: dict[str, Run],
+    runs: dict[str, PlannedRun],
     scores: dict[str, Score],
     failed: dict[str, str],
 ) -> dict[str, list[Point]]:

@@ -21,8 +21,8 @@ def boundary_loss(probabilities: Tensor, label: Tensor, width: int = 1) -> Tenso
     A class without a boundary in the batch's labels takes no part: its Dice would be 0 however little is predicted.
 
     Args:
-        probabilities: [B, K, *patch] float, after softmax, 2D or 3D.
-        label: [B, 1, *patch] integer; negative where nothing is known. Values above K - 1 belong to no class.
+        probabilities: ``(B, K, *patch)`` float, after softmax, 2D or 3D.
+        label: ``(B, 1, *patch)`` integer; negative where nothing is known. Values above K - 1 belong to no class.
         width: how far the boundary reaches to either side, in pixels, at least 1.
 
     Returns:
@@ -41,11 +41,11 @@ def boundary_loss(probabilities: Tensor, label: Tensor, width: int = 1) -> Tenso
 
 
 def _soft_boundary(maps: Tensor, width: int) -> Tensor:
-    """Morphological gradient of ``[B, C, *S]``: maximum minus minimum of the windows."""
+    """Morphological gradient of ``(B, C, *S)``: maximum minus minimum of the windows."""
     return _largest(maps, width) + _largest(-maps, width)
 
 
 def _largest(maps: Tensor, width: int) -> Tensor:
-    """Maximum of ``[B, C, *S]`` in windows of 2 * width + 1; padding is never the extremum."""
+    """Maximum of ``(B, C, *S)`` in windows of 2 * width + 1; padding is never the extremum."""
     pool = F.max_pool2d if maps.ndim == 4 else F.max_pool3d
     return pool(maps, kernel_size=2 * width + 1, stride=1, padding=width)

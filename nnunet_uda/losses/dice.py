@@ -23,8 +23,8 @@ def soft_dice_loss(
     (with hardly any gradient) where they sum to far more than ``smooth``; never NaN.
 
     Args:
-        logits: [B, C, *S] float, before softmax.
-        target: [B, 1, *S] integer, values from 0 (background) to C - 1, and ``ignore_label``.
+        logits: ``(B, C, *S)`` float, before softmax.
+        target: ``(B, 1, *S)`` integer, values from 0 (background) to C - 1, and ``ignore_label``.
         include_background: let class 0 take part in the average.
         smooth: above 0.
         ignore_label: positions with this value take no part; None if there are none.

@@ -20,9 +20,9 @@ def domain_discrepancy_loss(
         = \mathrm{softplus}((sim(far, T) - sim(near, T)) / \tau)
 
     Args:
-        near: [B, E] float, x_g^s (eq. 1) or x_g^{t->s} (eq. 2).
-        far: [B, E] float, x_g^t. Row i is compared with row i of ``near``.
-        prompt: [E] float, T^d.
+        near: ``(B, E)`` float, x_g^s (eq. 1) or x_g^{t->s} (eq. 2).
+        far: ``(B, E)`` float, x_g^t. Row i is compared with row i of ``near``.
+        prompt: ``(E,)`` float, T^d.
         temperature: tau, above 0; the paper gives none.
         form: ``"similarity"``, or ``"printed"`` for the equation as it stands, -softplus((sim(near, T) - sim(far, T)) /
             tau).

@@ -17,10 +17,10 @@ def weighted_self_information(logits: Tensor) -> Tensor:
     have the same. The printed maps lack the divisor; with it they have the same range for any number of classes.
 
     Args:
-        logits: [B, C, *S] float, before softmax; C at least 2.
+        logits: ``(B, C, *S)`` float, before softmax; C at least 2.
 
     Returns:
-        [B, C, *S] float32, at least 0, also under autocast.
+        ``(B, C, *S)`` float32, at least 0, also under autocast.
     """
     logarithm = logits.float().log_softmax(1)  # finite where a probability is 0, and so is its gradient
     return -logarithm.exp() * logarithm / math.log(logits.shape[1])
@@ -30,7 +30,7 @@ def entropy_loss(logits: Tensor) -> Tensor:
     """L_ent (eq. 3): the normalised entropy of the predictions, here the mean over positions instead of their sum.
 
     Args:
-        logits: [B, C, *S] float, before softmax; C at least 2.
+        logits: ``(B, C, *S)`` float, before softmax; C at least 2.
 
     Returns:
         Scalar in [0, 1], float32, also under autocast.

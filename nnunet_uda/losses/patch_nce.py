@@ -42,9 +42,9 @@ class PatchNCELoss(nn.Module):
         of them is symmetric, so detaching would only halve it.
 
         Args:
-            queries: [B, P, C] float, L2-normalised vectors of the translated image at P positions.
-            keys: [B, P, C] float, L2-normalised vectors of the input image at the same positions.
-            weights: [B, P] float, w_p of eq 3 (see :func:`position_weights`); None is 1 everywhere.
+            queries: ``(B, P, C)`` float, L2-normalised vectors of the translated image at P positions.
+            keys: ``(B, P, C)`` float, L2-normalised vectors of the input image at the same positions.
+            weights: ``(B, P)`` float, w_p of eq 3 (see :func:`position_weights`); None is 1 everywhere.
 
         Returns:
             Scalar, float32, also under autocast; 0 with a graph where B or P is 0, and 0 where P is 1 (no negatives).
@@ -54,7 +54,7 @@ class PatchNCELoss(nn.Module):
             if queries.shape[:2].numel() == 0:
                 return queries.sum()
             vectors = queries / self.temperature
-            similarities = vectors @ keys.transpose(1, 2)  # [B, P, P], the diagonal holds u . u+ / tau
+            similarities = vectors @ keys.transpose(1, 2)  # (B, P, P), the diagonal holds u . u+ / tau
             positive = similarities.diagonal(dim1=1, dim2=2)
             if self.negatives == "both":  # eq 2: v runs over F^l without u itself
                 itself = torch.eye(queries.shape[1], dtype=torch.bool, device=queries.device)
@@ -70,13 +70,13 @@ def position_weights(
     """w_p of eq 3: 1 where the label, downsampled by nearest to the feature map, is background, else w.
 
     Args:
-        label: [B, 1, *S] integer classes of the input image; background, or negative where nothing is known, is <= 0.
+        label: ``(B, 1, *S)`` integer classes of the input image; 0 is background, negative is not known.
         feature_shape: spatial shape *s of the layer's feature map.
-        positions: [P] int64, flat positions in ``feature_shape``, last axis fastest.
+        positions: ``(P,)`` int64, flat positions in ``feature_shape``, last axis fastest.
         foreground_weight: w, 2 in the paper.
 
     Returns:
-        [B, P] float32.
+        ``(B, P)`` float32.
     """
     index, stride = torch.zeros_like(positions), 1
     rest = positions
@@ -101,9 +101,9 @@ def layers_patch_nce(
     Args:
         loss: PatchNCE of one layer.
         projector: samples and projects vectors.
-        features: one [B, C, *s] map per layer, of the input image.
+        features: one ``(B, C, *s)`` map per layer, of the input image.
         of_translated: the same layers of its translation.
-        label: [B, 1, *S] integer classes of the input image, see :func:`position_weights`.
+        label: ``(B, 1, *S)`` integer classes of the input image, see :func:`position_weights`.
         foreground_weight: w of eq 3.
 
     Returns:

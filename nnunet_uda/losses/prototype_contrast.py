@@ -20,9 +20,9 @@ class PrototypeDictionary(nn.Module):
     """The latest prototypes of one domain: for each class a first-in-first-out queue.
 
     Attributes:
-        entries: [K, S, D] float32, in the state; slots that were never written are 0.
-        count: [K] int64, in the state, how many slots of a class are filled; these are the first ones.
-        position: [K] int64, in the state, the slot of a class that is written next.
+        entries: ``(K, S, D)`` float32, in the state; slots that were never written are 0.
+        count: ``(K,)`` int64, in the state, how many slots of a class are filled; these are the first ones.
+        position: ``(K,)`` int64, in the state, the slot of a class that is written next.
 
     Args:
         num_classes: K, background included.
@@ -49,8 +49,8 @@ class PrototypeDictionary(nn.Module):
         bring different numbers of prototypes, also none.
 
         Args:
-            prototypes: [N, D] float.
-            classes: [N] integer, from 0 to K - 1.
+            prototypes: ``(N, D)`` float.
+            classes: ``(N,)`` integer, from 0 to K - 1.
         """
         num_classes, capacity, _ = self.entries.shape
         prototypes, classes = prototypes.to(self.entries), classes.to(self.count)
@@ -71,12 +71,12 @@ class PrototypeDictionary(nn.Module):
         :meth:`enqueue` may be called before the backward pass.
 
         Args:
-            prototypes: [N, D] float.
+            prototypes: ``(N, D)`` float.
             k: from 1 to S; 20 in the paper.
 
         Returns:
-            Similarity [N, K] float32, also under autocast, 0 for a class without entries; and [K] bool, which classes
-            have entries.
+            Similarity ``(N, K)`` float32, also under autocast, 0 for a class without entries; and ``(K,)`` bool, which
+            classes have entries.
         """
         capacity = self.entries.shape[1]
         if not 1 <= k <= capacity:
@@ -115,8 +115,8 @@ def prototype_contrastive_loss(
     the loss is the mean over the pairs that count, of all processes. The gradient reaches the prototypes only.
 
     Args:
-        prototypes: [N, D] float.
-        classes: [N] integer, from 0 to K - 1.
+        prototypes: ``(N, D)`` float.
+        classes: ``(N,)`` integer, from 0 to K - 1.
         dictionaries: at least one; of both domains in the paper.
         k: from 1 to the dictionaries' capacity S; 20 in the paper.
         temperature: tau, above 0; 1 in the paper.

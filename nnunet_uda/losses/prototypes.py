@@ -21,11 +21,11 @@ def confident_labels(probabilities: Tensor, threshold: float) -> Tensor:
     """Pseudo labels: the most probable class where its probability is over ``threshold``, else ``IGNORED``.
 
     Args:
-        probabilities: [B, K, *map] float, after softmax.
+        probabilities: ``(B, K, *map)`` float, after softmax.
         threshold: from 0 (every position gets its class) to 1 (every position is ignored).
 
     Returns:
-        [B, *map] int64, without a graph.
+        ``(B, *map)`` int64, without a graph.
     """
     confidence, label = probabilities.detach().float().max(dim=1)
     return label.masked_fill(~(confidence > threshold), IGNORED)
@@ -35,11 +35,11 @@ def labels_at(label: Tensor, size: Sequence[int]) -> Tensor:
     """A ground truth at the size of a feature map, by nearest: position i takes voxel floor(i * patch / map).
 
     Args:
-        label: [B, 1, *patch] integer; negative values mark what is to be ignored.
+        label: ``(B, 1, *patch)`` integer; negative values mark what is to be ignored.
         size: spatial shape *size of the feature map.
 
     Returns:
-        [B, *size] int64; negative values are ``IGNORED``.
+        ``(B, *size)`` int64; negative values are ``IGNORED``.
     """
     return F.interpolate(label.float(), size=tuple(size), mode="nearest")[:, 0].long().clamp(min=IGNORED)
 
@@ -52,14 +52,14 @@ def class_prototypes(
     The gradient reaches the embedding through all classes that are present; none goes through the labels.
 
     Args:
-        embedding: [B, D, *map] float.
-        labels: [B, *map] integer; positions outside 0 .. num_classes - 1 (``IGNORED``) take no part.
+        embedding: ``(B, D, *map)`` float.
+        labels: ``(B, *map)`` integer; positions outside 0 .. num_classes - 1 (``IGNORED``) take no part.
         num_classes: K.
         min_positions: a class with fewer positions in an image, or with none, has no prototype there.
 
     Returns:
-        Prototypes [B, K, D] float32, also under autocast, of unit length, or all 0 where there is none; and
-        [B, K] bool, which there are.
+        Prototypes ``(B, K, D)`` float32, also under autocast, of unit length, or all 0 where there is none; and
+        ``(B, K)`` bool, which there are.
     """
     with torch.autocast(embedding.device.type, enabled=False):
         masks = _class_masks(labels, num_classes)
@@ -77,10 +77,10 @@ def intra_class_loss(embedding: Tensor, labels: Tensor, prototypes: Tensor, pres
     image, each with the same share. The gradient reaches both the embedding and the prototypes.
 
     Args:
-        embedding: [B, D, *map] float.
-        labels: [B, *map] integer, as given to :func:`class_prototypes`.
-        prototypes: [B, K, D] float, of :func:`class_prototypes`.
-        present: [B, K] bool, of :func:`class_prototypes`.
+        embedding: ``(B, D, *map)`` float.
+        labels: ``(B, *map)`` integer, as given to :func:`class_prototypes`.
+        prototypes: ``(B, K, D)`` float, of :func:`class_prototypes`.
+        present: ``(B, K)`` bool, of :func:`class_prototypes`.
 
     Returns:
         Scalar, float32, also under autocast; 0 with a graph where no position takes part.
@@ -100,8 +100,8 @@ def inter_class_loss(prototypes: Tensor, present: Tensor) -> Tensor:
     share.
 
     Args:
-        prototypes: [B, K, D] float, of :func:`class_prototypes`.
-        present: [B, K] bool, of :func:`class_prototypes`.
+        prototypes: ``(B, K, D)`` float, of :func:`class_prototypes`.
+        present: ``(B, K)`` bool, of :func:`class_prototypes`.
 
     Returns:
         Scalar, float32, also under autocast; 0 with a graph where no image has two classes.
@@ -114,6 +114,6 @@ def inter_class_loss(prototypes: Tensor, present: Tensor) -> Tensor:
 
 
 def _class_masks(labels: Tensor, num_classes: int) -> Tensor:
-    """One-hot [B, K, P] bool of labels [B, *map]; all False where a label is outside the classes."""
+    """One-hot ``(B, K, P)`` bool of labels ``(B, *map)``; all False where a label is outside the classes."""
     classes = torch.arange(num_classes, device=labels.device)
     return labels.flatten(1)[:, None] == classes[:, None]

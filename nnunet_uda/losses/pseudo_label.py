@@ -21,11 +21,11 @@ def class_thresholds(class_confidence: Tensor, confidence: float) -> Tensor:
     together.
 
     Args:
-        class_confidence: [K] float in (0, 1].
+        class_confidence: ``(K,)`` float in (0, 1].
         confidence: tau in [0, 1], the threshold of the surest class.
 
     Returns:
-        [K] float.
+        ``(K,)`` float.
     """
     return (confidence * class_confidence / class_confidence.max()).clamp(min=min(MAJORITY, confidence))
 
@@ -34,11 +34,11 @@ def confident_labels(probabilities: Tensor, thresholds: Tensor) -> Tensor:
     """Pseudo labels where the confidence is over the class's threshold, else ``IGNORED``.
 
     Args:
-        probabilities: [B, K, *S] float.
-        thresholds: [K] float.
+        probabilities: ``(B, K, *S)`` float.
+        thresholds: ``(K,)`` float.
 
     Returns:
-        [B, *S] int64, without a graph.
+        ``(B, *S)`` int64, without a graph.
     """
     confidence, label = probabilities.detach().float().max(dim=1)
     return label.masked_fill(confidence <= thresholds[label], IGNORED)
@@ -51,8 +51,8 @@ def pseudo_label_loss(logits: Tensor, labels: Tensor) -> Tensor:
     that the labels hold. Half of the sum, so that its size is that of one loss.
 
     Args:
-        logits: [B, K, *S] float, before softmax; class 0 is the background.
-        labels: [B, *S] int64, ``IGNORED`` where there is no label. They get no gradient.
+        logits: ``(B, K, *S)`` float, before softmax; class 0 is the background.
+        labels: ``(B, *S)`` int64, ``IGNORED`` where there is no label. They get no gradient.
 
     Returns:
         Scalar, float32, also under autocast; 0 with a graph where nothing is labelled.

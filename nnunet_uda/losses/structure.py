@@ -24,8 +24,8 @@ def shared_information(image: Tensor, translated: Tensor) -> Tensor:
     many bins would share information by chance.
 
     Args:
-        image: [B, C, H, W] float, H and W at least 8.
-        translated: [B, C, H, W] float.
+        image: ``(B, C, H, W)`` float, H and W at least 8.
+        translated: ``(B, C, H, W)`` float.
 
     Returns:
         Scalar in [0, 1], float32.
@@ -46,5 +46,5 @@ def shared_information(image: Tensor, translated: Tensor) -> Tensor:
 
 
 def _entropy(probabilities: Tensor) -> Tensor:
-    """Of distributions ``[N, K]``, ``[N]``."""
+    """Of distributions ``(N, K)``, ``(N,)``."""
     return torch.special.entr(probabilities).sum(1)

@@ -19,8 +19,8 @@ def supervised_contrastive_loss(vectors: Tensor, labels: Tensor, temperature: fl
     is skipped; the mean over those that count, which does not depend on the batch's size, stands for the printed sum.
 
     Args:
-        vectors: [B, C] float; L2-normalised here.
-        labels: [B] bool, whether the slice holds the object.
+        vectors: ``(B, C)`` float; L2-normalised here.
+        labels: ``(B,)`` bool, whether the slice holds the object.
         temperature: tau, above 0; the paper gives none.
 
     Returns:

@@ -17,10 +17,10 @@ def normalised_entropy(probabilities: Tensor) -> Tensor:
     """Predictive entropy over classes divided by log C: 0 where one class has all, 1 where all have the same.
 
     Args:
-        probabilities: [B, C, *S] float in [0, 1], summing to 1 over C, C at least 2.
+        probabilities: ``(B, C, *S)`` float in [0, 1], summing to 1 over C, C at least 2.
 
     Returns:
-        [B, 1, *S] in [0, 1].
+        ``(B, 1, *S)`` in [0, 1].
     """
     entropy = -(probabilities * (probabilities + EPSILON).log()).sum(1, keepdim=True)
     return (entropy / math.log(probabilities.shape[1])).clamp(0, 1)
@@ -30,14 +30,14 @@ def certain_pseudo_label(probabilities: Tensor, threshold: float, form: str = "e
     """The pseudo label and where it holds, both without gradient (eqs 5 to 7).
 
     Args:
-        probabilities: [B, C, *S] float.
+        probabilities: ``(B, C, *S)`` float.
         threshold: chi. A position is certain where its uncertainty is below it.
         form: ``"entropy"``: u is the normalised entropy, the same for all classes, and the label is hard (one-hot).
             ``"printed"``: u = -Y log(Y + 1e-9) for each class alone, which is also small where Y is, and the label is
             Y itself.
 
     Returns:
-        The label, [B, C, *S] float32, and the mask, [B, C, *S] bool.
+        The label, ``(B, C, *S)`` float32, and the mask, ``(B, C, *S)`` bool.
     """
     probabilities = probabilities.detach().float()
     if form == "printed":
@@ -54,7 +54,7 @@ def uncertain_segmentation_loss(logits: Tensor, threshold: float = 0.2, form: st
     Sums run over the batch of all processes and all certain positions; classes without certain foreground are left out.
 
     Args:
-        logits: [B, C, *S] float, before softmax; class 0 is the background, which takes no part.
+        logits: ``(B, C, *S)`` float, before softmax; class 0 is the background, which takes no part.
         threshold: chi, 0.2 by default; 0 trusts nothing.
         form: see :func:`certain_pseudo_label`.
 

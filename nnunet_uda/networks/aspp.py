@@ -54,5 +54,5 @@ class ASPP(nn.Module):
         self.mix = layer(channels * len(self.rates), 1, (1,) * len(map_size))
 
     def forward(self, features: Tensor) -> Tensor:
-        """``[B, channels, *S]`` to the same shape."""
+        """``(B, channels, *S)`` to the same shape."""
         return self.mix(torch.cat([branch(features) for branch in self.branches], 1))

@@ -39,7 +39,7 @@ class ImageDecoder(nn.Module):
         self.head = encoder.conv_op(below, num_channels, 1, bias=True)
 
     def forward(self, skips: Sequence[Tensor]) -> Tensor:
-        """``[B, num_channels, *S]`` from the encoder's maps, fine to coarse."""
+        """``(B, num_channels, *S)`` from the encoder's maps, fine to coarse."""
         below = skips[-1]
         for upsample, stage, skip in zip(self.upsamples, self.stages, reversed(skips[:-1]), strict=True):
             below = stage(torch.cat((upsample(below), skip), 1))

@@ -64,9 +64,9 @@ class PatchDiscriminator(nn.Module):
         """Judge patches.
 
         Args:
-            x: [B, in_channels, *S] float: z-scored intensities, or probabilities in [0, 1].
+            x: ``(B, in_channels, *S)`` float: z-scored intensities, or probabilities in [0, 1].
 
         Returns:
-            [B, 1, *s] logits (no final activation), high = real.
+            ``(B, 1, *s)`` logits (no final activation), high = real.
         """
         return self.layers(x)

@@ -37,11 +37,11 @@ class PatchProjector(nn.Module):
         """Draw positions for each layer, uniform and without replacement; all images of the batch share them.
 
         Args:
-            features: one [B, C, *S] map per layer; only shape and device are read.
+            features: one ``(B, C, *S)`` map per layer; only shape and device are read.
             generator: source of randomness; None is torch's global one (CPU).
 
         Returns:
-            One [P] int64 tensor per layer on that layer's device: flat positions in *S, last axis fastest.
+            One ``(P,)`` int64 tensor per layer on that layer's device: flat positions in *S, last axis fastest.
         """
         device = "cpu" if generator is None else generator.device
         seed = int(torch.randint(2**62, (1,), generator=generator, device=device))
@@ -57,11 +57,11 @@ class PatchProjector(nn.Module):
         """Project the sampled vectors.
 
         Args:
-            features: one [B, C, *S] float map per layer, 2D or 3D.
-            positions: one [P] int64 tensor per layer, from :meth:`sample_positions`.
+            features: one ``(B, C, *S)`` float map per layer, 2D or 3D.
+            positions: one ``(P,)`` int64 tensor per layer, from :meth:`sample_positions`.
 
         Returns:
-            One [B, P, dim] float32 tensor per layer, of unit length along the last axis.
+            One ``(B, P, dim)`` float32 tensor per layer, of unit length along the last axis.
         """
         return [
             F.normalize(head(feature.flatten(2).index_select(2, where).transpose(1, 2)).float(), dim=-1)

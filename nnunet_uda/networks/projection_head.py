@@ -21,5 +21,5 @@ class ProjectionHead(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(in_channels, hidden), nn.ReLU(inplace=True), nn.Linear(hidden, dim))
 
     def forward(self, features: Tensor) -> Tensor:
-        """Map features [B, in_channels, *S], float, 2D or 3D, to [B, dim] float32 vectors of unit length."""
+        """Map features ``(B, in_channels, *S)``, float, 2D or 3D, to ``(B, dim)`` float32 vectors of unit length."""
         return F.normalize(self.mlp(features.flatten(2).mean(dim=2)).float(), dim=1)

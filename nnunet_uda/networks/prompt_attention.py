@@ -41,13 +41,13 @@ class PromptAttention(nn.Module):
         """Attend.
 
         Args:
-            prompts: [K, prompt_channels] float; None for attention that is the same everywhere (``keys`` is not read).
-            keys: [B, key_channels, h, w] float.
-            values: [B, value_channels, h, w] float.
+            prompts: ``(K, prompt_channels)`` float; None: attention is the same everywhere, ``keys`` is not read.
+            keys: ``(B, key_channels, h, w)`` float.
+            values: ``(B, value_channels, h, w)`` float.
 
         Returns:
-            All float32: the map, [B, channels, h, w], the mean over prompts; the attention a, [B, K, h, w], which
-            sums to 1 (K = 1 without prompts); and sum_p a_p Nor(V)_p of each prompt, [B, K, channels].
+            All float32: the map, ``(B, channels, h, w)``, the mean over prompts; the attention a, ``(B, K, h, w)``,
+            which sums to 1 (K = 1 without prompts); and sum_p a_p Nor(V)_p of each prompt, ``(B, K, channels)``.
         """
         with torch.autocast(values.device.type, enabled=False):
             value = self.normalise(self.value(values.float()))

@@ -36,7 +36,7 @@ class ResidualDecoder(nn.Module):
         """Decode.
 
         Args:
-            x: [B, in_channels, h, w] float.
+            x: ``(B, in_channels, h, w)`` float.
             sides: one map a level, coarse to fine, [B, side_channels[i], h 2^i, w 2^i]; None where there is none.
 
         Returns:

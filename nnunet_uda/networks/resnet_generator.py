@@ -15,10 +15,10 @@ from nnunet_uda.networks.lean import recomputed
 
 
 def reflect_pad(x: Tensor, padding: Sequence[int]) -> Tensor:
-    """Pad [B, C, *S] by ``padding[axis]`` on both sides: reflect, or replicate on an axis not longer than its padding.
+    """Pad ``(B, C, *S)`` by ``padding[axis]`` on both sides: reflect, or replicate on an axis that is no longer.
 
     Returns:
-        [B, C, *(S + 2 padding)], dtype of ``x``.
+        ``(B, C, *(S + 2 padding))``, dtype of ``x``.
     """
     short = [size <= pad for size, pad in zip(x.shape[2:], padding, strict=True)]
     for mode, chosen in (("replicate", short), ("reflect", [not is_short for is_short in short])):
@@ -71,7 +71,7 @@ class Stage(nn.Sequential):
 
 
 class ResidualBlock(nn.Module):
-    """x + norm(conv(relu(norm(conv(x))))), [B, C, *S] to [B, C, *S]."""
+    """x + norm(conv(relu(norm(conv(x))))), ``(B, C, *S)`` to ``(B, C, *S)``."""
 
     lean = True
 
@@ -154,7 +154,7 @@ class ResnetGenerator(nn.Module):
         """Features for PatchNCE: the image itself and the encoder layers, nothing beyond the last of them computed.
 
         Args:
-            x: [B, num_channels, *S] float, z-scored intensities.
+            x: ``(B, num_channels, *S)`` float, z-scored intensities.
 
         Returns:
             [x, stem, each strided convolution, residual block number num_blocks // 2], each [B, feature_channels[i],
@@ -169,7 +169,7 @@ class ResnetGenerator(nn.Module):
         return [*features, hidden]
 
     def decode(self, features: list[Tensor]) -> Tensor:
-        """The translation [B, num_channels, *S] of the image whose features ``encode`` returned."""
+        """The translation ``(B, num_channels, *S)`` of the image whose features ``encode`` returned."""
         hidden = features[-1]
         for block in self.blocks[len(self.blocks) // 2 + 1 :]:
             hidden = block(hidden)
@@ -188,5 +188,5 @@ class ResnetGenerator(nn.Module):
         return self.decode(features), features
 
     def forward(self, x: Tensor) -> Tensor:
-        """Translate [B, num_channels, *S] z-scored intensities into an image of the same shape."""
+        """Translate ``(B, num_channels, *S)`` z-scored intensities into an image of the same shape."""
         return self.forward_with_features(x)[0]

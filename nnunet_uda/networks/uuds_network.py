@@ -22,10 +22,10 @@ class Generated(NamedTuple):
     """The generator's output.
 
     Attributes:
-        image: ``[B, C, H, W]``, the reconstructed x^s of a source image, x^{t->s} of a target image; None where not
+        image: ``(B, C, H, W)``, the reconstructed x^s of a source image, x^{t->s} of a target image; None where not
             asked for.
         maps: the image decoder's maps, coarse to fine, at the padded size.
-        attention: ``[B, 1, h, w]``, that of the domain prompt.
+        attention: ``(B, 1, h, w)``, that of the domain prompt.
     """
 
     image: Tensor | None
@@ -42,9 +42,9 @@ class Segmented(NamedTuple):
     """The segmenter's output.
 
     Attributes:
-        logits: ``[B, classes, H, W]``, or a list of them from fine to coarse with deep supervision.
-        pooled: ``[B, K, c]``, the content that each class's prompt attends to.
-        attention: ``[B, K, h, w]``, that of the segmentation prompts.
+        logits: ``(B, classes, H, W)``, or a list of them from fine to coarse with deep supervision.
+        pooled: ``(B, K, c)``, the content that each class's prompt attends to.
+        attention: ``(B, K, h, w)``, that of the segmentation prompts.
     """
 
     logits: list[Tensor] | Tensor
@@ -142,7 +142,7 @@ class UUDSNetwork(nn.Module):
         self.class_embeddings.copy_(classes)
 
     def encode(self, images: Tensor, keep_statistics: bool = False) -> Encoded:
-        """X_c, X_d and x_g of ``[B, C, H, W]`` images.
+        """X_c, X_d and x_g of ``(B, C, H, W)`` images.
 
         Args:
             keep_statistics: leave batch norm's running statistics alone: prediction never encodes such images.
@@ -153,7 +153,7 @@ class UUDSNetwork(nn.Module):
             return self.encoder(images, pool=self.domain_prompt)
 
     def generate(self, encoded: Encoded, domain: Tensor, image: bool = True) -> Generated:
-        """DAM (eq. 3) and image decoder; ``domain`` is T^d, ``[E]``."""
+        """DAM (eq. 3) and image decoder; ``domain`` is T^d, ``(E,)``."""
         prompt = domain[None] if self.domain_prompt else None
         attended, attention, _ = self.domain_attention(prompt, encoded.tokens, encoded.levels[-1])
         skips = [skip(level) for skip, level in zip(self.skips, encoded.levels[3:0:-1], strict=False)]
@@ -163,7 +163,7 @@ class UUDSNetwork(nn.Module):
         return Generated(made, maps, attention)
 
     def segment(self, encoded: Encoded, generated: Generated, classes: Tensor) -> Segmented:
-        """SAM and segmentation decoder; ``classes`` is T^s, ``[K, E]``."""
+        """SAM and segmentation decoder; ``classes`` is T^s, ``(K, E)``."""
         content = encoded.levels[-1]
         prompts = classes if self.segmentation_prompt else None
         attended, attention, pooled = self.segmentation_attention(prompts, content, content)
@@ -177,7 +177,7 @@ class UUDSNetwork(nn.Module):
         return Segmented(logits if self.deep_supervision else logits[0], pooled, attention)
 
     def forward(self, images: Tensor) -> list[Tensor] | Tensor:
-        """Segment ``[B, C, H, W]`` images of either domain by the road for target images."""
+        """Segment ``(B, C, H, W)`` images of either domain by the road for target images."""
         encoded = self.encode(images)
         generated = self.generate(encoded, self.domain_embedding, image=False)
         return self.segment(encoded, generated, self.class_embeddings).logits

@@ -74,7 +74,7 @@ def _restyled(volume: Tensor, strength: float, rng: np.random.Generator, generat
 
 
 def _slice_wise(image: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
-    """``change`` maps ``[N, Y, X]``; every slice along the first spatial axis is one of N."""
+    """``change`` maps ``(N, Y, X)``; every slice along the first spatial axis is one of N."""
     return change(image.flatten(0, 1)).view_as(image)
 
 

@@ -88,7 +88,7 @@ class IntensityPosterior(nn.Module):
         return bool((self.high > self.low).all())
 
     def set_range(self, volumes: Iterable[np.ndarray]) -> None:
-        """Bin between the percentiles of ``volumes``, each [C, *S], of the domain; forgets what was observed."""
+        """Bin between the percentiles of ``volumes``, each ``(C, *S)``, of the domain; forgets what was observed."""
         samples = [volume.reshape(len(volume), -1) for volume in volumes]
         samples = [flat[:, :: max(1, flat.shape[1] // SAMPLED)] for flat in samples]
         low, high = np.percentile(np.concatenate(samples, 1).astype(np.float64), PERCENTILES, axis=1)
@@ -101,11 +101,11 @@ class IntensityPosterior(nn.Module):
         """The posterior q.
 
         Args:
-            probabilities: [B, K, *S] float, sums over K are 1.
-            images: [B, C, *S] float, on the scale of ``set_range``.
+            probabilities: ``(B, K, *S)`` float, sums over K are 1.
+            images: ``(B, C, *S)`` float, on the scale of ``set_range``.
 
         Returns:
-            [B, K, *S] float32, sums over K are 1, without a graph.
+            ``(B, K, *S)`` float32, sums over K are 1, without a graph.
         """
         prior = probabilities.float().flatten(2).clamp(min=SMALLEST_PRIOR)
         prior = prior / prior.sum(1, keepdim=True)
@@ -119,7 +119,7 @@ class IntensityPosterior(nn.Module):
 
     @torch.no_grad()
     def observe(self, labels: Tensor, images: Tensor) -> None:
-        """Remember the intensities of trusted labels, [B, *S] int64, ``IGNORED`` where there is none."""
+        """Remember the intensities of trusted labels, ``(B, *S)`` int64, ``IGNORED`` where there is none."""
         known = (labels != IGNORED)[:, None]
         members = F.one_hot(labels.clamp(min=0), self.domain.shape[1]).movedim(-1, 1) * known
         members, bins = members.flatten(2).float(), self._binned(images)
@@ -129,7 +129,7 @@ class IntensityPosterior(nn.Module):
         self.domain.mul_(MOMENTUM).add_(global_sum(seen), alpha=1 - MOMENTUM)
 
     def _log_shares(self, posterior: Tensor, bins: list[Tensor]) -> list[Tensor]:
-        """For each channel log f, [B, K, BINS], by ``posterior`` [B, K, N] at positions of ``bins`` [B, N]."""
+        """Log f ``(B, K, BINS)`` of each channel by ``posterior`` ``(B, K, N)`` at positions of ``bins`` ``(B, N)``."""
         domain = self.domain / self.domain.sum(2, keepdim=True).clamp(min=1e-6)
         shares = []
         for here, known in zip(_histograms(posterior, bins), domain, strict=True):
@@ -140,14 +140,14 @@ class IntensityPosterior(nn.Module):
         return shares
 
     def _binned(self, images: Tensor) -> list[Tensor]:
-        """The bin of each position of ``images`` [B, C, *S], for each channel [B, N] int64."""
+        """The bin of each position of ``images`` ``(B, C, *S)``, for each channel ``(B, N)`` int64."""
         values = images.float().flatten(2)
         low, high = self.low[:, None], self.high[:, None]
         return list(((values - low) / (high - low) * BINS).clamp(0, BINS - 1).long().unbind(1))
 
 
 def _histograms(members: Tensor, bins: list[Tensor]) -> list[Tensor]:
-    """Smoothed histograms [B, K, BINS] of ``members`` [B, K, N] for each channel's ``bins`` [B, N]."""
+    """Smoothed histograms ``(B, K, BINS)`` of ``members`` ``(B, K, N)`` for each channel's ``bins`` ``(B, N)``."""
     reach = round(3 * SMOOTHING)
     places = torch.arange(-reach, reach + 1, device=members.device)
     kernel = torch.exp(-0.5 * (places / SMOOTHING) ** 2)
@@ -162,7 +162,7 @@ def _histograms(members: Tensor, bins: list[Tensor]) -> list[Tensor]:
 
 
 def _log_student_t(histograms: Tensor) -> Tensor:
-    """The logarithm of Student's t over the bins of ``histograms`` [..., BINS], each of which sums to 1.
+    """The logarithm of Student's t over the bins of ``histograms`` ``(..., BINS)``, each of which sums to 1.
 
     Its place is their median, its scale half of the width of their middle 68 %.
     """
@@ -174,7 +174,7 @@ def _log_student_t(histograms: Tensor) -> Tensor:
 
 
 def _posterior(prior: Tensor, log_shares: list[Tensor], bins: list[Tensor]) -> Tensor:
-    """q [B, K, N] of ``prior`` [B, K, N] and, for each channel, log f [B, K, BINS] and ``bins`` [B, N]."""
+    """q, as ``prior`` ``(B, K, N)``, of it and of each channel's log f ``(B, K, BINS)`` and ``bins`` ``(B, N)``."""
     evidence = [
         shares.gather(2, channel[:, None].expand(-1, shares.shape[1], -1))
         for shares, channel in zip(log_shares, bins, strict=True)

@@ -62,7 +62,7 @@ class SelfTraining(nn.Module):
 
     @torch.no_grad()
     def observe(self, probabilities: Tensor) -> None:
-        """Remember how sure the teacher is of each class that it finds; ``probabilities`` is [B, K, *S]."""
+        """Remember how sure the teacher is of each class that it finds; ``probabilities`` is ``(B, K, *S)``."""
         confidence, found = probabilities.float().max(1)
         confidence, found = confidence.flatten(), found.flatten()
         counts = global_sum(torch.bincount(found, minlength=probabilities.shape[1]))
@@ -72,5 +72,5 @@ class SelfTraining(nn.Module):
         self.class_confidence.copy_(torch.where(counts > 0, new, self.class_confidence))
 
     def label(self, probabilities: Tensor) -> Tensor:
-        """Pseudo labels [B, *S] of softmax outputs [B, K, *S], see ``confident_labels``."""
+        """Pseudo labels ``(B, *S)`` of softmax outputs ``(B, K, *S)``, see ``confident_labels``."""
         return confident_labels(probabilities, class_thresholds(self.class_confidence, self.confidence))

@@ -14,12 +14,12 @@ from nnunet_uda.networks.clip.shape import build_whole
 
 
 def build_clip(
-    shape: dict[str, Any], in_channels: int, num_classes: int, context_vectors: int, frozen_statistics: bool
+    shape: dict[str, Any], in_channels: int, num_structures: int, context_vectors: int, frozen_statistics: bool
 ) -> tuple[ClipImageEncoder, DualPrompts]:
     """Both encoders at random weights."""
-    clip = build_whole(shape, DualPrompts.rows(num_classes, shape["text_cfg"]["context_length"]))
+    clip = build_whole(shape, DualPrompts.rows(num_structures, shape["text_cfg"]["context_length"]))
     encoder = ClipImageEncoder(clip.visual, in_channels, frozen_statistics)
-    return encoder, DualPrompts(clip, num_classes, context_vectors)
+    return encoder, DualPrompts(clip, num_structures, context_vectors)
 
 
 @torch.no_grad()

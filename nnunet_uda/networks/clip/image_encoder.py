@@ -19,8 +19,8 @@ class Encoded(NamedTuple):
     Attributes:
         levels: maps of the stem (H/4), layer1 (H/4), layer2 (H/8), layer3 (H/16) and layer4 (H/32), each
             ``[B, channels[i], h, w]``; the last is X_c.
-        tokens: ``[B, E, H/32, W/32]``, X_d: the attention pool's spatial tokens; None where not asked for.
-        summary: ``[B, E]``, x_g: its token 0; None likewise.
+        tokens: ``(B, E, H/32, W/32)``, X_d: the attention pool's spatial tokens; None where not asked for.
+        summary: ``(B, E)``, x_g: its token 0; None likewise.
         size: (H, W) of the images before padding.
     """
 
@@ -77,7 +77,7 @@ class ClipImageEncoder(nn.Module):
         return self
 
     def forward(self, images: Tensor, pool: bool = True) -> Encoded:
-        """Encode ``[B, C, H, W]`` z-scored images; without ``pool`` X_d and x_g are not computed."""
+        """Encode ``(B, C, H, W)`` z-scored images; without ``pool`` X_d and x_g are not computed."""
         levels = self.find_levels(images)
         size = (images.shape[2], images.shape[3])
         if not pool:
@@ -94,7 +94,7 @@ class ClipImageEncoder(nn.Module):
         return levels
 
     def attention_pool(self, features: Tensor) -> Tensor:
-        """All output tokens of CLIP's attention pool, the pooled one first: ``[B, C, h, w]`` to ``[B, 1 + hw, E]``."""
+        """All output tokens of CLIP's attention pool, the pooled one first: ``(B, C, h, w)`` to ``(B, 1 + hw, E)``."""
         pool = self.visual.attnpool
         tokens = features.flatten(2).transpose(1, 2)
         tokens = torch.cat([tokens.mean(1, keepdim=True), tokens], 1) + self.positions(features.shape[2:])
@@ -107,7 +107,7 @@ class ClipImageEncoder(nn.Module):
         return pool.c_proj(attended.transpose(1, 2).flatten(2))
 
     def positions(self, size: Sequence[int]) -> Tensor:
-        """The position embedding for an ``h x w`` map, ``[1 + hw, C]``, the pooled token's first."""
+        """The position embedding for an ``h x w`` map, ``(1 + hw, C)``, the pooled token's first."""
         embedding = self.visual.attnpool.positional_embedding
         side = round((embedding.shape[0] - 1) ** 0.5)
         if tuple(size) == (side, side):

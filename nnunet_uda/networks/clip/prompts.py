@@ -25,7 +25,7 @@ class DualPrompts(nn.Module):
 
     Args:
         clip: open_clip's CLIP, built with as many tokens as :meth:`rows` says.
-        num_classes: foreground classes.
+        num_structures: number of segmentation prompts.
         context_vectors: M.
     """
 
@@ -34,7 +34,7 @@ class DualPrompts(nn.Module):
     ends: Tensor
     vocabulary: Tensor
 
-    def __init__(self, clip: Any, num_classes: int, context_vectors: int = 16) -> None:
+    def __init__(self, clip: Any, num_structures: int, context_vectors: int = 16) -> None:
         super().__init__()
         self.transformer = clip.transformer
         self.token_embedding = clip.token_embedding
@@ -45,14 +45,14 @@ class DualPrompts(nn.Module):
         length, width = self.positional_embedding.shape
         self.context = nn.Parameter(torch.empty(context_vectors, width))
         nn.init.normal_(self.context, std=0.02)
-        self.register_buffer("tokens", torch.zeros(1 + num_classes, length, dtype=torch.long))
-        self.register_buffer("ends", torch.zeros(1 + num_classes, dtype=torch.long))
-        self.register_buffer("vocabulary", torch.full((self.rows(num_classes, length),), -1, dtype=torch.long))
+        self.register_buffer("tokens", torch.zeros(1 + num_structures, length, dtype=torch.long))
+        self.register_buffer("ends", torch.zeros(1 + num_structures, dtype=torch.long))
+        self.register_buffer("vocabulary", torch.full((self.rows(num_structures, length),), -1, dtype=torch.long))
 
     @staticmethod
-    def rows(num_classes: int, context_length: int) -> int:
+    def rows(num_structures: int, context_length: int) -> int:
         """Token embeddings kept: as many as the prompts can use at most."""
-        return (1 + num_classes) * context_length
+        return (1 + num_structures) * context_length
 
     def set_prompts(self, domain_prompt: str, class_names: Sequence[str]) -> None:
         """Tokenise the prompts.
@@ -79,12 +79,12 @@ class DualPrompts(nn.Module):
 
     @torch.no_grad()
     def load_tokens(self, embedding: Tensor) -> None:
-        """Take the rows in use from CLIP's whole token embedding, ``[49408, width]``."""
+        """Take the rows in use from CLIP's whole token embedding, ``(49408, width)``."""
         used = self.vocabulary[self.vocabulary >= 0].to(embedding.device)
         self.token_embedding.weight[: len(used)] = embedding[used].to(self.token_embedding.weight)
 
     def embedded(self) -> Tensor:
-        """The input of the transformer without positions, ``[1 + K, L, width]``, L the longest prompt's length."""
+        """The input of the transformer without positions, ``(1 + K, L, width)``, L the longest prompt's length."""
         length = int(self.ends.max()) + 1
         embedded = self.token_embedding(self.tokens[:, :length])
         classes, end = self.tokens.shape[0] - 1, 1 + len(self.context)
@@ -92,7 +92,7 @@ class DualPrompts(nn.Module):
         return torch.cat([embedded[:1], prompts])
 
     def forward(self) -> tuple[Tensor, Tensor]:
-        """T^d, ``[E]``, and T^s of every class, ``[K, E]``; float32 also under autocast, not normalised."""
+        """T^d, ``(E,)``, and T^s of every class, ``(K, E)``; float32 also under autocast, not normalised."""
         hidden = self.embedded()
         length = hidden.shape[1]
         hidden = hidden + self.positional_embedding[:length]
