@@ -111,10 +111,12 @@ def finder() -> Iterator[Finding]:
     missing = [path for path in value.split(os.pathsep) if path.strip() and not Path(path).is_dir()]
     if missing:
         yield Finding(WRONG, EXTERNAL, f"{', '.join(missing)} is no folder")
-    find_any_trainer("CASTTrainer")
     methods = find_methods()
     for path, error in methods.unreadable.items():
         yield Finding(WRONG, "trainers", f"{path} cannot be imported: {error}")
+    if methods.unreadable:  # where nnU-Net's search may end
+        return
+    find_any_trainer("CASTTrainer")
     number = sum(len(method.trainers) for method in methods.methods)
     yield Finding(OK, "trainers", f"found, {number} with settings of {len(methods.names())} methods")
 

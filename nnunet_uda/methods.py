@@ -9,6 +9,7 @@ import json
 import os
 import pkgutil
 import re
+import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import redirect_stdout
 from dataclasses import dataclass
@@ -117,7 +118,7 @@ def _modules(unreadable: dict[str, str]) -> Iterator[ModuleType]:
             for name in _names(folder, ""):
                 try:
                     yield importlib.import_module(name)
-                except Exception as error:  # anybody's file, which may fail in any way
+                except (Exception, SystemExit) as error:  # anybody's file, which may fail in any way
                     place = folder.joinpath(*name.split("."))
                     unreadable[str(place)] = f"{type(error).__name__}: {error}"
 
@@ -144,7 +145,22 @@ def find_any_trainer(name: str) -> type[Any]:
     """The trainer class, nnU-Net's own or another.
 
     Raises:
-        UDAError: no such trainer.
+        UDAError: as ``look_for_trainer``, and where there is no such trainer.
+    """
+    if (trainer := look_for_trainer(name)) is not None:
+        return trainer
+    names = trainer_names()
+    by_small = {known.lower().removesuffix("trainer"): known for known in names}
+    near = [by_small[word] for word in get_close_matches(name.lower().removesuffix("trainer"), by_small, 3)]
+    meant = f" Did you mean {' or '.join(near)}?" if near else f" These would be found: {', '.join(names)}"
+    raise UDAError(f"-tr {name}: no trainer of that name.{meant}")
+
+
+def look_for_trainer(name: str) -> type[Any] | None:
+    """The trainer class where nnU-Net finds it, None where there is none of that name.
+
+    Raises:
+        UDAError: for a class that is no trainer, and for a file of anybody's that fails as nnU-Net imports it.
     """
     from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
@@ -152,14 +168,27 @@ def find_any_trainer(name: str) -> type[Any]:
     try:
         with redirect_stdout(io.StringIO()):  # nnU-Net says which files it looks into
             return recursive_find_trainer_class_by_name(name)
-    except RuntimeError as error:
-        names = trainer_names()
-        by_small = {known.lower().removesuffix("trainer"): known for known in names}
-        near = [by_small[word] for word in get_close_matches(name.lower().removesuffix("trainer"), by_small, 3)]
-        meant = f" Did you mean {' or '.join(near)}?" if near else f" These would be found: {', '.join(names)}"
-        raise UDAError(f"-tr {name}: no trainer of that name.{meant}") from error
-    except (AssertionError, TypeError) as error:  # what nnU-Net makes of another class, or of what is no class
-        raise UDAError(f"-tr {name} is no trainer ({error})") from error
+    except (Exception, SystemExit) as error:
+        if place := _place_of(error):
+            raise UDAError(
+                f"{place} cannot be imported ({type(error).__name__}: {error}). nnU-Net imports the files in the "
+                f"folders of {EXTERNAL} until it finds a trainer: mend this one, or move it elsewhere"
+            ) from error
+        if isinstance(error, AssertionError | TypeError):  # what nnU-Net makes of another class, or of what is no class
+            raise UDAError(f"-tr {name} is no trainer ({error})") from error
+        if not isinstance(error, RuntimeError):
+            raise
+        return None
+
+
+def _place_of(error: BaseException) -> str | None:
+    """File and line in a folder of ``nnUNet_extTrainer`` where ``error`` came about, None if it was not there."""
+    places = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
+    if isinstance(error, SyntaxError):
+        places.append((error.filename or "", error.lineno))
+    folders = external_folders()
+    blamed = [place for place in places if any(Path(place[0]).absolute().is_relative_to(f) for f in folders)]
+    return f"{blamed[-1][0]}, line {blamed[-1][1]}," if blamed else None
 
 
 def _names(folder: Path, package: str) -> Iterator[str]:

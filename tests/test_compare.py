@@ -84,7 +84,9 @@ def test_scores_that_were_cut_short_are_made_again(tmp_path, monkeypatch):
     path.write_text(json.dumps(whole))
     assert job_.score().volumes[0].metrics["left"]["Dice"] == 0.5
     changes = [{"metrics": []}, {"metrics": {"x": "y"}}, {"metrics": {"x": {"left": 1}}}, {"criteria": []},
-               {"made_from": 1}, {"metrics": {"x": {"left": {"Dice": "y"}}}}, {"training_seconds": "y"}]  # fmt: skip
+               {"made_from": 1}, {"metrics": {"x": {"left": {"Dice": "y"}}}}, {"training_seconds": "y"},
+               {"metrics": {"x": {}}}, {"metrics": {"x": {"right": scores["left"]}}}, {"metrics": {}},
+               {"metrics": {"x": {"left": {"Dice": 0.5}}}}, {"metrics": {"y": scores}}]  # fmt: skip
     for text in ("", json.dumps(whole)[:-9], "[]", *(json.dumps(whole | change) for change in changes)):
         path.write_text(text)
         assert job_.score() is None, text

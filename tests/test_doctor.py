@@ -11,8 +11,9 @@ from conftest import TRAINERS
 
 from nnunet_uda import installation
 from nnunet_uda.commands import doctor, train
+from nnunet_uda.errors import UDAError
 from nnunet_uda.installation import NOTE, OK, WRONG, Finding
-from nnunet_uda.methods import let_find
+from nnunet_uda.methods import find_any_trainer, let_find
 
 
 @pytest.fixture
@@ -64,13 +65,22 @@ def test_what_planning_fails_with_is_noted(monkeypatch, value):
     assert noted == ([NOTE] if value == "0" else [])
 
 
-def test_a_trainer_of_the_users_that_cannot_be_imported(healthy, monkeypatch, capsys):
+@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.parametrize(
+    "code", ["import nothing_of_this_name", "import sys\nsys.exit(3)", "raise RuntimeError('no device')", "a b", "a"]
+)
+def test_a_trainer_of_the_users_that_cannot_be_imported(healthy, monkeypatch, capsys, code, first):
     (healthy / "mine").mkdir()
-    (healthy / "mine" / "broken.py").write_text("import nothing_of_this_name\n")
-    monkeypatch.setenv("nnUNet_extTrainer", os.pathsep.join([str(TRAINERS), str(healthy / "mine")]))
-    with pytest.raises(SystemExit):
+    (healthy / "mine" / "broken.py").write_text(f"{code}\n")
+    folders = [str(TRAINERS), str(healthy / "mine")]
+    monkeypatch.setenv("nnUNet_extTrainer", os.pathsep.join(reversed(folders) if first else folders))
+    with pytest.raises(SystemExit) as stopped:
         doctor.main([])
-    assert "broken cannot be imported" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert stopped.value.code == 1 and "1 thing(s) to mend" in said.err
+    assert "broken cannot be imported: " in said.out and "\nok    trainers " not in said.out
+    with pytest.raises(UDAError, match=r"mine/broken.py, line \d, cannot be imported \(\w+: .*mend this one"):
+        find_any_trainer("CASTTrainer" if first else "NoTrainer")
 
 
 def test_one_failing_check_stops_no_other():

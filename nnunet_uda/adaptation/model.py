@@ -17,7 +17,6 @@ import torch
 from nnunetv2.inference.export_prediction import export_prediction_from_logits
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
-from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import Tensor, nn
@@ -29,7 +28,7 @@ from nnunet_uda.errors import UDAError
 from nnunet_uda.files import write_json
 from nnunet_uda.foreign_plans import check_plans
 from nnunet_uda.images.intensities import read_intensities
-from nnunet_uda.methods import let_find
+from nnunet_uda.methods import look_for_trainer
 from nnunet_uda.quality.asked import Asked
 from nnunet_uda.quality.calibration import Calibration
 from nnunet_uda.quality.cases import FILE, quality_of_volume, read_calibration, structure_names, uncalibrated
@@ -294,12 +293,8 @@ def _read(path: Path, trusted: bool) -> dict[str, Any]:
 
 
 def _find_trainer(name: str) -> type[Any]:
-    let_find()
-    with redirect_stdout(StringIO()):
-        try:
-            return recursive_find_trainer_class_by_name(name)
-        except RuntimeError:
-            pass
+    if (trainer := look_for_trainer(name)) is not None:
+        return trainer
     print(
         f"WARNING: the trainer {name} is not to be found here (nnUNet_extTrainer); trying nnU-Net's plain network of "
         "the plans"

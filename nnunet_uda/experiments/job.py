@@ -31,7 +31,7 @@ from nnunet_uda.data.convention import (
 )
 from nnunet_uda.data.fold_images import lay_out_fold
 from nnunet_uda.errors import UDAError, command
-from nnunet_uda.evaluation.metrics import evaluate_folder, list_cases
+from nnunet_uda.evaluation.metrics import METRICS, evaluate_folder, list_cases
 from nnunet_uda.evaluation.report import jsonable
 from nnunet_uda.evaluation.runs import Labels, cases_of_folds, read_labels
 from nnunet_uda.evaluation.tables import Volume
@@ -227,9 +227,15 @@ class Job:
         if not isinstance(content, dict) or content.get("made_from") != self._origin():
             return None
         try:
-            return Score.parse(content)
+            score = Score.parse(content)
         except (AttributeError, KeyError, TypeError, ValueError):  # no other program writes this file: it is made again
             return None
+        whole = sorted(volume.case for volume in score.volumes) == sorted(self.test.cases) and all(
+            set(METRICS) <= set(volume.metrics.get(structure, ()))
+            for volume in score.volumes
+            for structure in self.test.labels.structures
+        )
+        return score if whole else None
 
     def measure(self, checkpoint: Path) -> None:
         """Write ``score.json``."""
