@@ -177,11 +177,10 @@ class Stock:
     voxel = 1.0
     spacing: Sequence[float] = (1, 1, 1)
 
-    def run_case(self, image_files, *managers):
+    def run_case(self, image_files, seg_file, *managers):
         scan = np.random.default_rng(0).normal(0, 100, (len(image_files), 4, 6, 8)).astype(np.float32)
         scan[0, 0, 0, 0] = self.voxel
-        channels = {"channel_names": {"0": "T1"}}
-        return self.run_case_npy(scan, None, {"spacing": self.spacing}, *managers, channels)
+        return self.run_case_npy(scan, seg_file, {"spacing": self.spacing}, *managers)
 
     def run_case_npy(self, data, seg, properties, *managers):
         return data
@@ -193,9 +192,11 @@ def preprocess(path: Path, voxel: float, spacing: Sequence[float] = (1, 1, 1), *
     source = [1, 1, 1]
     plans = SimpleNamespace(
         original_median_spacing_after_transp=source, transpose_forward=[0, 1, 2],
-        plans={"original_median_spacing_after_transp": source},
+        plans={"original_median_spacing_after_transp": source}, image_reader_writer_class=SimpleITKIOWithReorient,
     )  # fmt: skip
-    return made.run_case([str(path), *map(str, others)], plans, SimpleNamespace(patch_size=(6, 8), spacing=(1, 1)))
+    configuration = SimpleNamespace(patch_size=(6, 8), spacing=(1, 1))
+    files = [str(path), *map(str, others)]
+    return made.run_case(files, None, plans, configuration, {"channel_names": {"0": "T1"}})
 
 
 def scan_file(path: Path) -> Path:
@@ -203,12 +204,12 @@ def scan_file(path: Path) -> Path:
     return path
 
 
-def test_a_geometry_that_programs_read_differently_is_said(tmp_path, capsys):
+def test_a_geometry_that_programs_read_differently_is_refused_and_a_guessed_one_said(tmp_path, capsys):
     path = scan_file(tmp_path / "a_0000.nii.gz")
     preprocess(path, 1.0)
     assert capsys.readouterr().out == ""
-    preprocess(two_geometries(path), 1.0)
-    assert "WARNING: " in (said := capsys.readouterr().out) and "a_0000.nii.gz: its header holds two geometries" in said
+    with pytest.raises(UDAError, match=r"a_0000\.nii\.gz: its header holds two geometries .*mirrored.*copysform2qform"):
+        preprocess(two_geometries(path), 1.0)
     bare = scan_file(tmp_path / "b.nrrd").read_bytes()
     lines = [line for line in bare.split(b"\n\n")[0].split(b"\n") if not line.startswith((b"space", b"kinds"))]
     (tmp_path / "b.nrrd").write_bytes(b"\n".join(lines) + bare[bare.index(b"\n\n") :])
@@ -238,6 +239,22 @@ def test_a_scan_of_another_order_is_refused_before_it_is_resampled(tmp_path, spa
 def test_values_that_no_scan_has_are_refused(tmp_path, voxel):
     with pytest.raises(UDAError, match="a_0000.nii.gz: .*expected (finite numbers|numbers below)"):
         preprocess(scan_file(tmp_path / "a_0000.nii.gz"), voxel)
+
+
+def test_what_is_no_volume_is_refused(tmp_path):
+    """nnU-Net would end in ITK's words on the length of a matrix."""
+    sitk.WriteImage(sitk.JoinSeries([sitk.Image(4, 6, 8, sitk.sitkInt16)] * 2), str(tmp_path / "a_0000.nii.gz"))
+    with pytest.raises(UDAError, match=r"a_0000\.nii\.gz: the image has 4 dimensions.*Split a 4D file"):
+        preprocess(tmp_path / "a_0000.nii.gz", 1.0)
+
+
+def test_channels_on_other_grids_are_refused(tmp_path):
+    first, second = (scan_file(tmp_path / f"a_000{channel}.nii.gz") for channel in range(2))
+    image = sitk.ReadImage(str(second))
+    image.SetOrigin((3.0, 0.0, 0.0))
+    sitk.WriteImage(image, str(second))
+    with pytest.raises(UDAError, match=r"a_0001\.nii\.gz: its geometry differs from that of .*a_0000\.nii\.gz: origin"):
+        preprocess(first, 1.0, (1, 1, 1), second)
 
 
 def test_another_number_of_channels_is_refused(tmp_path):

@@ -97,6 +97,7 @@ DISAGREEING = {
     "mirrored, aligned": ({"sform": moved(flip=True), "codes": (1, 2)}, r"RAS of .* by its qform and LAS of"),
     "shifted": ({"sform": moved(x=0.2)}, r"from \(0, 0, 0\) by its qform and .* from \(0.2, 0, 0\)"),
     "rotated": ({"sform": moved(turn=0.1)}, "by its qform"),
+    "rotated by a degree": ({"sform": moved(turn=0.0175)}, "by its qform"),
     "stretched": ({"sform": moved(stretch=0.7)}, r"1 x 2 x 3 mm .* 0\.7 x 1\.4 x 2\.1 mm"),
     "stretched, sform alone": ({"qform": None, "pixdim": 1}, r"1 x 1 x 1 mm by its pixdim, RAS of 1 x 2 x 3 mm"),
     "no size, sform alone": ({"qform": None, "pixdim": 0}, r"0 x 0 x 0 mm by its pixdim"),

@@ -14,7 +14,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from nnunet_uda.errors import UDAError
 from nnunet_uda.images.geometry import Grid, check_against_source, check_possible, check_same_geometry
 from nnunet_uda.images.nifti import is_nifti
-from nnunet_uda.images.reading import check_kind, check_nifti, check_voxels, check_whole, readable
+from nnunet_uda.images.reading import check_file, check_kind, check_nifti, check_voxels, check_whole, readable
 
 
 def preprocess_case(
@@ -34,18 +34,15 @@ def preprocess_case(
             another order than the source's; for a label with values that ``dataset_json`` does not name.
     """
     reader = plans.image_reader_writer_class()
-    grids = [_checked_grid(Path(file), isinstance(reader, SimpleITKIO)) for file in files]
-    for grid, file in zip(grids[1:], files[1:], strict=True):
-        if grid is not None and grids[0] is not None:
-            check_same_geometry(grids[0], files[0], grid, file)
+    grid = checked_grids(files, reader)
     with readable(files[0], f"an image for {type(reader).__name__}"):
         data, properties = reader.read_images([str(file) for file in files])
     for channel, voxels in enumerate(data):
         check_voxels(voxels, files[min(channel, len(files) - 1)])  # colours are channels of one file
-    check_before_resampling(Path(files[0]), data.shape[1:], properties["spacing"], plans, configuration, grids[0])
+    check_before_resampling(Path(files[0]), data.shape[1:], properties["spacing"], plans, configuration, grid)
     seg = None
     if segmentation is not None:
-        seg = _read_label(segmentation, files[0], grids[0], reader, data.shape[1:], dataset_json)
+        seg = _read_label(segmentation, files[0], grid, reader, data.shape[1:], dataset_json)
     preprocessor = configuration.preprocessor_class(verbose=False)
     return preprocessor.run_case_npy(data, seg, properties, plans, configuration, dataset_json)
 
@@ -87,7 +84,7 @@ def _read_label(
     Raises:
         UDAError: it cannot be read, lies on another grid or holds a value that is no label of the dataset.
     """
-    own = _checked_grid(path, isinstance(reader, SimpleITKIO))
+    own = checked_grids([path], reader)
     if grid is not None and own is not None:
         check_same_geometry(grid, image, own, path)
     with readable(path, f"a label for {type(reader).__name__}"):
@@ -105,10 +102,25 @@ def _read_label(
     return seg
 
 
-def _checked_grid(path: Path, by_itk: bool) -> Grid | None:
-    """The grid of a file, which must be whole; None where the format has none."""
-    if by_itk:
-        reader = check_whole(path)
-        check_kind(path, reader, (2, 3))
-        return Grid.of(reader)
-    return check_nifti(path) if is_nifti(path) else None
+def checked_grids(files: Sequence[Path], reader: BaseReaderWriter) -> Grid | None:
+    """The grid that all files of a case share, each of which must be whole; None where their format has none.
+
+    Raises:
+        UDAError: for a file that ``reader`` cannot read, that is cut short or has two geometries, and for one on
+            another grid than the first.
+    """
+    first: Grid | None = None
+    for file in files:
+        grid = None
+        if isinstance(reader, SimpleITKIO):
+            read = check_whole(file)
+            check_kind(file, read, (2, 3))
+            grid = Grid.of(read)
+        elif is_nifti(file):
+            grid = check_nifti(file)
+        else:
+            check_file(file)
+        if first is not None and grid is not None:
+            check_same_geometry(first, files[0], grid, file)
+        first = first or grid
+    return first

@@ -31,15 +31,14 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
-from nnunet_uda.data.case import check_before_resampling
+from nnunet_uda.data.case import check_before_resampling, checked_grids
 from nnunet_uda.data.components import KEY, keep_largest_components
 from nnunet_uda.data.convention import read_json
 from nnunet_uda.data.slices import elsewhere
 from nnunet_uda.errors import UDAError, worker_ends_by_message
 from nnunet_uda.files import cannot_write, write_json
 from nnunet_uda.images.intensities import NoContrastError, not_hounsfield, read_intensities
-from nnunet_uda.images.nifti import is_nifti, read_header
-from nnunet_uda.images.reading import check_complete, check_values, remarks
+from nnunet_uda.images.reading import check_values, remarks
 
 VARIABLE = "NNUNET_UDA_DOMAIN"
 
@@ -47,21 +46,20 @@ VARIABLE = "NNUNET_UDA_DOMAIN"
 class NewScans(DefaultPreprocessor if TYPE_CHECKING else object):  # type: ignore[misc] # it is put before any
     """What is put before a preprocessor of nnU-Net.
 
-    A file that is short or damaged is refused, and a scan with voxels that no scan has, or of another order than the
-    source's, before it is resampled. What reads the files is nnU-Net's, so that a geometry which other programs read
-    differently can only be said here.
+    A file that is short, damaged or no volume, or that has two geometries, is refused; so is a scan with voxels that no
+    scan has, or of another order than the source's, before it is resampled.
     """
 
     _files: Sequence[str] = ("the scan",)
 
-    def run_case(self, image_files: Sequence[str], *args: Any, **kwargs: Any) -> Any:
+    def run_case(self, image_files: Sequence[str], seg_file: Any, plans_manager: Any, *others: Any) -> Any:
         self._files = image_files
         with worker_ends_by_message():
-            for file in image_files:
-                check_complete(Path(file))
-                if reason := doubtful_geometry(Path(file)):
-                    print(f"WARNING: {reason}")
-            return super().run_case(image_files, *args, **kwargs)
+            files = [Path(file) for file in image_files]
+            checked_grids(files, plans_manager.image_reader_writer_class())
+            for warning in (warning for file in files for warning in remarks(file)[1]):
+                print(f"WARNING: {warning}")
+            return super().run_case(image_files, seg_file, plans_manager, *others)
 
     def run_case_npy(
         self,
@@ -163,19 +161,6 @@ def domain_of_new_scans() -> str:
     if domain not in ("source", "target"):
         raise UDAError(f"{VARIABLE}={os.environ[VARIABLE]}: expected source or target (the domain of the new scans).")
     return domain
-
-
-def doubtful_geometry(path: Path) -> str:
-    """What a user should know before trusting where left is in a scan, mostly empty."""
-    try:
-        if is_nifti(path) and (apart := read_header(path).disagreement):
-            return (
-                f"{path}: its header holds two geometries that disagree: {apart}. nnU-Net reads one of them; left and "
-                "right may be exchanged. Find out which is right: nnUNetUDA_intensities -nifti_geometry writes it"
-            )
-        return "; ".join(remarks(path)[1])
-    except (UDAError, OSError, ValueError):
-        return ""  # what cannot be read is said by nnU-Net's reader, which takes other files than ours
 
 
 def clip_scan(data: np.ndarray, dataset_json: dict[str, Any], files: Sequence[str]) -> np.ndarray:

@@ -101,33 +101,20 @@ def check_kind(path: Path, reader: sitk.ImageFileReader, dimensions: tuple[int, 
 
 
 def check_whole(path: Path) -> sitk.ImageFileReader:
-    """A reader with the file's header read, after checking length and checksum (of NIfTI, GIPL, and of any .gz).
+    """A reader with the file's header read, after checking length and checksum, or reading all voxels.
 
-    SimpleITK pads these with zeros without saying so. Raises ``UDAError`` for a short or corrupt file.
+    SimpleITK pads short NIfTI and GIPL files with zeros without saying so. Raises ``UDAError`` for a short or corrupt
+    file.
     """
     reader, nifti = _open(Path(path))
     with readable(path):
         if nifti is None:
             _check_length(path, reader)
+            reader.Execute()
         else:
             for _ in slabs(nifti):
                 pass
     return reader
-
-
-def check_complete(path: Path) -> None:
-    """Raise ``UDAError`` for a file that is none, short or damaged, whatever its geometry; of formats that tell."""
-    check_file(path)
-    with readable(path):
-        if is_nifti(path):
-            for _ in slabs(read_header(path)):
-                pass
-        elif path.name.lower().endswith(ENDINGS):
-            reader = sitk.ImageFileReader()
-            reader.SetFileName(str(path))
-            reader.ReadImageInformation()
-            _check_length(path, reader)
-            reader.Execute()  # which refuses a short file of the other formats
 
 
 def check_nifti(path: Path) -> Grid | None:
