@@ -211,7 +211,7 @@ def made_up_cases(number: int) -> list[dict]:
                                 "verdict": verdict, "reasons": reasons}  # fmt: skip
         worst = min(structures.values(), key=lambda each: each["dice"])
         cases.append({"case": f"case_{index:03d}", "overall": worst, "structures": structures,
-                      "signals": {name: {"volume": 1e5} for name in structures}})  # fmt: skip
+                      "signals": {name: {"volume": 1.5e6} for name in structures}})  # fmt: skip
     return cases
 
 
@@ -291,6 +291,11 @@ def test_the_page_fits_a_phone_and_can_be_read_in_light_and_dark(browser, scheme
     page = browser.new_page(viewport={"width": 360, "height": 740}, color_scheme=scheme)
     page.goto(path.as_uri())
     assert page.evaluate("document.documentElement.scrollWidth") <= 360
+    verdicts = page.locator("td.verdict")
+    assert verdicts.first.inner_text().splitlines()[1] == "1500 ml"
+    assert verdicts.locator("> span").first.bounding_box()["height"] < 30, "in one line"
+    columns = "[...document.querySelectorAll('td.range')].map(e => Math.round(e.getBoundingClientRect().left))"
+    assert len(set(page.evaluate(columns))) == 1, "one below the other in all cases"
     contrast = """() => {
         const light = text => { const c = text.match(/[\\d.]+/g).slice(0, 3).map(v => v / 255)
             .map(v => v <= .03928 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4);
@@ -305,11 +310,12 @@ def test_the_page_fits_a_phone_and_can_be_read_in_light_and_dark(browser, scheme
 
 
 def test_the_print_is_dark_on_white(browser, tmp_path):
-    page = browser.new_page(color_scheme="dark")
+    page = browser.new_page(viewport={"width": 720, "height": 1000}, color_scheme="dark")  # A4
     page.goto(made_up_page(tmp_path / "quality.html", 5).as_uri())
     page.emulate_media(media="print", color_scheme="dark")
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
     assert not page.locator(".bar").is_visible()
+    assert page.locator("article th").first.bounding_box()["height"] < 60, "a name is not one letter a line"
     page.close()
 
 

@@ -1,6 +1,7 @@
 const KIND = {"good": ["good", "✓"], "look at it": ["look", "?"], "failed": ["failed", "✕"]};
 const STEP = 40;
 const number = value => value === null ? "–" : value.toFixed(2);
+const millilitres = value => `${value < 100 ? value.toPrecision(3) : Math.round(value)} ml`;
 const verdict = name => `<span class="${KIND[name][0]}"><span class="mark" aria-hidden="true">${KIND[name][1]}` +
   `</span> ${name}</span>`;
 let chosen = [], drawn = 0;
@@ -18,9 +19,9 @@ function card(item) {
     const scale = s.dice === null ? "" : `<div class="scale" role="img" aria-label="range ${number(s.low)} to ` +
       `${number(s.high)}"><i style="left:${100 * s.low}%;right:${100 * (1 - s.high)}%"></i>` +
       `<b style="left:${100 * s.dice}%"></b></div>`;
-    return `<tr><th scope="row">${esc(name)}</th><td>Dice ${estimate}<br><small>${number(s.low)} to ${number(s.high)}` +
-      `</small></td><td class="range">${scale}</td><td>${verdict(s.verdict)}<br><small>${s.ml.toPrecision(3)} ml` +
-      `</small></td></tr><tr><td colspan="4"><ul>${s.reasons.map(r => `<li>${esc(r)}</li>`).join("")}</ul></td></tr>`;
+    return `<tr><th scope="row">${esc(name)}</th><td class="dice">Dice ${estimate}<br><small>${number(s.low)} to ${number(s.high)}` +
+      `</small></td><td class="range">${scale}</td><td class="verdict">${verdict(s.verdict)}<br>` +
+      `<small>${millilitres(s.ml)}</small></td></tr><tr><td colspan="4"><ul>${s.reasons.map(r => `<li>${esc(r)}</li>`).join("")}</ul></td></tr>`;
   }).join("");
   const picture = item.picture ? `<img alt="${esc(item.case)} in three planes, with contours" loading="lazy" ` +
     `decoding="async" src="data:image/jpeg;base64,${item.picture}">` : "";
