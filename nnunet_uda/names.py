@@ -16,6 +16,15 @@ _FORMULA = ("=", "+", "-", "@", "\t", "\r", "\uff1d", "\uff0b", "\uff0d", "\uff2
 """First characters (the last four: full-width) of what a spreadsheet takes for a formula."""
 
 
+def is_text(name: str) -> bool:
+    """Whether ``name`` can be written as UTF-8: a file's name that is no UTF-8 has lone surrogates in Python."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def is_name(name: Any) -> bool:
     """Whether ``name`` is a string of 1 to ``MOST_BYTES`` bytes, all of it printable and not only spaces.
 

@@ -30,7 +30,14 @@ from nnunet_uda.dataset_conversion.splits import folds_of, source_folds
 from nnunet_uda.dataset_conversion.windows import IntensityRequest
 from nnunet_uda.errors import UDAError
 from nnunet_uda.images.geometry import Grid, check_against_source
-from nnunet_uda.images.reading import LabelMap, check_image, check_same_geometry, read_image
+from nnunet_uda.images.reading import (
+    LabelMap,
+    check_image,
+    check_same_geometry,
+    check_whole,
+    read_image,
+    write_image,
+)
 
 MAP = LabelMap({7: 1})
 
@@ -167,6 +174,25 @@ def test_the_whole_range_of_32_bits_is_a_scan(tmp_path):
 def test_refuses_constant():
     with pytest.raises(UDAError, match=r"x\.mha: every voxel is 4"):
         check_image(image_of(np.full((3, 4, 5), 4)), Path("x.mha"))
+
+
+def test_a_range_that_normalisation_loses_is_refused():
+    """Diffusion in m2/s."""
+    with pytest.raises(UDAError, match=r"x\.mha: intensities from 0 to 4\.79e-09.*another unit"):
+        check_image(image_of(np.arange(480.0).reshape(6, 8, 10) * 1e-11), Path("x.mha"))
+    check_image(image_of(np.arange(480.0).reshape(6, 8, 10) * 1e-8), Path("x.mha"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="macOS has no such names")
+@pytest.mark.parametrize("place", [b"M\xfcller/a.nii.gz", b"M\xfcller.nii.gz", b"M\xfcller.mha"])
+def test_a_path_that_is_no_text_is_refused_by_name(tmp_path, place):
+    """ITK would end the process."""
+    path = Path(os.fsdecode(os.path.join(os.fsencode(tmp_path), place)))
+    path.parent.mkdir(exist_ok=True)
+    os.rename(save(image_of(scan(0)), tmp_path / f"a{''.join(path.suffixes)}"), path)
+    for use in (read_image, check_whole, lambda path: write_image(image_of(scan(0)), path)):
+        with pytest.raises(UDAError, match=r"M.*ller.*: its path holds bytes that are no UTF-8"):
+            use(path)
 
 
 @pytest.mark.parametrize(

@@ -21,12 +21,14 @@ from nnunet_uda.images.geometry import Grid, check_possible, check_same_geometry
 from nnunet_uda.images.listing import ENDINGS
 from nnunet_uda.images.nifti import Nifti, is_nifti, not_finite, opened, read_header, slabs, truncated
 from nnunet_uda.images.text_headers import check_inflated, check_text_header, has_text_header
-from nnunet_uda.names import check_name
+from nnunet_uda.names import check_name, is_text
 
 _WITHOUT_ORIENTATION = (".gipl", ".gipl.gz", ".tif", ".tiff", ".png", ".jpg", ".jpeg", ".bmp", ".vtk", ".mrc")
 """Formats that hold none, or from which ITK reads none."""
 MOST = 1e10
 """Intensities are below: whole numbers of 32 bits are. Greater ones overflow when they are normalised."""
+LEAST_CONTRAST = 1e-6
+"""Of a scan's intensities: nnU-Net divides by no deviation below 1e-8."""
 
 
 @contextmanager
@@ -151,7 +153,9 @@ def _open(path: Path) -> tuple[sitk.ImageFileReader, Nifti | None]:
 
 
 def check_file(path: Path) -> None:
-    """Raise ``UDAError`` for what can be opened as no file: folders, links to nowhere, pipes (which wait forever)."""
+    """Raise ``UDAError`` for what can be opened as no file: folders, links to nowhere, pipes (which wait forever), and
+    names that are no text, at which ITK ends the process."""
+    check_path(path)
     if path.is_file():
         return
     if path.is_dir():
@@ -163,6 +167,15 @@ def check_file(path: Path) -> None:
     if path.is_symlink() and not path.exists():
         found = f"a link to {os.readlink(path)}, where there is no file"
     raise UDAError(f"{path}: {found}; expected an image.")
+
+
+def check_path(path: Path) -> None:
+    """Raise ``UDAError`` for a path with bytes that are no UTF-8, as of a disk that was written elsewhere."""
+    if not is_text(str(path)):
+        raise UDAError(
+            f"{path}: its path holds bytes that are no UTF-8; expected text, for image readers take no other name. "
+            "Rename the file, or the folder (convmv renames whole trees)."
+        )
 
 
 def _check_ending(path: Path) -> None:
@@ -254,6 +267,11 @@ def check_voxels(voxels: np.ndarray, path: Path) -> None:
         raise UDAError(
             f"{path}: every voxel is {low}; expected an image. An empty scan cannot be normalised: leave it out."
         )
+    if float(high) - float(low) < LEAST_CONTRAST:
+        raise UDAError(
+            f"{path}: intensities from {low:.4g} to {high:.4g}; expected a range of {LEAST_CONTRAST:.0e} or more, for "
+            "nnU-Net's normalisation loses a smaller one. Give the scan in another unit (diffusion in um2/s, not m2/s)."
+        )
 
 
 def check_values(voxels: np.ndarray, path: Path) -> tuple[Any, Any]:
@@ -281,6 +299,7 @@ def write_image(image: sitk.Image, path: Path) -> None:
     Raises:
         UDAError: if it cannot be written whole.
     """
+    check_path(path)
     try:
         sitk.WriteImage(image, str(path), True)
         check_whole(path)  # on a full disk SimpleITK leaves a short file without an error
