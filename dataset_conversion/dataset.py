@@ -37,7 +37,7 @@ from nnunet_uda.errors import UDAError, system_fault
 from nnunet_uda.files import go_on_without_locks, put_back, whole_folder, write_json
 from nnunet_uda.images.geometry import check_against_source
 from nnunet_uda.images.nifti import nifti_geometry
-from nnunet_uda.names import check_name
+from nnunet_uda.names import MEAN, check_name
 from nnunet_uda.workers import as_done
 
 
@@ -241,11 +241,12 @@ def _check_request(
     for what, names in (("a structure", structures), ("a domain", [group.domain for group in groups])):
         for one in names:
             check_name(one, what)
-    wrong = [s for s, n in Counter(structures).items() if n > 1 or not s or s.lower() in ("background", "ignore")]
+    taken = ("background", "ignore", MEAN)  # nnU-Net's own, and a row of every table
+    wrong = [s for s, n in Counter(structures).items() if n > 1 or not s or s.lower() in taken]
     if wrong or not structures:
         raise UDAError(
             f"structures {', '.join(structures) or '(none)'}: expected at least one name, each once, and none of them "
-            "'background' or 'ignore', which nnU-Net uses itself."
+            f"{', '.join(map(repr, taken))}."
         )
     present = {group.images for group in groups}
     for folder, what in (("imagesTr", "labelled"), ("imagesTu", "unlabelled target")):

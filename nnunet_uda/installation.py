@@ -10,6 +10,7 @@ from importlib.metadata import PackageNotFoundError, distribution, requires, ver
 from pathlib import Path
 from typing import NamedTuple
 
+from nnunet_uda.data.convention import environment_folder
 from nnunet_uda.errors import UDAError
 from nnunet_uda.methods import EXTERNAL, external_folders, find_any_trainer, find_methods, trainers_folder
 from nnunet_uda.workers import usable_cores, wished_threads
@@ -58,11 +59,11 @@ def packages() -> Iterator[Finding]:
 def folders() -> Iterator[Finding]:
     """nnU-Net's three folders: set, there, readable, and (but for the first) writable, with room."""
     for name in FOLDERS:
-        value = os.environ.get(name)
-        if not value:
-            yield Finding(WRONG, name, f"not set. Add: export {name}=/path/to/{name}")
+        try:
+            path = environment_folder(name)
+        except UDAError as error:
+            yield Finding(WRONG, name, str(error).removeprefix(f"the environment variable {name} is "))
             continue
-        path = Path(value)
         if not path.is_dir():
             yield Finding(WRONG, name, f"{path} is no folder. Make it: mkdir -p {path}")
         elif not os.access(path, os.R_OK | os.X_OK):

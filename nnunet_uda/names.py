@@ -12,6 +12,8 @@ from nnunet_uda.errors import UDAError, shown
 
 MOST_BYTES = 200
 """In UTF-8. A file's name has 255 at most, and others are made of a dataset's or a case's by additions."""
+MEAN = "mean over structures"
+"""A row of every table, and so no structure's name."""
 _FORMULA = ("=", "+", "-", "@", "\t", "\r", "\uff1d", "\uff0b", "\uff0d", "\uff20")
 """First characters (the last four: full-width) of what a spreadsheet takes for a formula."""
 

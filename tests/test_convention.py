@@ -174,6 +174,17 @@ def test_an_unset_variable_is_named_with_the_line_to_add(monkeypatch):
         convention.environment_folder("nnUNet_raw")
 
 
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [("", "is not set"), ("  ", "is not set"), ("~/raw", "take .HOME"), ("/data/raw\n", "line breaks")],
+)
+def test_a_variable_that_is_no_folder_anybody_meant_is_refused(monkeypatch, value, words):
+    """Else a folder called ~ is made, or the present one filled."""
+    monkeypatch.setenv("nnUNet_raw", value)
+    with pytest.raises(UDAError, match=f"nnUNet_raw {words}|nnUNet_raw is .*{words}"):
+        convention.environment_folder("nnUNet_raw")
+
+
 def test_dataset_names(monkeypatch, raw):
     for variable in ("nnUNet_preprocessed", "nnUNet_results"):
         monkeypatch.delenv(variable, raising=False)

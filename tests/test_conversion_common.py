@@ -513,6 +513,7 @@ def test_requests_that_are_refused(raw, groups):
         ((7, "../Tiny", groups, ["a"], ["i"]), "-name '../Tiny'"),
         ((7, "Tiny", groups, ["a", "a"], ["i"]), "each once"),
         ((7, "Tiny", groups, ["background"], ["i"]), "'background'"),
+        ((7, "Tiny", groups, ["mean over structures"], ["i"]), "none of them .*'mean over structures'"),
     ):
         with pytest.raises(UDAError, match=message):
             write_dataset(*arguments)

@@ -37,6 +37,7 @@ def test_a_machine_that_has_everything(healthy, capsys):
     ("change", "text"),
     [
         (lambda path, patch: patch.delenv("nnUNet_raw"), "nnUNet_raw           not set. Add: export nnUNet_raw="),
+        (lambda path, patch: patch.setenv("nnUNet_raw", "~/raw"), "nnUNet_raw           '~/raw'; expected a folder"),
         (lambda path, patch: (path / "nnUNet_results").rmdir(), "nnUNet_results is no folder. Make it: mkdir -p"),
         (
             lambda path, patch: patch.setattr(installation.os, "access", lambda p, mode: mode != os.W_OK),

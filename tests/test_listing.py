@@ -22,9 +22,10 @@ def test_names_that_are_no_data():
         "DESKTOP.INI",
         "@eaDir",
         "lost+found",
+        "~$a.nii.gz",
     ):
         assert passed_over(name)
-    for name in ("a.nii.gz", "_a.dcm", "Thumbs.dbx", "DICOM", "1.2.3"):
+    for name in ("a.nii.gz", "_a.dcm", "Thumbs.dbx", "DICOM", "1.2.3", "~a.nii.gz"):
         assert not passed_over(name)
 
 

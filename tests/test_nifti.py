@@ -100,6 +100,7 @@ DISAGREEING = {
     "rotated by a degree": ({"sform": moved(turn=0.0175)}, "by its qform"),
     "stretched": ({"sform": moved(stretch=0.7)}, r"1 x 2 x 3 mm .* 0\.7 x 1\.4 x 2\.1 mm"),
     "stretched, sform alone": ({"qform": None, "pixdim": 1}, r"1 x 1 x 1 mm by its pixdim, RAS of 1 x 2 x 3 mm"),
+    "stretched a little, sform alone": ({"qform": None, "pixdim": (1, 2, 3.05)}, r"1 x 2 x 3\.05 mm by its pixdim"),
     "no size, sform alone": ({"qform": None, "pixdim": 0}, r"0 x 0 x 0 mm by its pixdim"),
 }
 
@@ -126,6 +127,21 @@ def test_a_chosen_geometry_is_the_one_that_is_read(tmp_path, case, choice):
         np.testing.assert_allclose(image.TransformIndexToPhysicalPoint(corner), (lps @ [*corner, 1])[:3], atol=1e-4)
     with pytest.raises(UDAError, match="two geometries"):
         read_image(path)  # the choice has ended
+
+
+@pytest.mark.parametrize(("code", "factor"), [(1, 1e-3), (2, 1.0), (3, 1e3)])
+def test_lengths_are_in_the_unit_that_the_header_names(tmp_path, code, factor):
+    """Metres, millimetres and micrometres, whichever geometry is read."""
+    scale = np.diag([factor, factor, factor, 1.0])
+    path = write(tmp_path / "a.nii", scale @ AFFINE, scale @ moved(flip=True), pixdim=np.array([1, 2, 3]) * factor)
+    patch(path, 123, np.uint8(code))
+    grids = [nifti.read_header(path).readings[name] for name in nifti.GEOMETRIES]
+    assert all(grid.spacing == pytest.approx((1, 2, 3)) for grid in grids)
+    assert grids[1].origin == pytest.approx((-5, 0, 0)), "of the flipped one"
+    with nifti_geometry("sform"):
+        assert read_image(path).GetSpacing() == pytest.approx((1, 2, 3))
+    path = patch(write(tmp_path / "b.nii", scale @ AFFINE, scale @ AFFINE), 123, np.uint8(code))
+    assert read_image(path).GetSpacing() == pytest.approx((1, 2, 3)), "as ITK has it"
 
 
 def test_a_choice_that_the_file_does_not_offer(tmp_path):

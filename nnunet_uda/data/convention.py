@@ -48,9 +48,16 @@ def environment_folder(variable: str) -> Path:
     Raises:
         UDAError: if it is unset; the message holds the line to add.
     """
-    if not _VARIABLES[variable].is_set():
-        raise UDAError(f"the environment variable {variable} is not set. Add: export {variable}=/path/to/{variable}")
-    return Path(_VARIABLES[variable].get())
+    value = _VARIABLES[variable].get() or ""
+    example = f"export {variable}=/path/to/{variable}"
+    if not value.strip():
+        raise UDAError(f"the environment variable {variable} is not set. Add: {example}")
+    if value.startswith("~") or not value.isprintable():
+        raise UDAError(
+            f"the environment variable {variable} is {value!r}; expected a folder, without a ~ that the shell left "
+            f"(it does so within quotes: take $HOME), line breaks or other signs that cannot be printed, as {example}"
+        )
+    return Path(value)
 
 
 def dataset_name(name_or_id: str | int) -> str:

@@ -12,9 +12,9 @@ import pandas as pd
 
 from nnunet_uda.evaluation.metrics import METRICS
 from nnunet_uda.evaluation.page import write_filled
-from nnunet_uda.evaluation.tables import MEAN, Volume
+from nnunet_uda.evaluation.tables import Volume
 from nnunet_uda.files import whole_file
-from nnunet_uda.names import spreadsheet_cell
+from nnunet_uda.names import MEAN, spreadsheet_cell
 from nnunet_uda.palette import RUNS, name_colours
 
 UNITS = {"Dice": "Dice", "ASSD": "ASSD (mm)", "HD95": "HD95 (mm)"}

@@ -19,8 +19,7 @@ from nnunet_uda.data.convention import (
 )
 from nnunet_uda.errors import UDAError, shown
 from nnunet_uda.evaluation.metrics import check_cases
-from nnunet_uda.evaluation.tables import MEAN
-from nnunet_uda.names import check_name, is_plain_name
+from nnunet_uda.names import MEAN, check_name, is_plain_name
 
 FOLD = "{fold}"
 

@@ -12,8 +12,8 @@ import numpy as np
 
 from nnunet_uda.errors import UDAError
 from nnunet_uda.evaluation.metrics import METRICS
+from nnunet_uda.names import MEAN
 
-MEAN = "mean over structures"
 SMALLEST_N = 6
 """Pairs from which a two-sided signed-rank test can reach p < 0.05: the smallest p of n pairs is 2 / 2**n."""
 

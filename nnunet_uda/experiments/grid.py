@@ -11,8 +11,9 @@ from nnunet_uda.data.convention import environment_folder, mend_results, read_js
 from nnunet_uda.errors import UDAError
 from nnunet_uda.evaluation.metrics import METRICS
 from nnunet_uda.evaluation.report import jsonable
-from nnunet_uda.evaluation.tables import MEAN, Spread, spread, summarise
+from nnunet_uda.evaluation.tables import Spread, spread, summarise
 from nnunet_uda.experiments.job import Score
+from nnunet_uda.names import MEAN
 from nnunet_uda.settings import UDASettings, parse_settings, split_settings
 
 

@@ -16,12 +16,13 @@ LEFT_BY_SYSTEMS = frozenset(
     "__macosx,icon\r,thumbs.db,ehthumbs.db,desktop.ini,$recycle.bin,lost+found,@eadir,#recycle,#snapshot,"
     "system volume information".split(",")
 )
-"""Names in lower case. Names that begin with a dot (``._scan.nii.gz``, ``.DS_Store``) are passed over too."""
+"""Names in lower case. Names that begin with a dot (``._scan.nii.gz``, ``.DS_Store``) are passed over too, and those of
+files that Office keeps open (``~$scan.nii.gz``)."""
 
 
 def passed_over(name: str) -> bool:
     """Whether a file or folder of this name is hidden, or was left by a system, and so is nobody's data."""
-    return name.startswith(".") or name.lower() in LEFT_BY_SYSTEMS
+    return name.startswith((".", "~$")) or name.lower() in LEFT_BY_SYSTEMS
 
 
 def entries(folder: Path) -> list[Path]:
