@@ -39,7 +39,7 @@ def predict(model_folder: Path, images: Path, out: Path, device: str) -> None:
     for case, files in unlabelled_images(images, model.dataset_json).items():
         path = out / f"{case}{model.dataset_json['file_ending']}"
         if not path.exists():
-            volume, properties = model.preprocess(files)
+            volume, _, properties = model.preprocess(files)
             model.write_prediction(model.logits(volume, model.weights), properties, path)
 
 

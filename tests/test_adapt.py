@@ -17,7 +17,7 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_uda.adaptation import views
-from nnunet_uda.adaptation.folder import distrusted, known_volumes
+from nnunet_uda.adaptation.folder import FolderSettings, distrusted, known_volumes, knows_styles, moving_transforms
 from nnunet_uda.adaptation.model import Model, open_model
 from nnunet_uda.adaptation.patches import Patches
 from nnunet_uda.adaptation.scan import learning
@@ -160,13 +160,47 @@ def test_patches_lie_around_what_was_found_or_anywhere():
     volume = np.arange(4 * 20 * 20, dtype=np.float32).reshape(1, 4, 20, 20)
     found = np.zeros((4, 20, 20), np.int16)
     found[2, 5, 6] = 1
-    patches = Patches([volume], [found], (8, 8), seed=0)
-    images, scans = patches.draw(60)
-    assert images.shape == (60, 1, 8, 8) and scans == [0] * 60
+    mask = np.where(volume[0] % 20 == 19, -1, 0).astype(np.int16)  # a column lies outside of nnU-Net's mask
+    images, masks, scans = zip(*Patches([volume], [mask], [found], (8, 8), seed=0).draw(60), strict=True)
+    images, masks = torch.stack(images), torch.stack(masks)
+    assert images.shape == masks.shape == (60, 1, 8, 8) and set(scans) == {0}
     around = (images[:, 0, 4, 4] == volume[0, 2, 5, 6]).float().mean()
     assert 0.5 < around < 0.85
-    volumes, _ = Patches([volume], [found], (2, 8, 8), seed=0).draw(2)
-    assert volumes.shape == (2, 1, 2, 8, 8)
+    padded = (masks < 0) & (images % 20 != 19)
+    assert padded.any() and (images[padded] == 0).all() and (masks[images % 20 == 19] == -1).all()
+    image, mask, _ = Patches([volume], [mask], [found], (2, 8, 8), seed=0).draw(1)[0]
+    assert image.shape == mask.shape == (1, 2, 8, 8)
+
+
+@pytest.mark.parametrize("configuration", ["2d", "3d_fullres"])
+def test_a_folders_patches_are_seen_plain_by_the_student_and_in_styles_by_the_teacher(
+    in_workspace, tmp_path, configuration
+):
+    change = residual_3d if configuration == "3d_fullres" else None
+    folder = write_model(in_workspace, tmp_path, configuration=configuration, change=change)
+    opened = open_model(folder, None, "checkpoint_final.pth", CPU)
+    transforms, size = moving_transforms(opened, FolderSettings(teacher_views=2, style_probability=0.0))
+    assert all(before >= after for before, after in zip(size, opened.patch_size, strict=True))
+    image = torch.linspace(0, 1, size[-1]).expand(1, *size).clone()
+    np.random.seed(0)
+    moved = transforms(image=image, segmentation=torch.zeros(1, *size, dtype=torch.int16))["image"]
+    assert moved.shape == (1 + 1 + 2, *opened.patch_size)
+    plain, student, *teachers = moved
+    assert all(not torch.allclose(plain, teacher, atol=1e-2) for teacher in teachers)
+    similarity = [np.corrcoef(plain.flatten(), view.flatten())[0, 1] for view in (student, *teachers)]
+    assert similarity[0] > max(similarity[1:])
+
+
+def test_a_network_knows_styles_where_it_labels_restyled_patches_as_the_plain_ones(capsys):
+    def network(images):
+        """Class 1 where a pixel is over 0, else the background."""
+        return torch.cat((-images, images), 1)
+
+    plain = torch.tensor([[[[-1.0, 1.0], [1.0, 1.0]]]])
+    assert knows_styles(network, [(plain, -plain, 2 * plain)]), "what the student sees does not count"
+    assert not knows_styles(network, [(plain, plain, -plain)])
+    assert not knows_styles(network, [(-torch.ones_like(plain),) * 3]), "nothing was found"
+    assert "a Dice of 1.00: the teacher sees both" in capsys.readouterr().out
 
 
 def test_norms_alone_learn_where_that_is_asked(model):
@@ -310,7 +344,7 @@ def test_one_model_for_a_folder_that_nnunet_predicts_with(model, scans, tmp_path
     before = open_model(model, None, "checkpoint_final.pth", CPU).weights[0]
     assert any(not torch.equal(before[name], value) for name, value in predictor.list_of_parameters[0].items())
     again = open_model(written, None, "checkpoint_final.pth", CPU)
-    volume, properties = again.preprocess([scans / f"{CASES[0]}_0000.nii.gz"])
+    volume, _, properties = again.preprocess([scans / f"{CASES[0]}_0000.nii.gz"])
     again.write_prediction(again.logits(volume, again.weights), properties, tmp_path / "again.nii.gz")
     assert np.array_equal(label(tmp_path / "again.nii.gz"), label(out / f"{CASES[0]}.nii.gz"))
 
@@ -348,7 +382,7 @@ def test_the_unadapted_prediction_stays_where_it_agrees_more(model, scans, tmp_p
     state = run(model, scans, tmp_path / "out", "-mode", "scan", "-what", "all", "-learning_rate", "0.1")
     assert {scan["kept"] for scan in state["scans"].values()} == {"unadapted"}
     opened = open_model(model, None, "checkpoint_final.pth", CPU)
-    volume, properties = opened.preprocess([scans / f"{CASES[0]}_0000.nii.gz"])
+    volume, _, properties = opened.preprocess([scans / f"{CASES[0]}_0000.nii.gz"])
     opened.write_prediction(opened.logits(volume, opened.weights), properties, tmp_path / "own.nii.gz")
     assert np.array_equal(label(tmp_path / "own.nii.gz"), label(tmp_path / "out" / f"{CASES[0]}.nii.gz"))
 

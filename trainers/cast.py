@@ -19,21 +19,19 @@ from typing import Any
 import numpy as np
 import torch
 from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
-from batchgeneratorsv2.transforms.utils.nnunet_masking import MaskImageTransform
-from batchgeneratorsv2.transforms.utils.random import RandomTransform
 from torch import Tensor, nn
 
 from nnunet_uda.data.random_style import (
     StyleAugmentationSettings,
-    ViewsTransform,
     insert_after_spatial,
+    show_views,
     style_transforms,
 )
 from nnunet_uda.losses.pseudo_label import pseudo_label_loss
 from nnunet_uda.settings import require
 from nnunet_uda.training.intensity_posterior import IntensityPosterior
 from nnunet_uda.training.preview import middle_slice, whole_patch, write_trainers_panels
-from nnunet_uda.training.self_training import Average, SelfTraining
+from nnunet_uda.training.self_training import Average, SelfTraining, teachers_opinion, trusted_labels
 from nnunet_uda.training.uda_trainer import UDATrainer
 
 RANGE_OF = 16
@@ -135,12 +133,8 @@ class CASTTrainer(UDATrainer[CASTSettings]):
     def get_target_transforms(self, *args: Any, **kwargs: Any) -> ComposeTransforms:
         """Target patches moved alone; augmented, some restyled, for the student; and restyled for the teacher."""
         pipeline = super().get_training_transforms(*args, **kwargs)
-        changes = [step for step in pipeline.transforms if isinstance(step, RandomTransform | MaskImageTransform)]
-        pipeline.transforms = [step for step in pipeline.transforms if not isinstance(step, RandomTransform)]
-        styles = style_transforms(self.own_settings)
-        restyled = RandomTransform(styles, self.own_settings.target_style_probability)
-        teachers = [styles] * self.own_settings.teacher_views
-        insert_after_spatial(pipeline, ViewsTransform(ComposeTransforms([restyled, *changes]), *teachers))
+        settings = self.own_settings
+        show_views(pipeline, style_transforms(settings), settings.target_style_probability, settings.teacher_views)
         return pipeline
 
     # -- schedule ------------------------------------------------------------------------------------------------
@@ -207,12 +201,7 @@ class CASTTrainer(UDATrainer[CASTSettings]):
     @torch.no_grad()
     def pseudo_label(self, target: Tensor, *views: Tensor) -> Tensor:
         """The labels of target images, ``(B, *patch)``, where they are sure; arguments are those of ``opinion``."""
-        trust, probabilities = self.networks["self_training"], self.opinion(target, *views)
-        trust.observe(probabilities)
-        labels = trust.label(probabilities)
-        if self.corrects:
-            self.networks["intensities"].observe(labels, target)
-        return labels
+        return trusted_labels(self.opinion(target, *views), target, self.networks["self_training"], self._intensities)
 
     def opinion(self, target: Tensor, *views: Tensor) -> Tensor:
         """The teacher's class probabilities of target images, ``(B, K, *patch)``, corrected by their intensities.
@@ -221,11 +210,12 @@ class CASTTrainer(UDATrainer[CASTSettings]):
             target: ``(B, C, *patch)`` as they are.
             views: the same in other styles.
         """
-        probabilities = self._predict(target).float().softmax(1)
-        for view in views:
-            probabilities = probabilities + self._predict(view).float().softmax(1)
-        mean = probabilities / (1 + len(views))
-        return self.networks["intensities"](mean, target) if self.corrects else mean
+        return teachers_opinion(self._predict, target, views, self._intensities)
+
+    @property
+    def _intensities(self) -> IntensityPosterior | None:
+        """What corrects the teacher, if anything does."""
+        return self.networks["intensities"] if self.corrects else None
 
     # -- pictures ------------------------------------------------------------------------------------------------
 

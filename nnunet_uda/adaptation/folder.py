@@ -1,6 +1,5 @@
-"""A network adapted to a folder of scans: an averaged teacher labels them, the student learns that on moved patches.
+"""A network adapted to a folder of scans: CAST's self-training, without a source beside it.
 
-As CAST does it beside its source, here without one: the teacher's opinion is corrected by intensities.
 What holds the place of the source's labels is the start: the teacher begins as the model, and the sizes of structures
 that the model's validation knows say which of its labels are not to be believed.
 """
@@ -11,48 +10,62 @@ import copy
 import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
+from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from torch import Tensor, nn
 
 from nnunet_uda.adaptation.model import Model, Weights
 from nnunet_uda.adaptation.patches import Patches
 from nnunet_uda.adaptation.scan import autocast
-from nnunet_uda.adaptation.views import random_affine, restyled, warp
 from nnunet_uda.data.convention import read_json
 from nnunet_uda.data.pseudo_labels import implausible_structures
-from nnunet_uda.data.random_style import StyleAugmentationSettings, style_transforms
+from nnunet_uda.data.random_style import StyleAugmentationSettings, show_views, style_transforms
 from nnunet_uda.errors import UDAError
 from nnunet_uda.losses.prototypes import IGNORED
 from nnunet_uda.losses.pseudo_label import pseudo_label_loss
 from nnunet_uda.settings import require
 from nnunet_uda.training.checkpoint import seed_everything
 from nnunet_uda.training.intensity_posterior import IntensityPosterior
-from nnunet_uda.training.self_training import Average, SelfTraining
+from nnunet_uda.training.self_training import Average, SelfTraining, teachers_opinion, trusted_labels
+from nnunet_uda.training.streams import without_stopwatch
 
+KNOWS_STYLES = 0.65
+"""Least Dice of a network's labels of patches and of the same in random styles, for these to be asked."""
+ASKED = 16
+"""Patches that say so."""
+MOMENTUM, WEIGHT_DECAY = 0.99, 3e-5
+"""nnU-Net's."""
 SIZE_FACTOR = 2.0
 """A structure's volume is plausible from the least known divided by this to the greatest times this."""
 
 
 @dataclass(frozen=True)
 class FolderSettings:
-    """``steps`` of the student with Adam, whose rate falls from ``learning_rate`` to 0; the teacher's label of a pixel
-    is learned where its confidence is over ``confidence`` times that of the class (``SelfTraining``). With
-    ``intensity_labels`` its opinion is corrected by the intensities of the folder and of the patch before
-    (``IntensityPosterior``). The student sees a share ``style_probability`` of its patches in a random style; the
-    others as they are, but moved."""
+    """``steps`` of the student on ``patches`` patches, with nnU-Net's optimiser, whose rate falls from
+    ``learning_rate`` to 0. The teacher's opinion is the mean over the patch as it is and, where the network knows
+    styles at all (``knows_styles``), ``teacher_views`` restyled ones; with ``intensity_labels`` it is corrected by the
+    intensities of the folder and of the patch (``IntensityPosterior``). A pixel is learned where its confidence is over
+    ``confidence`` times that of the class (``SelfTraining``). The student sees a share ``style_probability`` of its
+    patches in a random style."""
 
-    steps: int = 400
-    learning_rate: float = 3e-4
+    steps: int = 240
+    learning_rate: float = 1e-3
+    patches: int = 2
     confidence: float = 0.9
     intensity_labels: bool = True
+    teacher_views: int = 3
     style_probability: float = 0.25
     seed: int = 0
 
     def __post_init__(self) -> None:
-        require(self.steps >= 1, "steps", "at least 1", self.steps)
+        for name, least in (("steps", 1), ("patches", 1), ("teacher_views", 0)):
+            require(getattr(self, name) >= least, name, f"at least {least}", getattr(self, name))
         require(0 < self.learning_rate < 1, "learning_rate", "over 0 and under 1", self.learning_rate)
         for name in ("confidence", "style_probability"):
             require(0 <= getattr(self, name) <= 1, name, "between 0 and 1", getattr(self, name))
@@ -119,6 +132,7 @@ def adapt_to_folder(
     model: Model,
     weights: Weights,
     volumes: Sequence[np.ndarray],
+    masks: Sequence[np.ndarray],
     segmentations: Sequence[np.ndarray],
     left_out: Sequence[Sequence[int]],
     settings: FolderSettings,
@@ -128,50 +142,51 @@ def adapt_to_folder(
 
     Args:
         volumes: ``(C, Z, Y, X)`` preprocessed scans.
+        masks: ``(Z, Y, X)``, -1 outside of nnU-Net's nonzero mask.
         segmentations: ``(Z, Y, X)``, the model's own.
         left_out: for each scan the classes whose labels are not learned there (``distrusted``).
         said: called with the step and its loss.
     """
     seed_everything(settings.seed)
-    generator = torch.Generator().manual_seed(settings.seed)
-    device, styles = model.predictor.device, style_transforms(StyleAugmentationSettings())
-    patches = Patches(volumes, segmentations, model.patch_size, settings.seed)
+    device, channels = model.predictor.device, volumes[0].shape[0]
+    transforms, size = moving_transforms(model, settings)
+    patches = Patches(volumes, masks, segmentations, size, settings.seed)
     teacher = copy.deepcopy(model.network).to(device).eval().requires_grad_(False)
     teacher.load_state_dict(weights)
     student = copy.deepcopy(teacher).requires_grad_(True)
+
+    def views(number: int) -> tuple[list[Tensor], list[int]]:
+        """The views of ``show_views``, ``(number, C, *patch)`` each, and which scan each patch is of."""
+        images, outside, scans = zip(*patches.draw(number), strict=True)
+        moved = [transforms(image=image, segmentation=mask)["image"]
+                 for image, mask in zip(images, outside, strict=True)]  # fmt: skip
+        return list(torch.stack(moved).to(device).split(channels, dim=1)), list(scans)
+
+    if settings.teacher_views and not knows_styles(teacher, [views(1)[0] for _ in range(ASKED)]):
+        transforms, _ = moving_transforms(model, replace(settings, teacher_views=0))
     average = Average(max(0.9, 1 - 10 / settings.steps)).to(device)
     average.steps += 10_000  # the teacher begins as the model, not as noise: its start is not to be forgotten
     trust = SelfTraining(model.num_classes, settings.confidence).to(device)
-    intensities = IntensityPosterior(model.num_classes, volumes[0].shape[0]).to(device)
+    intensities = None
     if settings.intensity_labels:
+        intensities = IntensityPosterior(model.num_classes, channels).to(device)
         intensities.set_range(volumes)
-    optimizer = torch.optim.Adam(student.parameters(), settings.learning_rate)
+    optimizer = torch.optim.SGD(
+        student.parameters(), settings.learning_rate, MOMENTUM, weight_decay=WEIGHT_DECAY, nesterov=True
+    )
     for step in range(settings.steps):
         for group in optimizer.param_groups:
             group["lr"] = settings.learning_rate * (1 - step / settings.steps) ** 0.9
-        images, scans = patches.draw(model.batch_size)
-        images = images.to(device)
-        with torch.no_grad(), autocast(device):
-            probabilities = teacher(images).float().softmax(1)
-        if settings.intensity_labels:
-            probabilities = intensities(probabilities, images)
-        trust.observe(probabilities)
-        labels = trust.label(probabilities)
-        if settings.intensity_labels:
-            intensities.observe(labels, images)
+        (plain, seen, *restyled), scans = views(min(settings.patches, model.batch_size))
+        with autocast(device):
+            opinion = teachers_opinion(teacher, plain, restyled, intensities)
+        labels = trusted_labels(opinion, plain, trust, intensities)
         for index, scan in enumerate(scans):
             for value in left_out[scan]:
                 labels[index][labels[index] == value] = IGNORED
-        maps = random_affine(len(images), model.patch_size, generator)
-        moved = (labels - IGNORED).float()[:, None]  # 0 is what comes in from outside: ignored
-        moved = warp(moved, maps, "nearest")[:, 0].round().long() + IGNORED
-        view = warp(images, maps)
-        chosen = (torch.rand(len(view), generator=generator) < settings.style_probability).to(device)
-        if chosen.any():
-            view[chosen] = restyled(view[chosen], styles, model.masked)
         with autocast(device):
-            logits = student(view)
-        loss = pseudo_label_loss(logits, moved)
+            logits = student(seen)
+        loss = pseudo_label_loss(logits, labels)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(student.parameters(), 12)
@@ -179,3 +194,45 @@ def adapt_to_folder(
         average.update(teacher, student)
         said(step, loss.item())
     return {name: value.detach().cpu().clone() for name, value in teacher.state_dict().items()}
+
+
+@torch.no_grad()
+def knows_styles(network: nn.Module, batches: Sequence[Sequence[Tensor]]) -> bool:
+    """Whether the network labels restyled patches much as it labels them plain.
+
+    One that has never seen random styles does not: as teachers its labels of them are worse than of the plain patch.
+
+    Args:
+        batches: views of ``show_views``, ``(B, C, *patch)`` each: plain, the student's, restyled ones.
+    """
+    same = size = 0.0
+    for plain, _, *restyled in batches:
+        first = network(plain).argmax(1)
+        for view in restyled:
+            second = network(view).argmax(1)
+            same += 2 * int(((first == second) & (first > 0)).sum())
+            size += int((first > 0).sum() + (second > 0).sum())
+    agreement = same / max(size, 1.0)
+    print(f"Labels of patches and of the same in random styles agree by a Dice of {agreement:.2f}: the teacher sees "
+          f"{'both' if agreement >= KNOWS_STYLES else 'patches as they are alone'}")  # fmt: skip
+    return agreement >= KNOWS_STYLES
+
+
+def moving_transforms(model: Model, settings: FolderSettings) -> tuple[ComposeTransforms, tuple[int, ...]]:
+    """nnU-Net's augmentation that makes self-training's views (``show_views``), and the size of the patches it takes.
+
+    A patch is mirrored where the model is at prediction.
+    """
+    trainer = SimpleNamespace(configuration_manager=model.predictor.configuration_manager, print_to_log_file=str)
+    rotation, flat, size, _ = nnUNetTrainer.configure_rotation_dummyDA_mirroring_and_inital_patch_size(trainer)
+    axes = model.predictor.allowed_mirroring_axes
+    pipeline = nnUNetTrainer.get_training_transforms(
+        model.patch_size, rotation, None, axes, flat, use_mask_for_norm=model.masked
+    )
+    show_views(
+        without_stopwatch(pipeline),
+        style_transforms(StyleAugmentationSettings()),
+        settings.style_probability,
+        settings.teacher_views,
+    )
+    return pipeline, tuple(int(length) for length in size)

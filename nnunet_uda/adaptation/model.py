@@ -94,14 +94,14 @@ class Model:
         """Names of the classes from 1."""
         return structure_names(self.dataset_json)
 
-    def preprocess(self, files: Sequence[Path]) -> tuple[np.ndarray, dict[str, Any]]:
-        """``(C, Z, Y, X)`` float32 and properties of a scan, as its network reads it; with the intensities of the
-        dataset where it says which (``data.new_scans``)."""
+    def preprocess(self, files: Sequence[Path]) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
+        """``(C, Z, Y, X)`` float32, ``(Z, Y, X)`` int16 nonzero mask (-1 outside) and properties of a scan, as its
+        network reads it; with the intensities of the dataset where it says which (``data.new_scans``)."""
         predictor = self.predictor
-        data, _, properties = preprocess_case(
+        data, mask, properties = preprocess_case(
             files, predictor.plans_manager, predictor.configuration_manager, self.dataset_json
         )
-        return data.astype(np.float32, copy=False), properties
+        return data.astype(np.float32, copy=False), np.minimum(mask[0], 0).astype(np.int16), properties
 
     def logits(self, volume: np.ndarray | Tensor, weights: Sequence[Weights], mirror: bool = True) -> Tensor:
         """``(K, Z, Y, X)`` on the CPU, mean over ``weights``, as nnU-Net predicts; ``mirror`` as it was trained."""

@@ -20,14 +20,20 @@ class Patches:
 
     Args:
         volumes: ``(C, Z, Y, X)`` arrays, in memory or mapped.
+        masks: ``(Z, Y, X)`` int16, -1 outside of nnU-Net's nonzero mask, else 0.
         segmentations: ``(Z, Y, X)`` integer classes, what the network finds there.
         patch_size: 2 or 3 numbers; two are a slice along the first axis.
     """
 
     def __init__(
-        self, volumes: Sequence[np.ndarray], segmentations: Sequence[np.ndarray], patch_size: Sequence[int], seed: int
+        self,
+        volumes: Sequence[np.ndarray],
+        masks: Sequence[np.ndarray],
+        segmentations: Sequence[np.ndarray],
+        patch_size: Sequence[int],
+        seed: int,
     ) -> None:
-        self.volumes, self.size = volumes, [1, *patch_size][-3:]
+        self.volumes, self.masks, self.size = volumes, masks, [1, *patch_size][-3:]
         self.flat = len(patch_size) == 2
         self.rng = np.random.default_rng(seed)
         self.places = [self._places(segmentation) for segmentation in segmentations]
@@ -39,19 +45,24 @@ class Patches:
             found.append(places[:: max(1, len(places) // MOST_PLACES)])
         return found
 
-    def draw(self, number: int) -> tuple[Tensor, list[int]]:
-        """``(number, C, *patch)`` float32 and, for each patch, which scan it is of. Zeros lie outside of a scan."""
-        drawn, scans = [], []
-        for _ in range(number):
-            scan = int(self.rng.integers(len(self.volumes)))
-            volume, places = self.volumes[scan], self.places[scan]
-            if places and self.rng.random() < FOUND_SHARE:
-                of_one = places[self.rng.integers(len(places))]
-                middle = of_one[self.rng.integers(len(of_one))]
-            else:
-                middle = [self.rng.integers(length) for length in volume.shape[1:]]
-            box = [[int(m) - side // 2, int(m) - side // 2 + side] for m, side in zip(middle, self.size, strict=True)]
-            patch = torch.from_numpy(np.ascontiguousarray(crop_and_pad_nd(volume, box, 0))).float()
-            drawn.append(patch[:, 0] if self.flat else patch)
-            scans.append(scan)
-        return torch.stack(drawn), scans
+    def draw(self, number: int) -> list[tuple[Tensor, Tensor, int]]:
+        """``number`` times ``(C, *patch)`` float32, its mask ``(1, *patch)`` int16, and which scan it is of.
+
+        Outside of a scan the image is 0 and the mask -1, as nnU-Net pads.
+        """
+        return [self._one() for _ in range(number)]
+
+    def _one(self) -> tuple[Tensor, Tensor, int]:
+        scan = int(self.rng.integers(len(self.volumes)))
+        volume, places = self.volumes[scan], self.places[scan]
+        if places and self.rng.random() < FOUND_SHARE:
+            of_one = places[self.rng.integers(len(places))]
+            middle = of_one[self.rng.integers(len(of_one))]
+        else:
+            middle = [self.rng.integers(length) for length in volume.shape[1:]]
+        box = [[int(m) - side // 2, int(m) - side // 2 + side] for m, side in zip(middle, self.size, strict=True)]
+        image, mask = (
+            torch.from_numpy(np.ascontiguousarray(crop_and_pad_nd(array, box, outside)))
+            for array, outside in ((volume, 0), (self.masks[scan][None], -1))
+        )
+        return (image[:, 0].float(), mask[:, 0], scan) if self.flat else (image.float(), mask, scan)

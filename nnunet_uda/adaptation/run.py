@@ -60,6 +60,16 @@ def _is_state(content: Any) -> bool:
     )
 
 
+@dataclass(frozen=True)
+class Scan:
+    """A preprocessed scan: ``(C, Z, Y, X)`` volume, ``(Z, Y, X)`` mask (-1 outside), nnU-Net's properties."""
+
+    case: str
+    volume: np.ndarray
+    mask: np.ndarray
+    properties: dict[str, Any]
+
+
 @dataclass
 class Adaptation:
     """One call of the command.
@@ -79,13 +89,14 @@ class Adaptation:
         model, waiting = self.model, self._waiting()
         networks = len(model.weights)
         for number, (case, files) in enumerate(tqdm(waiting.items(), desc="Adapting", unit="scan")):
-            volume, properties = model.preprocess(files)
+            volume, mask, properties = model.preprocess(files)
             if number == 0:
                 passes = (ESTIMATE_PASSES + model.mirrored_passes) * networks * (1 + settings.runs)
                 steps = 2 * networks * settings.runs * settings.steps  # two views
                 self._say_time(len(waiting) * model.seconds(volume.shape[1:], passes, steps), len(waiting))
             own = model.logits(volume, model.weights)
-            self._finish(case, volume, properties, adapt_to_scan(model, volume, own.argmax(0).numpy(), settings), own)
+            adapted = adapt_to_scan(model, volume, mask, own.argmax(0).numpy(), settings)
+            self._finish(case, volume, properties, adapted, own)
 
     def whole_folder(self, settings: FolderSettings) -> None:
         """Adapt once to all scans, write the model, and predict them.
@@ -108,13 +119,13 @@ class Adaptation:
                   "dataset_fingerprint.json): sizes are not looked at")  # fmt: skip
         with self._preprocessed() as scans:
             passes = len(model.weights) * 2 * (model.mirrored_passes + ESTIMATE_PASSES)
-            seconds = sum(model.seconds(volume.shape[1:], passes, 0) for _, volume, _ in scans)
-            steps = 2 * settings.steps * len(model.weights)  # the teacher's pass, and restyling
-            self._say_time(seconds + model.seconds(scans[0][1].shape[1:], 0, steps), len(self.cases))
+            seconds = sum(model.seconds(scan.volume.shape[1:], passes, 0) for scan in scans)
+            steps = (1 + settings.teacher_views // 2) * settings.steps * len(model.weights)  # views take a pass each
+            self._say_time(seconds + model.seconds(scans[0].volume.shape[1:], 0, steps), len(self.cases))
             weights = self._adapt_folds(scans, settings, known)
-            for case, volume, properties in tqdm(scans, desc="Predicting", unit="scan"):
-                if case in waiting:
-                    self._finish(case, np.array(volume), properties, weights)
+            for scan in tqdm(scans, desc="Predicting", unit="scan"):
+                if scan.case in waiting:
+                    self._finish(scan.case, np.array(scan.volume), scan.properties, weights)
 
     def _waiting(self) -> dict[str, list[Path]]:
         """Scans that are not predicted yet."""
@@ -164,20 +175,21 @@ class Adaptation:
         tqdm.write(f"{case}: estimated Dice {before:.3f} before, {after:.3f} after: {kept}")
 
     @contextmanager
-    def _preprocessed(self) -> Iterator[list[tuple[str, np.ndarray, dict[str, Any]]]]:
+    def _preprocessed(self) -> Iterator[list[Scan]]:
         """All scans, in temporary files."""
         with TemporaryDirectory() as name:
             found = []
             for case, files in tqdm(self.cases.items(), desc="Preprocessing", unit="scan"):
-                volume, properties = self.model.preprocess(files)
-                np.save(Path(name, f"{case}.npy"), volume)
-                found.append((case, np.load(Path(name, f"{case}.npy"), mmap_mode="r"), properties))
+                *arrays, properties = self.model.preprocess(files)
+                paths = [Path(name, f"{case}.{kind}.npy") for kind in ("volume", "mask")]
+                for path, array in zip(paths, arrays, strict=True):
+                    np.save(path, array)
+                found.append(Scan(case, *(np.load(path, mmap_mode="r") for path in paths), properties))
             yield found
 
-    def _adapt_folds(self, scans: Sequence[tuple], settings: FolderSettings, known: np.ndarray | None) -> list[Weights]:
+    def _adapt_folds(self, scans: Sequence[Scan], settings: FolderSettings, known: np.ndarray | None) -> list[Weights]:
         """The weights of each fold, adapted now unless an earlier start has done it."""
         model = self.model
-        volumes = [volume for _, volume, _ in scans]
         adapted: list[Weights] = []
         segmentations: list[np.ndarray] | None = None
         left_out: Sequence[Sequence[int]] = ()
@@ -186,21 +198,24 @@ class Adaptation:
                 adapted.append(read_checkpoint(self._adapted(fold))["network_weights"])
                 continue
             if segmentations is None:
-                segmentations = [model.logits(np.array(v), model.weights).argmax(0).numpy().astype(np.int16)
-                                 for v in tqdm(volumes, desc="First labels", unit="scan")]  # fmt: skip
-                spacings = [network_spacing(model.predictor, properties) for _, _, properties in scans]
+                segmentations = [model.logits(np.array(s.volume), model.weights).argmax(0).numpy().astype(np.int16)
+                                 for s in tqdm(scans, desc="First labels", unit="scan")]  # fmt: skip
+                spacings = [network_spacing(model.predictor, scan.properties) for scan in scans]
                 left_out = distrusted(segmentations, spacings, known, len(model.structures))
-                for (case, _, _), classes in zip(scans, left_out, strict=True):
+                for scan, classes in zip(scans, left_out, strict=True):
                     if classes:
                         names = ", ".join(model.structures[value - 1] for value in classes)
-                        print(f"{case}: labels of {names} are not learned there: not the size of any labelled scan's")
+                        print(
+                            f"{scan.case}: labels of {names} are not learned there: not the size of any labelled scan's"
+                        )
             with tqdm(total=settings.steps, desc=f"Fold {fold}", unit="step") as progress:
 
                 def said(step: int, loss: float, progress: Any = progress) -> None:
                     progress.set_postfix(loss=f"{loss:.3f}", refresh=False)
                     progress.update()
 
-                new = adapt_to_folder(model, weights, volumes, segmentations, left_out, settings, said)
+                volumes, masks = [scan.volume for scan in scans], [scan.mask for scan in scans]
+                new = adapt_to_folder(model, weights, volumes, masks, segmentations, left_out, settings, said)
             model.write_fold(
                 self.out, fold, new, {key: self.state[key] for key in ("model", "settings", "checkpoints")}
             )

@@ -62,11 +62,14 @@ def autocast(device: torch.device) -> AbstractContextManager:
     return torch.autocast("cuda", dtype=torch.bfloat16) if device.type == "cuda" else nullcontext()
 
 
-def adapt_to_scan(model: Model, volume: np.ndarray, segmentation: np.ndarray, settings: ScanSettings) -> list[Weights]:
+def adapt_to_scan(
+    model: Model, volume: np.ndarray, mask: np.ndarray, segmentation: np.ndarray, settings: ScanSettings
+) -> list[Weights]:
     """The weights of ``settings.runs`` runs of each fold, each from the model's own.
 
     Args:
         volume: ``(C, Z, Y, X)`` preprocessed.
+        mask: ``(Z, Y, X)``, -1 outside of nnU-Net's nonzero mask.
         segmentation: ``(Z, Y, X)``, the model's own.
     """
     styles = style_transforms(StyleAugmentationSettings())
@@ -76,12 +79,11 @@ def adapt_to_scan(model: Model, volume: np.ndarray, segmentation: np.ndarray, se
         for run in range(settings.runs):
             seed_everything(settings.seed + run)
             generator = torch.Generator().manual_seed(settings.seed + run)
-            patches = Patches([volume], [segmentation], model.patch_size, settings.seed + run)
+            patches = Patches([volume], [mask], [segmentation], model.patch_size, settings.seed + run)
             network.load_state_dict(weights)
             optimizer = torch.optim.Adam(learning(network, settings.what), settings.learning_rate)
             for _ in range(settings.steps):
-                images, _ = patches.draw(model.batch_size)
-                images = images.to(device)
+                images = torch.stack([image for image, _, _ in patches.draw(model.batch_size)]).to(device)
                 maps = [random_affine(len(images), model.patch_size, generator) for _ in range(2)]
                 outputs = []
                 for one in maps:

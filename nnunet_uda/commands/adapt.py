@@ -72,8 +72,8 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
         help="scan: anew for each scan, nothing is kept; folder: one model for all scans, which is written [folder]",
     )  # fmt: skip
     parser.add_argument("-device", default="cuda", help="cpu, cuda or mps [cuda]")
-    parser.add_argument("-steps", type=int, help="steps [scan: 20, folder: 400]")
-    parser.add_argument("-learning_rate", type=float, help="of Adam [scan: 0.001, folder: 0.0003]")
+    parser.add_argument("-steps", type=int, help="steps [scan: 20, folder: 240]")
+    parser.add_argument("-learning_rate", type=float, help="at the start [scan: 0.001 (Adam), folder: 0.001 (SGD)]")
     parser.add_argument("-what", choices=("norms", "all"), help="scan: weights that learn [norms]")
     parser.add_argument("-runs", type=int, help="scan: runs whose predictions are averaged [1]")
     parser.add_argument("-confidence", type=float, help="folder: threshold of the surest class [0.9]")

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform
 from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
+from batchgeneratorsv2.transforms.utils.nnunet_masking import MaskImageTransform
 from batchgeneratorsv2.transforms.utils.random import RandomTransform
 from torch import Tensor
 
@@ -285,3 +286,17 @@ def insert_after_spatial(pipeline: ComposeTransforms, transform: Callable[..., d
     names = [type(step).__name__ for step in pipeline.transforms]
     last = max(names.index(name) for name in ("SpatialTransform", "Convert2DTo3DTransform") if name in names)
     pipeline.transforms.insert(last + 1, transform)
+
+
+def show_views(
+    pipeline: ComposeTransforms, styles: Callable[..., dict], student_share: float, teacher_views: int
+) -> None:
+    """Let nnU-Net's ``pipeline`` make views for self-training, one behind the other: ``(2 + n) C`` channels.
+
+    First the patch moved alone, then augmented for the student, a share of patches in a random style, then
+    ``teacher_views`` (n) times in a random style for the teacher.
+    """
+    changes = [step for step in pipeline.transforms if isinstance(step, RandomTransform | MaskImageTransform)]
+    pipeline.transforms = [step for step in pipeline.transforms if not isinstance(step, RandomTransform)]
+    students = ComposeTransforms([RandomTransform(styles, student_share), *changes])
+    insert_after_spatial(pipeline, ViewsTransform(students, *[styles] * teacher_views))

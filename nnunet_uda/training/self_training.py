@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from nnunet_uda.collectives import global_sum
 from nnunet_uda.losses.pseudo_label import class_thresholds, confident_labels
+from nnunet_uda.training.intensity_posterior import IntensityPosterior
 
 MOMENTUM = 0.95
 """Of the running means of class confidences over batches."""
@@ -74,3 +77,41 @@ class SelfTraining(nn.Module):
     def label(self, probabilities: Tensor) -> Tensor:
         """Pseudo labels ``(B, *S)`` of softmax outputs ``(B, K, *S)``, see ``confident_labels``."""
         return confident_labels(probabilities, class_thresholds(self.class_confidence, self.confidence))
+
+
+@torch.no_grad()
+def teachers_opinion(
+    teacher: Callable[[Tensor], Tensor],
+    images: Tensor,
+    views: Sequence[Tensor],
+    intensities: IntensityPosterior | None,
+) -> Tensor:
+    """Class probabilities ``(B, K, *patch)`` of images: the teacher's mean over them and their views, corrected.
+
+    Args:
+        teacher: ``(B, C, *patch)`` to logits.
+        images: ``(B, C, *patch)`` as they are.
+        views: the same in other styles.
+        intensities: corrects the mean by the images' intensities; None leaves it.
+    """
+    probabilities = teacher(images).float().softmax(1)
+    for view in views:
+        probabilities = probabilities + teacher(view).float().softmax(1)
+    mean = probabilities / (1 + len(views))
+    return mean if intensities is None else intensities(mean, images)
+
+
+@torch.no_grad()
+def trusted_labels(
+    opinion: Tensor, images: Tensor, trust: SelfTraining, intensities: IntensityPosterior | None
+) -> Tensor:
+    """``(B, *patch)`` labels of an opinion where they are sure, else ``IGNORED``; both modules remember what they saw.
+
+    Args:
+        opinion: of ``teachers_opinion``; the other arguments are those of it.
+    """
+    trust.observe(opinion)
+    labels = trust.label(opinion)
+    if intensities is not None:
+        intensities.observe(labels, images)
+    return labels
