@@ -9,7 +9,7 @@ MINUTES ?= 120
 JOBS ?= 2
 PYTEST = OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile
 
-.PHONY: demo docs test test-slow test-all soak lint types clean
+.PHONY: demo docs test test-slow test-all coverage soak lint types clean
 
 demo: $(VENV)/installed
 	$(VENV)/bin/nnUNetUDA_demo -o $(RUN) -seed $(SEED)
@@ -22,6 +22,10 @@ test-slow: $(VENV)/installed
 	$(PYTEST) -m slow $(if $(LIMIT),--minutes $(LIMIT))
 
 test-all: test test-slow
+
+# the share of lines that the tests of `make test` run, by file
+coverage: $(VENV)/installed
+	$(PYTEST) -m "not slow" --cov --cov-report term:skip-covered
 
 soak: $(VENV)/installed
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(VENV)/bin/python tests/soak.py -kills $(KILLS) -minutes $(MINUTES)

@@ -62,12 +62,11 @@ def convert(args: argparse.Namespace, warnings: list[str]) -> None:
     mr = chaos.find_domain(chaos_tree, args.sequence, "MR", "mr", args.structures, args.strict, warnings)
     ct = btcv.find_domain(btcv_tree, args.structures)
     source, target = (ct, mr) if args.source == "ct" else (mr, ct)
-    plan = protocols.arrange(source, target, args, warnings, skip_unlabelled=True)
-    information = {
-        "description": f"BTCV (CT) and CHAOS ({args.sequence}), {plan.description}",
-        **{key: f"{chaos.INFORMATION[key]}; {btcv.INFORMATION[key]}" for key in chaos.INFORMATION},
-    }
-    protocols.write_arranged("Abdomen", source, target, plan, args.structures, information, args, warnings, "abdomen")
+    information = {key: f"{chaos.INFORMATION[key]}; {btcv.INFORMATION[key]}" for key in chaos.INFORMATION}
+    title = f"BTCV (CT) and CHAOS ({args.sequence})"
+    protocols.write_adaptation(
+        "Abdomen", source, target, args.structures, information, args, warnings, "abdomen", title
+    )
 
 
 main = script(__doc__, add_arguments, convert)

@@ -115,9 +115,7 @@ def convert(args: argparse.Namespace, warnings: list[str]) -> None:
     if "all" in structures:
         raise UDAError(f"-structures {' '.join(structures)}: expected all, or names, not both.")
     source, target = (find_domain(args.i, modality, structures) for modality in (args.source, args.target))
-    plan = protocols.arrange(source, target, args, warnings, skip_unlabelled=True)
-    information = {"description": f"AMOS22, {plan.description}", **INFORMATION}
-    protocols.write_arranged("AMOS", source, target, plan, structures, information, args, warnings, "abdomen")
+    protocols.write_adaptation("AMOS", source, target, structures, INFORMATION, args, warnings, "abdomen", "AMOS22")
 
 
 main = script(__doc__, add_arguments, convert)

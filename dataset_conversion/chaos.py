@@ -229,10 +229,8 @@ def convert(args: argparse.Namespace, warnings: list[str]) -> None:
     if not with_ct:
         test = [] if args.protocol == "cisfa" else list(args.test_ids or target.test)
         source, target = divide_patients(source, target, test, args.seed)
-    plan = protocols.arrange(source, target, args, warnings, skip_unlabelled=True)
-    divided = "" if with_ct else ", patients divided between the sequences"
-    information = {"description": f"CHAOS, {plan.description}{divided}", **INFORMATION}
-    protocols.write_arranged("CHAOS", source, target, plan, structures, information, args, warnings, "abdomen")
+    title = "CHAOS" if with_ct else "CHAOS, patients divided between the sequences"
+    protocols.write_adaptation("CHAOS", source, target, structures, INFORMATION, args, warnings, "abdomen", title)
 
 
 main = script(__doc__, add_arguments, convert)

@@ -68,12 +68,9 @@ def convert(args: argparse.Namespace, warnings: list[str]) -> None:
         source, target = cine, emidec.with_drawn_test(lge, args.seed)
     else:
         source, target = lge, cine
-    plan = protocols.arrange(source, target, args, warnings, skip_unlabelled=True)
-    information = {
-        "description": f"ACDC (cine, {args.frame.upper()}) and EMIDEC (LGE), {plan.description}",
-        **{key: f"{acdc.INFORMATION[key]}; {emidec.INFORMATION[key]}" for key in acdc.INFORMATION},
-    }
-    protocols.write_arranged("CineLGE", source, target, plan, args.structures, information, args, warnings, "heart")
+    information = {key: f"{acdc.INFORMATION[key]}; {emidec.INFORMATION[key]}" for key in acdc.INFORMATION}
+    title = f"ACDC (cine, {args.frame.upper()}) and EMIDEC (LGE)"
+    protocols.write_adaptation("CineLGE", source, target, args.structures, information, args, warnings, "heart", title)
 
 
 main = script(__doc__, add_arguments, convert)

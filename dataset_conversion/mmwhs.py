@@ -54,6 +54,10 @@ from nnunet_uda.images.reading import LabelMap, check_same_geometry, read_image
 EXAMPLE = "nnUNetUDA_convert mmwhs -i MM-WHS -d 501 -source mr -target ct"
 
 VALUES = {"myocardium": 205, "LA": 420, "LV": 500, "RA": 550, "RV": 600, "AA": 820, "PA": 850}
+INFORMATION = {
+    "reference": "https://zmiclab.github.io/zxh/0/mmwhs/",
+    "licence": "MM-WHS terms: research use after registration, not to be passed on",
+}
 SIFA_TEST = {"ct": ("1003", "1008", "1014", "1019"), "mr": ("1007", "1009", "1018", "1019")}
 
 
@@ -149,13 +153,10 @@ def convert(args: argparse.Namespace, warnings: list[str]) -> None:
         )
         for modality in (args.source, args.target)
     )
-    plan = protocols.arrange(source, target, args, warnings)
-    information = {
-        "description": f"MM-WHS 2017, {plan.description}",
-        "reference": "https://zmiclab.github.io/zxh/0/mmwhs/",
-        "licence": "MM-WHS terms: research use after registration, not to be passed on",
-    }
-    protocols.write_arranged("MMWHS", source, target, plan, args.structures, information, args, warnings, "heart")
+    protocols.write_adaptation(
+        "MMWHS", source, target, args.structures, INFORMATION, args, warnings, "heart", "MM-WHS 2017",
+        skip_unlabelled=False,
+    )  # fmt: skip
 
 
 main = script(__doc__, add_arguments, convert)

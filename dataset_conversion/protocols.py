@@ -174,27 +174,35 @@ def _test_cases(target: Domain, args: argparse.Namespace, warnings: list[str]) -
     return [target.cases[number] for number in present]
 
 
-def write_arranged(
+def write_adaptation(
     prefix: str,
     source: Domain,
     target: Domain,
-    plan: Arrangement,
     structures: Sequence[str],
-    information: dict[str, str],
+    information: Mapping[str, str],
     args: argparse.Namespace,
     warnings: list[str],
     preset: str,
+    title: str,
+    *,
+    skip_unlabelled: bool = True,
 ) -> None:
-    """``write_dataset`` for what ``arrange`` arranged, named by ``prefix`` and direction unless ``-name`` is.
+    """``write_dataset`` for what ``arrange`` makes; named by ``prefix`` and direction unless ``-name`` is given.
 
     With ``-protocol`` the vendor's intensities are kept, as the papers' z-score is nnU-Net's; ``preset`` is the window
     of a CT without labels else.
+
+    Args:
+        title: whose data it is, for the dataset's description.
+        skip_unlabelled: see ``arrange``.
     """
+    plan = arrange(source, target, args, warnings, skip_unlabelled=skip_unlabelled)
     default_name = f"{target.name}_upper_bound" if args.upper_bound else f"{source.name}2{target.name}"
     write_dataset(
         args.d, args.name or f"{prefix}_{default_name}", plan.groups, structures, channel_names(args.channel, 1),
         adaptation=not args.upper_bound, source_splits=plan.source_splits, target_splits=plan.target_splits,
-        information=information, intensities=intensity_request(args, preset, None if args.protocol else DEFAULT),
+        information={"description": f"{title}, {plan.description}", **information},
+        intensities=intensity_request(args, preset, None if args.protocol else DEFAULT),
         warnings=warnings, **dataset_options(args),
     )  # fmt: skip
 

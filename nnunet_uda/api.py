@@ -147,11 +147,11 @@ def predict(
     Returns:
         ``output``.
     """
-    from nnunet_uda.experiments.job import predict_folder
+    from nnunet_uda.evaluation.prediction import predict_folder
 
     trained = _trained(dataset, trainer, plans, configuration)
     chosen = open_device(device or best_device())
-    predict_folder(trained, tuple(folds), Path(images), Path(output), chosen, checkpoint)
+    predict_folder(trained, folds, Path(images), Path(output), chosen, checkpoint)
     return Path(output)
 
 

@@ -63,13 +63,7 @@ def global_sum(x: Tensor) -> Tensor:
     Args:
         x: any shape, the same on every rank.
     """
-    if world_size() == 1:
-        return x
-    if x.requires_grad:
-        return _Sum.apply(x)
-    x = x.clone(memory_format=torch.contiguous_format)
-    distributed.all_reduce(x)
-    return x
+    return x if world_size() == 1 else _Sum.apply(x)
 
 
 def global_mean(total: Tensor, count: Tensor) -> Tensor:

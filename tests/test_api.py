@@ -113,7 +113,7 @@ def test_planning_has_a_thread_where_training_loads_in_its_own_process(in_worksp
 def test_a_signal_is_a_uda_error_too(in_workspace, monkeypatch):
     from nnunet_uda.commands import train
 
-    def stopped(*_):
+    def stopped(*_, **options):
         raise SystemExit(130)
 
     monkeypatch.setattr(train, "train", stopped)

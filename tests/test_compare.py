@@ -30,7 +30,18 @@ from nnunet_uda.evaluation import compare_plot
 from nnunet_uda.evaluation.runs import Labels
 from nnunet_uda.evaluation.tables import Spread, Volume
 from nnunet_uda.experiments import compare, engines, job
-from nnunet_uda.experiments.compare import LOWER, UPPER, Method, Row, method_table, plan_rows, run_record, write_tables
+from nnunet_uda.experiments.compare import (
+    LOWER,
+    UPPER,
+    Method,
+    Row,
+    find_methods,
+    method_table,
+    plan_plans,
+    plan_rows,
+    run_record,
+    write_tables,
+)
 from nnunet_uda.experiments.engines import LocalEngine, run_jobs
 from nnunet_uda.experiments.job import Job, Score, TargetTest, last_error
 from nnunet_uda.training.interruption import wait_for_fold
@@ -210,48 +221,42 @@ def test_the_dice_axis_is_not_a_magnifying_glass(tmp_path, monkeypatch):
 
 
 def test_methods_seeds_folds_and_bounds_are_planned(in_workspace, tmp_path):
-    arguments = parse("-lower", "SourceOnlyTrainer", "-upper", f"SupervisedTrainer:{DATASET}", "-seeds", "7", "3")
-    arguments.tr = ["CISFATrainer"]
-    methods = compare.find_methods(arguments)
+    methods = find_methods(["501"], ["CISFATrainer"], ["SourceOnlyTrainer"], [f"SupervisedTrainer:{DATASET}"])
     assert [(m.label, m.trainer) for m in methods] == [
         (LOWER, "SourceOnlyTrainer"), ("CISFATrainer", "CISFATrainer"), (UPPER, "SupervisedTrainer"),
     ]  # fmt: skip
-    plans = compare.plan_plans(methods, arguments)
+    plans = plan_plans(methods, "tiny", "2d", [7, 3])
     assert [(key[1], value["plans_name"], value["uda"]["seed"]) for key, value in plans.items()] == [
         (7, "tiny_seed_7", 7), (3, "tiny_seed_3", 3),
     ]  # fmt: skip
-    rows = plan_rows(methods, plans, arguments, tmp_path)
+    rows = plan_rows(methods, plans, "2d", ["0"], tmp_path, "cpu", 1)
     assert [(row.seed, row.job.plans, row.job.trainer) for row in rows[2:4]] == [
         (7, "tiny_seed_7", "SupervisedTrainer"), (3, "tiny_seed_3", "SourceOnlyTrainer"),
     ]  # fmt: skip
     assert rows[0].job.images == in_workspace.raw / DATASET / "imagesTs" and len({row.job.name for row in rows}) == 6
-
-    arguments.seeds = None
-    assert compare.plan_plans(methods, arguments)[DATASET, None]["plans_name"] == "tiny", "the plans as they are"
+    assert plan_plans(methods, "tiny", "2d", None)[DATASET, None]["plans_name"] == "tiny", "the plans as they are"
 
 
 def test_a_bound_among_the_trainers_has_one_row(in_workspace):
-    arguments = parse("-lower", "SourceOnlyTrainer", "-upper", "SupervisedTrainer:501")
-    arguments.tr = ["SourceOnlyTrainer", "CISFATrainer", "SupervisedTrainer"]
-    labels = [method.label for method in compare.find_methods(arguments)]
-    assert labels == [LOWER, "CISFATrainer", UPPER]
+    trainers = ["SourceOnlyTrainer", "CISFATrainer", "SupervisedTrainer"]
+    methods = find_methods(["501"], trainers, trainers[:1], ["SupervisedTrainer:501"])
+    assert [method.label for method in methods] == [LOWER, "CISFATrainer", UPPER]
 
 
 def test_a_bound_trained_elsewhere_is_tested_on_this_target(tmp_path, monkeypatch):
     for name in (DATASET, "Dataset502_Back", "Dataset511_Upper", "Dataset512_UpperBack"):
         make_raw_dataset(tmp_path / "raw", name, num_source=1, num_target=1, num_test=1, size=(2, 6, 6))
     monkeypatch.setenv("nnUNet_raw", str(tmp_path / "raw"))
-    upper = ("-upper", "SupervisedTrainer:511", "SupervisedTrainer:512")
+    upper = ["SupervisedTrainer:511", "SupervisedTrainer:512"]
     with pytest.raises(UDAError, match="one bound for all datasets or one for each"):
-        parse(*upper, "-d", "501", "502", "503")
-    arguments = parse(*upper, "-d", "501", "502")
-    methods = compare.find_methods(arguments)
+        parse("-upper", *upper, "-d", "501", "502", "503")
+    methods = find_methods(["501", "502"], ["SourceOnlyTrainer"], upper=upper)
     assert [(m.test, m.dataset) for m in methods] == [
         (DATASET, DATASET), (DATASET, "Dataset511_Upper"),
         ("Dataset502_Back", "Dataset502_Back"), ("Dataset502_Back", "Dataset512_UpperBack"),
     ]  # fmt: skip
     plans = {(method.dataset, None): {"plans_name": "tiny"} for method in methods}
-    rows = plan_rows(methods, plans, arguments, tmp_path / "out")
+    rows = plan_rows(methods, plans, "2d", ["0"], tmp_path / "out", "cpu", 1)
     assert rows[1].job.dataset == "Dataset511_Upper" and DATASET in str(rows[1].job.test.reference)
     assert rows[1].job.name == f"{DATASET}__SupervisedTrainer_on_Dataset511_Upper__tiny__fold_0"
 
@@ -265,9 +270,8 @@ def test_each_fold_of_a_fold_protocol_has_its_own_test_images(tmp_path, monkeypa
     (raw / "labelsTs").mkdir()
     for case in cases[:2]:
         shutil.copy(raw / "labelsTr" / "mr_Tr00.nii.gz", raw / "labelsTs" / f"{case}.nii.gz")
-    arguments = parse("-f", "0", "1")
-    method = Method("T", "T", DATASET, DATASET)
-    rows = plan_rows([method], {(DATASET, None): {"plans_name": "tiny"}}, arguments, tmp_path / "out")
+    method, plans = Method("T", "T", DATASET, DATASET), {(DATASET, None): {"plans_name": "tiny"}}
+    rows = plan_rows([method], plans, "2d", ["0", "1"], tmp_path / "out", "cpu", 1)
     assert [row.job.test.cases for row in rows] == [["ct_Tu00"], ["ct_Tu01"]]
     assert len({row.job.images for row in rows}) == 2 and not (tmp_path / "out").exists()
 

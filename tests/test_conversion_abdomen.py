@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from support import btcv, chaos
 from support.dicom import shorter
-from support.folders import refusal, use_folders
+from support.folders import refusal, vendor_fixtures
 from support.scans import VENDORS, load, names
 
 from nnunet_uda.commands.convert import main
@@ -21,18 +21,12 @@ BTCV_CLASSES = np.array([0, 4, 2, 3, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0], np.uint8)
 """BTCV's values to liver 1, right kidney 2, left kidney 3, spleen 4."""
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("abdomen") / "vendor"
+def make_both(folder: Path) -> None:
     chaos.make_chaos(folder / "CHAOS", mr=MR, ct=(2,))
     btcv.make_btcv(folder / "BTCV", CT)
-    return folder
 
 
-@pytest.fixture
-def trees(made, tmp_path, monkeypatch) -> Path:
-    use_folders(monkeypatch, tmp_path)
-    return Path(shutil.copytree(made, tmp_path / "vendor"))
+made, trees = vendor_fixtures(make_both)
 
 
 def convert(

@@ -11,10 +11,9 @@ import numpy as np
 import pytest
 from conftest import litter
 from support.btcv import save
-from support.folders import refusal, use_folders
+from support.folders import converter, vendor_fixtures
 from support.scans import load, names
 
-from nnunet_uda.commands.convert import main
 from nnunet_uda.dataset_conversion.amos import IN_BOTH, STRUCTURES
 
 SHAPE = (6, 8, 10)
@@ -45,24 +44,8 @@ def make_amos(tree: Path) -> Path:
     return tree
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory) -> Path:
-    return make_amos(tmp_path_factory.mktemp("amos") / "vendor")
-
-
-@pytest.fixture
-def tree(made, tmp_path, monkeypatch) -> Path:
-    use_folders(monkeypatch, tmp_path)
-    return Path(shutil.copytree(made, tmp_path / "vendor"))
-
-
-def convert(tree: Path, *options: str, source: str = "ct", target: str = "mr", d: str = "530") -> Path:
-    main(["amos", "-i", str(tree), "-d", d, "-source", source, "-target", target, "-np", "1", *options])
-    return next((tree.parent / "nnUNet_raw").glob(f"Dataset{d}_*"))
-
-
-def refused(capsys, *arguments, **options) -> str:
-    return refusal(capsys, convert, *arguments, **options)
+made, tree = vendor_fixtures(make_amos)
+convert, refused = converter("amos", "530", source="ct", target="mr")
 
 
 def ids(modality: str, *numbers: int) -> list[str]:

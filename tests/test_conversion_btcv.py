@@ -12,32 +12,14 @@ import pytest
 import SimpleITK as sitk
 from support.btcv import MADE, SHAPE, make_btcv, organs, renumbered, save, scan
 from support.dicom import shorter
-from support.folders import check_litter, refusal, use_folders
+from support.folders import check_litter, converter, vendor_fixtures
 from support.scans import names
 
 from nnunet_uda.commands.convert import main
 from nnunet_uda.dataset_conversion.btcv import NUMBERS, SIFA_TEST, VALUES
 
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory) -> Path:
-    return make_btcv(tmp_path_factory.mktemp("btcv") / "vendor")
-
-
-@pytest.fixture
-def tree(made, tmp_path, monkeypatch) -> Path:
-    """A copy of the tree for one test, with nnU-Net's folders beside it."""
-    use_folders(monkeypatch, tmp_path)
-    return Path(shutil.copytree(made, tmp_path / "vendor"))
-
-
-def convert(tree: Path, *options: str, d: str = "520") -> Path:
-    main(["btcv", "-i", str(tree), "-d", d, "-np", "1", "-source_intensities", "none", *options])
-    return next((tree.parent / "nnUNet_raw").glob(f"Dataset{d}_*"))
-
-
-def refused(capsys, *arguments, **options) -> str:
-    return refusal(capsys, convert, *arguments, **options)
+made, tree = vendor_fixtures(make_btcv)
+convert, refused = converter("btcv", "520", "-source_intensities", "none")
 
 
 def test_round_trip_of_all_organs(tree):
@@ -98,6 +80,14 @@ def relabel(path: Path, change) -> None:
     save(change(array), path, int(path.name[5:9]))
 
 
+def renamed(name: str):
+    return lambda training: (training / FIRST_IMAGE).rename(training / "img" / name)
+
+
+def copied(path: str, to: str):
+    return lambda training: shutil.copy(training / path, training / to)
+
+
 FIRST_IMAGE, FIRST_LABEL = "img/img0001.nii.gz", "label/label0001.nii.gz"
 MALFORMED = {
     "renumbered": (
@@ -105,21 +95,11 @@ MALFORMED = {
         r"img0011\.nii\.gz: BTCV has no training scan 11; .*renumbered 1-30.*other patients.*1, 9, 30, 32, 33, 39",
     ),
     "a label of another patient": (another_patient, (), r"label0002\.nii\.gz: its image img0002 is missing"),
-    "a scan twice": (
-        lambda t: shutil.copy(t / FIRST_IMAGE, t / "img/img001.nii.gz"), (), r"img001\.nii\.gz: the same number as"
-    ),
-    "a scan packed and unpacked": (
-        lambda t: shutil.copy(t / FIRST_LABEL, t / "label/label0001.nii"), (), r"label0001\.nii(\.gz)?: the same number"
-    ),
-    "another name": (
-        lambda t: (t / FIRST_IMAGE).rename(t / "img/case1.nii.gz"), (), r"case1\.nii\.gz: unexpected file"
-    ),
-    "number 0": (
-        lambda t: (t / FIRST_IMAGE).rename(t / "img/img0000.nii.gz"), (), r"img0000\.nii\.gz: BTCV has no training scan"
-    ),
-    "a test scan": (
-        lambda t: shutil.copy(t / FIRST_IMAGE, t / "img/img0061.nii.gz"), (), r"img0061\.nii\.gz: BTCV has no training"
-    ),
+    "a scan twice": (copied(FIRST_IMAGE, "img/img001.nii.gz"), (), r"img001\.nii\.gz: the same number as"),
+    "packed and unpacked": (copied(FIRST_LABEL, "label/label0001.nii"), (), r"label0001\.nii(\.gz)?: the same number"),
+    "another name": (renamed("case1.nii.gz"), (), r"case1\.nii\.gz: unexpected file"),
+    "number 0": (renamed("img0000.nii.gz"), (), r"img0000\.nii\.gz: BTCV has no training scan"),
+    "a test scan": (copied(FIRST_IMAGE, "img/img0061.nii.gz"), (), r"img0061\.nii\.gz: BTCV has no training"),
     "a label of another size": (
         lambda t: relabel(t / FIRST_LABEL, lambda a: a[:-1]), (), r"label0001\.nii\.gz: its geometry differs.*size"
     ),
@@ -139,9 +119,7 @@ MALFORMED = {
         lambda t: save(np.zeros(SHAPE, np.int16), t / FIRST_IMAGE, 1), (), r"img0001\.nii\.gz: every voxel is 0"
     ),
     "no labels": (lambda t: shutil.rmtree(t / "label"), (), r"vendor: no img and label folder \(found: RawData\)"),
-    "no images": (
-        lambda t: [p.unlink() for p in (t / "img").iterdir()], (), r"Training/img holds no image"
-    ),
+    "no images": (lambda t: [p.unlink() for p in (t / "img").iterdir()], (), r"Training/img holds no image"),
     "an unknown test scan": (lambda t: None, ("-test_ids", "33"), r"Training: -test_ids names 33, which is not there"),
     "all of them test scans": (lambda t: None, ("-test_ids", *map(str, MADE)), "no labelled case"),
 }  # fmt: skip
@@ -157,19 +135,6 @@ def test_malformed_trees_are_refused_by_name(tree, capsys, case):
     assert not raw.exists() or not list(raw.iterdir())
 
 
-def test_existing_dataset(tree, capsys):
-    convert(tree)
-    assert "exists already. Use --overwrite" in refused(capsys, tree)
-    convert(tree, "--overwrite")
-
-
 def test_the_numbers_are_those_of_the_owner():
     assert len(NUMBERS) == 30 and {int(n) for n in SIFA_TEST} <= set(NUMBERS)
     assert set(NUMBERS) == set(range(1, 41)) - set(range(11, 21))
-
-
-def test_help_shows_tree_licence_and_page(capsys):
-    with pytest.raises(SystemExit):
-        main(["btcv", "-h"])
-    text = capsys.readouterr().out
-    assert "RawData/Training/img/img0001.nii.gz" in text and "registration" in text and "https://www.synapse" in text

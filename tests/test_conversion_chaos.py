@@ -27,34 +27,15 @@ from support.chaos import (
     stored,
 )
 from support.dicom import edit, shorter
-from support.folders import check_litter, refusal, use_folders
+from support.folders import check_litter, converter, use_folders, vendor_fixtures
 from support.scans import VENDORS, load, names
 
-from nnunet_uda.commands.convert import main
 from nnunet_uda.dataset_conversion.chaos import MR_GREYS, read_label
 from nnunet_uda.errors import UDAError
 from nnunet_uda.images.dicom import by_name, read_volume
 
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory) -> Path:
-    return make_chaos(tmp_path_factory.mktemp("chaos") / "vendor")
-
-
-@pytest.fixture
-def tree(made, tmp_path, monkeypatch) -> Path:
-    """A copy of the tree for one test, with nnU-Net's folders beside it."""
-    use_folders(monkeypatch, tmp_path)
-    return Path(shutil.copytree(made, tmp_path / "vendor"))
-
-
-def convert(tree: Path, *options: str, source: str = "ct", target: str = "t2spir", d: str = "510") -> Path:
-    main(["chaos", "-i", str(tree), "-d", d, "-source", source, "-target", target, "-np", "1", *VENDORS, *options])
-    return next((tree.parent / "nnUNet_raw").glob(f"Dataset{d}_*"))
-
-
-def refused(capsys, *arguments, **options) -> str:
-    return refusal(capsys, convert, *arguments, **options)
+made, tree = vendor_fixtures(make_chaos)
+convert, refused = converter("chaos", "510", *VENDORS, source="ct", target="t2spir")
 
 
 # --- what is written --------------------------------------------------------------------------------------------------
@@ -292,12 +273,6 @@ def test_malformed_trees_are_refused_by_name(tree, capsys, case):
     raw = tree.parent / "nnUNet_raw"
     assert re.search(message, found, re.DOTALL), found
     assert not raw.exists() or not list(raw.iterdir())
-
-
-def test_existing_dataset(tree, capsys):
-    convert(tree)
-    assert "exists already. Use --overwrite" in refused(capsys, tree)
-    convert(tree, "--overwrite")
 
 
 # --- the real case ----------------------------------------------------------------------------------------------------

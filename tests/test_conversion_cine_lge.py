@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from conftest import litter
 from support.btcv import save
-from support.folders import refusal, use_folders
+from support.folders import refusal, vendor_fixtures
 from support.scans import load, names
 
 from nnunet_uda.commands.convert import main
@@ -63,18 +63,12 @@ def make_emidec(tree: Path) -> Path:
     return tree
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("hearts") / "vendor"
+def make_both(folder: Path) -> None:
     make_acdc(folder / "ACDC")
     make_emidec(folder / "EMIDEC")
-    return folder
 
 
-@pytest.fixture
-def trees(made, tmp_path, monkeypatch) -> Path:
-    use_folders(monkeypatch, tmp_path)
-    return Path(shutil.copytree(made, tmp_path / "vendor"))
+made, trees = vendor_fixtures(make_both)
 
 
 def convert(trees: Path, name: str, *options: str, d: str = "540") -> Path:

@@ -10,11 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import SimpleITK as sitk
-from support.folders import check_litter, refusal, use_folders
+from support.folders import check_litter, converter, use_folders
 from support.mmwhs import DIRECTIONS, IDS, SHAPE, heart, save
 from support.scans import VENDORS, load, names
 
-from nnunet_uda.commands.convert import main
 from nnunet_uda.dataset_conversion.mmwhs import VALUES, border_pieces
 
 
@@ -33,13 +32,7 @@ def tree(tmp_path, monkeypatch) -> Path:
     return tmp_path / "vendor"
 
 
-def convert(tree: Path, *options: str, source: str = "mr", target: str = "ct", d: str = "501") -> Path:
-    main(["mmwhs", "-i", str(tree), "-d", d, "-source", source, "-target", target, "-np", "1", *VENDORS, *options])
-    return next((tree.parent / "nnUNet_raw").glob(f"Dataset{d}_*"))
-
-
-def refused(capsys, *arguments, **options) -> str:
-    return refusal(capsys, convert, *arguments, **options)
+convert, refused = converter("mmwhs", "501", *VENDORS, source="mr", target="ct")
 
 
 def test_sifa_split_both_directions(tree):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import re
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 import yaml
 from conftest import REPOSITORY, TRAINERS
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from packaging.specifiers import SpecifierSet
 from support.documents import bash_blocks, command_lines, inline_commands, options, parsed
 
@@ -150,6 +152,44 @@ def test_links_between_pages_lead_somewhere():
             if not link.startswith("http") and not target.exists() and target not in generated:
                 broken.append(f"{page.name}: {link}")
     assert not broken, broken
+
+
+def test_every_trainer_is_in_the_table_of_trainers():
+    files = [path.read_text("utf-8") for path in TRAINERS.glob("*.py")]
+    defined = {name for text in files for name in re.findall(r"^class (\w+Trainer)\(", text, flags=re.M)}
+    rows = re.findall(r"^\| (`.*?) \|", (DOCS / "howto" / "choose_a_trainer.md").read_text("utf-8"), flags=re.M)
+    assert {name for row in rows for name in re.findall(r"`(\w+Trainer)`", row)} == defined and len(defined) > 20
+
+
+def test_each_common_change_is_two_or_three_files_and_at_most_250_lines_to_read():
+    sections = (REPOSITORY / "CONTRIBUTING.md").read_text("utf-8").split("\n## ")
+    opened = {part.splitlines()[0]: re.search(r"^Open (.*?)\. ", part, flags=re.M | re.S) for part in sections}
+    files = {title: re.findall(r"`(\S+)`", found[1]) for title, found in opened.items() if found}
+    assert len(files) == 4
+    for title, names in files.items():
+        lines = [len((REPOSITORY / name).read_text("utf-8").splitlines()) for name in names]
+        assert 2 <= len(names) <= 3 and sum(lines) <= 250, (title, dict(zip(names, lines, strict=True)))
+
+
+def test_what_a_method_may_call_is_there():
+    text = (DOCS / "reference" / "trainer.md").read_text("utf-8")
+    training = REPOSITORY / "nnunet_uda" / "training"
+    base = (training / "uda_trainer.py").read_text("utf-8") + inspect.getsource(nnUNetTrainer)
+    called = set(re.findall(r"self\.(\w+)", text)) | set(re.findall(r"^\| `(\w+)\(", text, flags=re.M)) - {"require"}
+    translating = set(re.findall(r"`(\w+)\(self", text))
+    missing = [name for name in called - translating if not re.search(rf"\b{name}\b", base)]
+    kit = (training / "translation.py").read_text("utf-8")
+    missing += [name for name in translating if f"def {name}(" not in kit]
+    assert not missing and len(called) > 25 and len(translating) == 3
+
+
+def test_the_files_of_the_house_are_there():
+    text = (REPOSITORY / "CONTRIBUTING.md").read_text("utf-8")
+    named = re.findall(r"`((?:nnunet_uda|trainers|dataset_conversion|tests|docs)/[\w./]*)`", text)
+    training = re.findall(r"`(\w+\.py)`", text[text.index("## A training") : text.index("## A loss")])
+    missing = [name for name in named if not (REPOSITORY / name).exists()]
+    missing += [name for name in training if not (REPOSITORY / "nnunet_uda" / "training" / name).exists()]
+    assert not missing and len(training) > 15
 
 
 def test_the_readme_is_short_and_names_every_command():

@@ -8,24 +8,23 @@ import torch
 from nnunet_uda.losses.dice import soft_dice_loss
 
 
-def reference(logits, target, include_background, smooth=1e-5) -> float:
+def reference(logits, target, smooth=1e-5) -> float:
     exponentials = logits.double().exp()
     probabilities = exponentials / exponentials.sum(1, keepdim=True)
     scores = []
-    for c in range(0 if include_background else 1, logits.shape[1]):
+    for c in range(1, logits.shape[1]):
         p, y = probabilities[:, c], (target[:, 0] == c).double()
         scores.append((2 * float((p * y).sum()) + smooth) / (float(p.sum()) + float(y.sum()) + smooth))
     return 1 - sum(scores) / len(scores)
 
 
 @pytest.mark.parametrize("shape", [(7, 6), (3, 7, 6)])
-@pytest.mark.parametrize("include_background", [False, True])
 @pytest.mark.parametrize("dtype", [torch.int16, torch.int64])
-def test_equals_the_loop(shape: tuple[int, ...], include_background: bool, dtype: torch.dtype) -> None:
+def test_equals_the_loop(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     logits, target = 3 * torch.randn(2, 4, *shape), torch.randint(0, 4, (2, 1, *shape), dtype=dtype)
-    loss = soft_dice_loss(logits, target, include_background)
-    assert loss.item() == pytest.approx(reference(logits, target, include_background), rel=1e-5)
+    loss = soft_dice_loss(logits, target)
+    assert loss.item() == pytest.approx(reference(logits, target), rel=1e-5)
 
 
 def test_sums_run_over_the_batch() -> None:
@@ -47,7 +46,7 @@ def test_absent_class() -> None:
     assert soft_dice_loss(logits, target).item() == pytest.approx(0, abs=1e-5)
     logits = torch.zeros(1, 3, 8, 8, requires_grad=True)  # class 2 predicted with 1/3 everywhere
     loss = soft_dice_loss(logits, target)
-    assert loss.item() == pytest.approx(reference(logits.detach(), target, False), rel=1e-5)
+    assert loss.item() == pytest.approx(reference(logits.detach(), target), rel=1e-5)
     loss.backward()
     assert torch.isfinite(logits.grad).all()
     empty = soft_dice_loss(torch.zeros(0, 3, 4, 4), torch.zeros(0, 1, 4, 4, dtype=torch.long))
@@ -55,15 +54,14 @@ def test_absent_class() -> None:
 
 
 @pytest.mark.parametrize("shape", [(7, 6), (3, 7, 6)])
-@pytest.mark.parametrize("include_background", [False, True])
-def test_ignored_positions_take_no_part(shape: tuple[int, ...], include_background: bool) -> None:
+def test_ignored_positions_take_no_part(shape: tuple[int, ...]) -> None:
     torch.manual_seed(0)
     logits = (3 * torch.randn(2, 4, *shape)).requires_grad_()
     target = torch.randint(0, 5, (2, 1, *shape), dtype=torch.int16)  # 4 is the ignore label
-    loss = soft_dice_loss(logits, target, include_background, ignore_label=4)
+    loss = soft_dice_loss(logits, target, ignore_label=4)
     known = (target != 4)[:, 0]
     rest = [logits.detach().movedim(1, -1)[known].T[None], target[:, 0][known][None, None]]  # the others as one line
-    assert loss.item() == pytest.approx(reference(*rest, include_background), rel=1e-5)
+    assert loss.item() == pytest.approx(reference(*rest), rel=1e-5)
     loss.backward()
     where = logits.grad.abs().sum(1)
     assert not where[~known].any() and (where[known] > 0).all()
@@ -84,9 +82,7 @@ def test_gradient_raises_the_right_class() -> None:
     assert soft_dice_loss(logits - 10 * logits.grad, target) < before
 
 
-def test_half_precision_and_missing_foreground() -> None:
+def test_half_precision() -> None:
     logits = torch.zeros(1, 2, 300, 300, dtype=torch.float16)  # a sum of 90000 exceeds float16
     target = torch.ones(1, 1, 300, 300, dtype=torch.int16)
     assert soft_dice_loss(logits, target).item() == pytest.approx(1 - 2 / 3, rel=1e-4)
-    with pytest.raises(ValueError, match="foreground"):
-        soft_dice_loss(torch.zeros(1, 1, 4, 4), torch.zeros(1, 1, 4, 4, dtype=torch.long))

@@ -13,7 +13,6 @@ import pytest
 from conftest import REPOSITORY, TRAINERS, Workspace, batch, changed, make_trainer, parameters
 
 from nnunet_uda.commands import configure
-from nnunet_uda.commands.compare import parse_arguments
 from nnunet_uda.errors import UDAError
 from nnunet_uda.experiments import compare
 from nnunet_uda.experiments.job import find_trainer
@@ -114,12 +113,9 @@ def test_the_documented_trainer_is_swept_and_compared(folder, in_workspace, tmp_
     with pytest.raises(UDAError, match="EntropyTrainer does not read it"):
         plan_runs(base, "tiny", "2d", trainer, [["cisfa.patches", "8"]], None)
 
-    words = ["-d", "501", "-tr", "EntropyTrainer", "CISFATrainer", "-p", "tiny", "-o", str(tmp_path / "out")]
-    arguments = parse_arguments(words)
-    methods = compare.find_methods(arguments)
-    plans = compare.plan_plans(methods, arguments)
-    rows = compare.plan_rows(methods, plans, arguments, tmp_path / "out")
-    assert [row.job.trainer for row in rows] == ["EntropyTrainer", "CISFATrainer"]
+    methods = compare.find_methods(["501"], ["EntropyTrainer", "CISFATrainer"])
+    planned = compare.plan_comparison(tmp_path / "out", methods, "tiny", "2d", ["0"], None, "cpu", 1)
+    assert [row.job.trainer for row in planned.rows] == ["EntropyTrainer", "CISFATrainer"]
 
 
 @pytest.mark.slow

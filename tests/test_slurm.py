@@ -16,10 +16,11 @@ from pathlib import Path
 import pytest
 
 from nnunet_uda.commands import compare
+from nnunet_uda.commands.grid_options import make_engine
 from nnunet_uda.errors import UDAError
 from nnunet_uda.evaluation.runs import Labels
 from nnunet_uda.experiments import engines
-from nnunet_uda.experiments.engines import SubmititEngine, make_engine, run_jobs
+from nnunet_uda.experiments.engines import SubmititEngine, run_jobs
 from nnunet_uda.experiments.job import Job, Score, TargetTest
 from nnunet_uda.training import launch
 
@@ -154,7 +155,7 @@ def test_jobs_end_with_scores_or_with_what_they_and_slurm_said(tmp_path, slurm):
     let_go(tmp_path)
     jobs = [a_job(tmp_path, name) for name in ("good", "bad", "silent")]
     engine = engine_of(tmp_path)
-    engine.parameters["slurm_additional_parameters"] = {"signal": engines.WARNING}
+    engine.parameters["slurm_additional_parameters"] = {"signal": engines.SLURM_WARNING}
     jobs[2].log.parent.mkdir(parents=True)
     jobs[2].log.write_text("ERROR: of a start before\n")
     scores, failed = {}, {}

@@ -224,12 +224,13 @@ def test_tables_against_values_by_hand(tmp_path):
         # nothing found anywhere: no distance at all
         "b_1": Score([volume("x", (0, nan), (0, nan)), volume("y", (0, nan), (0, nan))], nan, criteria={"snd": 1.5}),
     }
-    sweeps = {"method.setting": [Value(0.7, "0.7", False, ["a_1", "a_2"]), Value(0.9, "0.9", True, ["b_1", "b_2"])]}
+    values = {"method.setting": [Value(0.7, "0.7", False, ["a_1", "a_2"]), Value(0.9, "0.9", True, ["b_1", "b_2"])]}
     runs = {f"{letter}_{seed}": sweep.PlannedRun(f"{letter}_{seed}", {}, seed) for seed in (1, 2) for letter in "ab"}
     setup = {"dataset": DATASET, "configuration": "2d", "fold": "0", "trainer": "T", "plans": "P"}
     labels = Labels(LABELS, None, ".nii.gz")
     test = TargetTest(["x", "y"], tmp_path, labels, None)
-    points = write_tables(tmp_path, setup, test, sweeps, runs, scores, {"b_2": "it broke (log: L)"})["method.setting"]
+    planned = sweep.Sweep(tmp_path, setup, test, values, runs)
+    points = write_tables(planned, scores, {"b_2": "it broke (log: L)"})["method.setting"]
 
     root = math.sqrt(0.02)  # deviation of two values that differ by 0.2: 0.2 / sqrt(2)
     assert points[0].dice == Spread(pytest.approx(0.7), pytest.approx(root), 2)

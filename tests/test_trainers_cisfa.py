@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import batch, changed, make_trainer, parameters
+from support.trainers import started
 
 from nnunet_uda.losses.adversarial import lsgan_loss
 from nnunet_uda.training.streams import target_scans
@@ -17,13 +18,6 @@ from nnunet_uda.training.streams import target_scans
 @pytest.fixture
 def trainer(in_workspace):
     return started("CISFATrainer")
-
-
-def started(name, **options):
-    trainer = make_trainer(name, **options)
-    trainer.on_train_start()
-    trainer.on_train_epoch_start()
-    return trainer
 
 
 def test_one_step_changes_every_network_and_leaves_none_frozen(trainer):

@@ -1,10 +1,11 @@
 """Similarity-based prototypes (Ye, Ju, Ma and Zhang, arXiv 2510.20596).
 
 Two generators translate, segment and embed: G_S reads source images, G_T target images. A cycle and image
-discriminators teach the translation, source labels the segmentation of x_s and of its translation, a discriminator for
-each segmentation head aligns the other two. Embeddings are pulled to the prototype of their class (L_sim), prototypes
-to those that two dictionaries remember of other images (L_cl). A step updates both generators, then all discriminators
-on the same outputs. On a target image the network averages G_T's prediction and G_S's on the translation.
+discriminators teach the translation. Source labels teach the segmentation of x_s and of its translation; a
+discriminator for each segmentation head aligns those of x_t and of its translation. L_sim pulls embeddings to the
+prototype of their class, L_cl pulls prototypes to those of other images, which two dictionaries remember. A step
+updates both generators, then all discriminators on the same outputs. On a target image the network averages G_T's
+prediction and G_S's on the translation.
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nnunet_uda.data.random_convolution import random_convolution
-from nnunet_uda.foreign_plans import check_before_building
 from nnunet_uda.losses.adversarial import lsgan_loss
 from nnunet_uda.losses.boundary import boundary_loss
 from nnunet_uda.losses.prototype_contrast import PrototypeDictionary, prototype_contrastive_loss
@@ -172,7 +172,6 @@ class SimilarityPrototypesTrainer(UDATrainer[SimilarityPrototypesSettings]):
         num_output_channels: int,
         enable_deep_supervision: bool = True,
     ) -> nn.Module:
-        check_before_building(plans_manager.plans)
         where = f"plans {plans_manager.plans_name!r}, key 'uda'"
         _, own = split_settings(plans_manager.plans.get("uda", {}), SimilarityPrototypesTrainer.method, where)
         settings = parse_settings(SimilarityPrototypesSettings, own, where)

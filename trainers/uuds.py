@@ -26,7 +26,6 @@ from nnunet_uda.data.convention import read_domains
 from nnunet_uda.data.mixed_slices import MixedSliceLoader
 from nnunet_uda.errors import UDAError
 from nnunet_uda.files import write_json
-from nnunet_uda.foreign_plans import check_before_building
 from nnunet_uda.losses.domain_discrepancy import domain_discrepancy_loss
 from nnunet_uda.losses.patch_nce import PatchNCELoss
 from nnunet_uda.losses.structure import shared_information
@@ -193,7 +192,6 @@ class UUDSTrainer(UDATrainer[UUDSSettings]):
         num_output_channels: int,
         enable_deep_supervision: bool = True,
     ) -> nn.Module:
-        check_before_building(plans_manager.plans)
         where = f"plans {plans_manager.plans_name!r}, key 'uda'"
         _, own = split_settings(plans_manager.plans.get("uda", {}), cls.method, where)
         settings = parse_settings(cls.method_settings, own | cls.fixed_settings, f"{where}.{cls.method}")
@@ -336,7 +334,7 @@ class UUDSTrainer(UDATrainer[UUDSSettings]):
         return terms
 
     def labelled_target_loss(self, images: Tensor, label: Tensor | list[Tensor]) -> Tensor:
-        """On the road for target images, with this step's prompts."""
+        """The loss on the path of target images, with this step's prompts."""
         network, (domain, classes) = self.plain_network, self.prompts()
         encoded = network.encode(images)
         return self.loss(
@@ -417,7 +415,7 @@ class UUDSTrainer(UDATrainer[UUDSSettings]):
         super().save_checkpoint(filename)
 
     def load_checkpoint(self, filename_or_checkpoint: str) -> None:
-        """As ever; CLIP's own file is not needed for it."""
+        """Load a checkpoint. CLIP's own file is not needed."""
         self.needs_clip_weights = False
         super().load_checkpoint(filename_or_checkpoint)
 

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from nnunet_uda.data.convention import check_model_options, results_folder
+from nnunet_uda.commands.model_options import check_model_options
+from nnunet_uda.data.convention import results_folder
 from nnunet_uda.errors import UDAError, command
 from nnunet_uda.files import exclusive, sha256
 from nnunet_uda.settings import parse_settings

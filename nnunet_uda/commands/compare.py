@@ -6,9 +6,9 @@ import argparse
 import os
 from pathlib import Path
 
-from nnunet_uda.commands.grid_options import add_grid_arguments, check_grid_arguments
+from nnunet_uda.commands.grid_options import add_grid_arguments, check_grid_arguments, make_engine
 from nnunet_uda.errors import UDAError, command
-from nnunet_uda.experiments.compare import run_comparison
+from nnunet_uda.experiments.compare import find_methods, plan_comparison, run_comparison
 from nnunet_uda.experiments.grid import refuse_failures
 
 
@@ -51,10 +51,14 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     arguments = parse_arguments(argv)
     out = Path(os.path.realpath(arguments.o))
-    pages, failed, number = run_comparison(arguments, out)
+    methods = find_methods(arguments.d, arguments.tr, arguments.lower, arguments.upper)
+    comparison = plan_comparison(
+        out, methods, arguments.p, arguments.c, arguments.f, arguments.seeds, arguments.device, arguments.np
+    )
+    pages, failed = run_comparison(comparison, make_engine(arguments, out))
     print((out / "compare.md").read_text(encoding="utf-8"))
     print(f"Written to {out}: {', '.join(['compare.md', 'compare.csv', 'compare.json', 'compare.png', *pages])}")
-    refuse_failures(failed, number)
+    refuse_failures(failed, len(comparison.jobs))
 
 
 if __name__ == "__main__":

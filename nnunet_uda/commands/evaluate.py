@@ -9,7 +9,7 @@ from pathlib import Path
 
 from nnunet_uda.data.convention import read_json
 from nnunet_uda.errors import UDAError, command
-from nnunet_uda.evaluation.output import REPORT, check_output, whole_folder
+from nnunet_uda.evaluation.output import REPORT, check_output
 from nnunet_uda.evaluation.overlays import PLANES
 from nnunet_uda.evaluation.reference_values import (
     Reading,
@@ -17,15 +17,6 @@ from nnunet_uda.evaluation.reference_values import (
     named_values,
     read_by,
     recorded_values,
-)
-from nnunet_uda.evaluation.report import (
-    markdown_table,
-    summary_markdown,
-    summary_tables,
-    volume_table,
-    write_csv,
-    write_html,
-    write_scores,
 )
 from nnunet_uda.evaluation.runs import (
     Labels,
@@ -39,8 +30,8 @@ from nnunet_uda.evaluation.runs import (
     runs_and_bound,
 )
 from nnunet_uda.evaluation.scoring import Evaluation
-from nnunet_uda.evaluation.tables import check_bounds, compare_runs
-from nnunet_uda.files import put_back, write_text
+from nnunet_uda.evaluation.tables import check_bounds
+from nnunet_uda.files import put_back
 from nnunet_uda.images.nifti import add_geometry_argument, nifti_geometry
 from nnunet_uda.workers import usual_processes
 
@@ -61,24 +52,22 @@ def make_parser() -> argparse.ArgumentParser:
                         "predictions; {fold} in FOLDER stands for the fold's number")  # fmt: skip
     parser.add_argument("-p", dest="former", nargs="+", help=argparse.SUPPRESS)
     parser.add_argument("-o", metavar="FOLDER", required=True, help="output folder; a former evaluation is replaced")
-    parser.add_argument("-r", metavar="FOLDER", help="references (default: the dataset's labelsTs)")
+    parser.add_argument("-r", metavar="FOLDER", help="references [the dataset's labelsTs]")
     parser.add_argument("-labels", metavar="NAME=VALUE", nargs="+", help="what the references' values mean, as in "
-                        "nnUNetUDA_convert folders, and for a dataset that it has not made (default: the dataset's "
-                        "classes, or what dataset.json says of the files that were converted)")  # fmt: skip
-    parser.add_argument("-i", metavar="FOLDER", help="images for the overlays (default: the dataset's imagesTs, or "
-                        "imagesTu)")  # fmt: skip
-    parser.add_argument("-djfile", metavar="FILE", help="dataset.json with the labels (default: the dataset's)")
+                        "nnUNetUDA_convert folders, and for a dataset that it has not made [the dataset's "
+                        "classes, or what dataset.json says of the files that were converted]")  # fmt: skip
+    parser.add_argument("-i", metavar="FOLDER", help="images for the overlays [the dataset's imagesTs, or "
+                        "imagesTu]")  # fmt: skip
+    parser.add_argument("-djfile", metavar="FILE", help="dataset.json with the labels [the dataset's]")
     parser.add_argument("-f", metavar="FOLD", nargs="+", type=int, help="score exactly the 'val' cases of these folds")
-    parser.add_argument("-splits", metavar="FILE", help="splits for -f (default: the dataset's splits_target.json)")
+    parser.add_argument("-splits", metavar="FILE", help="splits for -f [the dataset's splits_target.json]")
     bound = "bound, for the gap closed: one of the runs by its name, or one more as in -pred"
     parser.add_argument("-lower", metavar="NAME|[NAME=]FOLDER", help=f"lower {bound}")
     parser.add_argument("-upper", metavar="NAME|[NAME=]FOLDER", help=f"upper {bound}")
-    parser.add_argument(
-        "-slices", metavar="N", type=int, default=5, help="overlays of each volume, at most (default: 5)"
-    )
-    parser.add_argument("-plane", choices=list(PLANES), help="plane of the overlays (default: the thick-slice plane)")
+    parser.add_argument("-slices", metavar="N", type=int, default=5, help="overlays of each volume, at most [5]")
+    parser.add_argument("-plane", choices=list(PLANES), help="plane of the overlays [the thick-slice plane]")
     parser.add_argument("-np", metavar="N", type=int, default=usual_processes(), help="number of processes "
-                        "(default: %(default)s)")  # fmt: skip
+                        "[%(default)s]")  # fmt: skip
     add_geometry_argument(parser)
     parser.add_argument("--unsupervised", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--no_overlays", action="store_true", help="draw no overlays")
@@ -183,27 +172,10 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
     evaluation = Evaluation(runs, volumes, reference, labels, arguments.np)
     reading = read_references(arguments, dataset_json, labels, sorted({case for _, case in volumes}), reference, raw)
-    with whole_folder(Path(arguments.o)) as folder:
-        scores = evaluation.score(reading)
-        comparison = compare_runs(scores, lower, upper)
-        setup = {
-            "dataset": raw.name if raw else None,
-            "reference": str(reference),
-            "runs": {run.name: run.folder for run in runs},
-            "structures": labels.structures,
-            "scored_folds": None if fold_cases is None else list(fold_cases),
-            "notes": [*reading.notes, *evaluation.exchanged(reading, scores)],
-        }
-        overlays = []
-        if images:
-            overlays = evaluation.draw(folder / "overlays", images, reading, arguments.plane, n_slices)
-        tables = summary_tables(scores, comparison)
-        text = summary_markdown(setup, tables)
-        write_scores(folder / REPORT, setup, scores, comparison)
-        write_csv(folder / "evaluation.csv", scores)
-        volumes_text = markdown_table(volume_table(scores))
-        write_text(f"{text}\n{volumes_text}\n", folder / "evaluation.md")
-        write_html(folder / "evaluation.html", setup, scores, tables, overlays, labels.structures, note)
+    about = {"dataset": raw.name if raw else None, "scored_folds": None if fold_cases is None else list(fold_cases)}
+    text = evaluation.write(
+        Path(arguments.o), reading, lower, upper, about, images, note, n_slices=n_slices, plane=arguments.plane
+    )
     print(text)
     print(f"Written to {arguments.o}: {REPORT}, evaluation.csv, evaluation.md, evaluation.html (open it in a browser)")
 

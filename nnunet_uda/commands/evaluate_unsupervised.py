@@ -6,7 +6,8 @@ import argparse
 from itertools import product
 from pathlib import Path
 
-from nnunet_uda.data.convention import TARGET_FOLDER, check_model_options, dataset_name, results_folder
+from nnunet_uda.commands.model_options import check_model_options
+from nnunet_uda.data.convention import TARGET_FOLDER, dataset_name, results_folder
 from nnunet_uda.devices import open_device
 from nnunet_uda.errors import command
 from nnunet_uda.evaluation.output import check_output, whole_folder
@@ -32,13 +33,13 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """The options that name trained models, one for each combination."""
     parser.add_argument("-d", metavar="DATASET", required=True, help="dataset id or name")
     parser.add_argument("-tr", metavar="TRAINER", nargs="+", required=True, help="trainers")
-    parser.add_argument("-p", metavar="PLANS", nargs="+", default=["nnUNetPlans"], help="plans (default: nnUNetPlans)")
-    parser.add_argument("-c", metavar="CONFIGURATION", default="2d", help="configuration (default: 2d)")
+    parser.add_argument("-p", metavar="PLANS", nargs="+", default=["nnUNetPlans"], help="plans [nnUNetPlans]")
+    parser.add_argument("-c", metavar="CONFIGURATION", default="2d", help="configuration [2d]")
     parser.add_argument("-f", metavar="FOLD", nargs="+", default=["0"], help="folds, each a model of its own "
-                        "(default: 0)")  # fmt: skip
-    parser.add_argument("-i", metavar="FOLDER", type=Path, help=f"unlabelled target images (default: the dataset's "
-                        f"{TARGET_FOLDER})")  # fmt: skip
-    parser.add_argument("-device", default="cuda", help="cuda, cpu or mps (default: cuda)")
+                        "[0]")  # fmt: skip
+    parser.add_argument("-i", metavar="FOLDER", type=Path, help=f"unlabelled target images [the dataset's "
+                        f"{TARGET_FOLDER}]")  # fmt: skip
+    parser.add_argument("-device", default="cuda", help="cuda, cpu or mps [cuda]")
 
 
 def model_folders(arguments: argparse.Namespace) -> list[tuple[Path, str]]:
@@ -61,7 +62,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     add_model_arguments(parser)
     parser.add_argument("-chk", metavar="FILE", nargs="+", default=["checkpoint_final.pth"], help="checkpoints of each "
-                        "model (default: checkpoint_final.pth)")  # fmt: skip
+                        "model [checkpoint_final.pth]")  # fmt: skip
     parser.add_argument("-o", metavar="FOLDER", required=True, help="output folder; a former result is replaced")
     arguments = parser.parse_args(argv)
     put_back(Path(arguments.o))

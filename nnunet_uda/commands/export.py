@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from nnunet_uda.commands.quality import add_model, model_folder
+from nnunet_uda.commands.model_options import add_model, model_folder
 from nnunet_uda.data.components import KEY as COMPONENTS
 from nnunet_uda.data.convention import TARGET_FOLDER, read_json
 from nnunet_uda.devices import open_device
@@ -27,8 +27,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         epilog="Example: nnUNetUDA_export -d 510 -tr CASTTrainer -c 2d -f 0 -o Dataset510_Liver.zip",
     )
     add_model(parser)
-    parser.add_argument("-i", metavar="FOLDER", type=Path, help="scans to compare predictions on (default: "
-                        f"{CHECKED} of the dataset's imagesTs or {TARGET_FOLDER})")  # fmt: skip
+    parser.add_argument("-i", metavar="FOLDER", type=Path, help="scans to compare predictions on ["
+                        f"{CHECKED} of the dataset's imagesTs or {TARGET_FOLDER}]")  # fmt: skip
     parser.add_argument("-q", metavar="FILE", type=Path, help="quality_report.json of nnUNetUDA_quality, for the card")
     parser.add_argument("-o", metavar="FILE.zip", type=Path, required=True, help="the zip file to write")
     parser.add_argument("--receiver_clips", action="store_true", help="export although scans must be clipped before "

@@ -1,13 +1,16 @@
-"""The options that ``nnUNetUDA_sweep`` and ``nnUNetUDA_compare`` share, and their checks."""
+"""The options that ``nnUNetUDA_sweep`` and ``nnUNetUDA_compare`` share, their checks, and the engine they choose."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from nnunet_uda.data.convention import is_fold
+from nnunet_uda.devices import open_device
 from nnunet_uda.errors import UDAError, shown
+from nnunet_uda.experiments.engines import SLURM_WARNING, Engine, LocalEngine, SubmititEngine
 from nnunet_uda.workers import usual_processes
 
 
@@ -59,3 +62,18 @@ def check_grid_arguments(arguments: argparse.Namespace, folds: Iterable[str], on
     for word in arguments.slurm:
         if not all(word.partition("=")):
             raise UDAError(f"-slurm takes KEY=VALUE, found {word!r}")
+
+
+def make_engine(arguments: argparse.Namespace, out: Path) -> Engine:
+    """The engine that these options ask for, which keeps what it needs below ``out``."""
+    if arguments.engine == "local":
+        open_device(arguments.device)
+        return LocalEngine(arguments.jobs or 1, arguments.device)
+    more = {"signal": SLURM_WARNING} | dict(word.partition("=")[::2] for word in arguments.slurm)
+    gpus = arguments.gpus if arguments.gpus is not None else int(arguments.device == "cuda")
+    parameters: dict[str, Any] = {"timeout_min": arguments.time, "cpus_per_task": arguments.cpus,
+                                  "gpus_per_node": gpus, "mem_gb": arguments.mem,
+                                  "slurm_additional_parameters": more}  # fmt: skip
+    parameters |= {"slurm_partition": arguments.partition} if arguments.partition else {}
+    parameters |= {"slurm_array_parallelism": arguments.jobs} if arguments.jobs else {}
+    return SubmititEngine(out / "slurm", parameters)

@@ -43,17 +43,17 @@ def main(argv: list[str] | None = None) -> None:
     )  # fmt: skip
     parser.add_argument(
         "-component_share", type=float, default=0.1,
-        help="keep a component with at least this share of its structure's largest one (default 0.1; 1: largest only)",
+        help="keep a component with at least this share of its structure's largest one [0.1; 1: largest only]",
     )  # fmt: skip
     parser.add_argument(
         "-volume_factor", type=float, default=2.0,
-        help="a volume is plausible from the source's least divided by this to its greatest times this (default 2)",
+        help="a volume is plausible from the source's least divided by this to its greatest times this [2]",
     )  # fmt: skip
     parser.add_argument(
         "-q", type=Path, metavar="FILE",
         help="quality_report.json of nnUNetUDA_quality on imagesTu: leave out cases with an estimate below -least_dice",
     )  # fmt: skip
-    parser.add_argument("-least_dice", type=float, default=0.6, help="least estimate of a case with -q (default 0.6)")
+    parser.add_argument("-least_dice", type=float, default=0.6, help="least estimate of a case with -q [0.6]")
     args = parser.parse_args(argv)
     root = environment_folder("nnUNet_raw")
     request = _request(args, root / dataset_name(args.d))

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections import Counter
 from pathlib import Path
 
-from nnunet_uda.data.convention import TARGET_FOLDER, check_model_options, results_folder
+from nnunet_uda.commands.model_options import add_model, model_folder
+from nnunet_uda.data.convention import TARGET_FOLDER
 from nnunet_uda.devices import open_device
 from nnunet_uda.errors import UDAError, command
 from nnunet_uda.evaluation.output import check_output, whole_folder
@@ -21,22 +21,6 @@ from nnunet_uda.files import put_back
 from nnunet_uda.methods import let_find
 
 
-def add_model(parser: argparse.ArgumentParser) -> None:
-    """The options that name one trained model, and the device."""
-    parser.add_argument("-d", metavar="DATASET", help="dataset id or name (or -m)")
-    parser.add_argument("-tr", metavar="TRAINER", help="trainer (or -m)")
-    parser.add_argument("-p", metavar="PLANS", help="plans (default: nnUNetPlans)")
-    parser.add_argument("-plans", default="nnUNetPlans", help=argparse.SUPPRESS)  # a former name
-    parser.add_argument("-c", metavar="CONFIGURATION", default="2d", help="configuration (default: 2d)")
-    parser.add_argument("-m", metavar="FOLDER", type=Path, help="the model's folder, TRAINER__PLANS__CONFIGURATION, "
-                        "in place of -d, -tr, -p and -c")  # fmt: skip
-    parser.add_argument("-f", metavar="FOLD", nargs="+", default=["0"], help="folds that predict together (default: "
-                        "0); of several it counts, too, how far they agree")  # fmt: skip
-    parser.add_argument("-chk", metavar="FILE", default="checkpoint_final.pth", help="checkpoint (default: "
-                        "checkpoint_final.pth)")  # fmt: skip
-    parser.add_argument("-device", default="cuda", help="cuda, cpu or mps (default: cuda)")
-
-
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="nnUNetUDA_quality",
@@ -45,7 +29,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         epilog="Example: nnUNetUDA_quality -d 510 -tr CASTTrainer -c 2d -f 0 -i scans/ -pred predictions/ -o quality/",
     )
     add_model(parser)
-    parser.add_argument("-i", metavar="FOLDER", type=Path, help=f"scans (default: the dataset's {TARGET_FOLDER})")
+    parser.add_argument("-i", metavar="FOLDER", type=Path, help=f"scans [the dataset's {TARGET_FOLDER}]")
     parser.add_argument("-pred", metavar="FOLDER", type=Path, help="their predictions, by nnUNetv2_predict; without, "
                         "the network is asked, less carefully than nnUNetv2_predict does")  # fmt: skip
     parser.add_argument("-o", metavar="FOLDER", required=True, help="output folder; a former report is replaced")
@@ -57,20 +41,6 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     if arguments.i is None and arguments.d is None:
         raise UDAError("without -d, -i is needed too: the folder of the scans")
     return arguments
-
-
-def model_folder(arguments: argparse.Namespace) -> Path:
-    """The model's folder of ``-m``, or of ``-d``, ``-tr``, ``-p`` and ``-c``.
-
-    Raises:
-        UDAError: where neither is given, or for a bad name.
-    """
-    check_model_options(arguments)
-    if arguments.m is not None:
-        return Path(os.path.abspath(arguments.m))
-    if arguments.d is None or arguments.tr is None:
-        raise UDAError("-d and -tr are needed, or the model's folder: -m .../TRAINER__PLANS__CONFIGURATION")
-    return results_folder(arguments.d, arguments.tr, arguments.p or arguments.plans, arguments.c)
 
 
 @command

@@ -6,10 +6,10 @@ import argparse
 import os
 from pathlib import Path
 
-from nnunet_uda.commands.grid_options import add_grid_arguments, check_grid_arguments
+from nnunet_uda.commands.grid_options import add_grid_arguments, check_grid_arguments, make_engine
 from nnunet_uda.errors import UDAError, command
 from nnunet_uda.experiments.grid import refuse_failures
-from nnunet_uda.experiments.sweep import CRITERIA, WARNING, run_sweep
+from nnunet_uda.experiments.sweep import CRITERIA, WARNING, plan_sweep, run_sweep
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -43,10 +43,13 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     arguments = parse_arguments(argv)
     out = Path(os.path.realpath(arguments.o))
-    failed, number = run_sweep(arguments, out)
+    sweep = plan_sweep(
+        out, arguments.d, arguments.tr, arguments.p, arguments.c, arguments.f, arguments.vary, arguments.seeds
+    )
+    failed = run_sweep(sweep, make_engine(arguments, out), arguments.device, arguments.np)
     print((out / "sweep.md").read_text(encoding="utf-8"))
     print(f"Written to {out}: sweep.md, sweep.csv, sweep.png")
-    refuse_failures(failed, number)
+    refuse_failures(failed, len(sweep.runs))
 
 
 if __name__ == "__main__":

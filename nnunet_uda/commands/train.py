@@ -83,6 +83,16 @@ def choose_device(arguments: argparse.Namespace) -> None:
     open_device(arguments.device)
 
 
+def train_with(arguments: argparse.Namespace, device: torch.device) -> Path:
+    """Train in this process, which may be one of several; the fold's folder."""
+    return train(
+        arguments.dataset, arguments.configuration, arguments.fold, arguments.tr, arguments.p, device,
+        go_on=arguments.c, only_validate=arguments.val, validate_best=arguments.val_best,
+        keep_probabilities=arguments.npz, write_checkpoints=not arguments.disable_checkpointing,
+        pretrained_weights=arguments.pretrained_weights,
+    )  # fmt: skip
+
+
 def train_here(arguments: argparse.Namespace) -> Path:
     """Train in this process alone; the fold's folder."""
     check_arguments(arguments)
@@ -93,7 +103,7 @@ def train_here(arguments: argparse.Namespace) -> Path:
     set_threads(arguments.device)
     hook = sys.excepthook
     try:
-        return train(arguments, torch.device(arguments.device))
+        return train_with(arguments, torch.device(arguments.device))
     finally:
         sys.excepthook = hook  # trainers have errors printed without a traceback
 
@@ -116,7 +126,7 @@ def main(argv: list[str] | None = None) -> None:
             adopt_srun()
         device = join(arguments.device)
     try:
-        train(arguments, device)
+        train_with(arguments, device)
     except StoppedWithOthersError:
         raise SystemExit(1) from None
     except UDAError:

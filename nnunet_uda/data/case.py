@@ -1,4 +1,4 @@
-"""One unlabelled case from its files to the network's input, by the dataset's own reader, checked on the way."""
+"""One case from its files to the network's input, read by the dataset's own reader and checked."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ def preprocess_case(
     dataset_json: dict[str, Any],
     segmentation: Path | None = None,
 ) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
-    """``(C, Z, Y, X)`` image, nonzero mask and properties, as nnU-Net's preprocessor makes them of one file a channel.
+    """Image ``(C, Z, Y, X)``, nonzero mask and properties, as nnU-Net's preprocessor makes them of one file a channel.
 
-    With ``segmentation``, a file on the image's grid, its classes stand in place of the mask, and -1 outside of it.
+    With ``segmentation``, a file on the image's grid, classes take the place of the mask, with -1 outside of it.
 
     Raises:
         UDAError: before anything is resampled: for a file that the reader of the plans cannot read, that is cut short,

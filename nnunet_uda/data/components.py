@@ -65,7 +65,7 @@ def find_single_components(labels: Iterable[np.ndarray], structures: Sequence[in
 
 
 def keep_largest_components(scores: Any, groups: Sequence[Sequence[int]]) -> Any:
-    """Logits or probabilities ``(K, *S)`` by which each group of classes is one component, the rest of it background.
+    """Change logits or probabilities ``(K, *S)`` so that each group of classes is one component, the rest background.
 
     There the background and the class that was the greatest exchange their values. Array or tensor, changed in place.
     """
@@ -85,7 +85,7 @@ def keep_largest_components(scores: Any, groups: Sequence[Sequence[int]]) -> Any
 
 
 def largest_component(mask: np.ndarray) -> np.ndarray:
-    """The largest component of a 2D or 3D mask, corners touch; several that are equally large."""
+    """The largest component of a 2D or 3D mask (corners touch); several if they are equally large."""
     kept = np.zeros_like(mask)
     if mask.any():
         box = ndimage.find_objects(mask.astype(np.uint8))[0]

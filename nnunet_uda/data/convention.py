@@ -10,7 +10,6 @@ their labels. Their images stay in ``imagesTu``, so that plans, folds and all th
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import re
@@ -99,7 +98,7 @@ def results_folder(dataset: str, trainer: str, plans: str, configuration: str) -
 
 
 def mend_results(folder: Path, plans: dict[str, Any], dataset_json: dict[str, Any]) -> list[Path]:
-    """Write ``plans.json`` and ``dataset.json`` of a results folder again where a kill or a full disk cut them short.
+    """Write ``plans.json`` and ``dataset.json`` of a results folder again if a kill or a full disk cut them short.
 
     Args:
         plans, dataset_json: what nnU-Net copied there: the preprocessed folder's.
@@ -116,19 +115,8 @@ def mend_results(folder: Path, plans: dict[str, Any], dataset_json: dict[str, An
     return mended
 
 
-def check_model_options(arguments: argparse.Namespace) -> None:
-    """Raise ``UDAError`` where an option among those that name trained models holds no name, or one twice."""
-    for option in ("f", "chk", "tr", "p", "c"):
-        given = getattr(arguments, option)
-        names = given if isinstance(given, list) else [] if given is None else [given]
-        for name in names:
-            check_name(name, f"-{option}", file=True)
-            if names.count(name) > 1:
-                raise UDAError(f"-{option}: {name} is given twice; name each once")
-
-
 def json_or_none(path: Path) -> Any:
-    """``read_json`` of what can be made again: None where it is missing, or was cut short."""
+    """``read_json`` of a file that can be made again: None if it is missing or was cut short."""
     try:
         return _parsed(path)
     except (ValueError, RecursionError, FileNotFoundError):
@@ -136,7 +124,7 @@ def json_or_none(path: Path) -> Any:
 
 
 def check_dataset_json(content: Any, where: Path | str) -> dict[str, Any]:
-    """``content``, once it is what nnU-Net takes a ``dataset.json`` for; ``uda`` is ``read_domains``'s.
+    """Check a ``dataset.json`` as nnU-Net reads it, and return it; ``read_domains`` checks the key ``uda``.
 
     Raises:
         UDAError: for the first fault.
@@ -197,7 +185,7 @@ def _listed(raw_dataset: Path, file: str) -> Path:
 
 
 def _check_listed(listed: Any, where: Path | str) -> dict[str, dict[str, Any]]:
-    """The key ``dataset`` of a ``dataset.json``, once it has nnU-Net's form."""
+    """Check that the key ``dataset`` of a ``dataset.json`` has nnU-Net's form, and return it."""
     example = '{"CASE": {"images": ["imagesTr/CASE_0000.nii.gz"], "label": "labelsTr/CASE.nii.gz"}}'
     if not isinstance(listed, dict) or not listed:
         raise UDAError(f"{where}: 'dataset' must be like {example}, found {shown(listed)}")
@@ -211,7 +199,7 @@ def _check_listed(listed: Any, where: Path | str) -> dict[str, dict[str, Any]]:
 
 
 def check_plans_names(plans: Any, where: Path | str) -> dict[str, Any]:
-    """``plans``, once every name in them that becomes a folder's name is one: no path leads out of nnU-Net's folders.
+    """Check that names in ``plans`` that become folders' names lead out of no folder of nnU-Net, and return ``plans``.
 
     Raises:
         UDAError: for a bad name, or plans without configurations.

@@ -1,4 +1,4 @@
-"""Preprocessed cases that a full disk, a killed copy or a bad sector has spoilt: which, and what to do about them."""
+"""Find preprocessed cases that a full disk, a killed copy or a bad sector has damaged."""
 
 from __future__ import annotations
 

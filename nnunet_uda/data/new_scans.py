@@ -1,4 +1,4 @@
-"""Scans that a trained model predicts get the intensities that its dataset got when it was converted.
+"""Clip the scans that a trained model predicts as its dataset was clipped when it was converted.
 
 nnU-Net looks preprocessors up inside its own package, by a name in the plans. But it hands a trainer's
 ``build_network_architecture`` the very configuration that it preprocesses with and sends to worker processes. There
@@ -6,18 +6,17 @@ nnU-Net looks preprocessors up inside its own package, by a name in the plans. B
 beside the model says, and then does what nnU-Net's does. The plans stay as they are, and so do training data, which
 are preprocessed by nnU-Net itself, from files that the converter has clipped. ``check_prediction`` tries it out.
 
-New scans are taken for the target's. Where the environment variable ``NNUNET_UDA_DOMAIN`` is ``source`` they are the
-source's. Scans that were clipped before stay as they are.
+New scans count as the target's, or as the source's if the environment variable ``NNUNET_UDA_DOMAIN`` is ``source``.
+Scans that were clipped before stay as they are.
 """
 
 from __future__ import annotations
 
-import inspect
 import os
 import pickle
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
-from functools import cache, wraps
+from functools import cache
 from io import StringIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -44,7 +43,7 @@ VARIABLE = "NNUNET_UDA_DOMAIN"
 
 
 class NewScans(DefaultPreprocessor if TYPE_CHECKING else object):  # type: ignore[misc] # it is put before any
-    """What is put before a preprocessor of nnU-Net.
+    """Checks and clipping before a preprocessor of nnU-Net.
 
     A file that is short, damaged or no volume, or that has two geometries, is refused; so is a scan with voxels that no
     scan has, or of another order than the source's, before it is resampled.
@@ -128,27 +127,6 @@ def treat_new_scans(configuration: ConfigurationManager, plans: PlansManager) ->
         configuration.__class__ = NewScansConfiguration
     if isinstance(configuration, NewScansConfiguration):
         configuration.single_components = plans.plans.get(KEY, ())
-
-
-def treating_new_scans(build_network_architecture: Callable) -> Callable:
-    """A trainer's ``build_network_architecture`` that calls ``treat_new_scans``, with the same signature."""
-    signature = inspect.signature(build_network_architecture)
-
-    @wraps(build_network_architecture)
-    def build(*args: Any, **kwargs: Any) -> Any:
-        given = signature.bind(*args, **kwargs).arguments
-        if "configuration_manager" in given and "plans_manager" in given:
-            treat_new_scans(given["configuration_manager"], given["plans_manager"])
-        return build_network_architecture(*args, **kwargs)
-
-    return build
-
-
-def treat_networks_of(trainer: type[Any]) -> None:
-    """Let a trainer's own ``build_network_architecture``, if it has one, call ``treat_new_scans``."""
-    own = trainer.__dict__.get("build_network_architecture")
-    if isinstance(own, staticmethod | classmethod):
-        trainer.build_network_architecture = type(own)(treating_new_scans(own.__func__))
 
 
 def domain_of_new_scans() -> str:
@@ -248,7 +226,7 @@ def check_prediction(
 
 
 def _keeps_one(plans: PlansManager, configuration: ConfigurationManager, dataset: dict) -> bool:
-    """Whether of a large and a small piece of what is a single component the large one alone is predicted."""
+    """Whether a small second piece of a single component is removed from a prediction."""
     labels = plans.get_label_manager(dataset)
     size = (1, 16, 16)
     logits = torch.zeros(labels.num_segmentation_heads, *size)

@@ -1,4 +1,4 @@
-"""A dataset of the labelled source and of target scans with predictions for labels, for a last round of training."""
+"""Write a dataset of the labelled source and of target scans labelled by predictions, for a last round of training."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ def _source_volumes(request: Request) -> np.ndarray:
 
 
 def _ignored(dataset_json: dict[str, Any], keep: bool = False) -> dict[int, int]:
-    """nnU-Net's ignore label, which a label by hand may hold, as background or as it is."""
+    """What nnU-Net's ignore label, which labels made by hand may hold, becomes: background, or itself."""
     ignore = dataset_json["labels"].get("ignore")
     return {} if ignore is None else {ignore: ignore if keep else 0}
 

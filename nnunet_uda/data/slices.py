@@ -1,4 +1,4 @@
-"""Which axis of the scans is the thick one: what a 2D network's slices must lie across, in every scan alike.
+"""Find the thick axis of scans. A 2D network's slices must lie across it, in every scan alike.
 
 nnU-Net's reorienting reader turns the axes of a file to the nearest axes of the body. Oblique scans of one kind, as
 hearts in short axis, then have their thick slices along left-right in one patient and along front-back in the next. In
@@ -81,7 +81,7 @@ class SliceOrder:
 
 
 def slice_order(domains: Sequence[Mapping[str, Grid]]) -> SliceOrder:
-    """The order of axes in which the thick one is the same in all cases.
+    """Find the order of axes in which the thick one is the same in all cases.
 
     Body axes come first. Where they do not agree, the files' order is taken if the thick axis is the same in all, and
     shows about the same plane of the body in all. Where each domain agrees in itself and shows another plane (axial

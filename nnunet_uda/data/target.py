@@ -59,7 +59,7 @@ class TargetDataset(nnUNetDatasetBlosc2):
 
 
 class LabelledTargetDataset(nnUNetDatasetBlosc2):
-    """Preprocessed target cases with their labels: those that ``dataset.json`` names, as a source case is made."""
+    """Preprocessed target cases with their labels, as source cases are: those that ``dataset.json`` names."""
 
 
 def target_folder(preprocessed_dataset: Path, configuration: ConfigurationManager, labelled: bool = False) -> Path:
@@ -155,7 +155,7 @@ def target_identifiers(folder: Path, fold: int | str) -> list[str]:
 
 
 def labelled_identifiers(folder: Path, fold: int | str, listed: Collection[str]) -> list[str]:
-    """Of the labelled target cases ``listed`` those that fold ``fold`` trains on; ``folder`` holds them.
+    """The labelled target cases in ``listed`` that fold ``fold`` trains on; ``folder`` must hold them.
 
     Raises:
         UDAError: the folder lacks one.
@@ -174,7 +174,7 @@ def labelled_identifiers(folder: Path, fold: int | str, listed: Collection[str])
 
 
 def _read_manifest(folder: Path) -> dict[str, Any] | None:
-    """The manifest, or None where there is none of the right form: then every case is made again."""
+    """The manifest; None if there is none of the right form, so that every case is made again."""
     try:
         manifest = read_json(folder / MANIFEST)
     except UDAError:
@@ -203,13 +203,13 @@ def _kept(
 
 
 def _strays(folder: Path, kept: Collection[str]) -> list[Path]:
-    """What belongs to no case in ``kept``: of cases that are gone or were cut short, and of killed runs."""
+    """Files that belong to no case in ``kept``: remains of removed cases, of cut ones, and of killed runs."""
     complete = {f"{identifier}{suffix}" for identifier in kept for suffix in _SUFFIXES}
     return [path for path in folder.iterdir() if path.name not in complete | {LOCK, MANIFEST}]
 
 
 def _is_complete(folder: Path, settings: dict, cases: dict[str, list[Path]]) -> bool:
-    """Whether nothing is to be made, and nothing to be removed that could be."""
+    """Whether there is nothing to make, and nothing to remove that can be removed."""
     manifest = _read_manifest(folder)
     if manifest is None or manifest["cases"].keys() != cases.keys():
         return False
@@ -256,7 +256,7 @@ def _accept_without_raw(folder: Path, manifest: dict | None, settings: dict, nam
 
 
 def _preprocessing_settings(plans: PlansManager, configuration: ConfigurationManager) -> dict[str, Any]:
-    """What decides how a preprocessed case looks. JSON values, so that they compare equal after a round trip."""
+    """All settings on which a preprocessed case depends. JSON values, so that they compare equal after a round trip."""
     chosen = {key: plans.plans.get(key) for key in _PLANS_KEYS}
     if not any(scheme == "CTNormalization" for scheme in configuration.normalization_schemes):
         chosen.pop("foreground_intensity_properties_per_channel")

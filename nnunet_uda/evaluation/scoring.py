@@ -1,4 +1,4 @@
-"""Runs scored against references, and drawn beside them."""
+"""Runs scored against references, drawn beside them, and written as a report."""
 
 from __future__ import annotations
 
@@ -8,10 +8,21 @@ from pathlib import Path
 from typing import Any
 
 from nnunet_uda.evaluation.metrics import evaluate_case, parallel
+from nnunet_uda.evaluation.output import REPORT, whole_folder
 from nnunet_uda.evaluation.overlays import MAX_PIXELS, OverlayTask, draw_cases
 from nnunet_uda.evaluation.reference_values import Reading, exchanged
+from nnunet_uda.evaluation.report import (
+    markdown_table,
+    summary_markdown,
+    summary_tables,
+    volume_table,
+    write_csv,
+    write_html,
+    write_scores,
+)
 from nnunet_uda.evaluation.runs import Labels, Run
-from nnunet_uda.evaluation.tables import Volume
+from nnunet_uda.evaluation.tables import Volume, compare_runs
+from nnunet_uda.files import write_text
 
 
 @dataclass(frozen=True)
@@ -74,3 +85,43 @@ class Evaluation:
                 reading.maps.get(case), MAX_PIXELS // len(self.volumes),
             )  # fmt: skip
         return draw_cases(tasks, self.num_processes)
+
+    def write(
+        self,
+        out: Path,
+        reading: Reading,
+        lower: str | None,
+        upper: str | None,
+        about: Mapping[str, Any],
+        images: Mapping[str, Path],
+        note: str,
+        *,
+        n_slices: int,
+        plane: str | None = None,
+    ) -> str:
+        """Score the runs and write the report into ``out``, whole or not at all; the tables as Markdown.
+
+        Args:
+            lower, upper: the runs that are bounds, if any.
+            about: name of the dataset, and the folds scored.
+            images: of each case, for the overlays; empty: none is drawn.
+            note: on the overlays.
+        """
+        with whole_folder(out) as folder:
+            scores = self.score(reading)
+            comparison = compare_runs(scores, lower, upper)
+            setup = {
+                **about,
+                "reference": str(self.reference),
+                "runs": {run.name: run.folder for run in self.runs},
+                "structures": self.labels.structures,
+                "notes": [*reading.notes, *self.exchanged(reading, scores)],
+            }
+            overlays = self.draw(folder / "overlays", images, reading, plane, n_slices) if images else []
+            tables = summary_tables(scores, comparison)
+            text = summary_markdown(setup, tables)
+            write_scores(folder / REPORT, setup, scores, comparison)
+            write_csv(folder / "evaluation.csv", scores)
+            write_text(f"{text}\n{markdown_table(volume_table(scores))}\n", folder / "evaluation.md")
+            write_html(folder / "evaluation.html", setup, scores, tables, overlays, self.labels.structures, note)
+        return text

@@ -20,7 +20,6 @@ import numpy as np
 import SimpleITK as sitk
 import torch
 from batchgenerators.utilities.file_and_folder_operations import save_pickle
-from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.postprocessing.remove_connected_components import apply_postprocessing_to_folder
 from nnunetv2.postprocessing.remove_connected_components import (
     remove_all_but_largest_component_from_segmentation as keep_largest,
@@ -32,6 +31,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from nnunet_uda.data.components import KEY as COMPONENTS
 from nnunet_uda.data.convention import TARGET_FOLDER, environment_folder, read_domains, read_json
 from nnunet_uda.errors import UDAError
+from nnunet_uda.evaluation.prediction import predict_folder
 from nnunet_uda.evaluation.unsupervised import TrainedModel, open_model, unlabelled_images
 from nnunet_uda.files import sha256, whole_file, write_json, write_text
 from nnunet_uda.foreign_plans import check_plans
@@ -189,11 +189,8 @@ def export(
 def predict_here(folder: Path, folds: Sequence[str], checkpoint: str, scans: Path, output: Path, device: Any) -> None:
     """Predict a folder of scans in this process, with the model's own trainer and nnU-Net's settings."""
     open_model(TrainedModel(folder, folds[0], checkpoint), device)  # its messages
-    predictor = nnUNetPredictor(device=device, allow_tqdm=False, perform_everything_on_device=device.type == "cuda")
-    output.mkdir()
     with redirect_stdout(StringIO()):
-        predictor.initialize_from_trained_model_folder(str(folder), tuple(folds), checkpoint)
-        predictor.predict_from_files_sequential(str(scans), str(output), overwrite=True)
+        predict_folder(folder, folds, scans, output, device, checkpoint)
 
 
 def predict_as_a_receiver(results: Path, place: Path, folds: Sequence[str], scans: Path, output: Path,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from nnunet_uda.evaluation.compare_plot import Bar, draw_comparison
 from nnunet_uda.evaluation.report import DIGITS, jsonable, markdown_table, mean_cell, write_rows
 from nnunet_uda.evaluation.runs import find_raw_dataset
 from nnunet_uda.evaluation.tables import Spread, gap_closed, spread
-from nnunet_uda.experiments.engines import make_engine, run_jobs
+from nnunet_uda.experiments.engines import Engine, run_jobs
 from nnunet_uda.experiments.grid import (
     check_output,
     check_run,
@@ -80,6 +79,27 @@ class Cells:
     planned: int
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """A comparison as it is planned; nothing is written yet.
+
+    Attributes:
+        out: its folder.
+        setup: names of plans and configuration: what tells one comparison from another.
+        plans: by dataset and seed.
+    """
+
+    out: Path
+    setup: dict[str, Any]
+    plans: dict[tuple[str, int | None], dict]
+    rows: list[Row]
+
+    @property
+    def jobs(self) -> list[Job]:
+        """Each once; a bound may be in several rows."""
+        return list({row.job.name: row.job for row in self.rows}.values())
+
+
 COSTS = ("seconds", "memory", "device_memory")
 """Of ``Score``, each with a column of its own."""
 
@@ -87,37 +107,45 @@ COSTS = ("seconds", "memory", "device_memory")
 # --- what to train ---------------------------------------------------------------------------------------------------
 
 
-def find_methods(arguments: argparse.Namespace) -> list[Method]:
+def find_methods(
+    datasets: Sequence[str], trainers: Sequence[str], lower: Sequence[str] = (), upper: Sequence[str] = ()
+) -> list[Method]:
     """Bounds and trainers of every test, the lower bound first and the upper last.
+
+    Args:
+        datasets: ids or names, one a test.
+        lower, upper: bounds, ``TRAINER`` or ``TRAINER:DATASET``: none, one for all tests, or one for each.
 
     Raises:
         UDAError: no such dataset, or a trainer that does not exist or does not read settings.
     """
     methods = []
-    for index, dataset in enumerate(arguments.d):
+    for index, dataset in enumerate(datasets):
         test = find_raw_dataset(dataset).name
 
-        def bound(words: list[str], label: str, index: int = index, test: str = test) -> list[Method]:
+        def bound(words: Sequence[str], label: str, index: int = index, test: str = test) -> list[Method]:
             if not words:
                 return []
             trainer, _, trained = words[index if len(words) > 1 else 0].partition(":")
             return [Method(label, trainer, find_raw_dataset(trained).name if trained else test, test)]
 
-        lower, upper = bound(arguments.lower, LOWER), bound(arguments.upper, UPPER)
-        bounds = [(method.trainer, method.dataset) for method in (*lower, *upper)]
+        lowest, highest = bound(lower, LOWER), bound(upper, UPPER)
+        bounds = [(method.trainer, method.dataset) for method in (*lowest, *highest)]
         if len(set(bounds)) < len(bounds):
             raise UDAError(
-                f"-lower and -upper of {test} are the same, {lower[0].trainer}: no gap lies between. Give two"
+                f"-lower and -upper of {test} are the same, {lowest[0].trainer}: no gap lies between. Give two"
             )
-        others = [Method(name, name, test, test) for name in arguments.tr if (name, test) not in bounds]
-        methods += [*lower, *others, *upper]
+        others = [Method(name, name, test, test) for name in trainers if (name, test) not in bounds]
+        methods += [*lowest, *others, *highest]
     for trainer in {method.trainer for method in methods}:
         find_trainer(trainer)
     return methods
 
 
-def plan_plans(methods: Sequence[Method], arguments: argparse.Namespace) -> dict[tuple[str, int | None], dict]:
-    """The plans of every dataset that is trained on, by dataset and seed; without ``-seeds`` those that are there.
+def plan_plans(
+    methods: Sequence[Method], plans_name: str, configuration: str, seeds: Sequence[int] | None
+) -> dict[tuple[str, int | None], dict]:
+    """The plans of every dataset that is trained on, by dataset and seed; without seeds those that are there.
 
     Raises:
         UDAError: no such plans, no such configuration, images not preprocessed, settings that a trainer refuses, or
@@ -126,14 +154,14 @@ def plan_plans(methods: Sequence[Method], arguments: argparse.Namespace) -> dict
     found: dict[tuple[str, int | None], dict] = {}
     for method in methods:
         folder = environment_folder("nnUNet_preprocessed") / method.dataset
-        base, where = read_plans(folder, arguments.p), f"{folder / arguments.p}.json, key 'uda'"
+        base, where = read_plans(folder, plans_name), f"{folder / plans_name}.json, key 'uda'"
         uda = base.get("uda", {})
         check_uda(uda, where)
         settings_in_force(find_trainer(method.trainer), uda, where)
-        for seed in arguments.seeds or [None]:
-            name = arguments.p if seed is None else f"{arguments.p}_seed_{seed}"
-            plans = derive_plans(base, arguments.c, name, uda if seed is None else merge_uda(uda, {"seed": seed}))
-            check_run(method.dataset, method.trainer, plans, arguments.c, arguments.p)
+        for seed in seeds or [None]:
+            name = plans_name if seed is None else f"{plans_name}_seed_{seed}"
+            plans = derive_plans(base, configuration, name, uda if seed is None else merge_uda(uda, {"seed": seed}))
+            check_run(method.dataset, method.trainer, plans, configuration, plans_name)
             found[method.dataset, seed] = plans
     return found
 
@@ -150,12 +178,18 @@ def job_name(method: Method, plans_name: str, fold: str) -> str:
 
 
 def plan_rows(
-    methods: Sequence[Method], plans: dict[tuple[str, int | None], dict], arguments: argparse.Namespace, out: Path
+    methods: Sequence[Method],
+    plans: dict[tuple[str, int | None], dict],
+    configuration: str,
+    folds: Sequence[str],
+    out: Path,
+    device: str,
+    num_processes: int,
 ) -> list[Row]:
     """Every run, seeds first, then folds: a stop leaves a few seeds whole."""
     rows = []
-    for seed in arguments.seeds or [None]:
-        for fold in arguments.f:
+    for seed in dict.fromkeys(seed for _, seed in plans):
+        for fold in folds:
             for method in methods:
                 raw = find_raw_dataset(method.test)
                 test = find_target_test(raw, fold)
@@ -163,10 +197,37 @@ def plan_rows(
                 name = plans[method.dataset, seed]["plans_name"]
                 job = job_name(method, name, fold)
                 rows.append(Row(method, fold, seed, Job(
-                    job, out / "runs" / job, method.dataset, arguments.c, fold, method.trainer, name, test,
-                    images, arguments.device, arguments.np,
+                    job, out / "runs" / job, method.dataset, configuration, fold, method.trainer, name, test,
+                    images, device, num_processes,
                 )))  # fmt: skip
     return rows
+
+
+def plan_comparison(
+    out: Path,
+    methods: Sequence[Method],
+    plans_name: str,
+    configuration: str,
+    folds: Sequence[str],
+    seeds: Sequence[int] | None,
+    device: str,
+    num_processes: int,
+) -> Comparison:
+    """Every run of ``methods`` x ``folds`` x ``seeds``, checked.
+
+    Args:
+        seeds: each has plans of its own; None: the plans as they are.
+        num_processes: that score predictions and draw pages.
+
+    Raises:
+        UDAError: for a folder, plans or results that were made otherwise, and what a trainer refuses.
+    """
+    environment_folder("nnUNet_results")
+    setup = {"plans": plans_name, "configuration": configuration}
+    check_output(out, SETUP, setup, "comparison")
+    plans = plan_plans(methods, plans_name, configuration, seeds)
+    rows = plan_rows(methods, plans, configuration, folds, out, device, num_processes)
+    return Comparison(out, setup, plans, rows)
 
 
 # --- tables ----------------------------------------------------------------------------------------------------------
@@ -310,37 +371,27 @@ def bars(rows: Sequence[Row], cells: Sequence[Cells], scores: dict[str, Score]) 
     ]
 
 
-def run_comparison(arguments: argparse.Namespace, out: Path) -> tuple[list[str], dict[str, str], int]:
-    """Plan, check and run everything, and write tables, plot and pages.
+def run_comparison(comparison: Comparison, engine: Engine) -> tuple[list[str], dict[str, str]]:
+    """Run everything, and write tables, plot and pages.
 
     Returns:
-        Names of the pages, reasons of failures by run, and the number of runs.
-
-    Raises:
-        UDAError: for bad arguments, and a folder, plans or results that were made otherwise.
+        Names of the pages, and reasons of failures by run.
     """
-    environment_folder("nnUNet_results")
-    setup = {"plans": arguments.p, "configuration": arguments.c}
-    check_output(out, SETUP, setup, "comparison")
-    methods = find_methods(arguments)
-    plans = plan_plans(methods, arguments)
-    rows = plan_rows(methods, plans, arguments, out)
-    engine = make_engine(arguments, out)
-
+    out, setup, rows, jobs = comparison.out, comparison.setup, comparison.rows, comparison.jobs
     scores: dict[str, Score] = {}
     failed: dict[str, str] = {}
     with exclusive(out):
-        for (dataset, seed), content in plans.items():
+        for (dataset, seed), content in comparison.plans.items():
             if seed is not None:
                 path = environment_folder("nnUNet_preprocessed") / dataset / f"{content['plans_name']}.json"
                 write_json(content, path)
         write_json(setup, out / SETUP)
         for row in rows:
             lay_out_images(find_raw_dataset(row.method.test), row.job.test, row.job.images)
-        jobs = list({row.job.name: row.job for row in rows}.values())
         write = partial(write_tables, out, setup, rows, scores, failed)
         run_jobs(engine, jobs, scores, failed, write)
         cells = write()
-        draw_comparison(out / "compare.png", bars(rows, cells, scores), f"plans {arguments.p}, {arguments.c}")
-        pages = write_pages(out, rows, scores, arguments.np)
-    return pages, failed, len(jobs)
+        title = f"plans {setup['plans']}, {setup['configuration']}"
+        draw_comparison(out / "compare.png", bars(rows, cells, scores), title)
+        pages = write_pages(out, rows, scores, jobs[0].num_processes)
+    return pages, failed

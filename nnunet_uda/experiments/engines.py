@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import signal
 import subprocess
@@ -17,7 +16,6 @@ from statistics import fmean
 from typing import Any
 
 from nnunet_uda.data.convention import read_json
-from nnunet_uda.devices import open_device
 from nnunet_uda.durations import duration_text, moment_text
 from nnunet_uda.errors import UDAError
 from nnunet_uda.experiments.job import Job, Score, last_error
@@ -30,29 +28,14 @@ GONE = "no longer known to it"
 ENDED = {GONE, "BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED",
          "REVOKED", "TIMEOUT"}  # fmt: skip
 """States of SLURM jobs that nothing follows but, where SLURM requeues the job, PENDING."""
-WARNING = "TERM@90"
+SLURM_WARNING = "TERM@90"
 """Seconds before its time limit at which SLURM asks a job to end; submitit's own SIGUSR2 would kill the training."""
 Done = Callable[[Job, str | None], None]
 """Called with every job when it has ended, and with the reason where it has failed."""
 
 
-def make_engine(arguments: argparse.Namespace, out: Path) -> LocalEngine | SubmititEngine:
-    """The engine that the command's options ask for."""
-    if arguments.engine == "local":
-        open_device(arguments.device)
-        return LocalEngine(arguments.jobs or 1, arguments.device)
-    more = {"signal": WARNING} | dict(word.partition("=")[::2] for word in arguments.slurm)
-    gpus = arguments.gpus if arguments.gpus is not None else int(arguments.device == "cuda")
-    parameters: dict[str, Any] = {"timeout_min": arguments.time, "cpus_per_task": arguments.cpus,
-                                  "gpus_per_node": gpus, "mem_gb": arguments.mem,
-                                  "slurm_additional_parameters": more}  # fmt: skip
-    parameters |= {"slurm_partition": arguments.partition} if arguments.partition else {}
-    parameters |= {"slurm_array_parallelism": arguments.jobs} if arguments.jobs else {}
-    return SubmititEngine(out / "slurm", parameters)
-
-
 def run_jobs(
-    engine: LocalEngine | SubmititEngine,
+    engine: Engine,
     jobs: Sequence[Job],
     scores: dict[str, Score],
     failed: dict[str, str],
@@ -273,6 +256,9 @@ class SubmititEngine:
         errors = self.submitit.SlurmJob(self.folder, item.id).paths.stderr
         otherwise = last_error(errors, 0, "it said nothing") if errors.exists() else "it said nothing"
         return _reason(job, item.log_start, f"SLURM job {item.id} {state}", otherwise)
+
+
+Engine = LocalEngine | SubmititEngine
 
 
 def slurm_states() -> dict[str, str]:

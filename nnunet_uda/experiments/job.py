@@ -18,7 +18,7 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from nnunet_uda.data.convention import (
     SPLITS_TARGET,
@@ -32,6 +32,7 @@ from nnunet_uda.data.convention import (
 from nnunet_uda.data.fold_images import lay_out_fold
 from nnunet_uda.errors import UDAError, command
 from nnunet_uda.evaluation.metrics import METRICS, evaluate_folder, list_cases
+from nnunet_uda.evaluation.prediction import predict_folder
 from nnunet_uda.evaluation.report import jsonable
 from nnunet_uda.evaluation.runs import Labels, cases_of_folds, read_labels
 from nnunet_uda.evaluation.tables import Volume
@@ -42,9 +43,6 @@ from nnunet_uda.training.fold import COST
 from nnunet_uda.training.interruption import wait_for_fold
 from nnunet_uda.training.model_choice import running_means
 from nnunet_uda.workers import end_with_starter, tied
-
-if TYPE_CHECKING:
-    import torch
 
 TRANSDUCTIVE = (
     "Transductive: this dataset has no target test images (imagesTs), so the runs are tested on target images that "
@@ -257,37 +255,6 @@ class Job:
             "metrics": metrics,
         }
         write_json(jsonable(content), self.folder / "score.json")
-
-
-def predict_folder(
-    trained: Path,
-    folds: tuple[int | str, ...],
-    images: Path,
-    output: Path,
-    device: torch.device,
-    checkpoint: str = FINAL,
-) -> None:
-    """Segment every case of a folder as ``nnUNetv2_predict`` does, one after the other in this process.
-
-    Args:
-        trained: nnU-Net's folder of a trainer, plans and configuration.
-        output: gets ``CASE.nii.gz``.
-
-    Raises:
-        UDAError: no such checkpoint.
-    """
-    from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
-
-    let_find()
-    for fold in folds:
-        if not (path := trained / f"fold_{fold}" / checkpoint).is_file():
-            raise UDAError(f"{path} does not exist: train the fold first, or choose another checkpoint")
-    if not images.is_dir():
-        raise UDAError(f"{images} is no folder of images (CASE_0000.nii.gz)")
-    output.mkdir(parents=True, exist_ok=True)
-    predictor = nnUNetPredictor(device=device, allow_tqdm=False, perform_everything_on_device=device.type == "cuda")
-    predictor.initialize_from_trained_model_folder(str(trained), folds, checkpoint)
-    predictor.predict_from_files_sequential(str(images), str(output))
 
 
 def find_target_test(raw: Path, fold: str) -> TargetTest:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import math
 import re
@@ -19,7 +18,7 @@ from nnunet_uda.evaluation.report import DIGITS, markdown_table, mean_cell, writ
 from nnunet_uda.evaluation.runs import find_raw_dataset
 from nnunet_uda.evaluation.sweep_plot import Point, draw_sweeps
 from nnunet_uda.evaluation.tables import Volume, spread
-from nnunet_uda.experiments.engines import make_engine, run_jobs
+from nnunet_uda.experiments.engines import Engine, run_jobs
 from nnunet_uda.experiments.grid import (
     check_output,
     check_run,
@@ -84,7 +83,58 @@ class Value:
     runs: list[str]
 
 
+@dataclass(frozen=True)
+class Sweep:
+    """A sweep as it is planned; nothing is written yet.
+
+    Attributes:
+        out: its folder.
+        setup: dataset, configuration, fold, trainer and plans: what tells one sweep from another.
+        values: of each setting that varies.
+        runs: by name, in the order of training.
+    """
+
+    out: Path
+    setup: dict[str, str]
+    test: TargetTest
+    values: dict[str, list[Value]]
+    runs: dict[str, PlannedRun]
+
+
 # --- what to train ---------------------------------------------------------------------------------------------------
+
+
+def plan_sweep(
+    out: Path,
+    dataset: str,
+    trainer: str,
+    plans_name: str,
+    configuration: str,
+    fold: str,
+    vary: list[list[str]],
+    seeds: list[int] | None,
+) -> Sweep:
+    """The runs of a sweep, checked.
+
+    Args:
+        dataset: id or name.
+        vary: for each setting its name and values, as words.
+        seeds: with each of which every run is trained; None: the one of the plans.
+
+    Raises:
+        UDAError: for bad arguments, and a folder, plans or results that were made otherwise.
+    """
+    environment_folder("nnUNet_results")
+    raw = find_raw_dataset(dataset)
+    base = read_plans(environment_folder("nnUNet_preprocessed") / raw.name, plans_name)
+    values, runs = plan_runs(base, plans_name, configuration, find_trainer(trainer), vary, seeds)
+    setup = {"dataset": raw.name, "configuration": configuration, "fold": fold, "trainer": trainer,
+             "plans": plans_name}  # fmt: skip
+    test = find_target_test(raw, fold)
+    check_output(out, SWEEP, setup, "sweep")
+    for run in runs.values():
+        check_run(raw.name, trainer, run.plans, configuration, plans_name)
+    return Sweep(out, setup, test, values, runs)
 
 
 def value_text(value: Any) -> str:
@@ -199,17 +249,10 @@ def sweep_table(setting: str, values: list[Value], points: list[Point], scores: 
     return {"caption": setting, "header": header, "rows": rows}
 
 
-def write_tables(
-    out: Path,
-    setup: dict[str, Any],
-    test: TargetTest,
-    sweeps: dict[str, list[Value]],
-    runs: dict[str, PlannedRun],
-    scores: dict[str, Score],
-    failed: dict[str, str],
-) -> dict[str, list[Point]]:
-    """Write ``sweep.md`` (a table a sweep) and ``sweep.csv`` (a row a run); return the points of every sweep."""
-    points = {setting: collect_points(values, scores) for setting, values in sweeps.items()}
+def write_tables(sweep: Sweep, scores: dict[str, Score], failed: dict[str, str]) -> dict[str, list[Point]]:
+    """Write ``sweep.md`` (a table a setting) and ``sweep.csv`` (a row a run); return the points of each setting."""
+    out, setup, test, runs = sweep.out, sweep.setup, sweep.test, sweep.runs
+    points = {setting: collect_points(values, scores) for setting, values in sweep.values.items()}
     where = test.images if test.fold is None else f"fold {test.fold} of {SPLITS_TARGET}"
     blocks = [
         f"# {setup['trainer']} on {setup['dataset']}: sweep",
@@ -218,7 +261,7 @@ def write_tables(
         *([TRANSDUCTIVE] if test.transductive else []),
         f"**{WARNING}**",
         CRITERIA,
-        *(markdown_table(sweep_table(setting, sweeps[setting], points[setting], scores)) for setting in sweeps),
+        *(markdown_table(sweep_table(name, values, points[name], scores)) for name, values in sweep.values.items()),
         CELLS,
     ]
     blocks += missing_runs(runs, scores, failed)
@@ -226,7 +269,7 @@ def write_tables(
     write_rows(out / "sweep.csv", [
         {"setting": setting, "value": value.text, "seed": runs[name].seed, "plans": name}
         | run_record(scores.get(name), test.labels.structures)
-        for setting, values in sweeps.items() for value in values for name in value.runs
+        for setting, values in sweep.values.items() for value in values for name in value.runs
     ])  # fmt: skip
     return points
 
@@ -239,43 +282,31 @@ def run_record(score: Score | None, structures: Iterable[str]) -> dict[str, Any]
     return record if score else dict.fromkeys(record)
 
 
-def run_sweep(arguments: argparse.Namespace, out: Path) -> tuple[dict[str, str], int]:
-    """Plan, check and run everything, and write tables and plot; reasons of failures by run, and the number of runs.
+def run_sweep(sweep: Sweep, engine: Engine, device: str, num_processes: int) -> dict[str, str]:
+    """Run everything, and write tables and plot; reasons of failures by run.
 
-    Raises:
-        UDAError: for bad arguments, and a folder, plans or results that were made otherwise.
+    Args:
+        num_processes: that score predictions.
     """
-    environment_folder("nnUNet_results")
-    raw = find_raw_dataset(arguments.d)
-    preprocessed = environment_folder("nnUNet_preprocessed") / raw.name
-    base = read_plans(preprocessed, arguments.p)
-    trainer = find_trainer(arguments.tr)
-    sweeps, runs = plan_runs(base, arguments.p, arguments.c, trainer, arguments.vary, arguments.seeds)
-    test = find_target_test(raw, arguments.f)
-    setup = {"dataset": raw.name, "configuration": arguments.c, "fold": arguments.f, "trainer": arguments.tr,
-             "plans": arguments.p}  # fmt: skip
-    check_output(out, SWEEP, setup, "sweep")
-    for run in runs.values():
-        check_run(raw.name, arguments.tr, run.plans, arguments.c, arguments.p)
-
+    out, setup, runs = sweep.out, sweep.setup, sweep.runs
+    dataset, trainer, fold = setup["dataset"], setup["trainer"], setup["fold"]
     scores: dict[str, Score] = {}
     failed: dict[str, str] = {}
-    engine = make_engine(arguments, out)
     with exclusive(out):
         for run in runs.values():
-            write_json(run.plans, preprocessed / f"{run.name}.json")
+            write_json(run.plans, environment_folder("nnUNet_preprocessed") / dataset / f"{run.name}.json")
         write_json(setup, out / SWEEP)
-        images = lay_out_images(raw, test, out / "images")
+        images = lay_out_images(find_raw_dataset(dataset), sweep.test, out / "images")
         jobs = [
-            Job(run.name, out / "runs" / run.name, raw.name, arguments.c, arguments.f, arguments.tr, run.name, test,
-                images, arguments.device, arguments.np)
+            Job(run.name, out / "runs" / run.name, dataset, setup["configuration"], fold, trainer, run.name, sweep.test,
+                images, device, num_processes)
             for run in runs.values()
         ]  # fmt: skip
-        write = partial(write_tables, out, setup, test, sweeps, runs, scores, failed)
+        write = partial(write_tables, sweep, scores, failed)
         run_jobs(engine, jobs, scores, failed, write)
         points = write()
-        title = f"{arguments.tr} on {raw.name}, plans {arguments.p}, fold {arguments.f}"
-        seeds = len(next(iter(sweeps.values()))[0].runs)
+        title = f"{trainer} on {dataset}, plans {setup['plans']}, fold {fold}"
+        seeds = len(next(iter(sweep.values.values()))[0].runs)
         bars = f" Error bars: sample standard deviation over {seeds} seeds." if seeds > 1 else ""
         draw_sweeps(out / "sweep.png", points, title, WARNING + bars)
-    return failed, len(runs)
+    return failed

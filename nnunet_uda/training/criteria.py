@@ -1,20 +1,19 @@
 """What can be said of a network's segmentations of target images without a target label.
 
-Each function gives a scalar on tensors of one pass; :class:`TargetCriteria` gathers them over many images. All of them
-can be fooled, since none has seen the truth: see each one's docstring.
+:class:`TargetCriteria` gathers it over many images. All of it can be fooled, since none has seen the truth: see
+``TargetCriteria.values``.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from nnunet_uda.data.random_style import change_looks
 from nnunet_uda.losses.uncertainty import normalised_entropy
+from nnunet_uda.training.neighbourhood import sample_pixels, snd
 
 HIGHER_IS_BETTER = {
     "entropy": False,
@@ -24,71 +23,6 @@ HIGHER_IS_BETTER = {
     "snd": True,
 }
 """The criteria that :class:`TargetCriteria` gathers, and which way each of them points."""
-
-SND_PIXELS = 512
-SND_TEMPERATURE = 0.05
-
-
-def entropy(probabilities: Tensor) -> Tensor:
-    """Mean over all pixels of the entropy divided by log C; lower is better.
-
-    Most pixels are background, and a network that calls everything background with certainty has the best value.
-
-    Args:
-        probabilities: ``(B, C, *S)`` float, sums to 1 over C, C at least 2.
-
-    Returns:
-        Scalar in [0, 1].
-    """
-    return normalised_entropy(probabilities).mean()
-
-
-def foreground_entropy(probabilities: Tensor) -> Tensor:
-    """:func:`entropy` over the pixels that are segmented as foreground; 1, the worst, where there is none.
-
-    Args:
-        probabilities: ``(B, C, *S)`` float, class 0 is the background.
-
-    Returns:
-        Scalar in [0, 1].
-    """
-    found = probabilities.max(1, keepdim=True).indices > 0
-    if not found.any():
-        return probabilities.new_ones(())
-    return normalised_entropy(probabilities)[found].mean()
-
-
-def mutual_information(probabilities: Tensor) -> Tensor:
-    """Entropy of the mean prediction minus mean entropy of the predictions, by log C; higher is better.
-
-    High where pixels are certain and more than one class is found; 0 for one and the same prediction everywhere. It
-    rewards equal shares of all classes, which no anatomy has.
-
-    Args:
-        probabilities: ``(B, C, *S)`` float.
-
-    Returns:
-        Scalar in [0, 1].
-    """
-    mean = probabilities.mean((0, *range(2, probabilities.ndim)))[None, :, None]
-    return (normalised_entropy(mean).mean() - entropy(probabilities)).clamp(min=0)
-
-
-def agreement(first: Tensor, second: Tensor, num_classes: int) -> Tensor:
-    """Dice of two segmentations of the same images, mean over all foreground classes; higher is better.
-
-    Sums run over the whole batch. A class that neither holds counts as 0: two segmentations that find nothing do not
-    agree on anything, and one that finds fewer classes is not better for it. A class that the images truly lack lowers
-    all values alike. Wrong but stable segmentations agree too.
-
-    Args:
-        first, second: ``(B, *S)`` integer classes, 0 is the background.
-        num_classes: C, background included, at least 2.
-
-    Returns:
-        Scalar in [0, 1].
-    """
-    return dice_of_counts(*overlap_counts(first, second, num_classes))
 
 
 def overlap_counts(first: Tensor, second: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
@@ -102,49 +36,6 @@ def overlap_counts(first: Tensor, second: Tensor, num_classes: int) -> tuple[Ten
 def dice_of_counts(both: Tensor, total: Tensor) -> Tensor:
     """Mean over classes of 2 both / total, 0 for a class without a pixel."""
     return (2 * both.double() / total.clamp(min=1)).mean().float()
-
-
-def snd(vectors: Tensor, temperature: float = SND_TEMPERATURE) -> Tensor:
-    r"""Soft neighbourhood density by log(P - 1); higher is better (Saito et al., ICCV 2021, arXiv 2108.10860, eqs 1-3).
-
-    .. math:: P_{ij} = \frac{\exp(S_{ij} / \tau)}{\sum_{k \ne i} \exp(S_{ik} / \tau)}, \quad
-              SND = \frac{1}{P} \sum_i - \sum_{j \ne i} P_{ij} \log P_{ij}
-
-    S is the cosine similarity. Each pixel's similarities to the others, read as probabilities, have a high entropy
-    where many neighbours are about equally near. Dividing by the largest possible value makes numbers of pixels
-    comparable. Its known failure: predictions that have collapsed into one point, such as background everywhere, have
-    the best value, 1.
-
-    Args:
-        vectors: ``(P, C)`` or ``(B, P, C)`` float, here softmax outputs of P pixels (see :func:`sample_pixels`), P at
-            least 3. Pixels of different images are no neighbours; the mean runs over all.
-        temperature: tau, 0.05 in the paper.
-
-    Returns:
-        Scalar in [0, 1].
-    """
-    unit = F.normalize(vectors.float(), dim=-1)
-    similarity = unit @ unit.transpose(-1, -2)
-    itself = torch.eye(unit.shape[-2], dtype=torch.bool, device=unit.device)
-    log_p = (similarity / temperature).masked_fill(itself, -torch.inf).log_softmax(-1).masked_fill(itself, 0)
-    density = -(log_p.exp().masked_fill(itself, 0) * log_p).sum(-1)
-    return density.mean() / math.log(unit.shape[-2] - 1)
-
-
-def sample_pixels(probabilities: Tensor, number: int = SND_PIXELS, seed: int = 0) -> Tensor:
-    """The same randomly drawn pixels of every image, without touching torch's own random state.
-
-    Args:
-        probabilities: ``(B, C, *S)``.
-        number: P; all pixels where there are fewer.
-
-    Returns:
-        ``(B, P, C)``.
-    """
-    flat = probabilities.flatten(2).transpose(1, 2)
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(flat.shape[1], generator=generator)[:number]
-    return flat[:, order.to(flat.device)]
 
 
 def look_twice(
@@ -207,7 +98,22 @@ class TargetCriteria:
         self.total += total.cpu()
 
     def values(self) -> dict[str, float]:
-        """The criteria by the names in ``HIGHER_IS_BETTER``, each in [0, 1]; at least one image has been added."""
+        """The criteria by the names in ``HIGHER_IS_BETTER``, each in [0, 1]; at least one image has been added.
+
+        entropy: mean over all pixels, divided by log C. Most pixels are background: a network that calls everything
+        background with certainty has the best value.
+
+        foreground_entropy: the same over the pixels segmented as foreground; 1, the worst, where there is none.
+
+        mutual_information: entropy of the mean prediction minus mean entropy, by log C. High where pixels are certain
+        and more than one class is found. It rewards equal shares of all classes, which no anatomy has.
+
+        agreement: Dice of both segmentations over all images, mean over the foreground classes. A class that neither
+        holds counts as 0: two segmentations that find nothing agree on nothing. A class that the images truly lack
+        lowers all values alike. Wrong but stable segmentations agree too.
+
+        snd: see :func:`snd`.
+        """
         mean = self.entropy / self.pixels
         of_shares = float(normalised_entropy((self.shares / self.pixels)[None, :, None]))
         return {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import resource
 import sys
 import time
@@ -22,8 +21,31 @@ COST = "training_cost.json"
 """Beside the checkpoints: peak memory in GiB, resident and on the device, and processor time in seconds."""
 
 
-def train(arguments: argparse.Namespace, device: torch.device) -> Path:
-    """Train with the options of ``nnUNetUDA_train``, in each process; the fold's folder.
+def train(
+    dataset: str,
+    configuration: str,
+    fold: str,
+    trainer_name: str,
+    plans_name: str,
+    device: torch.device,
+    *,
+    go_on: bool = False,
+    only_validate: bool = False,
+    validate_best: bool = False,
+    keep_probabilities: bool = False,
+    write_checkpoints: bool = True,
+    pretrained_weights: Path | None = None,
+) -> Path:
+    """Train one fold and validate it, in each process; the fold's folder.
+
+    Args:
+        dataset: id or name.
+        fold: its number, or ``all``.
+        go_on: from the latest checkpoint.
+        only_validate: of a finished training.
+        validate_best: with ``checkpoint_best``.
+        keep_probabilities: of the validation.
+        pretrained_weights: a checkpoint whose network's weights to start from.
 
     Raises:
         UDAError: no such plans, configuration or trainer, or files that are missing or broken.
@@ -31,37 +53,35 @@ def train(arguments: argparse.Namespace, device: torch.device) -> Path:
     from nnunetv2.run.run_training import get_trainer_from_args, maybe_load_checkpoint
     from torch.backends import cudnn
 
-    fold = arguments.fold if arguments.fold == "all" else int(arguments.fold)
-    folder = environment_folder("nnUNet_preprocessed") / dataset_name(arguments.dataset)
-    plans = read_plans(folder, arguments.p)
-    if arguments.configuration not in plans["configurations"]:
+    folder = environment_folder("nnUNet_preprocessed") / dataset_name(dataset)
+    plans = read_plans(folder, plans_name)
+    if configuration not in plans["configurations"]:
         raise UDAError(
-            f"the plans {arguments.p} have no configuration {arguments.configuration!r}; they have "
+            f"the plans {plans_name} have no configuration {configuration!r}; they have "
             f"{', '.join(plans['configurations'])}"
         )
-    find_any_trainer(arguments.tr)
+    find_any_trainer(trainer_name)
     read_json(folder / "dataset.json")  # nnU-Net, which reads it too, does not name a broken one
-    trainer = get_trainer_from_args(
-        arguments.dataset, arguments.configuration, fold, arguments.tr, arguments.p, arguments.c, device
-    )
-    for name in [FINAL] * arguments.val + [BEST] * (arguments.val and arguments.val_best):
+    number = fold if fold == "all" else int(fold)
+    trainer = get_trainer_from_args(dataset, configuration, number, trainer_name, plans_name, go_on, device)
+    for name in [FINAL] * only_validate + [BEST] * (only_validate and validate_best):
         if not (needed := Path(trainer.output_folder, name)).is_file():
             raise UDAError(f"--val needs {needed}, which does not exist: train first, or continue with --c")
-    trainer.disable_checkpointing = arguments.disable_checkpointing
-    if arguments.pretrained_weights is not None:
+    trainer.disable_checkpointing = not write_checkpoints
+    if pretrained_weights is not None:
         trainer.initialize()
-        load_pretrained(trainer.network, arguments.pretrained_weights)
+        load_pretrained(trainer.network, pretrained_weights)
     else:
-        maybe_load_checkpoint(trainer, arguments.c, arguments.val)
+        maybe_load_checkpoint(trainer, go_on, only_validate)
     if device.type == "cuda":
         cudnn.deterministic, cudnn.benchmark = False, True
-    if not arguments.val:
+    if not only_validate:
         trainer.run_training()
         if rank() == 0:
             write_cost(Path(trainer.output_folder, COST), device)
-    if arguments.val_best:
+    if validate_best:
         trainer.load_checkpoint(str(Path(trainer.output_folder, BEST)))
-    trainer.perform_actual_validation(arguments.npz)
+    trainer.perform_actual_validation(keep_probabilities)
     return Path(trainer.output_folder)
 
 

@@ -30,9 +30,9 @@ LOW_AGREEMENT = 0.85
 class ModelChoice:
     """The criteria of each epoch so far, and which epoch is the best by the chosen one.
 
-    Epochs are compared by running means, so that a single lucky epoch does not win: of pseudo Dice nnU-Net's own, of
-    the criteria on target patches, which are always the same and noise less, a shorter one. Everything follows from
-    ``history``, which is all that a checkpoint needs.
+    Epochs are compared by running means, so that a single lucky epoch does not win. Pseudo Dice has nnU-Net's own mean;
+    the criteria on target patches, which are always the same and vary less, have a shorter one. A checkpoint needs
+    ``history`` alone: everything else follows from it.
 
     Args:
         settings: the shared settings ``checkpoint_criterion``, ``criterion_patches`` and ``keep_every``.
@@ -44,7 +44,7 @@ class ModelChoice:
         self.patches: Tensor | None = None
 
     def open_target(self, dataset: nnUNetBaseDataset, patch_size: Sequence[int], batch_size: int) -> None:
-        """Keep the target patches to measure on; without this call there is pseudo Dice alone."""
+        """Keep the target patches to measure on. Without this call only pseudo Dice is known."""
         if self.settings.criterion_patches:
             batches = -(-self.settings.criterion_patches // batch_size)
             self.patches = fixed_patches(dataset, patch_size, batches * batch_size)
@@ -85,7 +85,7 @@ class ModelChoice:
 
     @property
     def means(self) -> list[float]:
-        """Of the chosen criterion, one an epoch."""
+        """Running means of the chosen criterion, one an epoch."""
         return running_means(self.criterion, self.history.get(self.criterion, []))
 
     @property

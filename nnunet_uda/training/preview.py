@@ -1,4 +1,4 @@
-"""What a trainer makes of always the same slices: source, translation, label and prediction, target and prediction."""
+"""Pictures of always the same slices: source, translation, label and prediction, target and prediction."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def cut_slab(data: np.ndarray, index: int, depth: int) -> Tensor:
 
 
 def write_trainers_panels(trainer: UDATrainer, path: Path, rows: list[list[Panel]]) -> None:
-    """Rows of preprocessed slices of a trainer, turned as a reader knows them, with its structures and its epoch."""
+    """Write rows of a trainer's preprocessed slices in anatomical orientation, with its structures and epoch."""
     plans = trainer.plans_manager
     turned = [
         [(title, *(cut if cut is None else as_seen(cut, plans.image_reader_writer_class.__name__) for cut in cuts))
@@ -77,9 +77,8 @@ def write_trainers_panels(trainer: UDATrainer, path: Path, rows: list[list[Panel
 
 @torch.no_grad()
 def preview_rows(trainer: UDATrainer) -> list[list[Panel]]:
-    """A row a slice: whole slices of the first validation case, and of the first target case beside them.
-
-    Where nothing is translated there is no such panel, and no target where the trainer needs none.
+    """One row for each slice: whole slices of the first validation case, beside them of the first target case. Without
+    translation there is no panel of it; without target images no target.
     """
     patch = list(trainer.configuration_manager.patch_size)
     depth, number = (1, SLICES) if len(patch) == 2 else (patch[0], 1)
@@ -121,7 +120,7 @@ def preview_rows(trainer: UDATrainer) -> list[list[Panel]]:
 
 
 def draw_epoch(trainer: UDATrainer, epoch: int) -> None:
-    """Write the curves of losses and criteria, and the trainer's pictures, where they are due after ``epoch``."""
+    """Write the curves of losses and criteria, and the trainer's pictures, if they are due after ``epoch``."""
     if epoch != trainer.num_epochs - 1 and epoch % trainer.settings.picture_every:
         return
     folder = Path(trainer.output_folder)

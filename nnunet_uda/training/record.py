@@ -1,4 +1,4 @@
-"""What a training has done so far in and before its present epoch, so that a checkpoint can be written at any step."""
+"""What a training has done so far, so that a checkpoint can be written at any step."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class Record:
         self.within_epoch = False
 
     def position(self) -> dict[str, Any]:
-        """Where training stands, as far as networks, optimisers and nnU-Net's log do not say it."""
+        """Where training stands: what networks, optimisers and nnU-Net's log do not hold."""
         if self._before_validation is not None:
             return self._before_validation
         history = {name: list(values) for name, values in self.history.items()}

@@ -1,4 +1,4 @@
-"""What is looked at before a training starts, so that it is not refused hours later, or never."""
+"""Checks before a training starts, so that a fault is not found hours later, or never."""
 
 from __future__ import annotations
 
@@ -31,8 +31,7 @@ if TYPE_CHECKING:
 
 
 def check_arguments(plans: dict[str, Any], dataset_json: dict[str, Any], device: torch.device) -> None:
-    """Refuse what a trainer is made of: unset variables, a device that is not there, broken plans or dataset.json, and
-    regions for labels."""
+    """Refuse unset variables, a device that is not there, broken plans or dataset.json, and regions for labels."""
     check_numbers()
     for variable in ("nnUNet_preprocessed", "nnUNet_results"):
         convention.environment_folder(variable)
@@ -45,7 +44,7 @@ def check_arguments(plans: dict[str, Any], dataset_json: dict[str, Any], device:
 
 
 def adopt_settings(trainer: UDATrainer) -> None:
-    """Settings that nnU-Net keeps as attributes of its own."""
+    """Copy the settings that nnU-Net keeps as attributes of its own."""
     settings = trainer.settings
     trainer.initial_lr = settings.segmenter_learning_rate
     trainer.weight_decay = settings.segmenter_weight_decay
@@ -58,7 +57,7 @@ def adopt_settings(trainer: UDATrainer) -> None:
 
 
 def say_settings(trainer: UDATrainer) -> None:
-    """A table of the settings that differ from their defaults, in the log."""
+    """Write a table of the settings that differ from their defaults into the log."""
     defaults = dataclasses.asdict(UDASettings())
     if trainer.method is not None and trainer.method_settings is not None:
         defaults[trainer.method] = dataclasses.asdict(trainer.method_settings())
@@ -75,7 +74,7 @@ def refuse_unsupported(trainer: UDATrainer) -> None:
 
 
 def set_up_process(trainer: UDATrainer) -> None:
-    """What training asks of its process: the setting ``seed``."""
+    """Seed this process, if the settings ask for it."""
     if trainer.settings.seed is not None:
         seed_everything(trainer.settings.seed)
 
@@ -92,7 +91,7 @@ def refuse_other_settings(trainer: UDATrainer) -> None:
 
 
 def mend_results(trainer: UDATrainer) -> None:
-    """Write what describes the results again where a start was killed in the middle, or the disk was full."""
+    """Write the files that describe the results again if a killed start or a full disk cut them short."""
     if trainer.local_rank == 0:
         folder = Path(trainer.output_folder_base)
         for path in convention.mend_results(folder, trainer.plans_manager.plans, trainer.dataset_json):
@@ -100,7 +99,7 @@ def mend_results(trainer: UDATrainer) -> None:
 
 
 def find_components(trainer: UDATrainer) -> None:
-    """Let predictions keep as one piece what is one in the labels of all folds, in these plans and those of results."""
+    """Find what is one piece in the labels of all folds, and note it in these plans and in those of the results."""
     plans = trainer.plans_manager.plans
     if KEY in plans:
         return
@@ -123,7 +122,7 @@ def find_components(trainer: UDATrainer) -> None:
 
 
 def try_prediction(trainer: UDATrainer) -> None:
-    """Refuse now what would only show, or not even that, when new scans are predicted. Draws no random number."""
+    """Predict a made-up scan, so that a fault shows now, not with the first new scan. Draws no random number."""
     state = random_state()
     arguments = (trainer.plans_manager.plans, trainer.configuration_name, trainer.dataset_json)
     check_prediction(type(trainer).__name__, trainer.plain_network, *arguments)
@@ -131,7 +130,7 @@ def try_prediction(trainer: UDATrainer) -> None:
 
 
 def make_ready(trainer: UDATrainer) -> None:
-    """Everything that can be refused is refused, the trainer is initialised, and all ranks begin with one network.
+    """Refuse what can be refused, initialise the trainer, and let all ranks begin with the same network.
 
     Raises:
         UDAError: for whatever would fail, or go wrong unseen, later.
@@ -149,7 +148,7 @@ def make_ready(trainer: UDATrainer) -> None:
 
 
 def new_progress(trainer: UDATrainer) -> Progress:
-    """Warns of large plans on the CPU, and knows what to do against a training that is too long."""
+    """The progress of this training. Warns of large plans on a CPU, and says how to shorten a training."""
     plans = trainer.plans_manager
     shorter = (
         f"nnUNetUDA_configure -d {plans.dataset_name} -c {trainer.configuration_name} -p NEW_NAME -from "

@@ -1,4 +1,4 @@
-"""What a trainer's data streams are made of: checked folds, augmentation, mirroring, and loaders beside nnU-Net's."""
+"""The parts of a trainer's data streams: checked folds, augmentation, mirroring, and loaders beside nnU-Net's."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 
 class Unlabelled:
-    """The label manager of a loader without labels: nnU-Net's loader asks it only for these two."""
+    """The label manager of a loader without labels. nnU-Net's loader reads only these two attributes."""
 
     all_labels: list[int] = []
     has_ignore_label = False
@@ -99,7 +99,7 @@ def target_loader(trainer: UDATrainer, dataset: TargetDataset, num_processes: in
 
 
 def labelled_target_loader(trainer: UDATrainer, dataset: LabelledTargetDataset, num_processes: int) -> Iterator[dict]:
-    """Labelled target patches, so many that they have their share of a step's labelled patches.
+    """Labelled target patches, as many as their share of a step's labelled patches asks for.
 
     They are augmented as nnU-Net does it, without a method's changes of style.
     """
@@ -121,7 +121,7 @@ def _further_loader(
     scales: list | None,
     num_processes: int,
 ) -> Iterator[dict]:
-    """A stream beside nnU-Net's own two, made as these are.
+    """A stream beside nnU-Net's own two, made the same way.
 
     Args:
         oversampling: the share of patches that are sure to hold foreground.
@@ -187,13 +187,13 @@ def refuse_damaged_cases(trainer: UDATrainer) -> None:
 
 
 def plain_transforms(trainer: UDATrainer, *args: Any, **kwargs: Any) -> ComposeTransforms:
-    """nnU-Net's pipeline, less what the setting ``augmentation`` turns off; reproducible where a seed is set."""
+    """nnU-Net's pipeline without what the setting ``augmentation`` turns off; reproducible where a seed is set."""
     pipeline = nnUNetTrainer.get_training_transforms(*args, **kwargs)
     return reduced(pipeline, trainer.settings.augmentation, trainer.settings.seed is not None)
 
 
 def reduced(pipeline: ComposeTransforms, augmentation: str, reproducible: bool) -> ComposeTransforms:
-    """nnU-Net's pipeline, less what the setting ``augmentation`` turns off."""
+    """nnU-Net's pipeline without what the setting ``augmentation`` turns off."""
     if augmentation == "none":
         pipeline.transforms = [t for t in pipeline.transforms if not isinstance(t, MirrorTransform)]
     if augmentation != "nnunet":
@@ -207,7 +207,7 @@ def reduced(pipeline: ComposeTransforms, augmentation: str, reproducible: bool) 
 
 
 def without_stopwatch(pipeline: ComposeTransforms) -> ComposeTransforms:
-    """nnU-Net's blur takes the faster of two algorithms, whose results differ a little: here it always takes one."""
+    """Make nnU-Net's blur always take the same algorithm. It takes the faster of two, whose results differ a little."""
     for transform in pipeline.transforms:
         inner = transform.transform if isinstance(transform, RandomTransform) else transform
         if isinstance(inner, GaussianBlurTransform):
@@ -223,7 +223,7 @@ def allowed_mirroring(
     dimension: int,
     log: Callable[[str], None],
 ) -> tuple[int, ...] | None:
-    """Of nnU-Net's mirrored axes those that the setting ``mirror`` leaves; None is no mirroring.
+    """The axes that nnU-Net mirrors and the setting ``mirror`` leaves; None: no mirroring.
 
     Args:
         axes: of the patch.
@@ -246,7 +246,7 @@ def allowed_mirroring(
 
 
 def moved(trainer: UDATrainer, nnunets: tuple[Any, Any, Any, Any]) -> tuple[Any, Any, Any, Any]:
-    """nnU-Net's rotation, dummy 2D augmentation, initial patch size and mirrored axes, as the settings change them."""
+    """Change nnU-Net's rotation, dummy 2D augmentation, initial patch size and mirrored axes as the settings ask."""
     rotation, dummy_2d, initial_patch_size, mirror_axes = nnunets
     patch_size, plans = trainer.configuration_manager.patch_size, trainer.plans_manager.plans
     trainer.inference_allowed_mirroring_axes = allowed_mirroring(

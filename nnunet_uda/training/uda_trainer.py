@@ -14,7 +14,6 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from nnunet_uda.data.new_scans import treat_networks_of
 from nnunet_uda.data.target import LabelledTargetDataset, TargetDataset
 from nnunet_uda.errors import print_without_traceback
 from nnunet_uda.losses.prototypes import IGNORED
@@ -28,7 +27,7 @@ from nnunet_uda.training.model_choice import ModelChoice
 from nnunet_uda.training.preview import draw_epoch, draw_preview
 from nnunet_uda.training.ranks import Ranks, described_once, seen_as_ddp, share_batch
 from nnunet_uda.training.record import Record
-from nnunet_uda.training.segmenter import Networks, build_segmenter, segmentation_loss
+from nnunet_uda.training.segmenter import Networks, build_segmenter, prepare_builder_of, segmentation_loss
 from nnunet_uda.training.stopping import Stopping
 from nnunet_uda.training.trainer_state import CheckpointFiles
 from nnunet_uda.training.translated_dataset import translated, translated_validation
@@ -40,11 +39,11 @@ Settings = TypeVar("Settings")  # a method's own, a frozen dataclass; None where
 
 
 class UDATrainer(nnUNetTrainer, Generic[Settings]):
-    """Two data streams, several networks, one segmenter that predicts: the order of things, of which parts do each one.
+    """The order of a training with two data streams, several networks and one segmenter; parts do each thing.
 
     What a method overrides and calls is listed in docs/reference/trainer.md. ``self.network`` is nnU-Net's
-    auto-configured network: its checkpoints are nnU-Net checkpoints. What lives in ``self.networks`` (buffers such as
-    memory banks included) and ``self.optimizers`` is saved, restored and put into training or evaluation mode here.
+    auto-configured network: its checkpoints are nnU-Net checkpoints. ``self.networks`` (with buffers such as memory
+    banks) and ``self.optimizers`` are saved, restored and put into training or evaluation mode here.
     """
 
     method: str | None = None
@@ -122,7 +121,7 @@ class UDATrainer(nnUNetTrainer, Generic[Settings]):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        treat_networks_of(cls)
+        prepare_builder_of(cls)
 
     build_network_architecture = staticmethod(build_segmenter)
     """The network of training and prediction. A method with one of its own also overrides ``segment`` and
@@ -142,14 +141,14 @@ class UDATrainer(nnUNetTrainer, Generic[Settings]):
         start.say_settings(self)
 
     def prepare_network(self) -> None:
-        """Make the passes that training steps call: here the segmenter's encoder and decoder, each compiled."""
+        """Prepare what training steps call: here the segmenter's encoder and decoder, each compiled."""
         module = self.plain_network
         compiled = torch.compile if self._do_i_compile() else lambda part: part
         self.encoder, self.decoder = compiled(module.encoder), compiled(module.decoder)
 
     @property
     def plain_network(self) -> Any:
-        """The segmenter without torch.compile's wrapper; its class is the plans' business."""
+        """The segmenter without torch.compile's wrapper. The plans decide its class."""
         return getattr(self.network, "_orig_mod", self.network)
 
     def set_deep_supervision_enabled(self, enabled: bool) -> None:
@@ -302,8 +301,8 @@ class UDATrainer(nnUNetTrainer, Generic[Settings]):
             add(terms)
 
     def updating(self, name: str, max_norm: float | None = None) -> AbstractContextManager[Callable[[Terms], None]]:
-        """As ``update``, of terms given in parts to the function that it yields; a term of several parts is their sum.
-        What a part's gradient needs is free before the next part is computed."""
+        """Like ``update``, but yield a function that takes terms in parts; a term given several times is summed. The
+        memory of a part's gradient is free before the next part is computed."""
         return self.updates.updating(name, max_norm)
 
     def autocast(self) -> AbstractContextManager:

@@ -34,7 +34,7 @@ class Updates:
         optimizers: by the names of their updates.
         scaler: of mixed precision; None without.
         ranks: which share gradients and means.
-        further: terms by the name of an update, whose first one in the step takes them in behind its own.
+        further: by the name of an update, terms that are added to its first call in the step.
 
     Attributes:
         terms: every loss term so far, detached, by its name.
@@ -87,7 +87,7 @@ class Updates:
         optimizer.zero_grad(set_to_none=True)  # they would lie beside the next network's activations
 
     def finish(self, epoch: int, folder: str) -> dict[str, float]:
-        """The step is over. Returns the means over ranks of its terms, and nnU-Net's ``loss``.
+        """End the step; return the means over ranks of its terms, and nnU-Net's ``loss``.
 
         Args:
             epoch, folder: of the training, for the message.
@@ -112,7 +112,7 @@ class Updates:
 
 
 def updates_of_step(trainer: UDATrainer) -> Updates:
-    """A step's updates; the segmenter's first one takes in the loss of labelled target images where there are any."""
+    """A step's updates. The segmenter's first one also takes the loss of labelled target images, if there are any."""
     further = {} if trainer.dataloader_labelled is None else {trainer.network_update: partial(_labelled_terms, trainer)}
     return Updates(trainer.optimizers, trainer.grad_scaler, trainer.ranks, further)
 
@@ -133,19 +133,19 @@ def adam(
     beta2: float = 0.999,
     weight_decay: float = 0.0,
 ) -> Optimizer:
-    """Adam, fused: its loop over the weights took a fifth of a step on a CPU."""
+    """Fused Adam. The unfused loop over the weights took a fifth of a step on a CPU."""
     return torch.optim.Adam(parameters, learning_rate, (beta1, beta2), weight_decay=weight_decay, fused=True)
 
 
 def load_optimizer(optimizer: Optimizer, state: dict[str, Any]) -> None:
-    """Restore an optimiser, fused or not as it is now: earlier versions wrote checkpoints with a plain Adam."""
+    """Restore an optimiser's state, but not whether it is fused: earlier versions wrote checkpoints of a plain Adam."""
     groups = [group | {"fused": optimizer.defaults.get("fused")} for group in state["param_groups"]]
     optimizer.load_state_dict(state | {"param_groups": groups})
 
 
 @contextmanager
 def frozen(*networks: nn.Module) -> Iterator[None]:
-    """No gradients for the weights of ``networks`` inside: gradients flow through them, none is computed for them."""
+    """Inside, no gradients are computed for the weights of ``networks``; gradients still flow through the networks."""
     parameters = [p for network in networks for p in network.parameters() if p.requires_grad]
     for parameter in parameters:
         parameter.requires_grad_(False)
