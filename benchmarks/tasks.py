@@ -26,9 +26,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from brain import convert_command
 
 from nnunet_uda.data.convention import read_json
-from nnunet_uda.demo.brain import convert_command
 from nnunet_uda.demo.road import Demo
 from nnunet_uda.errors import UDAError, command
 from nnunet_uda.files import write_json
@@ -118,8 +118,8 @@ def make_scans(demo: Demo, scans: str, seed: int, data: Path | None) -> None:
     folder = demo.folder / scans
     if scans == "rendered":
         if not folder.exists():
-            words = ["nnunet_uda.demo.brain", "-i", data / "synthseg_2mm", "-o", folder, "-seed", seed]
-            demo.run(sys.executable, "-m", *words)
+            script = Path(__file__).with_name("brain.py")
+            demo.run(sys.executable, script, "-i", data / "synthseg_2mm", "-o", folder, "-seed", seed)
     elif not all((folder / f"{modality}_train").exists() for modality in ("mr", "ct")):
         shutil.rmtree(folder, ignore_errors=True)  # its two halves appear one after the other
         words = ["nnunet_uda.demo.phantom", "-o", folder, "-seed", seed, "-num_mr", "20", "-num_ct", "20"]

@@ -9,13 +9,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import SimpleITK as sitk
-from conftest import litter
+from conftest import REPOSITORY, litter
 from scipy.ndimage import binary_erosion
 from support.folders import use_folders
 
 from nnunet_uda.commands.convert import main as convert_main
-from nnunet_uda.demo.brain import STRUCTURES, TISSUES, convert_command, main, make_brains, render
 from nnunet_uda.errors import UDAError
+
+with pytest.MonkeyPatch.context() as patch:
+    patch.syspath_prepend(REPOSITORY / "benchmarks")
+    from brain import STRUCTURES, TISSUES, convert_command, main, make_brains, render
 
 DATA = os.environ.get("NNUNET_UDA_TEST_DATA")
 SIZE = (48, 54, 50)

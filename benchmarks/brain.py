@@ -181,7 +181,6 @@ def convert_command(folder: Path, source: str, target: str, dataset: int, upper_
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m nnunet_uda.demo.brain",
         description="Render T1-like and T2-like MR scans of different patients from brain label maps (FreeSurfer's "
         "labels, SynthSeg's 5xx outside the brain), and print the commands that make datasets of them.",
     )
