@@ -223,7 +223,7 @@ def moving_transforms(model: Model, settings: FolderSettings) -> tuple[ComposeTr
 
     A patch is mirrored where the model is at prediction.
     """
-    trainer = SimpleNamespace(configuration_manager=model.predictor.configuration_manager, print_to_log_file=str)
+    trainer: Any = SimpleNamespace(configuration_manager=model.predictor.configuration_manager, print_to_log_file=str)
     rotation, flat, size, _ = nnUNetTrainer.configure_rotation_dummyDA_mirroring_and_inital_patch_size(trainer)
     axes = model.predictor.allowed_mirroring_axes
     pipeline = nnUNetTrainer.get_training_transforms(

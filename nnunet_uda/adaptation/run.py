@@ -184,7 +184,8 @@ class Adaptation:
                 paths = [Path(name, f"{case}.{kind}.npy") for kind in ("volume", "mask")]
                 for path, array in zip(paths, arrays, strict=True):
                     np.save(path, array)
-                found.append(Scan(case, *(np.load(path, mmap_mode="r") for path in paths), properties))
+                volume, mask = (np.load(path, mmap_mode="r") for path in paths)
+                found.append(Scan(case, volume, mask, properties))
             yield found
 
     def _adapt_folds(self, scans: Sequence[Scan], settings: FolderSettings, known: np.ndarray | None) -> list[Weights]:

@@ -151,6 +151,7 @@ def plan_plans(
         UDAError: no such plans, no such configuration, images not preprocessed, settings that a trainer refuses, or
             plans of a run's name with other content.
     """
+    chosen: Sequence[int | None] = seeds or [None]
     found: dict[tuple[str, int | None], dict] = {}
     for method in methods:
         folder = environment_folder("nnUNet_preprocessed") / method.dataset
@@ -158,7 +159,7 @@ def plan_plans(
         uda = base.get("uda", {})
         check_uda(uda, where)
         settings_in_force(find_trainer(method.trainer), uda, where)
-        for seed in seeds or [None]:
+        for seed in chosen:
             name = plans_name if seed is None else f"{plans_name}_seed_{seed}"
             plans = derive_plans(base, configuration, name, uda if seed is None else merge_uda(uda, {"seed": seed}))
             check_run(method.dataset, method.trainer, plans, configuration, plans_name)
