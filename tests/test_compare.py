@@ -296,6 +296,12 @@ def test_bad_comparisons_are_refused_before_anything_is_written(in_workspace, tm
     assert sorted((in_workspace.preprocessed / DATASET).iterdir()) == before and not (tmp_path / "out").exists()
 
 
+def test_a_folder_that_no_prediction_can_be_written_to_is_refused_before_any_training(in_workspace, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(["-d", "501", "-tr", "SourceOnlyTrainer", "-p", "tiny", "-o", f"{tmp_path}/M\udcfcller", "-device", "cpu"])
+    assert "its path holds bytes that are no UTF-8" in capsys.readouterr().err and not list(tmp_path.glob("M*"))
+
+
 def test_nothing_made_otherwise_is_taken_for_a_part(in_workspace, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(compare, "run_jobs", lambda *_: pytest.fail("nothing must be trained"))
 

@@ -14,6 +14,7 @@ import resource
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import nibabel
@@ -29,11 +30,12 @@ from nnunet_uda.dataset_conversion.dataset import skip_or_refuse, write_dataset
 from nnunet_uda.dataset_conversion.splits import folds_of, source_folds
 from nnunet_uda.dataset_conversion.windows import IntensityRequest
 from nnunet_uda.errors import UDAError
-from nnunet_uda.images.geometry import Grid, check_against_source
+from nnunet_uda.images.geometry import Grid, check_against_source, check_possible
 from nnunet_uda.images.reading import (
     LabelMap,
     check_image,
     check_same_geometry,
+    check_values,
     check_whole,
     read_image,
     write_image,
@@ -177,7 +179,8 @@ def test_refuses_constant():
 
 
 def test_a_range_that_normalisation_loses_is_refused():
-    """Diffusion in m2/s."""
+    """Diffusion in m2/s. Of a constant channel nothing is lost: that of a new scan may stand for a missing one."""
+    assert check_values(np.zeros((2, 3, 4)), Path("x.mha")) == (0, 0)
     with pytest.raises(UDAError, match=r"x\.mha: intensities from 0 to 4\.79e-09.*another unit"):
         check_image(image_of(np.arange(480.0).reshape(6, 8, 10) * 1e-11), Path("x.mha"))
     check_image(image_of(np.arange(480.0).reshape(6, 8, 10) * 1e-8), Path("x.mha"))
@@ -385,10 +388,34 @@ def test_fine_and_thick_voxels_are_scans(raw, tmp_path, groups, spacing):
     write([groups[0], Group("CT", [Case("t", (image,))], "imagesTu")])
 
 
+@pytest.mark.parametrize(
+    ("size", "spacing", "fits"),
+    [
+        ((10, 10, 10), (0.05, 0.05, 0.05), False),
+        ((30, 30, 30), (0.05, 0.05, 0.05), True),
+        ((600, 10, 10), (10.0, 1.0, 1.0), False),
+        ((400, 10, 10), (10.0, 1.0, 1.0), True),
+        ((10, 10, 10), (1.0, 1.0, 150.0), False),
+        ((10, 10, 1), (1.0, 1.0, 150.0), True),  # of one slice its distance says nothing
+        ((10, 10, 1), (1.0, 1.0, math.nan), False),
+    ],
+)
+def test_what_no_scan_measures_is_refused(size, spacing, fits):
+    with nullcontext() if fits else pytest.raises(UDAError, match=r"a\.nii: its voxels are .* of them; expected mm"):
+        check_possible(Path("a.nii"), size, spacing)
+
+
 def test_a_case_that_resampling_would_blow_up_is_refused():
     with pytest.raises(UDAError, match=r"a\.nii: .* resampled to them it would have 1.3e\+09 voxels"):
         check_against_source(Path("a.nii"), (512, 512, 600), (1, 1, 1), (0.5, 0.5, 0.5), (1024, 1024, 1200))
     check_against_source(Path("a.nii"), (512, 512, 1500), (0.9, 0.9, 1), (0.8, 0.8, 0.8), (576, 576, 1875))
+
+
+def test_a_case_of_which_resampling_would_leave_nothing_is_refused():
+    """One slice beside a source of thick ones, in 3D."""
+    with pytest.raises(UDAError, match=r"a\.nii: .* nothing would be left of it"):
+        check_against_source(Path("a.nii"), (64, 64, 1), (1, 1, 1), (1, 1, 4), (64, 64, 0.25))
+    check_against_source(Path("a.nii"), (64, 64, 2), (1, 1, 1), (1, 1, 4), (64, 64, 0.5))
 
 
 def test_units_ten_times_apart_are_warned_of(raw, tmp_path, groups, capsys):

@@ -146,12 +146,15 @@ def test_lengths_are_in_the_unit_that_the_header_names(tmp_path, code, factor):
 
 def test_a_choice_that_the_file_does_not_offer(tmp_path):
     path = write(tmp_path / "a.nii", qform=None, pixdim=1)
-    with nifti_geometry("qform"), pytest.raises(UDAError, match=r"qform, the file has no valid one .* sform"):
+    with (
+        nifti_geometry("qform"),
+        pytest.raises(UDAError, match=r"qform, the file has no valid one .* Use -nifti_geometry sform"),
+    ):
         read_image(path)
     sheared = AFFINE.copy()
     sheared[0, 1] = 0.5
     path = write(tmp_path / "b.nii", sform=sheared)
-    with nifti_geometry("sform"), pytest.raises(UDAError, match=r"not at right angles .* qform"):
+    with nifti_geometry("sform"), pytest.raises(UDAError, match=r"not at right angles .* Use -nifti_geometry qform"):
         read_image(path)
     with nifti_geometry("qform"):
         assert read_image(path).GetSpacing() == (1, 2, 3)
@@ -159,7 +162,14 @@ def test_a_choice_that_the_file_does_not_offer(tmp_path):
 
 @pytest.mark.parametrize(
     "options",
-    [{"sform": None}, {"qform": None}, {"sform": moved(x=0.09)}, {"sform": moved(turn=1e-3)}, {"codes": (1, 4)}],
+    [
+        {"sform": None},
+        {"qform": None},
+        {"sform": moved(x=0.09)},
+        {"sform": moved(turn=1e-3)},
+        {"codes": (1, 4)},
+        {"qform": moved(flip=True), "sform": moved(flip=True)},
+    ],
 )
 def test_one_geometry_or_two_that_agree_are_read(tmp_path, options):
     with nifti_geometry("sform"):  # of no matter where nothing is to be chosen

@@ -13,6 +13,7 @@ from nnunet_uda.commands.model_options import check_model_options
 from nnunet_uda.data.convention import results_folder
 from nnunet_uda.errors import UDAError, command
 from nnunet_uda.files import exclusive, sha256
+from nnunet_uda.images.reading import check_path
 from nnunet_uda.settings import parse_settings
 
 
@@ -42,6 +43,7 @@ def main(argv: list[str] | None = None) -> None:
         "settings": dataclasses.asdict(settings),
     }  # fmt: skip
     adaptation = Adaptation(model, cases, args.o, open_record(args.o, described))
+    check_path(args.o)
     with exclusive(args.o):
         if isinstance(settings, ScanSettings):
             adaptation.each_scan(settings)

@@ -15,6 +15,7 @@ from nnunet_uda.errors import UDAError, command
 from nnunet_uda.files import whole_folder
 from nnunet_uda.images.intensities import PRESETS, Intensities, parse_intensities, read_intensities
 from nnunet_uda.images.nifti import add_geometry_argument, nifti_geometry
+from nnunet_uda.images.reading import check_path
 
 
 def clip(argv: list[str] | None = None) -> None:
@@ -50,6 +51,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     intensities = _intensities(args)
     cases = find_scans(args.i)
+    check_path(args.o)
     if args.o.exists() and (not args.o.is_dir() or any(args.o.iterdir())):
         raise UDAError(f"{args.o} exists and is not an empty folder: give a new folder. Nothing was written.")
     with nifti_geometry(args.nifti_geometry), whole_folder(args.o) as folder:

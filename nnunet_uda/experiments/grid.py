@@ -13,6 +13,7 @@ from nnunet_uda.evaluation.metrics import METRICS
 from nnunet_uda.evaluation.report import jsonable
 from nnunet_uda.evaluation.tables import Spread, spread, summarise
 from nnunet_uda.experiments.job import Score
+from nnunet_uda.images.reading import check_path
 from nnunet_uda.names import MEAN
 from nnunet_uda.settings import UDASettings, parse_settings, split_settings
 
@@ -36,8 +37,9 @@ def check_output(out: Path, marker: str, setup: dict[str, Any], what: str) -> No
         what: the kind of grid, for messages.
 
     Raises:
-        UDAError: a file, or a folder that holds something else.
+        UDAError: a file, a folder that holds something else, or a path in which no prediction can be written.
     """
+    check_path(out)
     if out.exists() and not out.is_dir():
         raise UDAError(f"{out} is a file: give a folder with -o")
     if (out / marker).exists():

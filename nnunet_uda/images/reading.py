@@ -267,15 +267,14 @@ def check_voxels(voxels: np.ndarray, path: Path) -> None:
         raise UDAError(
             f"{path}: every voxel is {low}; expected an image. An empty scan cannot be normalised: leave it out."
         )
-    if float(high) - float(low) < LEAST_CONTRAST:
-        raise UDAError(
-            f"{path}: intensities from {low:.4g} to {high:.4g}; expected a range of {LEAST_CONTRAST:.0e} or more, for "
-            "nnU-Net's normalisation loses a smaller one. Give the scan in another unit (diffusion in um2/s, not m2/s)."
-        )
 
 
 def check_values(voxels: np.ndarray, path: Path) -> tuple[Any, Any]:
-    """The least and the greatest value. Raises ``UDAError`` where they are NaN, infinite or beyond ``MOST``."""
+    """The least and the greatest value.
+
+    Raises:
+        UDAError: where they are NaN, infinite, beyond ``MOST``, or nearer to each other than ``LEAST_CONTRAST``.
+    """
     low, high = voxels.min(), voxels.max()
     if not (np.isfinite(low) and np.isfinite(high)):
         raise _not_finite(voxels, path)
@@ -285,6 +284,11 @@ def check_values(voxels: np.ndarray, path: Path) -> tuple[Any, Any]:
             f"{path}: intensities from {low:.4g} to {high:.4g}; expected numbers below {MOST:.0e}, as of a scan. "
             f"{beyond} of {voxels.size} voxels are beyond: they mark what lies outside of the scan, or the file is "
             "corrupt. Replace them by a value that means background in this modality."
+        )
+    if 0 < float(high) - float(low) < LEAST_CONTRAST:
+        raise UDAError(
+            f"{path}: intensities from {low:.4g} to {high:.4g}; expected a range of {LEAST_CONTRAST:.0e} or more, for "
+            "nnU-Net's normalisation loses a smaller one. Give the scan in another unit (diffusion in um2/s, not m2/s)."
         )
     return low, high
 
