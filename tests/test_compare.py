@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from subprocess import CompletedProcess as Done
 
 import numpy as np
 import pytest
@@ -25,6 +26,7 @@ from matplotlib.image import imread
 from nnunet_uda import figures
 from nnunet_uda.commands import train
 from nnunet_uda.commands.compare import main, parse_arguments
+from nnunet_uda.demo.road import Demo, run_demo
 from nnunet_uda.errors import UDAError
 from nnunet_uda.evaluation import compare_plot
 from nnunet_uda.evaluation.runs import Labels
@@ -445,6 +447,13 @@ def test_jobs_and_their_trainings_are_tied_to_what_starts_them(tmp_path, fake, m
     a_job(tmp_path).call("true")
     spawn(2, ["true"])
     assert seen == [str(os.getpid())] * 4
+    monkeypatch.setattr(Demo, "say", lambda *_: None)
+    monkeypatch.setattr(subprocess, "run", lambda words, env, check: commands.append((words[0], env)) or Done(words, 0))
+    commands: list[tuple[str, dict[str, str]]] = []
+    run_demo(tmp_path / "demo", 0, "cpu")
+    trainings = [env for command, env in commands if command.endswith("_train")]
+    assert [env["NNUNET_UDA_STARTER"] for env in trainings] == [str(os.getpid())] * 3
+    assert "nnUNetv2_train" not in [command for command, _ in commands], "which looks after nobody"
 
 
 @pytest.mark.parametrize("module", [job, train])

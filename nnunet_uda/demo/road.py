@@ -11,6 +11,7 @@ from pathlib import Path
 
 from nnunet_uda.errors import UDAError
 from nnunet_uda.methods import trainers_folder
+from nnunet_uda.workers import tied
 
 PLANS = "nnUNetPlansDemo"
 NETWORK = ["-patch_size", "64", "64", "-batch_size", "4", "-base_features", "16", "-max_features", "128"]
@@ -38,11 +39,12 @@ class Demo:
         print(f"\n=== [{minutes:2d}:{seconds:02d}] {text}", flush=True)
 
     def run(self, *words: str | int | Path, **variables: str) -> None:
-        """Print a command as a user would type it, then run it; its output goes to the screen."""
+        """Print a command as a user would type it, then run it; its output goes to the screen. A training ends with
+        this process."""
         command = [str(word) for word in words]
         prefix = "".join(f"{name}={value} " for name, value in variables.items())
         print(f"$ {prefix}{shlex.join(command)}", flush=True)
-        done = subprocess.run(command, env=self.environment | variables, check=False)
+        done = subprocess.run(command, env=tied(self.environment | variables), check=False)
         if done.returncode != 0:
             raise UDAError(f"the command above ended with status {done.returncode}; its files are in {self.folder}")
 
@@ -78,7 +80,7 @@ def run_demo(folder: Path, seed: int, device: str) -> None:
     predictions = folder / "predictions"
     for name, trainer, dataset in RUNS:
         demo.say(f"Train {name} ({trainer})")
-        demo.run("nnUNetv2_train", dataset, "2d", "0", "-tr", trainer, "-p", PLANS, "-device", device,
+        demo.run("nnUNetUDA_train", dataset, "2d", "0", "-tr", trainer, "-p", PLANS, "-device", device,
                  nnUNet_n_proc_DA="0")  # fmt: skip
         demo.run("nnUNetv2_predict", "-i", folder / "nnUNet_raw/Dataset501_Phantom/imagesTs", "-o", predictions / name,
                  "-d", dataset, "-c", "2d", "-f", "0", "-tr", trainer, "-p", PLANS, "-device", device,
