@@ -301,7 +301,9 @@ MALFORMED = {
     ),
     "another pixel spacing": (lambda f: edit(f[5], PixelSpacing=[0.5, 0.8]), r"IMG-0006\.dcm: .*0\.8 x 0\.5 mm"),
     "tilted gantry": (tilted, r"IMG-0006\.dcm: shifted by 1\.50 mm within the slice plane"),
-    "no DICOM": (lambda f: f[3].write_bytes(b"garbage" * 50), r"IMG-0004\.dcm: cannot be read"),
+    "no DICOM": (
+        lambda f: f[3].write_bytes(b"garbage" * 50), r"IMG-0004\.dcm: cannot be read \(.*from the header\.\); exp"
+    ),
     "cut in the header": (lambda f: shorter(f[3], 0.4), r"IMG-0004\.dcm: (cannot be read|without)"),
     "cut in the pixels": (lambda f: shorter(f[3], 0.97), r"IMG-0004\.dcm: cannot be read"),
     "no pixels": (without("PixelData"), r"IMG-0004\.dcm: cannot be read"),
@@ -322,6 +324,14 @@ MALFORMED = {
         r"at the same position as \S+\.dcm.* So it is with 6 of 12 slices: .*several volumes .times, echoes, phases",
     ),
     "micrometres": (in_micrometres, r"IMG-0001\.dcm: its voxels are 0\.00075 x 0\.0005 x 0\.002 mm.*another unit"),
+    "micrometres in the plane alone": (
+        lambda f: [edit(path, PixelSpacing=[500, 750]) for path in f],
+        r"IMG-0001\.dcm: its voxels are 750 x 500 x 2 mm.*another unit",
+    ),
+    "one place for all slices": (
+        lambda f: [edit(path, ImagePositionPatient=[0, 0, 0]) for path in f],
+        r"at the same position as \S+\.dcm, 0\.00 mm.* So it is with 5 of 6 slices",
+    ),
     "a position of two numbers": (
         lambda f: edit(f[3], ImagePositionPatient=[1, 2]), r"0004\.dcm: ImagePositionPatient is \(1.0, 2.0\); .*3 num"
     ),

@@ -13,6 +13,7 @@ import SimpleITK as sitk
 
 from nnunet_uda.errors import UDAError
 from nnunet_uda.images import nifti
+from nnunet_uda.images.geometry import Grid
 from nnunet_uda.images.nifti import nifti_geometry
 from nnunet_uda.images.reading import check_whole, read_image
 
@@ -127,6 +128,13 @@ def test_a_chosen_geometry_is_the_one_that_is_read(tmp_path, case, choice):
         np.testing.assert_allclose(image.TransformIndexToPhysicalPoint(corner), (lps @ [*corner, 1])[:3], atol=1e-4)
     with pytest.raises(UDAError, match="two geometries"):
         read_image(path)  # the choice has ended
+
+
+@pytest.mark.parametrize(("shear", "fits"), [(0.03, False), (5e-4, True)])
+def test_right_angles_are_right_to_a_thousandth(shear, fits):
+    affine = AFFINE.copy()
+    affine[0, 1] += 2 * shear
+    assert Grid(SHAPE, affine).is_orthogonal == fits
 
 
 @pytest.mark.parametrize(("code", "factor"), [(1, 1e-3), (2, 1.0), (3, 1e3)])

@@ -272,10 +272,11 @@ def order_series(source: Path | Sequence[Path]) -> Series:
     down /= np.linalg.norm(down)
     normal = np.cross(right, down)
     slices.sort(key=lambda s: float(normal @ s.position))
+    widest = float(np.diff([normal @ slice_.position for slice_ in slices]).max())
+    check_possible(slices[0].path, (*first.size, len(slices)), (*first.spacing, widest or 1.0))  # 0: said below
     step = _check_positions(slices, normal, min(first.spacing))
     x, y, z = map(float, slices[0].position)
     size, spacing = (*first.size, len(slices)), (*first.spacing, step)
-    check_possible(slices[0].path, size, spacing)
     return Series(
         tuple(slices),
         size,

@@ -234,7 +234,10 @@ def _read_by_slabs(reader: sitk.ImageFileReader, nifti: Nifti) -> sitk.Image:
 
 def _unreadable(path: Path, error: Exception, expected: str) -> UDAError:
     reason = " ".join(line.strip() for line in str(error).strip().splitlines()[-2:]).split("sitk::ERROR: ")[-1]
-    reason = re.sub(r"\(0x[0-9a-f]+\)|( for reading)?\.? Reason: (No such file or directory|Success)", "", reason)
+    advice = r" Use force=True to force reading\."  # pydicom's, for who writes programs
+    reason = re.sub(
+        rf"\(0x[0-9a-f]+\)|( for reading)?\.? Reason: (No such file or directory|Success)|{advice}", "", reason
+    )
     hint = "The file is corrupt, truncated or of another kind: get it again."
     if "orthonormal" in str(error):
         hint = "Repair the header so that the axes are at right angles, or resample the image."
