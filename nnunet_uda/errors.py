@@ -165,7 +165,7 @@ def _reader_is_gone() -> bool:
 
 @contextmanager
 def worker_ends_by_message() -> Iterator[None]:
-    """In a worker process of a program that is not ours a ``UDAError`` inside ends it by one message, not a traceback.
+    """End a worker process of a program that is not ours by one message, not a traceback, if a ``UDAError`` is raised.
 
     Its starter finds it dead. In the starter itself, which has an ``excepthook``, the error goes on.
     """

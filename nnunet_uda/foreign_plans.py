@@ -71,7 +71,7 @@ def read_plans(folder: Path, name: str) -> dict[str, Any]:
 
 
 def check_plans(plans: Any, where: Path | str) -> dict[str, Any]:
-    """``plans``, once everything that they name is what it should be. Nothing is called.
+    """Check everything that ``plans`` name, without calling any of it, and return ``plans``.
 
     Raises:
         UDAError: for the first name that does not exist, or names something else than nnU-Net writes there.
@@ -90,7 +90,7 @@ def check_plans(plans: Any, where: Path | str) -> dict[str, Any]:
 
 
 def check_before_building(plans: dict[str, Any]) -> None:
-    """What every ``build_network_architecture`` asks first: ``nnUNetv2_predict`` starts no trainer before.
+    """Check plans before a network is built from them: ``nnUNetv2_predict`` starts no trainer that would.
 
     Raises:
         UDAError: as ``check_plans``; printed without a traceback, whatever program this is.

@@ -1,4 +1,4 @@
-"""Whether everything is there that training and prediction need."""
+"""Check that everything is there that training and prediction need."""
 
 from __future__ import annotations
 

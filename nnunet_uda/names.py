@@ -42,7 +42,7 @@ def is_plain_name(name: Any) -> bool:
 
 
 def check_name(name: Any, where: str, file: bool = False) -> str:
-    """``name``, once it is one.
+    """Check a name and return it.
 
     Args:
         where: the option or file and what is named there, for the message.

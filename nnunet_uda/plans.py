@@ -358,6 +358,6 @@ def replan_plane(dataset: str, plans: dict[str, Any], plane: str, name: str) -> 
 
 @contextmanager
 def planning() -> Iterator[None]:
-    """nnU-Net's planner takes ``nnUNet_n_proc_DA`` for its number of threads, and 0 (load in this process) for none."""
+    """Let nnU-Net's planner work where ``nnUNet_n_proc_DA`` is 0: it takes that for its number of threads."""
     with environment("nnUNet_n_proc_DA", str(max(1, get_allowed_n_proc_DA()))):
         yield

@@ -1,4 +1,4 @@
-"""Processes that neither outlive the process they work for nor die unnoticed."""
+"""Worker processes that end with the process they work for, and do not die unnoticed."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def check_numbers() -> None:
 
 @contextmanager
 def environment(variable: str, value: str) -> Iterator[None]:
-    """The environment variable has this value inside."""
+    """Set an environment variable to this value inside."""
     before = os.environ.get(variable)
     os.environ[variable] = value
     try:

@@ -75,7 +75,7 @@ def require_checkpoint(model: TrainedModel) -> None:
 
 
 def open_model(model: TrainedModel, device: torch.device) -> tuple[nnUNetPredictor, dict[str, Any]]:
-    """A predictor without test-time mirroring, as the criteria are measured in training too, and the checkpoint.
+    """A predictor without test-time mirroring (training measures the criteria without it, too), and the checkpoint.
 
     Raises:
         UDAError: no or no whole checkpoint, a trainer that is not to be found, region-based labels.
