@@ -108,6 +108,17 @@ def test_reads_every_format_and_refuses_a_truncated_one(tmp_path, ending):
         read_image(path)
 
 
+@pytest.mark.parametrize("ending", ["gipl", "gipl.gz", "nii", "hdr"])
+def test_the_last_bytes_are_missed_too(tmp_path, ending):
+    """ITK puts zeros in their place."""
+    path = save(image_of(scan(0)), tmp_path / f"a.{ending}")
+    data = tmp_path / "a.img" if ending == "hdr" else path
+    data.write_bytes(gzip.compress(gzip.decompress(data.read_bytes())[:-2]) if ending.endswith("gz") else
+                     data.read_bytes()[:-2])  # fmt: skip
+    with pytest.raises(UDAError, match=rf"a\.{ending}: the file is truncated"):
+        read_image(path)
+
+
 def test_refuses_damaged_nifti(tmp_path):
     path = save(image_of(scan(0)), tmp_path / "a.nii.gz")
     whole = path.read_bytes()
@@ -231,11 +242,11 @@ def test_label_map_against_a_dictionary(dtype):
 
 
 def test_label_map_refuses_or_ignores_other_values():
-    array = np.array([[[0, 5, 6, 40000, 3]]])
-    with pytest.raises(UDAError, match=r"l\.nii: the label holds the values 3, 6, 40000.*0, 5 \(liver\)"):
+    array = np.array([[[0, 5, 6, 40000, 3, -1]]])  # -1: the last of a list
+    with pytest.raises(UDAError, match=r"l\.nii: the label holds the values -1, 3, 6, 40000.*0, 5 \(liver\)"):
         LabelMap({5: 1}, names={5: "liver"}).apply(sitk.GetImageFromArray(array), Path("l.nii"))
     ignored = LabelMap({5: 1}, ignore_other=True).apply(sitk.GetImageFromArray(array), Path("l.nii"))
-    assert ignored.tolist() == [[[0, 1, 0, 0, 0]]]
+    assert ignored.tolist() == [[[0, 1, 0, 0, 0, 0]]]
     negative = LabelMap({-1: 1}).apply(sitk.GetImageFromArray(np.array([[[0, -1]]])), Path("l.nii"))
     assert negative.tolist() == [[[0, 1]]]
 
@@ -510,6 +521,18 @@ def test_every_bad_file_is_listed_and_nothing_remains(forked, raw, groups):
         with pytest.raises(UDAError, match=r"(?s)2 cases cannot be converted.*s0\.nii\.gz.*t1\.nii\.gz"):
             write(groups, processes=processes)
         assert list(raw.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("what", "options"),
+    [("origin", {"origin": (4.0, -4.0, 5.0)}), ("size", {"array": np.zeros((6, 8, 11), np.uint8)}),
+     ("direction", {"direction": (-1.0, 0, 0, 0, 1, 0, 0, 0, 1)})],
+)  # fmt: skip
+def test_a_label_on_another_grid_than_its_image_is_refused(raw, groups, what, options):
+    save(image_of(**({"array": label()} | options)), groups[0].cases[0].label)
+    with pytest.raises(UDAError, match=rf"s0_l\.nii\.gz: its geometry differs from that of .*s0\.nii\.gz: .*{what} \("):
+        write(groups)
+    assert list(raw.iterdir()) == []
 
 
 def test_structure_that_never_occurs_is_refused(raw, groups):
