@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import locale
 import os
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -111,6 +112,7 @@ def test_the_locale_stays_as_it_was(tmp_path):
         (("Offset = 0 0 0", "Offset = nan 0 0"), "offset in its header is 'nan 0 0'; expected 3 finite numbers"),
         (("Offset = 0 0 0", "Offset = 1e30 0 0"), "its first voxel lies at 1e.30 x 0 x 0 mm; expected a place within"),
         (("ElementSpacing = 1 1 3", "ElementSpacing = -1 1 3"), "elementspacing in .*; expected 3 positive numbers"),
+        (("ElementSpacing = 1 1 3", "ElementSpacing = 0 1 3"), "elementspacing in .*; expected 3 positive numbers"),
         (("ElementSpacing = 1 1 3", "ElementSpacing = 1 3"), "elementspacing in .* is '1 3'; expected 3"),
         (("TransformMatrix = 1 0", "TransformMatrix = x 0"), "transformmatrix in its header is .*; expected 9"),
     ],
@@ -141,7 +143,10 @@ def test_damaged_compressed_voxels_are_refused(tmp_path, ending):
     whole = data.read_bytes()
     flipped = bytearray(whole)
     flipped[-100] ^= 255
-    for damaged in (bytes(flipped), whole[:-2], whole[:-200]):
+    head = whole[: -len(zlib.compress(VOXELS.tobytes()))] if ending == ".mha" else b""
+    longer = head + zlib.compress(VOXELS.tobytes() + bytes(10))  # of another image than the header's
+    assert ending == ".mhd" or head.endswith(b"LOCAL\n")
+    for damaged in (bytes(flipped), whole[:-2], whole[:-200], longer):
         data.write_bytes(damaged)
         for read in (read_image, check_whole):
             with pytest.raises(UDAError, match=rf"a\{ending}: its compressed voxels are .*It is corrupt: get it again"):
