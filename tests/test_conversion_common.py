@@ -462,6 +462,14 @@ def test_no_orientation_is_warned_of(raw, tmp_path, groups, capsys):
     assert "WARNING: none: none.nii.gz: its qform_code and sform_code are both 0" in capsys.readouterr().out
 
 
+def test_channels_on_other_grids_are_refused(raw, tmp_path, groups):
+    first, second = (save(image_of(scan(i), origin=(i, 0, 0)), tmp_path / "in" / f"c{i}.nii.gz") for i in (1, 3))
+    source = Group("MR", [Case("s", (first, second), groups[0].cases[0].label, MAP)], "imagesTr", "labelsTr")
+    target = Group("CT", [Case("t", (groups[1].cases[0].images[0], groups[1].cases[1].images[0]))], "imagesTu")
+    with pytest.raises(UDAError, match=r"c3\.nii\.gz: its geometry differs from that of .*c1\.nii\.gz: origin"):
+        write_dataset(7, "Tiny", [source, target], ["organ"], ["a", "b"], processes=1)
+
+
 def test_channels_within_the_tolerance_share_one_geometry(raw, tmp_path, groups):
     first = save(image_of(scan(1)), tmp_path / "in" / "c0.nii.gz")
     second = save(image_of(scan(2), origin=(3.05, -4.0, 5.0)), tmp_path / "in" / "c1.nii.gz")
@@ -545,6 +553,8 @@ def test_requests_that_are_refused(raw, groups):
     source, target = groups
     twice = Group("CT", [*target.cases, Case("T0", target.cases[1].images)], "imagesTu")
     same_file = Group("CT", [Case("x", source.cases[0].images)], "imagesTs", "labelsTs")
+    (link := source.cases[0].images[0].with_name("link.nii.gz")).symlink_to(source.cases[0].images[0])
+    linked = Group("CT", [Case("y", (link,))], "imagesTs", "labelsTs")
     two_channels = Group("CT", [Case("t", (target.cases[0].images[0], target.cases[1].images[0]))], "imagesTu")
     unlabelled = Group("MR", [Case("s", source.cases[0].images)], "imagesTr", "labelsTr")
     for bad, message in (
@@ -553,6 +563,7 @@ def test_requests_that_are_refused(raw, groups):
         ([target], "no labelled case"),
         ([source, twice], "case id T0 is already that of"),
         ([source, target, same_file], "the same file is used for s0 and for x"),
+        ([source, target, linked], "the same file is used for s0 and for y"),
         ([source, two_channels], r"t0\.nii\.gz: .* has 2 channel\(s\), the dataset has 1"),
         ([unlabelled, target], r"s0\.nii\.gz: there is no label"),
     ):
