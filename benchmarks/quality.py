@@ -47,23 +47,33 @@ from nnunet_uda.files import write_json
 from nnunet_uda.methods import trainers_folder
 from nnunet_uda.quality.asked import Asked, as_label
 from nnunet_uda.quality.calibration import KINDS, Calibration, Pair, calibrate, fit_weights
-from nnunet_uda.quality.cases import calibration_pairs, quality_of_volume, structure_names
+from nnunet_uda.quality.cases import FILE, calibration_pairs, quality_of_volume, read_calibration, structure_names
 
 BASELINES = ("agreement", "entropy", "volume")
 FAILED, GOOD = 0.5, 0.7
 
 
-def measure(folder: Path, fold: str, checkpoint: str, device: torch.device, options: dict[str, int]) -> dict[str, Any]:
-    """Calibration pairs, and estimates and Dice of every structure of the labelled target scans, of one checkpoint."""
+def measure(
+    folder: Path, fold: str, checkpoint: str, device: torch.device, options: dict[str, int] | None
+) -> dict[str, Any]:
+    """Calibration pairs, and estimates and Dice of every structure of the labelled target scans, of one checkpoint.
+
+    Args:
+        options: of ``calibration_pairs``; None takes the calibration that lies beside the checkpoint.
+    """
     begin = time.monotonic()
     asked = open_asked(folder, [fold], checkpoint, device)
     predictor = asked.predictor
     names = structure_names(predictor.dataset_json)
-    labelled, held_out, targets, words = preprocessed_source(
-        predictor.plans_manager, predictor.configuration_manager, fold
-    )
-    shapes, scans, pairs, about = calibration_pairs(asked, len(names), labelled, [held_out], targets, **options)
-    made = calibrate(names, shapes, scans, pairs, {**about, "calibrated_on": words})
+    pairs: list[Pair] = []
+    if options is None:
+        made = read_calibration(folder / f"fold_{fold}" / FILE, names)
+    else:
+        labelled, held_out, targets, words = preprocessed_source(
+            predictor.plans_manager, predictor.configuration_manager, fold
+        )
+        shapes, scans, pairs, about = calibration_pairs(asked, len(names), labelled, [held_out], targets, **options)
+        made = calibrate(names, shapes, scans, pairs, {**about, "calibrated_on": words})
     rows = []
     for case, files, label in labelled_targets(folder, predictor.dataset_json):
         rows += estimate_rows(asked, made, case, files, label)
@@ -226,6 +236,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("-volumes", type=int, default=4)
     parser.add_argument("-styles", type=int, default=6)
     parser.add_argument("-device", default="cpu")
+    parser.add_argument("-beside", action="store_true", help="take quality.json beside the checkpoints, make none")
     parser.add_argument("-prior", action="store_true", help="print the weights that fit all models' pairs together")
     arguments = parser.parse_args(argv)
     os.environ.setdefault("nnUNet_extTrainer", str(trainers_folder()))
@@ -238,7 +249,7 @@ def main(argv: list[str] | None = None) -> None:
             kept = arguments.o / f"{folder.parent.name}.{folder.name}.{fold}.{path.stem}.json"
             if not kept.exists():
                 dataset_of(TrainedModel(folder, fold, path.name))
-                options = {"volumes": arguments.volumes, "styles": arguments.styles}
+                options = None if arguments.beside else {"volumes": arguments.volumes, "styles": arguments.styles}
                 record = measure(folder, fold, path.name, torch.device(arguments.device), options)
                 write_json(jsonable(record), kept)
                 print(f"{kept.name}: {record['seconds']:.0f} s", flush=True)
