@@ -505,11 +505,29 @@ def test_pretrained_weights_are_read_on_any_device(tmp_path):
     network = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
     wanted = {key: torch.full_like(value, 3.0) for key, value in network.state_dict().items()}
     torch.save({"network_weights": wanted}, tmp_path / "c.pth")
-    fold.load_pretrained(network, tmp_path / "c.pth")
+    fold.load_pretrained(network, tmp_path / "c.pth", {})
     assert all((value == 3).all() for value in network.state_dict().values())
     torch.save({"network_weights": wanted | {"0.weight": torch.zeros(3, 2)}}, tmp_path / "c.pth")
     with pytest.raises(UDAError, match=r"0.weight is of shape \(3, 2\), this network's has shape \(2, 2\)"):
-        fold.load_pretrained(network, tmp_path / "c.pth")
+        fold.load_pretrained(network, tmp_path / "c.pth", {})
+
+
+def test_pretrained_segmentation_layers_are_taken_for_the_same_structures_alone(tmp_path, capsys):
+    class Network(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.decoder = nn.ModuleDict({"stages": nn.Linear(2, 2), "seg_layers": nn.ModuleList([nn.Linear(2, 3)])})
+
+    labels = {"background": 0, "a": 1, "b": 2}
+    wanted = {key: torch.full_like(value, 3.0) for key, value in Network().state_dict().items()}
+    for theirs, taken in ((labels, True), ({"background": 0, "b": 1, "a": 2}, False), (None, False)):
+        init_args = {} if theirs is None else {"dataset_json": {"labels": theirs}}
+        torch.save({"network_weights": wanted, "init_args": init_args}, tmp_path / "c.pth")
+        network = Network()
+        fold.load_pretrained(network, tmp_path / "c.pth", labels)
+        assert (network.decoder["stages"].weight == 3).all()
+        assert bool((network.decoder["seg_layers"][0].weight == 3).all()) == taken
+        assert ("all of them" if taken else "all but the segmentation layers") in capsys.readouterr().out
 
 
 def test_memory_is_the_most_of_all_starts_and_time_their_sum(tmp_path):

@@ -141,6 +141,37 @@ def test_a_source_only_network_starts_cisfa(planned):
 
 
 @pytest.mark.slow
+def test_cast_starts_from_a_general_models_predictions(planned, tmp_path):
+    """As docs/howto/evaluate.md has it, from files as TotalSegmentator writes them."""
+    for path in sorted((planned.raw / "Dataset501_Blobs" / "imagesTu").iterdir()):
+        case = tmp_path / "general" / path.name.removesuffix("_0000.nii.gz")
+        case.mkdir(parents=True)
+        image = sitk.ReadImage(str(path))
+        for name, low, high in (("organ_left", 220, 400), ("organ_right", 90, 180), ("liver", 400, 500)):
+            mask = sitk.BinaryThreshold(sitk.DiscreteGaussian(image, 3.0), low, high)  # its borders are not right
+            sitk.WriteImage(mask, str(case / f"{name}.nii.gz"))
+    said = planned.run(
+        "nnUNetUDA_pseudo_labels", "-d", "501", "-pred", str(tmp_path / "general"), "-o", "Dataset601_General",
+        "-labels", "left=organ_left", "right=organ_right",
+    ).stdout  # fmt: skip
+    assert "5 source case(s) and 4 of 4 target case(s)" in said
+    planned.run("nnUNetv2_extract_fingerprint", "-d", "601", "-np", "1")
+    planned.run("nnUNetv2_plan_experiment", "-d", "601")
+    planned.run("nnUNetv2_move_plans_between_datasets", "-s", "501", "-t", "601", "-sp", "tiny", "-tp", "tiny")
+    planned.run("nnUNetv2_preprocess", "-d", "601", "-plans_name", "tiny", "-c", "2d", "-np", "1")
+    common = ("-device", "cpu")
+    planned.run("nnUNetUDA_train", "601", "2d", "0", "-tr", "SupervisedTrainer", "-p", "tiny", *common)
+    start = planned.results / "Dataset601_General" / "SupervisedTrainer__tiny__2d" / "fold_0" / "checkpoint_final.pth"
+    planned.configure("from_general", "cast.start_share=0", "segmenter_learning_rate=5e-4")
+    words = ("nnUNetUDA_train", "501", "2d", "0", "-tr", "CASTTrainer", "-p", "from_general")
+    assert "Pretrained weights, all of them" in planned.run(*words, "-pretrained_weights", str(start), *common).stdout
+    first, last = (torch.load(path, weights_only=False)["network_weights"]
+                   for path in (start, planned.fold_folder("CASTTrainer", "from_general") / start.name))  # fmt: skip
+    layer = "decoder.seg_layers.0.weight"
+    assert torch.allclose(first[layer], last[layer], atol=0.1 * float(first[layer].std()))
+
+
+@pytest.mark.slow
 def test_the_stock_trainer_runs_on_the_same_dataset(planned):
     log = planned.train("nnUNetTrainer_1epoch", "tiny").stdout
     assert "Mean Validation Dice" in log

@@ -43,7 +43,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("fold", help="fold's number, or 'all'")
     parser.add_argument("-tr", required=True, help="trainer")
     parser.add_argument("-p", default="nnUNetPlans", help="plans [nnUNetPlans]")
-    parser.add_argument("-pretrained_weights", type=Path, help="checkpoint whose network's weights to start from")
+    parser.add_argument("-pretrained_weights", type=Path, help="checkpoint whose network's weights to start from; the "
+                        "segmentation layers', too, where it was trained for the same structures")  # fmt: skip
     parser.add_argument("-device", choices=["cpu", "cuda", "mps"], help="[cuda where there is one, else cpu]")
     parser.add_argument("-num_processes", type=int, default=1, help="processes to start here; with cuda one for each "
                         "visible device at most [1]")  # fmt: skip

@@ -6,6 +6,7 @@ import resource
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -70,7 +71,7 @@ def train(
     trainer.disable_checkpointing = not write_checkpoints
     if pretrained_weights is not None:
         trainer.initialize()
-        load_pretrained(trainer.network, pretrained_weights)
+        load_pretrained(trainer.network, pretrained_weights, trainer.dataset_json["labels"])
     else:
         maybe_load_checkpoint(trainer, go_on, only_validate)
     if device.type == "cuda":
@@ -85,16 +86,23 @@ def train(
     return Path(trainer.output_folder)
 
 
-def load_pretrained(network: torch.nn.Module, path: Path) -> None:
-    """All weights but the segmentation layers' from a checkpoint, by nnU-Net's rule, on whatever device.
+def load_pretrained(network: torch.nn.Module, path: Path, labels: dict[str, Any]) -> None:
+    """All weights from a checkpoint, on whatever device; the segmentation layers' where it knows the same structures.
+
+    nnU-Net never takes these. But self-training from the first step needs them: a teacher whose last layers are random
+    labels nothing.
+
+    Args:
+        labels: of the ``dataset.json`` that is trained on.
 
     Raises:
         UDAError: no readable checkpoint, or a weight that is missing there or has another shape.
     """
     module = getattr(network, "_orig_mod", network)
-    weights = read_checkpoint(path)["network_weights"]
-    own = module.state_dict()
-    for key in (key for key in own if ".seg_layers." not in key):
+    checkpoint = read_checkpoint(path)
+    weights, own = checkpoint["network_weights"], module.state_dict()
+    same = _labels_of(checkpoint) == labels
+    for key in (key for key in own if same or ".seg_layers." not in key):
         found = tuple(weights[key].shape) if key in weights else None
         if found != tuple(own[key].shape):
             raise UDAError(
@@ -104,7 +112,15 @@ def load_pretrained(network: torch.nn.Module, path: Path) -> None:
         own[key] = weights[key]
     module.load_state_dict(own)
     if rank() == 0:
-        print(f"Pretrained weights, all but the segmentation layers, from {path}")
+        which = "all of them" if same else "all but the segmentation layers, for it was trained for other structures,"
+        print(f"Pretrained weights, {which} from {path}")
+
+
+def _labels_of(checkpoint: dict[str, Any]) -> Any:
+    """The labels that a checkpoint's network was trained for; None where it does not say."""
+    arguments = checkpoint.get("init_args")
+    dataset_json = arguments.get("dataset_json") if isinstance(arguments, dict) else None
+    return dataset_json.get("labels") if isinstance(dataset_json, dict) else None
 
 
 def write_cost(path: Path, device: torch.device) -> None:
