@@ -25,12 +25,13 @@ from conftest import sampled, two_geometries
 from support.folders import use_folders
 
 from nnunet_uda.commands import convert
-from nnunet_uda.dataset_conversion.case import Case, Group
+from nnunet_uda.dataset_conversion.case import Case, Clipping, Group, convert_case
 from nnunet_uda.dataset_conversion.dataset import skip_or_refuse, write_dataset
 from nnunet_uda.dataset_conversion.splits import folds_of, source_folds
 from nnunet_uda.dataset_conversion.windows import IntensityRequest
 from nnunet_uda.errors import UDAError
 from nnunet_uda.images.geometry import Grid, check_against_source, check_possible
+from nnunet_uda.images.intensities import Intensities
 from nnunet_uda.images.reading import (
     LabelMap,
     check_image,
@@ -460,6 +461,19 @@ def test_no_orientation_is_warned_of(raw, tmp_path, groups, capsys):
     nibabel.save(image, path)
     write([groups[0], Group("CT", [Case("none", (path,))], "imagesTu")])
     assert "WARNING: none: none.nii.gz: its qform_code and sform_code are both 0" in capsys.readouterr().out
+
+
+def test_a_default_window_that_shows_nothing_is_refused_and_percentiles_that_do_are_left_out(tmp_path):
+    """A window around bone, on a scan that has none: the network would see one value."""
+    flat = np.zeros((6, 8, 10), np.int16)
+    flat[0, 0, :3] = 7, 7, 9
+    case = Case("t", (save(image_of(flat), tmp_path / "t.nii.gz"),))
+    window = Intensities(window=(300, 1300), origin="found around the structures labelled in CT")
+    with pytest.raises(UDAError, match=r"t\.nii\.gz: its values are 0 to 9, all outside of the window 300 to 1300 HU"):
+        convert_case(case, tmp_path, None, 1, Clipping(window, given=False))
+    report = convert_case(case, tmp_path, None, 1, Clipping(Intensities((0.5, 50), origin="default"), given=False))
+    assert "left as it is" in report.notes[0]
+    assert (sitk.GetArrayFromImage(read_image(tmp_path / "t_0000.nii.gz")) == flat).all()
 
 
 def test_channels_on_other_grids_are_refused(raw, tmp_path, groups):

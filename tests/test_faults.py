@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import multiprocessing
 import os
@@ -21,6 +22,7 @@ from support.kills import kill_at, killed
 from support.tiny import PROTOTYPES, write_plans
 
 from nnunet_uda import files, workers
+from nnunet_uda.adaptation import model as adapted_model
 from nnunet_uda.commands import configure, convert, fold_images, intensities, preprocess
 from nnunet_uda.data.damage import refuse_damaged
 from nnunet_uda.data.target import MANIFEST, TargetDataset
@@ -118,6 +120,17 @@ class Evil:
 
     def __reduce__(self):
         return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EIO])
+def test_a_checkpoint_that_the_system_does_not_let_be_read_is_not_called_damaged(tmp_path, monkeypatch, number):
+    def refuse(path, **_):
+        raise OSError(number, os.strerror(number), str(path))
+
+    monkeypatch.setattr(torch, "load", refuse)
+    for read in (checkpoint.read_checkpoint, lambda path: adapted_model._read(path, trusted=False)):
+        with pytest.raises(UDAError, match=rf"x\.pth cannot be read \({os.strerror(number)}: '.*x\.pth'\. \w"):
+            read(tmp_path / "x.pth")
 
 
 def test_reading_a_checkpoint_runs_nothing(tmp_path):

@@ -283,6 +283,8 @@ def open_model(
 def _read(path: Path, trusted: bool) -> dict[str, Any]:
     try:
         content = load(path, trusted)
+    except UDAError:
+        raise
     except Exception as error:  # a cut or foreign pickle raises whatever its bytes make of it
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UDAError(

@@ -85,11 +85,14 @@ def read_checkpoint(path: Path | str) -> dict[str, Any]:
     """A checkpoint's content, on the CPU. Nothing in the file is run: it may hold tensors, numbers and text only.
 
     Raises:
-        UDAError: for a file that is no whole checkpoint; it names one beside it that is, and how to go on from that.
+        UDAError: as ``load``; for a file that is no whole checkpoint, naming one beside it that is, and how to go on
+            from that.
     """
     path = Path(path)
     try:
         return load(path)
+    except UDAError:
+        raise
     except Exception as error:  # a cut pickle raises whatever its last byte makes of it
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UDAError(f"{path} cannot be read as a checkpoint (cut short?): {reason}. {_way_out(path)}") from error
@@ -156,9 +159,18 @@ def configuration_of(content: dict[str, Any], path: Path | str, plans: dict[str,
 
 
 def load(path: Path, trusted: bool = False) -> dict[str, Any]:
-    """A checkpoint's content, on the CPU, with torch's own errors; code pickled in it is run only if ``trusted``."""
-    with _numpy_allowed():
-        checkpoint = torch.load(path, map_location="cpu", weights_only=not trusted)
+    """A checkpoint's content, on the CPU, with torch's own errors; code pickled in it is run only if ``trusted``.
+
+    Raises:
+        UDAError: for a file that is there and that the system does not let be read.
+    """
+    try:
+        with _numpy_allowed():
+            checkpoint = torch.load(path, map_location="cpu", weights_only=not trusted)
+    except OSError as error:
+        if isinstance(error, FileNotFoundError) or (fault := system_fault(error)) is None:
+            raise
+        raise UDAError(f"{path} cannot be read ({fault})") from error
     if not isinstance(checkpoint, dict):
         raise ValueError(f"it holds a {type(checkpoint).__name__}")
     return checkpoint
