@@ -80,16 +80,20 @@ def test_the_gradient_is_that_of_both_terms(in_workspace, monkeypatch):
 def test_the_teacher_sees_target_images_plain_and_restyled_and_the_student_its_own_view(in_workspace, monkeypatch):
     trainer = started(**TEACHING)
     source, label, target = batch(trainer)
-    assert source.shape[:2] == (2, 1) and target.shape[:2] == (1, 5)  # plain, the student's, three for the teacher
+    assert source.shape[:2] == (2, 1) and target.shape[:2] == (1, 4)  # plain, the student's, two for the teacher
     plain, styled, *views = target.split(1, dim=1)
     for one, other in itertools.combinations((plain, styled, *views), 2):
-        assert not torch.allclose(one, other, atol=0.05)
+        assert not torch.equal(one, other)
+    contrasts = trainer.networks["contrasts"]
+    assert contrasts.searched
+    contrasts.number.fill_(1)  # one contrast was found: one random style remains
+    (found,) = contrasts(plain)
     asked, studied = [], []
     predict, study = trainer._predict, trainer.study
     monkeypatch.setattr(trainer, "_predict", lambda images: asked.append(images) or predict(images))
     monkeypatch.setattr(trainer, "study", lambda images: studied.append(images) or study(images))
     trainer.train_on(source, label, target)
-    assert len(asked) == 4 and all(map(torch.equal, asked, (plain, *views)))
+    assert len(asked) == 3 and all(map(torch.equal, asked, (plain, found, views[1])))
     assert len(studied) == 2 and torch.equal(studied[0], source[1:]) and torch.equal(studied[1], styled)
 
 
@@ -105,6 +109,36 @@ def test_the_teachers_opinion_is_the_mean_over_its_views(in_workspace, monkeypat
     views = [torch.full((1, 1, 4, 4), value) for value in logits]
     expected = torch.stack([torch.tensor(each).softmax(0) for each in logits.values()]).mean(0)
     torch.testing.assert_close(trainer.opinion(*views), expected.view(1, 3, 1, 1).expand(1, 3, 4, 4))
+
+
+def test_contrasts_are_searched_when_self_training_begins_and_let_go_later(in_workspace, monkeypatch):
+    trainer = made(num_epochs=10, cast__start_share=0.5)
+    trainer.on_train_start()
+    contrasts, found = trainer.networks["contrasts"], []
+    for trainer.current_epoch in range(4, 8):
+        trainer.on_train_epoch_start()
+        found.append(int(contrasts.number))
+        if trainer.current_epoch == 6:  # from here on the teacher is as sure of any image
+            monkeypatch.setattr(trainer, "teachers_classes", lambda images: torch.full((1, 3, 2, 2), 1 / 3))
+    assert found[0] == -1 and found[1] >= found[2] > 0 and found[3] == 0
+
+
+def test_an_epoch_that_goes_on_after_a_stop_chooses_no_contrasts_again(in_workspace, monkeypatch):
+    """What a stop interrupts goes on as if it had not been stopped."""
+    trainer = started(**TEACHING)
+    monkeypatch.setattr(trainer, "choose_contrasts", lambda: pytest.fail("chosen again"))
+    trainer.train_step(next(trainer.dataloader_train))
+    trainer.on_train_epoch_start()
+
+
+@pytest.mark.parametrize("name, options", [
+    ("CASTTrainer", {"cast__teacher_views": 0} | TEACHING), ("CASTNoSelfTrainingTrainer", {}),
+])  # fmt: skip
+def test_without_views_no_contrast_is_searched(in_workspace, name, options):
+    trainer = started(name, **options)
+    trainer.train_step(next(trainer.dataloader_train))
+    contrasts = trainer.networks["contrasts"]
+    assert not contrasts.searched and contrasts(torch.ones(1, 1, 8, 8)) == []
 
 
 def test_a_step_takes_half_a_batch_of_each_domain_its_last_patch_included(in_workspace):
@@ -172,7 +206,7 @@ def test_outside_of_the_mask_both_views_are_zero(in_workspace):
 
 
 def test_pseudo_labels_carry_no_gradient_and_come_from_the_teacher(in_workspace, monkeypatch):
-    trainer = started(**TEACHING)
+    trainer = started(cast__teacher_views=0, **TEACHING)
     target = batch(trainer)[2][:, :1]
     labels = trainer.pseudo_label(target)
     assert not labels.requires_grad and labels.shape == (1, 32, 32)
@@ -279,7 +313,7 @@ def test_styles_are_those_of_the_settings(in_workspace):
         "cluster_contrast", "random_convolution", "global_location_scale")}  # fmt: skip
     trainer = started(augmentation="none", **off, **TEACHING)
     plain, *others = batch(trainer)[2].split(1, dim=1)
-    assert len(others) == 4 and all(torch.equal(plain, other) for other in others)
+    assert len(others) == 3 and all(torch.equal(plain, other) for other in others)
 
 
 @pytest.mark.draws

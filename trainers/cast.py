@@ -2,10 +2,11 @@
 
 The student learns labelled source images in random contrasts and styles (``RandomStyleTrainer``'s). The teacher is the
 student's exponential average (Tarvainen and Valpola 2017) and what predicts: ``network``. From a part of the schedule
-on it labels unlabelled target images, seen as they are and in some random styles, and corrected by the intensities that
-the classes have in the domain and the image (``IntensityPosterior``). The student learns these labels, where they are
-sure, on the same images, some of them restyled. A step then takes half a batch of each domain, so that it costs little
-more than before. No generator, no discriminator: on real scans translation did not earn its time (docs/results.md).
+on it labels unlabelled target images, seen as they are and in other contrasts, which are searched for
+(``ContrastSearch``), and corrected by the intensities that the classes have in the domain and the image
+(``IntensityPosterior``). The student learns these labels, where they are sure, on the same images, some restyled. A
+step then takes half a batch of each domain, so that it costs little more than before. No generator, no discriminator:
+on real scans translation did not earn its time (docs/results.md).
 """
 
 from __future__ import annotations
@@ -29,9 +30,11 @@ from nnunet_uda.data.random_style import (
 )
 from nnunet_uda.losses.pseudo_label import pseudo_label_loss
 from nnunet_uda.settings import require
+from nnunet_uda.training.contrast_search import PATCHES, ContrastSearch, number_of_evaluations
 from nnunet_uda.training.intensity_posterior import IntensityPosterior
 from nnunet_uda.training.preview import middle_slice, whole_patch, write_trainers_panels
 from nnunet_uda.training.self_training import Average, SelfTraining, teachers_opinion, trusted_labels
+from nnunet_uda.training.streams import next_target
 from nnunet_uda.training.uda_trainer import UDATrainer
 
 RANGE_OF = 16
@@ -46,7 +49,9 @@ class CASTSettings(StyleAugmentationSettings):
 
     Self-training begins after ``start_share`` of the epochs: late, because a teacher that has not learned enough
     teaches its errors. Its loss has the weight ``self_training_weight``. The teacher's opinion of an image is the mean
-    over the image as it is and ``teacher_views`` restyled ones: a structure found in one contrast alone is not sure.
+    over the image as it is and ``teacher_views`` others: in the contrasts of which it is surer than of the images as
+    they are (``ContrastSearch``, once, at the start); in random styles where there are fewer of these, and later, when
+    it has become surer of the images as they are.
     With ``intensity_labels`` it is then corrected by the image's intensities. A pixel is learned where the confidence
     is over ``confidence`` times how sure it is of that class, relative to the surest class
     (``losses.pseudo_label.class_thresholds``). ``target_style_probability`` is the share of target images that the
@@ -57,12 +62,12 @@ class CASTSettings(StyleAugmentationSettings):
 
     self_training: bool = True
     """false: random styles alone."""
-    start_share: float = 0.7
+    start_share: float = 0.5
     """0 to 1: share of the schedule before self-training. 0 from pretrained weights."""
     self_training_weight: float = 1.0
     """At least 0. Less where structures vanish on the target once self-training has begun."""
-    teacher_views: int = 3
-    """At least 0: restyled views that the teacher sees beside the image as it is. Each is a pass more."""
+    teacher_views: int = 2
+    """At least 0: views in other contrasts that the teacher sees beside the image as it is. Each is a pass more."""
     intensity_labels: bool = True
     """Correct the teacher by the target's intensities. false where structures share an intensity."""
     confidence: float = 0.9
@@ -112,6 +117,7 @@ class CASTTrainer(UDATrainer[CASTSettings]):
             "student": self.student,
             "average": Average(1 - 1 / max(2.0, settings.teacher_horizon * steps)),
             "self_training": SelfTraining(num_classes, settings.confidence),
+            "contrasts": ContrastSearch(settings.teacher_views, self.configuration_manager.use_mask_for_norm),
             "intensities": IntensityPosterior(num_classes, self.num_input_channels),
         }
 
@@ -160,6 +166,26 @@ class CASTTrainer(UDATrainer[CASTSettings]):
     def on_train_epoch_start(self) -> None:
         super().on_train_epoch_start()
         self.network.eval()  # the teacher is never trained
+        if self.self_training_weight > 0 and self.own_settings.teacher_views > 0 and not self.record.steps:
+            self.choose_contrasts()
+
+    def choose_contrasts(self) -> None:
+        """Find contrasts for the teacher when self-training begins; later let go of those that it needs no more."""
+        contrasts, patches = self.networks["contrasts"], []
+        if contrasts.searched and not contrasts.number:
+            return
+        while sum(map(len, patches)) < PATCHES:
+            patches.append(next_target(self)[:, : self.num_input_channels])
+        batches = torch.cat(patches).split(self.batch_size)
+        if contrasts.searched:
+            contrasts.review(self.teachers_classes, batches)
+            return
+        number = number_of_evaluations(self.num_epochs * self.num_iterations_per_epoch)
+        own, *better = contrasts.search(self.teachers_classes, batches, number)
+        self.print_to_log_file(
+            f"The teacher expects a Dice of {own:.3f} of target images as they are; {len(better)} other contrasts of "
+            f"{number} are kept" + (f", the best with {better[0]:.3f}" if better else "")
+        )
 
     @property
     def self_training_weight(self) -> float:
@@ -208,14 +234,19 @@ class CASTTrainer(UDATrainer[CASTSettings]):
 
         Args:
             target: ``(B, C, *patch)`` as they are.
-            views: the same in other styles.
+            views: the same in random styles, for what the search for contrasts did not find.
         """
-        return teachers_opinion(self._predict, target, views, self._intensities)
+        found = self.networks["contrasts"](target)
+        return teachers_opinion(self._predict, target, [*found, *views[len(found) :]], self._intensities)
 
     @property
     def _intensities(self) -> IntensityPosterior | None:
         """What corrects the teacher, if anything does."""
         return self.networks["intensities"] if self.corrects else None
+
+    def teachers_classes(self, images: Tensor) -> Tensor:
+        """The teacher's class probabilities of ``images`` as they are, ``(B, K, *patch)``."""
+        return self._predict(images).float().softmax(1)
 
     # -- pictures ------------------------------------------------------------------------------------------------
 

@@ -53,12 +53,10 @@ def cluster_contrast(image: Tensor, clusters: tuple[int, int] = (3, 6), *, gener
     result = image.float().clone()
     for channel in result:
         deviation = channel.std(correction=0)
-        background = channel <= channel.min() + BACKGROUND_WIDTH * deviation
-        if background.float().mean() < BACKGROUND_SHARE:
-            background = torch.zeros_like(background)
-        inside = ~background
-        if not inside.any() or deviation == 0:
+        if deviation == 0:
             continue
+        background = lowest_positions(channel)
+        inside = ~background
         number = int(torch.randint(clusters[0], clusters[1] + 1, (1,), generator=generator))
         smooth = gaussian_blur(channel[None], uniform(*BLUR_BEFORE).item())[0]
         centres = cluster_centres(smooth[inside], number, generator)
@@ -71,6 +69,14 @@ def cluster_contrast(image: Tensor, clusters: tuple[int, int] = (3, 6), *, gener
         lowest = blended[inside].min() - uniform(0, 0.3) * deviation
         channel.copy_(torch.where(background, lowest, blended))
     return result.to(image.dtype)
+
+
+def lowest_positions(channel: Tensor) -> Tensor:
+    """Where an image has its lowest value, if that is at least a twentieth of it and not all: air, the outside of a
+    skull that was stripped. [*S] to [*S] bool.
+    """
+    lowest = channel <= channel.min() + BACKGROUND_WIDTH * channel.std(correction=0)
+    return lowest & (BACKGROUND_SHARE <= lowest.float().mean()) & ~lowest.all()
 
 
 def cluster_centres(values: Tensor, number: int, generator: torch.Generator) -> Tensor:
