@@ -297,6 +297,9 @@ def test_models_that_do_not_fit_are_refused_by_name(in_workspace, model, tmp_pat
     expect(r"is no checkpoint of an nnU-Net v2 training: it lacks network_weights")
     with pytest.raises(UDAError, match=r"nowhere does not exist"):
         open_model(tmp_path / "nowhere", None, "checkpoint_final.pth", CPU)
+    for near in (model.parent, model / "fold_0"):
+        with pytest.raises(UDAError, match=rf"holds no plans.json; expected .* Give {re.escape(str(model))}$"):
+            open_model(near, None, "checkpoint_final.pth", CPU)
 
 
 def test_a_trainer_that_is_not_here_falls_back_to_the_plain_network(in_workspace, tmp_path, capsys):

@@ -266,6 +266,13 @@ def test_a_damaged_calibration_and_one_of_other_structures_are_refused_by_name(t
         read_calibration(path, ["ball"])
 
 
+def test_a_calibration_that_is_cut_short_is_to_be_removed(tmp_path):
+    path = tmp_path / "quality.json"
+    path.write_text('{"version": 1, "struc')
+    with pytest.raises(UDAError, match=r"quality.json is not valid JSON.*Remove it"):
+        read_calibration(path, ["ball"])
+
+
 def test_verdicts_are_good_only_where_the_range_holds_no_failure():
     assert verdict_of(0.9, 0.6) == "good" and verdict_of(0.9, 0.4) == "look at it"
     assert verdict_of(0.6, 0.55) == "look at it" and verdict_of(0.3, 0.1) == "failed"

@@ -22,7 +22,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import Tensor, nn
 
 from nnunet_uda.data.case import preprocess_case
-from nnunet_uda.data.convention import check_dataset_json, read_json
+from nnunet_uda.data.convention import check_dataset_json, check_results_folder, read_json
 from nnunet_uda.data.new_scans import treat_new_scans
 from nnunet_uda.errors import UDAError
 from nnunet_uda.files import write_json
@@ -234,8 +234,7 @@ def open_model(
         UDAError: no such folder, fold or checkpoint, plans or dataset.json that are none, a cascade, regions, a
             checkpoint that is no data, or one whose network is another than that of the plans.
     """
-    if not folder.is_dir():
-        raise UDAError(f"{folder} does not exist; expected a trained model's folder, TRAINER__PLANS__CONFIGURATION")
+    check_results_folder(folder)
     plans = check_plans(read_json(folder / "plans.json"), folder / "plans.json")
     dataset_json = read_json(folder / "dataset.json")
     check_dataset_json(dataset_json, folder / "dataset.json")

@@ -97,6 +97,25 @@ def results_folder(dataset: str, trainer: str, plans: str, configuration: str) -
     return environment_folder("nnUNet_results") / dataset_name(dataset) / f"{trainer}__{plans}__{configuration}"
 
 
+def check_results_folder(folder: Path) -> None:
+    """Raise ``UDAError`` where ``folder`` is no ``TRAINER__PLANS__CONFIGURATION``; the message names those nearby."""
+    if not folder.is_dir():
+        what = "is no folder" if folder.exists() else "does not exist: no such model has been trained"
+        raise UDAError(f"{folder} {what} (see -m, or -d, -tr, -p and -c); expected TRAINER__PLANS__CONFIGURATION")
+    missing = _missing_in_results(folder)
+    if missing:
+        near = [other for other in (folder.parent, *sorted(folder.iterdir())) if not _missing_in_results(other)]
+        raise UDAError(
+            f"{folder} holds no {missing[0]}; expected a trained model's folder, TRAINER__PLANS__CONFIGURATION, in "
+            "which nnU-Net leaves plans.json and dataset.json beside fold_0, fold_1, ..."
+            + (f". Give {', or '.join(map(str, near[:3]))}" if near else "")
+        )
+
+
+def _missing_in_results(folder: Path) -> list[str]:
+    return [name for name in ("plans.json", "dataset.json") if not (folder / name).is_file()]
+
+
 def mend_results(folder: Path, plans: dict[str, Any], dataset_json: dict[str, Any]) -> list[Path]:
     """Write ``plans.json`` and ``dataset.json`` of a results folder again if a kill or a full disk cut them short.
 

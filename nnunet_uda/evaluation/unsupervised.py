@@ -18,7 +18,7 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from tqdm import tqdm
 
 from nnunet_uda.data.case import preprocess_case
-from nnunet_uda.data.convention import check_dataset_json, image_cases, read_json
+from nnunet_uda.data.convention import check_dataset_json, check_results_folder, image_cases, read_json
 from nnunet_uda.errors import UDAError
 from nnunet_uda.evaluation.report import markdown_table
 from nnunet_uda.foreign_plans import check_plans
@@ -70,7 +70,9 @@ def require_checkpoint(model: TrainedModel) -> None:
     """Raise ``UDAError`` where the file does not exist; the message lists those that do."""
     if not model.path.is_file():
         beside = sorted(path.name for path in model.path.parent.glob("*.pth"))
+        folds = sorted(path.parent.name for path in model.folder.glob(f"fold_*/{model.checkpoint}"))
         there = f"There are {', '.join(beside)}" if beside else "There is no checkpoint in that folder"
+        there += f", but in {', '.join(folds)}: choose with -f" if folds else ""
         raise UDAError(f"{model.path} does not exist. {there}")
 
 
@@ -142,8 +144,7 @@ def dataset_of(model: TrainedModel) -> dict[str, Any]:
     Raises:
         UDAError: if there is no such model, or the file is none.
     """
-    if not model.folder.is_dir():
-        raise UDAError(f"{model.folder} does not exist: no such model has been trained (see -d, -tr, -p and -c)")
+    check_results_folder(model.folder)
     return check_dataset_json(read_json(model.folder / "dataset.json"), model.folder / "dataset.json")
 
 

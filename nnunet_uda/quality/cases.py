@@ -203,10 +203,12 @@ def read_calibration(path: Path, structures: Sequence[str]) -> Calibration:
     Raises:
         UDAError: for a file that is no calibration, a damaged one, or one of other structures.
     """
-    found, remedy = (
-        Calibration.from_json(read_json(path), str(path)),
-        "Remove it: it is made again where that is possible",
-    )
+    remedy = "Remove it: it is made again where that is possible"
+    try:
+        content = read_json(path)
+    except UDAError as error:
+        raise UDAError(f"{error}. {remedy}") from error
+    found = Calibration.from_json(content, str(path))
     if found.structures != list(structures):
         raise UDAError(
             f"{path} is of the structures {shown(found.structures)}, the model's are {', '.join(structures)}. {remedy}"
