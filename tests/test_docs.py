@@ -67,7 +67,7 @@ def test_generated_pages_name_every_command_setting_and_function():
     settings = made["settings_page"]()
     assert (
         "| `num_epochs` | `200` | an integer | At least 1. Fewer where" in settings
-        and "| `cast.start_share` | `0.5` |" in settings
+        and "| `cast.start_share` | `0.7` |" in settings
     )
     assert "## train" in made["python_page"]() and "trainer: 'str' = 'CASTTrainer'" in made["python_page"]()
 

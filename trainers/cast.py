@@ -62,7 +62,7 @@ class CASTSettings(StyleAugmentationSettings):
 
     self_training: bool = True
     """false: random styles alone."""
-    start_share: float = 0.5
+    start_share: float = 0.7
     """0 to 1: share of the schedule before self-training. 0 from pretrained weights."""
     self_training_weight: float = 1.0
     """At least 0. Less where structures vanish on the target once self-training has begun."""
