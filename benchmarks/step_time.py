@@ -44,6 +44,7 @@ def make_trainer(
     os.environ.setdefault("nnUNet_extTrainer", str(trainers_folder()))
     dataset_json = read_json(environment_folder("nnUNet_preprocessed") / dataset / "dataset.json")
     trainer_class = nnUNetTrainer if name == "nnUNetTrainer" else recursive_find_trainer_class_by_name(name)
+    fold = fold if fold == "all" else int(fold)
     trainer = trainer_class(plans | {"continue_training": False}, configuration, fold, dataset_json, device)
     trainer.on_train_start()
     if last_epoch:
