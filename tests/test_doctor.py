@@ -105,7 +105,7 @@ def test_our_trainers_are_found_beside_the_users(monkeypatch):
 def test_training_takes_the_device_that_there_is_and_says_so(monkeypatch, capsys, cuda, device):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     taken = []
-    monkeypatch.setattr(train, "train", lambda arguments, device: taken.append(device.type))
+    monkeypatch.setattr(train, "train", lambda *words, **_: taken.append(words[5].type))
     monkeypatch.setattr(train, "set_threads", lambda device: None)
     train.main(["501", "2d", "0", "-tr", "CASTTrainer"])
     assert taken == [device]
