@@ -171,7 +171,8 @@ class CASTTrainer(UDATrainer[CASTSettings]):
 
     def choose_contrasts(self) -> None:
         """Find contrasts for the teacher when self-training begins; later let go of those that it needs no more."""
-        contrasts, patches = self.networks["contrasts"], []
+        contrasts = self.networks["contrasts"]
+        patches: list[Tensor] = []
         if contrasts.searched and not contrasts.number:
             return
         while sum(map(len, patches)) < PATCHES:
