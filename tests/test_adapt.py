@@ -16,8 +16,16 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
+from nnunet_uda.adaptation import folder as folder_mode
 from nnunet_uda.adaptation import views
-from nnunet_uda.adaptation.folder import FolderSettings, distrusted, known_volumes, knows_styles, moving_transforms
+from nnunet_uda.adaptation.folder import (
+    FolderSettings,
+    adapt_to_folder,
+    distrusted,
+    known_volumes,
+    knows_styles,
+    moving_transforms,
+)
 from nnunet_uda.adaptation.model import Model, open_model
 from nnunet_uda.adaptation.patches import Patches
 from nnunet_uda.adaptation.scan import learning
@@ -26,6 +34,7 @@ from nnunet_uda.errors import UDAError
 from nnunet_uda.evaluation.unsupervised import TrainedModel
 from nnunet_uda.evaluation.unsupervised import open_model as open_for_criteria
 from nnunet_uda.losses.consistency import consistency_loss
+from nnunet_uda.training.contrast_search import SHARES, ContrastSearch
 
 CPU = torch.device("cpu")
 CASES = ["ct_Tu00", "ct_Tu01"]
@@ -203,6 +212,47 @@ def test_a_network_knows_styles_where_it_labels_restyled_patches_as_the_plain_on
     assert "a Dice of 1.00: the teacher sees both" in capsys.readouterr().out
 
 
+def test_a_folders_teacher_sees_the_contrasts_that_the_network_is_surer_of_until_it_needs_them_no_more(
+    model, monkeypatch, capsys
+):
+    opened = open_model(model, None, "checkpoint_final.pth", CPU)
+    volume = np.random.default_rng(0).normal(size=(1, 4, 40, 40)).astype(np.float32)
+    seen, ask = [], folder_mode.teachers_opinion
+    monkeypatch.setattr(
+        folder_mode,
+        "teachers_opinion",
+        lambda teacher, images, views, intensities: (
+            seen.append((images, list(views))), ask(teacher, images, views, intensities)
+        )[1],
+    )  # fmt: skip
+    curve = torch.rand(1, len(SHARES), generator=torch.Generator().manual_seed(0))
+
+    def found(contrasts, network, patches):
+        contrasts.places.copy_(torch.linspace(-2, 2, len(SHARES)))
+        contrasts.curves[0], contrasts.number = curve, torch.tensor(1)
+
+    reviewed = []
+    monkeypatch.setattr(folder_mode, "search_contrasts", found)
+    monkeypatch.setattr(folder_mode, "knows_styles", lambda network, batches: True)
+    monkeypatch.setattr(
+        ContrastSearch,
+        "review",
+        lambda contrasts, network, patches: (
+            reviewed.append(network(patches[0])), contrasts.number.fill_(int(len(reviewed) < 3))
+        ),
+    )  # fmt: skip
+    nothing = np.zeros(volume.shape[1:], np.int16)
+    adapt_to_folder(
+        opened, opened.weights[0], [volume], [nothing], [nothing], [[]], FolderSettings(steps=20, teacher_views=2)
+    )  # fmt: skip
+    expected = ContrastSearch(2, [False])
+    found(expected, None, None)
+    assert len(seen) == 20 and all(len(views) == 2 for _, views in seen)
+    along = [torch.equal(views[0], expected(images)[0]) for images, views in seen]
+    assert along == [step < 4 for step in range(20)]  # reviewed at 0, 2 and 4 of 20 steps, then let go
+    assert len(reviewed) == 3 and torch.allclose(reviewed[0].sum(1), torch.ones(()))
+
+
 def test_norms_alone_learn_where_that_is_asked(model):
     network = open_model(model, None, "checkpoint_final.pth", CPU).network
     norms = {name for name, parameter in network.named_parameters() if ".norm." in name}
@@ -341,7 +391,8 @@ def test_one_model_for_a_folder_that_nnunet_predicts_with(model, scans, tmp_path
     state = run(model, scans, out)
     assert {scan["kept"] for scan in state["scans"].values()} == {"adapted"}
     written = out / "Dataset501_Blobs" / "nnUNetTrainer__tiny__2d"
-    assert str(out.resolve()) in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert str(out.resolve()) in said and "The network expects a Dice of" in said
     predictor = nnUNetPredictor(device=CPU, allow_tqdm=False)
     predictor.initialize_from_trained_model_folder(str(written), ("0",), "checkpoint_final.pth")
     before = open_model(model, None, "checkpoint_final.pth", CPU).weights[0]

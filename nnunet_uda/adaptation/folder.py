@@ -31,6 +31,7 @@ from nnunet_uda.losses.prototypes import IGNORED
 from nnunet_uda.losses.pseudo_label import pseudo_label_loss
 from nnunet_uda.settings import require
 from nnunet_uda.training.checkpoint import seed_everything
+from nnunet_uda.training.contrast_search import EVALUATIONS, PATCHES, ContrastSearch
 from nnunet_uda.training.intensity_posterior import IntensityPosterior
 from nnunet_uda.training.self_training import Average, SelfTraining, teachers_opinion, trusted_labels
 from nnunet_uda.training.streams import without_stopwatch
@@ -39,6 +40,8 @@ KNOWS_STYLES = 0.65
 """Least Dice of a network's labels of patches and of the same in random styles, for these to be asked."""
 ASKED = 16
 """Patches that say so."""
+REVIEWS = 10
+"""Times that contrasts are asked whether they are still needed."""
 MOMENTUM, WEIGHT_DECAY = 0.99, 3e-5
 """nnU-Net's."""
 SIZE_FACTOR = 2.0
@@ -48,11 +51,12 @@ SIZE_FACTOR = 2.0
 @dataclass(frozen=True)
 class FolderSettings:
     """``steps`` of the student on ``patches`` patches, with nnU-Net's optimiser, whose rate falls from
-    ``learning_rate`` to 0. The teacher's opinion is the mean over the patch as it is and, where the network knows
-    styles at all (``knows_styles``), ``teacher_views`` restyled ones; with ``intensity_labels`` it is corrected by the
-    intensities of the folder and of the patch (``IntensityPosterior``). A pixel is learned where its confidence is over
-    ``confidence`` times that of the class (``SelfTraining``). The student sees a share ``style_probability`` of its
-    patches in a random style."""
+    ``learning_rate`` to 0. The teacher's opinion is the mean over the patch as it is and ``teacher_views`` others: in
+    contrasts of which the network is surer than of the patches as they are (``ContrastSearch``), and, where there are
+    fewer and the network knows styles at all (``knows_styles``), in random styles. With ``intensity_labels`` it is
+    corrected by the intensities of the folder and of the patch (``IntensityPosterior``). A pixel is learned where its
+    confidence is over ``confidence`` times that of the class (``SelfTraining``). The student sees a share
+    ``style_probability`` of its patches in a random style."""
 
     steps: int = 240
     learning_rate: float = 1e-3
@@ -164,6 +168,10 @@ def adapt_to_folder(
 
     if settings.teacher_views and not knows_styles(teacher, [views(1)[0] for _ in range(ASKED)]):
         transforms, _ = moving_transforms(model, replace(settings, teacher_views=0))
+    contrasts = ContrastSearch(max(1, settings.teacher_views), model.masked).to(device)
+    asked = [views(1)[0][0] for _ in range(PATCHES)] if settings.teacher_views else []
+    if asked:
+        search_contrasts(contrasts, teacher, asked)
     average = Average(max(0.9, 1 - 10 / settings.steps)).to(device)
     average.steps += 10_000  # the teacher begins as the model, not as noise: its start is not to be forgotten
     trust = SelfTraining(model.num_classes, settings.confidence).to(device)
@@ -177,9 +185,12 @@ def adapt_to_folder(
     for step in range(settings.steps):
         for group in optimizer.param_groups:
             group["lr"] = settings.learning_rate * (1 - step / settings.steps) ** 0.9
+        if contrasts.number > 0 and step % max(1, settings.steps // REVIEWS) == 0:
+            contrasts.review(lambda images: teacher(images).float().softmax(1), asked)
         (plain, seen, *restyled), scans = views(min(settings.patches, model.batch_size))
         with autocast(device):
-            opinion = teachers_opinion(teacher, plain, restyled, intensities)
+            found = contrasts(plain)
+            opinion = teachers_opinion(teacher, plain, [*found, *restyled[len(found) :]], intensities)
         labels = trusted_labels(opinion, plain, trust, intensities)
         for index, scan in enumerate(scans):
             for value in left_out[scan]:
@@ -194,6 +205,13 @@ def adapt_to_folder(
         average.update(teacher, student)
         said(step, loss.item())
     return {name: value.detach().cpu().clone() for name, value in teacher.state_dict().items()}
+
+
+def search_contrasts(contrasts: ContrastSearch, network: nn.Module, patches: Sequence[Tensor]) -> None:
+    """Find and tell the contrasts in which the network is surer of ``patches``, ``(1, C, *patch)`` each."""
+    own, *better = contrasts.search(lambda images: network(images).float().softmax(1), patches, EVALUATIONS[1])
+    print(f"The network expects a Dice of {own:.3f} of the scans as they are; other contrasts that it is surer of: "
+          f"{len(better)}" + (f", the best with {better[0]:.3f}" if better else ""))  # fmt: skip
 
 
 @torch.no_grad()
