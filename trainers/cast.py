@@ -172,12 +172,11 @@ class CASTTrainer(UDATrainer[CASTSettings]):
     def choose_contrasts(self) -> None:
         """Find contrasts for the teacher when self-training begins; later let go of those that it needs no more."""
         contrasts = self.networks["contrasts"]
-        patches: list[Tensor] = []
+        batches: list[Tensor] = []
         if contrasts.searched and not contrasts.number:
             return
-        while sum(map(len, patches)) < PATCHES:
-            patches.append(next_target(self)[:, : self.num_input_channels])
-        batches = torch.cat(patches).split(self.batch_size)
+        while sum(map(len, batches)) < PATCHES:
+            batches.append(next_target(self)[:, : self.num_input_channels])
         if contrasts.searched:
             contrasts.review(self.teachers_classes, batches)
             return

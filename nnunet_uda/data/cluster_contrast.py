@@ -73,7 +73,7 @@ def cluster_contrast(image: Tensor, clusters: tuple[int, int] = (3, 6), *, gener
 
 def lowest_positions(channel: Tensor) -> Tensor:
     """Where an image has its lowest value, if that is at least a twentieth of it and not all: air, the outside of a
-    skull that was stripped. [*S] to [*S] bool.
+    skull that was stripped. ``(*S)`` to bool of the same shape.
     """
     lowest = channel <= channel.min() + BACKGROUND_WIDTH * channel.std(correction=0)
     return lowest & (BACKGROUND_SHARE <= lowest.float().mean()) & ~lowest.all()

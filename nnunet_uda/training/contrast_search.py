@@ -51,7 +51,7 @@ class ContrastSearch(nn.Module):
     network's certainty has many maxima over curves.
 
     Args:
-        kept: curves to keep, at most, at least 1.
+        kept: curves to keep, at most; where it is 0 there is nothing to search.
         masked: for each of the C channels whether it is 0 outside of nnU-Net's mask, ``use_mask_for_norm`` in the
             plans: that stays 0.
     """
@@ -82,8 +82,8 @@ class ContrastSearch(nn.Module):
         """Find curves for the domain that ``batches`` come from.
 
         Args:
-            predict: images [B, C, *S] to class probabilities [B, K, *S] that sum to 1.
-            batches: of images [B, C, *S].
+            predict: images ``(B, C, *S)`` to class probabilities ``(B, K, *S)`` that sum to 1.
+            batches: of images ``(B, C, *S)``.
             evaluations: curves to try, those without a change included, at least 2.
 
         Returns:
@@ -121,8 +121,9 @@ class ContrastSearch(nn.Module):
         self.curves[: len(better)] = better
         self.number.fill_(len(better))
 
+    @torch.compiler.disable  # loops over patches of small tensors
     def forward(self, images: Tensor) -> list[Tensor]:
-        """``images`` [B, C, *S] along each of the curves that were kept."""
+        """``images`` ``(B, C, *S)`` along each of the curves that were kept."""
         return [self._along(curve, images) for curve in self.curves[: max(0, int(self.number))]]
 
     def _set_places(self, batches: Sequence[Tensor]) -> None:
@@ -133,7 +134,7 @@ class ContrastSearch(nn.Module):
             places.copy_(global_mean(found, torch.ones_like(found)))
 
     def _along(self, curve: Tensor, images: Tensor) -> Tensor:
-        """``images`` [B, C, *S] along ``curve`` [C, NODES]."""
+        """``images`` ``(B, C, *S)`` along ``curve`` ``(C, NODES)``."""
         results = []
         for image in images.float():
             channels = []
@@ -171,7 +172,7 @@ def expected_dice(predict: Callable[[Tensor], Tensor], batches: Sequence[Tensor]
 
 
 def look_up_between(nodes: Tensor, places: Tensor, values: Tensor) -> Tensor:
-    """Linear interpolation of ``nodes`` [N], given at rising ``places`` [N], at ``values`` of any shape."""
+    """Linear interpolation of ``nodes`` ``(N,)``, given at rising ``places`` ``(N,)``, at ``values`` of any shape."""
     values = values.clamp(places[0], places[-1]).contiguous()
     right = torch.searchsorted(places.contiguous(), values).clamp(1, len(places) - 1)
     left = right - 1
@@ -180,14 +181,14 @@ def look_up_between(nodes: Tensor, places: Tensor, values: Tensor) -> Tensor:
 
 
 def random_curves(channels: int, generator: torch.Generator) -> Tensor:
-    """[C, NODES] in [0, 1]: for each channel some uniform values at even nodes, linear between them."""
+    """``(C, NODES)`` in [0, 1]: for each channel some uniform values at even nodes, linear between them."""
     least, most = KNOTS_OF_FIRST
     knots = int(torch.randint(least, most + 1, (1,), generator=generator))
     return stretched(torch.rand(channels, knots, generator=generator))
 
 
 def bred(parents: Sequence[Tensor], generator: torch.Generator) -> Tensor:
-    """A curve [C, NODES] of those of ``parents``, changed, each channel from 0 to 1."""
+    """A curve ``(C, NODES)`` of those of ``parents``, changed, each channel from 0 to 1."""
     one, other = torch.randint(len(parents), (2,), generator=generator).tolist()
     curve = parents[one].cpu()
     if torch.rand(1, generator=generator) < CROSSED:
@@ -199,5 +200,5 @@ def bred(parents: Sequence[Tensor], generator: torch.Generator) -> Tensor:
 
 
 def stretched(knots: Tensor) -> Tensor:
-    """[C, n] values at even nodes to [C, NODES], linear between them."""
+    """``(C, n)`` values at even nodes to ``(C, NODES)``, linear between them."""
     return nn.functional.interpolate(knots[None], size=len(SHARES), mode="linear", align_corners=True)[0]
