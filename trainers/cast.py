@@ -49,9 +49,9 @@ class CASTSettings(StyleAugmentationSettings):
 
     Self-training begins after ``start_share`` of the epochs: late, because a teacher that has not learned enough
     teaches its errors. Its loss has the weight ``self_training_weight``. The teacher's opinion of an image is the mean
-    over the image as it is and ``teacher_views`` others: in the contrasts of which it is surer than of the images as
-    they are (``ContrastSearch``, once, at the start); in random styles where there are fewer of these, and later, when
-    it has become surer of the images as they are.
+    over the image as it is, ``teacher_views`` of it in random styles, and at most as many in contrasts of which it is
+    surer (``ContrastSearch``, when self-training begins) until it needs them no more: a structure that is found in one
+    contrast alone is not sure.
     With ``intensity_labels`` it is then corrected by the image's intensities. A pixel is learned where the confidence
     is over ``confidence`` times how sure it is of that class, relative to the surest class
     (``losses.pseudo_label.class_thresholds``). ``target_style_probability`` is the share of target images that the
@@ -67,7 +67,7 @@ class CASTSettings(StyleAugmentationSettings):
     self_training_weight: float = 1.0
     """At least 0. Less where structures vanish on the target once self-training has begun."""
     teacher_views: int = 2
-    """At least 0: views in other contrasts that the teacher sees beside the image as it is. Each is a pass more."""
+    """At least 0: random styles that the teacher sees, and searched contrasts at most. Each is a pass more."""
     intensity_labels: bool = True
     """Correct the teacher by the target's intensities. false where structures share an intensity."""
     confidence: float = 0.9
@@ -234,10 +234,10 @@ class CASTTrainer(UDATrainer[CASTSettings]):
 
         Args:
             target: ``(B, C, *patch)`` as they are.
-            views: the same in random styles, for what the search for contrasts did not find.
+            views: the same in random styles.
         """
         found = self.networks["contrasts"](target)
-        return teachers_opinion(self._predict, target, [*found, *views[len(found) :]], self._intensities)
+        return teachers_opinion(self._predict, target, [*found, *views], self._intensities)
 
     @property
     def _intensities(self) -> IntensityPosterior | None:
