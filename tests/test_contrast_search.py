@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from nnunet_uda.data.cluster_contrast import lowest_positions
+from nnunet_uda.training import contrast_search
 from nnunet_uda.training.contrast_search import (
     EVALUATIONS,
     SHARES,
@@ -26,11 +27,11 @@ def thirds(width: int) -> torch.Tensor:
 
 
 def knows_one_contrast(images: torch.Tensor) -> torch.Tensor:
-    """[B, C, *S] to [B, 3, *S], by intensity and, roughly, by place: sure only where the two agree."""
+    """Logits ``(B, 3, *S)`` of ``(B, C, *S)``, by intensity and, roughly, by place: sure only where the two agree."""
     intensities = KNOWN.view(1, 3, *[1] * (images.ndim - 2))
     by_intensity = -((images.mean(1, keepdim=True) - intensities) ** 2)
     place = torch.nn.functional.one_hot(thirds(images.shape[-1]), 3).T.float()
-    return (by_intensity + place.view(1, 3, *[1] * (images.ndim - 3), -1)).softmax(1)
+    return by_intensity + place.view(1, 3, *[1] * (images.ndim - 3), -1)
 
 
 def domain(order: list[float], shape: tuple[int, ...], channels: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
@@ -58,10 +59,26 @@ def test_it_finds_the_contrast_that_the_network_knows(shape, channels):
     assert expected_dice(knows_one_contrast, [views[0]]) == pytest.approx(better[0], abs=1e-5)
 
 
+def test_breeding_finds_better_curves_than_drawing_as_many(monkeypatch):
+    """On the average: one domain's best curve may be drawn by chance."""
+    domains = [domain(order, (24, 24), channels)[0] for order in ([0.3, 1.0, -1.3], [1.2, -1.2, 0.0])
+               for channels in (1, 2)]  # fmt: skip
+
+    def mean_best() -> float:
+        searches = [(ContrastSearch(1, [False] * images.shape[1]), images) for images in domains]
+        return np.mean([search.search(knows_one_contrast, [images], 60)[1] for search, images in searches])
+
+    bred_best = mean_best()
+    monkeypatch.setattr(
+        contrast_search, "bred", lambda parents, generator: random_curves(len(parents[0]), generator)
+    )  # fmt: skip
+    assert bred_best > mean_best() + 0.01
+
+
 def test_a_network_that_knows_the_domain_as_it_is_gets_no_other_contrast():
     images, labels = domain([-1.2, 0.0, 1.2], (24, 24))
     search = ContrastSearch(4, [False])
-    always = torch.nn.functional.one_hot(labels, 3).movedim(-1, 1).float()
+    always = torch.nn.functional.one_hot(labels, 3).movedim(-1, 1).float().log()
     assert search.search(lambda _: always, [images], 20) == [pytest.approx(1.0)]
     assert search.searched and search(images) == []
 
@@ -74,12 +91,15 @@ def test_curves_that_are_worth_no_more_than_the_image_are_let_go():
     search.review(knows_one_contrast, images.split(1))  # the network has not changed
     assert len(before) == 3 and all(map(torch.equal, before, search(images)))
     worth = [expected_dice(knows_one_contrast, [view]) for view in before]
-    own = torch.zeros(1, 3, 1, 2)  # of the images as they are, once the network has learned them in part
-    own[:, 1, :, 0] = own[:, 2, :, 1] = (worth[0] + worth[1]) / 2
+    between = (worth[0] + worth[1]) / 2  # of the images as they are, once the network has learned them in part
+    own = torch.zeros(1, 3, 1, 2)
+    own[:, 1, :, 0] = own[:, 2, :, 1] = between / (2 - between)
+    own[:, 0] = 1 - own.sum(1)
+    own = own.log()
     search.review(lambda batch: own if torch.equal(batch, images) else knows_one_contrast(batch), [images])
     kept = [view for view, each in zip(before, worth, strict=True) if each > expected_dice(lambda _: own, [images])]
-    assert len(kept) == len(search(images)) and all(map(torch.equal, kept, search(images)))
-    search.review(lambda batch: torch.ones(4, 3, 2, 2) / 3, [images])  # as sure of any image
+    assert len(kept) == len(search(images)) == 1 and all(map(torch.equal, kept, search(images)))
+    search.review(lambda batch: torch.zeros(4, 3, 2, 2), [images])  # as sure of any image
     assert search.searched and search(images) == []
 
 
@@ -93,11 +113,11 @@ def test_expected_dice_against_a_loop():
             if p.argmax() == k:
                 size, overlap = size + 1, overlap + p[k].item()
         dice.append(2 * overlap / (expected + size))
-    found = expected_dice(lambda images: images, probabilities.split((1, 3)))
+    found = expected_dice(torch.log, probabilities.split((1, 3)))
     assert found == pytest.approx(np.mean(dice), abs=1e-5)
     without = probabilities.clone()
     without[:, 2] = 0
-    assert expected_dice(lambda images: images, [without]) < found  # a structure found nowhere counts 0
+    assert expected_dice(torch.log, [without]) < found  # a structure found nowhere counts 0
 
 
 def test_the_same_network_and_patches_give_the_same_curves_whatever_was_drawn_before():

@@ -172,16 +172,16 @@ class CASTTrainer(UDATrainer[CASTSettings]):
     def choose_contrasts(self) -> None:
         """Find contrasts for the teacher when self-training begins; later let go of those that it needs no more."""
         contrasts = self.networks["contrasts"]
-        batches: list[Tensor] = []
         if contrasts.searched and not contrasts.number:
             return
+        batches: list[Tensor] = []
         while sum(map(len, batches)) < PATCHES:
             batches.append(next_target(self)[:, : self.num_input_channels])
         if contrasts.searched:
-            contrasts.review(self.teachers_classes, batches)
+            contrasts.review(self._predict, batches)
             return
         number = number_of_evaluations(self.num_epochs * self.num_iterations_per_epoch)
-        own, *better = contrasts.search(self.teachers_classes, batches, number)
+        own, *better = contrasts.search(self._predict, batches, number)
         self.print_to_log_file(
             f"The teacher expects a Dice of {own:.3f} of target images as they are; {len(better)} other contrasts of "
             f"{number} are kept" + (f", the best with {better[0]:.3f}" if better else "")
@@ -243,10 +243,6 @@ class CASTTrainer(UDATrainer[CASTSettings]):
     def _intensities(self) -> IntensityPosterior | None:
         """What corrects the teacher, if anything does."""
         return self.networks["intensities"] if self.corrects else None
-
-    def teachers_classes(self, images: Tensor) -> Tensor:
-        """The teacher's class probabilities of ``images`` as they are, ``(B, K, *patch)``."""
-        return self._predict(images).float().softmax(1)
 
     # -- pictures ------------------------------------------------------------------------------------------------
 

@@ -168,7 +168,7 @@ def adapt_to_folder(
 
     if settings.teacher_views and not knows_styles(teacher, [views(1)[0] for _ in range(ASKED)]):
         transforms, _ = moving_transforms(model, replace(settings, teacher_views=0))
-    contrasts = ContrastSearch(max(1, settings.teacher_views), model.masked).to(device)
+    contrasts = ContrastSearch(settings.teacher_views, model.masked).to(device)
     asked = [views(1)[0][0] for _ in range(PATCHES)] if settings.teacher_views else []
     if asked:
         search_contrasts(contrasts, teacher, asked)
@@ -186,7 +186,7 @@ def adapt_to_folder(
         for group in optimizer.param_groups:
             group["lr"] = settings.learning_rate * (1 - step / settings.steps) ** 0.9
         if contrasts.number > 0 and step % max(1, settings.steps // REVIEWS) == 0:
-            contrasts.review(lambda images: teacher(images).float().softmax(1), asked)
+            contrasts.review(teacher, asked)
         (plain, seen, *restyled), scans = views(min(settings.patches, model.batch_size))
         with autocast(device):
             found = contrasts(plain)
@@ -209,7 +209,7 @@ def adapt_to_folder(
 
 def search_contrasts(contrasts: ContrastSearch, network: nn.Module, patches: Sequence[Tensor]) -> None:
     """Find and tell the contrasts in which the network is surer of ``patches``, ``(1, C, *patch)`` each."""
-    own, *better = contrasts.search(lambda images: network(images).float().softmax(1), patches, EVALUATIONS[1])
+    own, *better = contrasts.search(network, patches, EVALUATIONS[1])
     print(f"The network expects a Dice of {own:.3f} of the scans as they are; other contrasts that it is surer of: "
           f"{len(better)}" + (f", the best with {better[0]:.3f}" if better else ""))  # fmt: skip
 
@@ -232,7 +232,7 @@ def knows_styles(network: nn.Module, batches: Sequence[Sequence[Tensor]]) -> boo
             size += int((first > 0).sum() + (second > 0).sum())
     agreement = same / max(size, 1.0)
     print(f"Labels of patches and of the same in random styles agree by a Dice of {agreement:.2f}: the teacher sees "
-          f"{'both' if agreement >= KNOWS_STYLES else 'patches as they are alone'}")  # fmt: skip
+          f"{'both' if agreement >= KNOWS_STYLES else 'no random styles'}")  # fmt: skip
     return agreement >= KNOWS_STYLES
 
 

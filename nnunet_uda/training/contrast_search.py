@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +11,7 @@ from nnunet_uda.collectives import global_mean, global_sum
 from nnunet_uda.data.cluster_contrast import lowest_positions
 from nnunet_uda.data.random_style import quantiles, with_statistics_of
 from nnunet_uda.training.background import restore_background
+from nnunet_uda.training.later_buffers import LaterBuffers
 
 SHARES = (0.005, 0.1, 0.25, 0.4, 0.55, 0.7, 0.85, 0.95, 0.995)
 """Of the intensities: where a curve's nodes lie."""
@@ -31,7 +31,7 @@ MARGIN_OF_LOWEST = 0.1
 """What stays the lowest lies so far under the rest, in units of a curve's range."""
 
 
-class ContrastSearch(nn.Module):
+class ContrastSearch(LaterBuffers):
     r"""Curves of intensity that make a domain's contrast one that a network knows, found without a label.
 
     A network that learned T1 and random contrasts knows some contrasts better than others, and says so: along a curve
@@ -67,22 +67,16 @@ class ContrastSearch(nn.Module):
         self.register_buffer("curves", torch.zeros(kept, len(masked), len(SHARES)))
         self.register_buffer("number", torch.tensor(-1))
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        """CAST's checkpoints of before hold no curves: they are searched when they are needed."""
-        for name, buffer in self.named_buffers():
-            state_dict.setdefault(prefix + name, buffer)
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-
     @property
     def searched(self) -> bool:
         return int(self.number) >= 0
 
     @torch.no_grad()
-    def search(self, predict: Callable[[Tensor], Tensor], batches: Sequence[Tensor], evaluations: int) -> list[float]:
+    def search(self, network: Callable[[Tensor], Tensor], batches: Sequence[Tensor], evaluations: int) -> list[float]:
         """Find curves for the domain that ``batches`` come from.
 
         Args:
-            predict: images ``(B, C, *S)`` to class probabilities ``(B, K, *S)`` that sum to 1.
+            network: images ``(B, C, *S)`` to logits ``(B, K, *S)``.
             batches: of images ``(B, C, *S)``.
             evaluations: curves to try, those without a change included, at least 2.
 
@@ -92,7 +86,7 @@ class ContrastSearch(nn.Module):
         self._set_places(batches)
         generator = torch.Generator().manual_seed(0)  # the same on every process
         unchanged = (self.places - self.places[:, :1]) / (self.places[:, -1:] - self.places[:, :1]).clamp(min=1e-6)
-        own = expected_dice(predict, batches)
+        own = expected_dice(network, batches)
         tried = [(own, unchanged)]
         while len(tried) < evaluations:
             tried.sort(key=lambda each: -each[0])
@@ -103,7 +97,7 @@ class ContrastSearch(nn.Module):
             else:
                 curve = bred([parent for _, parent in tried[:PARENTS]], generator)
             changed = [self._along(curve, images) for images in batches]
-            tried.append((expected_dice(predict, changed), curve.to(unchanged)))
+            tried.append((expected_dice(network, changed), curve.to(unchanged)))
         tried.sort(key=lambda each: -each[0])
         better = [each for each in tried if each[0] > own][: len(self.curves)]
         for index, (_, curve) in enumerate(better):
@@ -112,11 +106,11 @@ class ContrastSearch(nn.Module):
         return [own, *(worth for worth, _ in better)]
 
     @torch.no_grad()
-    def review(self, predict: Callable[[Tensor], Tensor], batches: Sequence[Tensor]) -> None:
+    def review(self, network: Callable[[Tensor], Tensor], batches: Sequence[Tensor]) -> None:
         """Let go of the curves that are worth no more than the images as they are, now; arguments as for ``search``."""
-        own = expected_dice(predict, batches)
+        own = expected_dice(network, batches)
         curves = self.curves[: int(self.number)].clone()
-        worth = [expected_dice(predict, [self._along(curve, images) for images in batches]) for curve in curves]
+        worth = [expected_dice(network, [self._along(curve, images) for images in batches]) for curve in curves]
         better = curves[torch.tensor(worth, device=curves.device) > own]
         self.curves[: len(better)] = better
         self.number.fill_(len(better))
@@ -152,14 +146,14 @@ def number_of_evaluations(steps: int) -> int:
     return min(most, max(least, steps // STEPS_FOR_ONE))
 
 
-def expected_dice(predict: Callable[[Tensor], Tensor], batches: Sequence[Tensor]) -> float:
+def expected_dice(network: Callable[[Tensor], Tensor], batches: Sequence[Tensor]) -> float:
     """The mean over the structures of the Dice that a network expects of its segmentation, see ``ContrastSearch``.
 
     A structure that it finds nowhere counts 0. Sums run over the batches of all processes.
     """
     sums: Tensor | None = None
     for images in batches:
-        probabilities = predict(images).float()
+        probabilities = network(images).float().softmax(1)
         num_classes = probabilities.shape[1]
         flat = probabilities.movedim(1, -1).reshape(-1, num_classes)
         sure, found = flat.max(1)

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from nnunet_uda.collectives import global_sum
 from nnunet_uda.losses.prototypes import IGNORED
+from nnunet_uda.training.later_buffers import LaterBuffers
 
 BINS = 96
 ROUNDS = 5
@@ -35,7 +35,7 @@ SMALLEST_SCALE = 1.5
 """Of Student's t, in bins."""
 
 
-class IntensityPosterior(nn.Module):
+class IntensityPosterior(LaterBuffers):
     r"""The class of each position by a network's opinion and by the intensities of the classes, in domain and image.
 
     A network that was trained on another contrast knows roughly where a structure lies and has the edges wrong. The
@@ -76,12 +76,6 @@ class IntensityPosterior(nn.Module):
         self.register_buffer("low", torch.zeros(num_channels))
         self.register_buffer("high", torch.zeros(num_channels))
         self.register_buffer("domain", torch.zeros(num_channels, num_classes, BINS))
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        """CAST's checkpoints of before hold no intensities: they begin anew."""
-        for name, buffer in self.named_buffers():
-            state_dict.setdefault(prefix + name, buffer)
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     @property
     def has_range(self) -> bool:
