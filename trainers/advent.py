@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from nnunet_uda.losses.entropy import domain_cross_entropy, weighted_self_information
 from nnunet_uda.settings import require
+from nnunet_uda.training.streams import drawn_at_random
 from nnunet_uda.training.translation import patch_discriminator
 from nnunet_uda.training.uda_trainer import UDATrainer, frozen
 
@@ -64,7 +65,7 @@ class ADVENTTrainer(UDATrainer[ADVENTSettings]):
         with self.autocast(), frozen(discriminator):
             of_source = self.segment(source)
             terms = {"segmentation": self.loss(of_source, label)}
-            source_maps = weighted_self_information(self.finest(of_source).detach())
+            source_maps = weighted_self_information(drawn_at_random(self, self.finest(of_source)).detach())
             target_maps = weighted_self_information(self.finest(self.segment(target)))
             loss = domain_cross_entropy(discriminator(target_maps), is_source=True)  # eq. 6
             terms["segmenter_adversarial"] = self.own_settings.adversarial_weight * loss

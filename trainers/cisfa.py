@@ -19,6 +19,7 @@ from nnunet_uda.losses.global_contrastive import GlobalContrastiveLoss
 from nnunet_uda.losses.patch_nce import PatchNCELoss, layers_patch_nce
 from nnunet_uda.networks.projection_head import ProjectionHead
 from nnunet_uda.settings import require
+from nnunet_uda.training.streams import drawn_at_random
 from nnunet_uda.training.translation import (
     BETA1,
     TranslationSettings,
@@ -166,6 +167,7 @@ class CISFATrainer(UDATrainer[CISFASettings]):
 
     def update_discriminators(self, translated: Tensor, target: Tensor) -> None:
         """Eqs 1 and 7, on outputs of the new weights. D_s takes segmentations of real target images for real."""
+        translated = drawn_at_random(self, translated)
         with self.autocast():
             image = self.networks["image_discriminator"]
             loss = lsgan_loss(image(target), is_real=True) + lsgan_loss(image(translated), is_real=False)

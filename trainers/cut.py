@@ -19,6 +19,7 @@ from nnunet_uda.errors import UDAError
 from nnunet_uda.losses.adversarial import lsgan_loss
 from nnunet_uda.losses.patch_nce import PatchNCELoss
 from nnunet_uda.settings import require
+from nnunet_uda.training.streams import drawn_at_random
 from nnunet_uda.training.translation import (
     BETA1,
     TranslationSettings,
@@ -137,7 +138,7 @@ class CUTTrainer(UDATrainer[CUTSettings]):
             outputs = self.restore_background(outputs, images)
             translated = outputs[:number]
             loss = lsgan_loss(discriminator(target), is_real=True)
-            loss = loss + lsgan_loss(discriminator(translated.detach()), is_real=False)
+            loss = loss + lsgan_loss(discriminator(drawn_at_random(self, translated).detach()), is_real=False)
         self.update("discriminator", {"discriminator": 0.5 * loss})  # eq. 1
         with self.autocast(), frozen(discriminator):
             loss = lsgan_loss(discriminator(translated), is_real=True)

@@ -40,6 +40,7 @@ from nnunet_uda.training.embedding_picture import (
     write_embedding_picture,
 )
 from nnunet_uda.training.preview import whole_patch
+from nnunet_uda.training.streams import drawn_at_random
 from nnunet_uda.training.translation import BETA1, patch_discriminator
 from nnunet_uda.training.uda_trainer import UDATrainer, adam, frozen
 
@@ -314,9 +315,10 @@ class SimilarityPrototypesTrainer(UDATrainer[SimilarityPrototypesSettings]):
     def update_image_discriminators(self, source: Tensor, target: Tensor, passes: Passes) -> None:
         with self.autocast():
             losses = []
-            for domain, real, fake in (("target", target, passes.source), ("source", source, passes.target)):
+            translated, source = drawn_at_random(self, passes.source.image), drawn_at_random(self, source)
+            for domain, real, fake in (("target", target, translated), ("source", source, passes.target.image)):
                 network = self.networks[f"{domain}_image_discriminator"]
-                losses += [lsgan_loss(network(real), is_real=True), lsgan_loss(network(fake.image.detach()), False)]
+                losses += [lsgan_loss(network(real), is_real=True), lsgan_loss(network(fake.detach()), False)]
         self.update("image_discriminators", {"image_discriminators": 0.5 * torch.stack(losses).sum()})
 
     def update_segmentation_discriminators(self, passes: Passes) -> None:
@@ -328,7 +330,8 @@ class SimilarityPrototypesTrainer(UDATrainer[SimilarityPrototypesSettings]):
                 ("source", passes.source, passes.target_to_source),
             ):
                 network = self.networks[f"{domain}_segmentation_discriminator"]
-                losses.append(lsgan_loss(network(self.probabilities(real).detach()), is_real=True))
+                of_real = drawn_at_random(self, self.probabilities(real).detach())
+                losses.append(lsgan_loss(network(of_real), is_real=True))
                 losses.append(lsgan_loss(network(self.probabilities(fake).detach()), is_real=False))
         self.update("segmentation_discriminators", {"segmentation_discriminators": 0.5 * torch.stack(losses).sum()})
 
