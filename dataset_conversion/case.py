@@ -17,16 +17,10 @@ import numpy as np
 import SimpleITK as sitk
 
 from nnunet_uda.data.convention import LABELS_TARGET
-from nnunet_uda.data.slices import AXES, Grid
 from nnunet_uda.errors import UDAError
 from nnunet_uda.images.dicom import series_remarks
-from nnunet_uda.images.geometry import Grid as VoxelGrid
-from nnunet_uda.images.geometry import check_same_geometry
-from nnunet_uda.images.intensities import (
-    Intensities,
-    NoContrastError,
-    not_hounsfield,
-)
+from nnunet_uda.images.geometry import Grid, check_same_geometry, place
+from nnunet_uda.images.intensities import Intensities, NoContrastError, not_hounsfield
 from nnunet_uda.images.listing import files_in
 from nnunet_uda.images.nifti import nifti_geometry
 from nnunet_uda.images.reading import LabelMap, check_image, read_image, read_label, remarks, write_image
@@ -120,23 +114,31 @@ class Clipping:
 
 @dataclass
 class CaseReport:
-    """What was seen while one case was written. Sizes and spacings (mm) in the order of ``AXES``.
+    """What was seen while one case was written.
 
-    ``outside``: of every structure's voxels the share outside of the bounds (of the channel where it is smallest), NaN
-    without such voxels; empty where nothing was clipped or labels may not be looked at.
+    ``zero_share``: of the first channel's voxels. ``outside``: of every structure's voxels the share outside of the
+    bounds (of the channel where it is smallest), NaN without such voxels; empty where nothing was clipped or labels may
+    not be looked at.
     """
 
     identifier: str
-    size: tuple[int, ...]
-    spacing: tuple[float, ...]
-    orientation: str
-    zero_share: float
     grid: Grid
+    zero_share: float
     volumes_ml: list[float] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     """Repairs."""
     warnings: list[str] = field(default_factory=list)
     outside: list[float] = field(default_factory=list)
+
+    @property
+    def size(self) -> tuple[int, ...]:
+        """In the order of ``BODY_AXES``, as ``spacing``."""
+        return tuple(self.grid.size[i] for i in np.argsort(self.grid.body))
+
+    @property
+    def spacing(self) -> tuple[float, ...]:
+        """In mm."""
+        return tuple(self.grid.spacing[i] for i in np.argsort(self.grid.body))
 
 
 def convert_case(
@@ -156,15 +158,15 @@ def convert_case(
     """
     with nifti_geometry(geometry):
         image = case.read_image(case.images[0])
-        report = _describe(case.identifier, image)
-        size, place = image.GetSize(), (image.GetSpacing(), image.GetOrigin(), image.GetDirection())
-        first = VoxelGrid.of(image)
+        zero_share = float(np.mean([np.mean(plane == 0) for plane in sitk.GetArrayViewFromImage(image)]))
+        report = CaseReport(case.identifier, Grid.of(image), zero_share)
+        size, placing = image.GetSize(), (image.GetSpacing(), image.GetOrigin(), image.GetDirection())
         beyond = []
         for channel, path in enumerate(case.images):
             image = case.read_image(path) if channel else image
             check_image(image, path)
-            check_same_geometry(first, case.images[0], image, path)
-            _put(image, place)
+            check_same_geometry(report.grid, case.images[0], image, path)
+            place(image, *placing)
             if clipping.checked and clipping.intensities is not None:
                 beyond.append(_beyond(image, clipping.intensities))
             image = _clip(image, path, clipping, report.notes)
@@ -173,7 +175,7 @@ def convert_case(
             del image
         if labels_folder is not None and case.label is not None and case.label_map is not None:
             grid = sitk.Image(size, sitk.sitkUInt8)  # of the first channel, which need not be kept for it
-            _put(grid, place)
+            place(grid, *placing)
             label, repairs = case.read_label(case.label, grid, case.images[0])
             report.notes += repairs
             _remark(report, case.label)
@@ -187,12 +189,6 @@ def convert_case(
             converted.CopyInformation(grid)
             write_image(converted, labels_folder / f"{case.identifier}{ENDING}")
     return report
-
-
-def _put(image: sitk.Image, place: tuple[Sequence[float], Sequence[float], Sequence[float]]) -> None:
-    """Give an image spacing, origin and direction."""
-    for setter, values in zip((image.SetSpacing, image.SetOrigin, image.SetDirection), place, strict=True):
-        setter(values)
 
 
 def _clip(image: sitk.Image, path: Path, clipping: Clipping, notes: list[str]) -> sitk.Image:
@@ -235,17 +231,3 @@ def _remark(report: CaseReport, path: Path) -> None:
     repairs, warnings = ([], series_remarks(path)) if path.is_dir() else remarks(path)
     report.notes += repairs
     report.warnings += warnings
-
-
-def _describe(identifier: str, image: sitk.Image) -> CaseReport:
-    code = sitk.DICOMOrientImageFilter.GetOrientationFromDirectionCosines(image.GetDirection())
-    grid = Grid.of(image)
-    order = [grid.body.index(axis) for axis in range(len(AXES))]
-    return CaseReport(
-        identifier,
-        tuple(image.GetSize()[i] for i in order),
-        tuple(image.GetSpacing()[i] for i in order),
-        code,
-        float(np.mean([np.mean(plane == 0) for plane in sitk.GetArrayViewFromImage(image)])),
-        grid,
-    )

@@ -6,7 +6,6 @@ reorienting reader, so that the network sees one orientation while predictions s
 
 from __future__ import annotations
 
-import fcntl
 import os
 import re
 from collections import Counter
@@ -34,7 +33,7 @@ from nnunet_uda.dataset_conversion.quicklook import draw_quicklook
 from nnunet_uda.dataset_conversion.summary import QUICKLOOK, intensities_in_words, summarise
 from nnunet_uda.dataset_conversion.windows import NOTHING_ASKED, IntensityRequest, check_outside, choose_intensities
 from nnunet_uda.errors import UDAError, system_fault
-from nnunet_uda.files import go_on_without_locks, put_back, whole_folder, write_json
+from nnunet_uda.files import locked, put_back, whole_folder, write_json
 from nnunet_uda.images.geometry import check_against_source
 from nnunet_uda.images.nifti import nifti_geometry
 from nnunet_uda.names import MEAN, check_name
@@ -299,30 +298,20 @@ def _prefix(dataset_id: int) -> str:
 
 
 @contextmanager
-def _locked(raw: Path, prefix: str) -> Iterator[None]:
-    with open(raw / f"{prefix}.lock", "w") as lock:
-        try:
-            with go_on_without_locks(raw):
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            raise UDAError(f"{lock.name}: another conversion to this dataset id is running. Wait for it.") from None
-        try:
-            yield
-        finally:
-            Path(lock.name).unlink(missing_ok=True)
-
-
-@contextmanager
 def _whole_folder(dataset_id: int, folder: str, overwrite: bool, warnings: list[str]) -> Iterator[tuple[Path, Path]]:
     """Yield (temporary folder, final folder); the first becomes the second when the block succeeds, else it goes."""
     raw = environment_folder("nnUNet_raw")
     final = raw / folder
     prefix = _prefix(dataset_id)
+    lock = raw / f"{prefix}.lock"
     with ExitStack() as stack:
         try:
             raw.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(_locked(raw, prefix))
+            stack.enter_context(locked(lock))
+            stack.callback(lock.unlink, missing_ok=True)
             put_back(final, prefix)
+        except BlockingIOError:
+            raise UDAError(f"{lock}: another conversion to this dataset id is running. Wait for it.") from None
         except OSError as error:
             raise UDAError(f"nnUNet_raw is {raw}, which cannot be written ({system_fault(error) or error})") from error
         _check_free(dataset_id, final, overwrite, warnings)

@@ -62,6 +62,7 @@ from nnunet_uda.images.dicom import (
     read_volume,
     series_folders,
 )
+from nnunet_uda.images.geometry import Grid
 from nnunet_uda.images.listing import contents, files_in, folders_below, folders_in, passed_over
 from nnunet_uda.images.reading import ENDINGS, LabelMap, check_same_geometry, parse_labels, read_image, read_label, stem
 from nnunet_uda.names import check_name
@@ -85,8 +86,7 @@ def read_scan_label(path: Path, image: sitk.Image, image_path: Path) -> tuple[si
     if not _is_series(path) and not _is_series(image_path):
         return read_label(path, image, image_path)
     label = read_scan(path)
-    axes = sitk.DICOMOrientImageFilter.GetOrientationFromDirectionCosines(image.GetDirection())
-    turned = sitk.DICOMOrient(label, axes)
+    turned = sitk.DICOMOrient(label, Grid.of(image).code)
     check_same_geometry(image, image_path, turned, path)
     notes = (
         [] if turned.GetDirection() == label.GetDirection() else [f"{path.name}: axes turned to those of the slices"]

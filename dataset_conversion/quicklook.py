@@ -9,6 +9,7 @@ import numpy as np
 import SimpleITK as sitk
 
 from nnunet_uda.evaluation.overlays import PLANES, draw_overlay
+from nnunet_uda.images.geometry import Grid
 from nnunet_uda.images.reading import read_image
 from nnunet_uda.palette import label_colours
 
@@ -47,7 +48,7 @@ def slices(image: sitk.Image, label: sitk.Image | None) -> dict[str, tuple[np.nd
 
 def oriented(image: sitk.Image) -> tuple[np.ndarray, tuple[float, float, float]]:
     """A view of the voxels as ``DICOMOrient`` to LPS would put them, (z, y, x), and mm an axis; nothing is copied."""
-    code = sitk.DICOMOrientImageFilter.GetOrientationFromDirectionCosines(image.GetDirection())
+    code = Grid.of(image).code
     axes = [next(i for i, letter in enumerate(code) if letter in pair) for pair in ("IS", "AP", "RL")]
     view = sitk.GetArrayViewFromImage(image).transpose([2 - axis for axis in axes])
     flipped = view[tuple(slice(None, None, -1 if code[axis] in "IAR" else 1) for axis in axes)]
@@ -75,7 +76,6 @@ def _picture(
     image = read_image(image_path)
     size = " x ".join(map(str, image.GetSize()))
     spacing = " x ".join(f"{v:.3g}" for v in image.GetSpacing())
-    code = sitk.DICOMOrientImageFilter.GetOrientationFromDirectionCosines(image.GetDirection())
     angle = obliquity(image)
     notes = f", {angle:.0f}° oblique: nearest axes named" if angle >= 1 else ""
     without = "" if label_path else ", without labels"
@@ -84,7 +84,7 @@ def _picture(
         plane: draw_overlay(cut, mask, colours, mm, shown, PANEL)
         for plane, (cut, mask, mm) in slices(image, read_image(label_path) if label_path else None).items()
     }
-    return f"{title}\n{size} voxels, {spacing} mm, {code}{notes}{without}", panels
+    return f"{title}\n{size} voxels, {spacing} mm, {Grid.of(image).code}{notes}{without}", panels
 
 
 def draw_quicklook(rows: Sequence[tuple[str, Path, Path | None]], structures: Sequence[str], path: Path) -> None:

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from nnunet_uda.data.slices import AXES, FILE, REORIENTED, SliceOrder
+from nnunet_uda.data.slices import FILE, REORIENTED, SliceOrder
 from nnunet_uda.dataset_conversion.case import CaseReport, Clipping, Group
+from nnunet_uda.images.geometry import BODY_AXES
 
 AXIS_PLANES = ("sagittal", "coronal", "axial")
 QUICKLOOK = "quicklook.png"
@@ -39,7 +40,7 @@ def summarise(
         print(f"    size (LR x PA x IS): {_ranges([r.size for r in seen], '.0f')}")
         print(f"    spacing in mm:       {_ranges([r.spacing for r in seen], '.3g')}")
         print(f"    intensities:         {intensities_in_words(clippings[group.images], origin=True)}")
-        codes = Counter(r.orientation for r in seen)
+        codes = Counter(r.grid.code for r in seen)
         print(f"    orientation:         {', '.join(f'{code} ({n})' for code, n in codes.most_common())}")
         measured = [report for report in seen if report.volumes_ml]
         for index, structure in enumerate(structures if measured else ()):
@@ -86,7 +87,7 @@ def _single_slices(group: Group, reports: Sequence[CaseReport]) -> list[str]:
         flat = [report.identifier for report in reports if report.size[axis] == 1]
         if flat:
             warnings.append(
-                f"{len(flat)} of {len(reports)} cases in {group.images} have one slice {AXES[axis]} "
+                f"{len(flat)} of {len(reports)} cases in {group.images} have one slice {BODY_AXES[axis]} "
                 f"({', '.join(flat[:5])}{' ...' if len(flat) > 5 else ''}): 3D configurations learn nothing from it, "
                 "and nnU-Net takes the axis of the largest spacing for the slices' normal, so that 2D patches may be "
                 f"rows across the image. Choose the plane: nnUNetUDA_configure -plane {plane}"
@@ -100,8 +101,8 @@ def _domain_warnings(source: Sequence[CaseReport], target: Sequence[CaseReport],
     thick = [int(np.argmax(s)) for s in spacings if np.max(s) > 1.2 * np.median(s)]
     if order.order == REORIENTED and len(set(thick)) == 2:
         warnings.append(
-            f"the thick slices lie along {AXES[thick[0]]} in the source and along {AXES[thick[1]]} in the target "
-            f"(median spacings {_short(spacings[0])} and {_short(spacings[1])} mm): a 2D network trained in the "
+            f"the thick slices lie along {BODY_AXES[thick[0]]} in the source and along {BODY_AXES[thick[1]]} in the "
+            f"target (median spacings {_short(spacings[0])} and {_short(spacings[1])} mm): a 2D network trained in the "
             "source's plane sees the target's coarse axis in plane. Consider choosing the slice plane, or 3d_fullres"
         )
     finest, reach = (

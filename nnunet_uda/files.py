@@ -209,42 +209,36 @@ def sha256(path: Path) -> str:
 
 @contextmanager
 def exclusive(folder: Path) -> Iterator[None]:
-    """Hold a lock on ``folder`` (created if absent), so that two processes do not fill it at once."""
+    """Hold a lock on ``folder`` (created if absent), so that two processes do not fill it at once; wait for it."""
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / LOCK, "w") as lock:
-        with go_on_without_locks(folder):
-            fcntl.flock(lock, fcntl.LOCK_EX)
+    with locked(folder / LOCK, wait=True):
         yield
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[Any]:
+def locked(path: Path, wait: bool = False) -> Iterator[Any]:
     """Hold the file ``path`` (created if absent), yielded open for reading and writing.
 
     The lock belongs to this process alone: forked workers do not keep it, and the kernel drops it with the process.
+    Where the file system knows no locks, as some of clusters do not, a warning is printed.
+
+    Args:
+        wait: for another process that holds it.
 
     Raises:
-        BlockingIOError: at once, where another process holds it.
+        BlockingIOError: at once, where another process holds it, unless ``wait``.
     """
     with open(path, "a+") as file:
         try:
-            with go_on_without_locks(path.parent):
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         except PermissionError as error:  # POSIX leaves systems the choice between EACCES and EAGAIN
             raise BlockingIOError(*error.args) from None
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+            print(
+                f"WARNING: the file system of {path.parent} knows no locks ({error.strerror}): see to it that no two "
+                "commands write there at once",
+                file=sys.stderr,
+            )
         yield file
-
-
-@contextmanager
-def go_on_without_locks(folder: Path) -> Iterator[None]:
-    """Go on where the file system knows no locks, as some of clusters do not, and say so."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in _NO_LOCKS:
-            raise
-        print(
-            f"WARNING: the file system of {folder} knows no locks ({error.strerror}): see to it that no two commands "
-            "write there at once",
-            file=sys.stderr,
-        )

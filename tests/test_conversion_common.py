@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import gzip
 import json
 import math
@@ -23,6 +22,7 @@ import pytest
 import SimpleITK as sitk
 from conftest import sampled, two_geometries
 from support.folders import use_folders
+from support.kills import held
 
 from nnunet_uda.commands import convert
 from nnunet_uda.dataset_conversion.case import Case, Clipping, Group, convert_case
@@ -633,11 +633,11 @@ def test_failed_overwrite_keeps_the_old_dataset(raw, groups):
 
 def test_two_conversions_at_once_are_refused(raw, groups):
     raw.mkdir()
-    with open(raw / ".converting_Dataset007.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with held(raw / ".converting_Dataset007.lock"):
         with pytest.raises(UDAError, match="another conversion to this dataset id is running"):
             write(groups)
     write(groups)
+    assert leftovers(raw) == []
 
 
 def dying_read(path: Path) -> sitk.Image:

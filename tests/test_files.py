@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from support.kills import kill_at, killed
+from support.kills import fork, held, kill_at, killed
 from tqdm import tqdm
 
 from nnunet_uda import files
@@ -169,11 +169,27 @@ def test_file_systems_without_locks_are_gone_on_with_and_said(tmp_path, monkeypa
         raise OSError(errno.ENOSYS, "Function not implemented")
 
     monkeypatch.setattr(files.fcntl, "lockf", refuse)
-    monkeypatch.setattr(files.fcntl, "flock", refuse)
     make(tmp_path / "out", "new")
     with files.exclusive(tmp_path / "out"):
         assert text_of(tmp_path / "out") == {"new"}
     assert "knows no locks (Function not implemented)" in capsys.readouterr().err
+
+
+def test_a_lock_of_another_process_is_refused_or_waited_for(tmp_path):
+    entered = fork.Event()
+
+    def wait() -> None:
+        with files.exclusive(tmp_path):
+            entered.set()
+
+    waiting = fork.Process(target=wait)
+    with held(tmp_path / files.LOCK):
+        with pytest.raises(BlockingIOError), files.locked(tmp_path / files.LOCK):
+            pass
+        waiting.start()
+        assert not entered.wait(0.3)
+    assert entered.wait(60)
+    waiting.join()
 
 
 # -- one message -------------------------------------------------------------------------------------------------------

@@ -13,11 +13,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import SimpleITK as sitk
 
 from nnunet_uda.errors import UDAError
+from nnunet_uda.images.geometry import Grid
 
-AXES = ("left-right", "posterior-anterior", "inferior-superior")
 REORIENTED, FILE, MIXED = "reoriented", "file", "mixed"
 SAME_PLANE = 40.0
 """Degrees that a scan's slices may be tilted from the mean of all to count as the same plane."""
@@ -25,8 +24,6 @@ REMEDY = (
     "Resample these scans to the slices of the others or leave them out, and convert again; or train 3d_fullres, "
     "which has no slices"
 )
-
-
 LEAST = 8
 """Voxels an axis, below which a slice is no picture."""
 
@@ -34,28 +31,6 @@ LEAST = 8
 def thick_axis(spacing: Sequence[float]) -> int | None:
     """The index of the spacing (mm) that is more than half larger than the middle one, or None."""
     return int(np.argmax(spacing)) if np.max(spacing) > 1.5 * np.median(spacing) else None
-
-
-@dataclass(frozen=True)
-class Grid:
-    """A scan's grid, axes in the file's order.
-
-    Args:
-        spacing: in mm.
-        directions: unit vector of each axis in the patient (left, posterior, superior).
-        body: index in ``AXES`` of each axis after reorientation.
-    """
-
-    spacing: tuple[float, ...]
-    directions: tuple[tuple[float, ...], ...]
-    body: tuple[int, ...]
-
-    @classmethod
-    def of(cls, image: sitk.Image) -> Grid:
-        code = sitk.DICOMOrientImageFilter.GetOrientationFromDirectionCosines(image.GetDirection())
-        body = tuple(next(i for i, pair in enumerate(("LR", "PA", "IS")) if letter in pair) for letter in code)
-        columns = np.array(image.GetDirection()).reshape(3, 3).T
-        return cls(tuple(image.GetSpacing()), tuple(map(tuple, columns.tolist())), body)
 
 
 @dataclass(frozen=True)
@@ -93,7 +68,7 @@ def slice_order(domains: Sequence[Mapping[str, Grid]]) -> SliceOrder:
     if len(set(body.values())) <= 1:
         return SliceOrder()
     axis = Counter(thick.values()).most_common(1)[0][0]
-    normals = {name: np.array(grid.directions[axis]) for name, grid in cases.items()}
+    normals = {name: grid.axes[:, axis] for name, grid in cases.items()}
     across = np.array([normals[name] for name in thick])
     mean = np.linalg.eigh(across.T @ across)[1][:, -1]  # of lines: a normal and its reverse are the same
     limit = np.cos(np.radians(SAME_PLANE))
@@ -108,7 +83,7 @@ def slice_order(domains: Sequence[Mapping[str, Grid]]) -> SliceOrder:
 def _mirrored(cases: Mapping[str, Grid], axis: int) -> dict[str, str]:
     """Cases whose axes run against, or are swapped with, those of most others, as far as directions tell."""
     names = list(cases)
-    directions = np.array([cases[name].directions for name in names])  # (cases, axes, 3)
+    directions = np.array([cases[name].axes.T for name in names])  # (cases, axes, 3)
     cosines = np.einsum("aix,bjx->abij", directions, directions)
     usual = int(np.argmax((np.einsum("abii->abi", cosines) > 0.5).sum(axis=(1, 2))))
     found = {}

@@ -25,7 +25,7 @@ from pydicom.datadict import dictionary_VR, tag_for_keyword
 from pydicom.dataelem import DataElement, RawDataElement, convert_raw_data_element
 
 from nnunet_uda.errors import UDAError, printable, shown
-from nnunet_uda.images.geometry import FARTHEST, check_possible
+from nnunet_uda.images.geometry import FARTHEST, check_possible, place
 from nnunet_uda.images.listing import entries, files_in, folders_below
 from nnunet_uda.images.reading import check_file, readable
 
@@ -186,9 +186,7 @@ class Series:
     def image(self, array: np.ndarray) -> sitk.Image:
         """``array`` (slices, rows, columns) on this grid."""
         image = sitk.GetImageFromArray(array)
-        image.SetSpacing(self.spacing)
-        image.SetOrigin(self.origin)
-        image.SetDirection(self.direction)
+        place(image, self.spacing, self.origin, self.direction)
         return image
 
 

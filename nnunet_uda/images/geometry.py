@@ -9,8 +9,8 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import nibabel
 import numpy as np
+import SimpleITK as sitk
 
 from nnunet_uda.errors import UDAError
 
@@ -25,6 +25,7 @@ MOST_VOXELS = 1e9
 """Voxels that a case may have when it is resampled: 4 GB for each of the arrays that this needs."""
 FARTHEST = 1e6
 """In mm: no spacing and no position is beyond it."""
+BODY_AXES = ("left-right", "posterior-anterior", "inferior-superior")
 
 
 @dataclass(frozen=True)
@@ -53,19 +54,35 @@ class Grid:
         return tuple(self.affine[:-1, -1].tolist())
 
     @property
+    def axes(self) -> np.ndarray:
+        """Unit vectors along the axes, in columns."""
+        return self.affine[:-1, :-1] / self.spacing
+
+    @property
     def direction(self) -> tuple[float, ...]:
-        """Unit vectors along the axes in columns, row by row, as ITK gives them."""
-        return tuple((self.affine[:-1, :-1] / self.spacing).ravel().tolist())
+        """``axes`` row by row, as ITK gives them."""
+        return tuple(self.axes.ravel().tolist())
 
     @property
     def is_orthogonal(self) -> bool:
-        axes = np.reshape(self.direction, [len(self.size)] * 2)
-        return np.allclose(axes.T @ axes, np.eye(len(axes)), atol=1e-3)
+        return np.allclose(self.axes.T @ self.axes, np.eye(len(self.size)), atol=1e-3)
 
     @property
     def code(self) -> str:
         """Letters of the directions in which the axes run (of a 3D grid), nearest ones where oblique: ``RAS``."""
-        return "".join(nibabel.aff2axcodes(np.diag([-1.0, -1, 1, 1]) @ self.affine))
+        return sitk.DICOMOrientImageFilter.GetOrientationFromDirectionCosines(self.direction)
+
+    @property
+    def body(self) -> tuple[int, ...]:
+        """Index in ``BODY_AXES`` of each axis (of a 3D grid), the nearest one where oblique."""
+        return tuple(next(i for i, pair in enumerate(("LR", "PA", "IS")) if letter in pair) for letter in self.code)
+
+
+def place(image: sitk.Image, spacing: Sequence[float], origin: Sequence[float], direction: Sequence[float]) -> None:
+    """Put the voxels of an image there."""
+    image.SetSpacing(spacing)
+    image.SetOrigin(origin)
+    image.SetDirection(direction)
 
 
 def differences(grid: Grid, other: Grid, rotation: float = 0.0) -> list[str]:

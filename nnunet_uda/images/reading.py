@@ -17,7 +17,7 @@ import SimpleITK as sitk
 
 from nnunet_uda.errors import UDAError, printable
 from nnunet_uda.files import cannot_write
-from nnunet_uda.images.geometry import Grid, check_possible, check_same_geometry, short
+from nnunet_uda.images.geometry import Grid, check_possible, check_same_geometry, place, short
 from nnunet_uda.images.listing import ENDINGS
 from nnunet_uda.images.nifti import Nifti, is_nifti, not_finite, opened, read_header, slabs, truncated
 from nnunet_uda.images.text_headers import check_inflated, check_text_header, has_text_header
@@ -222,13 +222,11 @@ def _read_by_slabs(reader: sitk.ImageFileReader, nifti: Nifti) -> sitk.Image:
             image = sitk.Image(size, pixel_id) if image is None else image
             image[:, :, first : first + len(slab)] = part
         first += len(slab)
-    image.SetSpacing(reader.GetSpacing())
-    image.SetOrigin(reader.GetOrigin())
-    image.SetDirection(reader.GetDirection())
-    if (grid := nifti.grid) is not None:
-        image.SetSpacing(grid.spacing[: len(size)])
-        image.SetOrigin(grid.origin[: len(size)])
-        image.SetDirection(np.reshape(grid.direction, (3, 3))[: len(size), : len(size)].ravel().tolist())
+    if (grid := nifti.grid) is None:
+        place(image, reader.GetSpacing(), reader.GetOrigin(), reader.GetDirection())
+    else:
+        n = len(size)
+        place(image, grid.spacing[:n], grid.origin[:n], grid.axes[:n, :n].ravel().tolist())
     return image
 
 

@@ -1,12 +1,39 @@
-"""Functions that stop a process at a certain call."""
+"""Processes that are stopped at a certain call, and one that holds a lock."""
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
+
+from nnunet_uda.files import locked
+
+fork = multiprocessing.get_context("fork")
+
+
+@contextmanager
+def held(path: Path) -> Iterator[None]:
+    """Another process holds the lock ``path``."""
+    holds, free = fork.Event(), fork.Event()
+
+    def hold() -> None:
+        with locked(path):
+            holds.set()
+            free.wait(60)
+
+    process = fork.Process(target=hold)
+    process.start()
+    assert holds.wait(60)
+    try:
+        yield
+    finally:
+        free.set()
+        process.join()
 
 
 def killed(function: Callable[[], object]) -> None:
