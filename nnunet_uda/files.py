@@ -12,7 +12,7 @@ import shutil
 import sys
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -209,10 +209,32 @@ def sha256(path: Path) -> str:
 
 @contextmanager
 def exclusive(folder: Path) -> Iterator[None]:
-    """Hold a lock on ``folder`` (created if absent), so that two processes do not fill it at once; wait for it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with locked(folder / LOCK, wait=True):
-        yield
+    """Hold a lock on ``folder`` (created if absent), so that two processes do not fill it at once; wait for it.
+
+    Where nothing was put into it, as after a refusal, the lock and the folders that were created are removed again.
+    """
+    with ExitStack() as stack:
+        created = _hold(folder, stack)
+        try:
+            yield
+        finally:
+            if os.listdir(folder) == [LOCK]:
+                os.unlink(folder / LOCK)
+                with suppress(OSError):  # another process has come in
+                    for path in created:
+                        path.rmdir()
+
+
+def _hold(folder: Path, stack: ExitStack) -> list[Path]:
+    """Let ``stack`` hold the lock on ``folder``; the folders that were created for it, innermost first."""
+    while True:
+        created = [path for path in (folder, *folder.parents) if not path.exists()]
+        folder.mkdir(parents=True, exist_ok=True)
+        with suppress(FileNotFoundError), ExitStack() as attempt:  # the last holder may have removed what it created
+            file = attempt.enter_context(locked(folder / LOCK, wait=True))
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(folder / LOCK)):
+                stack.push(attempt.pop_all())
+                return created
 
 
 @contextmanager

@@ -79,6 +79,15 @@ def find_methods() -> Found:
     return Found(sorted(found.values(), key=lambda method: method.name), unreadable)
 
 
+def default_settings() -> dict[str, Any]:
+    """The default of every setting as the plans' ``uda`` holds them: shared ones, and an object for each method.
+
+    Where trainers share a method's name and not its defaults, the first one's.
+    """
+    methods = {method.name: dataclasses.asdict(method.settings()) for method in reversed(find_methods().methods)}
+    return dataclasses.asdict(UDASettings()) | methods
+
+
 def list_settings() -> str:
     """All settings with type, default and meaning, as text: shared ones, then those of every method that is found."""
 

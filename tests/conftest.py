@@ -39,6 +39,7 @@ from nnunetv2.utilities import find_objects
 from nnunetv2.utilities.find_class_by_name import temporarily_cleanup_imports_from_path, temporarily_extend_syspath
 
 STARTED = time.monotonic()
+OVER = "the time given by --minutes is over"
 LEFT_OUT = pytest.StashKey[Counter]()
 REPOSITORY = Path(__file__).parent.parent
 TRAINERS = REPOSITORY / "trainers"
@@ -346,11 +347,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if time.monotonic() - STARTED > 60 * item.config.getoption("--minutes"):
-        pytest.skip("the time given by --minutes is over")
+        pytest.skip(OVER)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     """Say which tests did not run, and how they are run."""
+    late = [report.nodeid for report in terminalreporter.stats.get("skipped", []) if OVER in str(report.longrepr)]
+    if late:
+        terminalreporter.write_line(f"{len(late)} tests had not begun in time: {', '.join(late)}")
     left_out = config.stash.get(LEFT_OUT, Counter())
     if left_out:
         listed = ", ".join(f"{name} {number}" for name, number in sorted(left_out.items()))

@@ -457,8 +457,10 @@ def test_what_the_command_refuses(model, scans, tmp_path, capsys):
     assert "-mode folder: unknown setting 'runs'" in unknown
     (scans / f"{CASES[0]}_0001.nii.gz").write_bytes(b"")
     assert "reads 1 channel(s)" in refused(capsys, "-m", model, "-i", scans, "-o", out)
-    assert not out.exists()
     (scans / f"{CASES[0]}_0001.nii.gz").unlink()
+    (scans / f"{CASES[0]}_0000.nii.gz").write_bytes(b"no scan")
+    assert f"{CASES[0]}_0000.nii.gz" in refused(capsys, "-m", model, "-i", scans, "-o", out)
+    assert not out.exists()
     out.mkdir()
     (out / "mine.txt").write_text("")
     assert "is not empty" in refused(capsys, "-m", model, "-i", scans, "-o", out)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -67,7 +68,9 @@ def test_from_two_folders_to_a_dataset(tmp_path, monkeypatch, capsys):
     assert raw == tmp_path / "raw" / "Dataset530_Two"
     assert json.loads((raw / "dataset.json").read_text())["labels"] == {"background": 0, "left": 1, "right": 2}
     assert len(list((raw / "imagesTu").iterdir())) == 2
-    assert "Next: nnUNetv2_plan_and_preprocess -d 530 -c 2d" in capsys.readouterr().out
+    said = capsys.readouterr().out.splitlines()[-3:]
+    assert [re.search(r"nnUNet\w+ (-d )?530", line) is not None for line in said] == [True] * 3
+    assert said[0].startswith("Next: nnUNetv2_plan_and_preprocess -d 530 -c 2d") and "-preset cpu" in said[2]
     assert folders.EXAMPLE.startswith("nnUNetUDA_convert folders")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import make_trainer, sampled
+from conftest import make_trainer
 from support.tiny import write_plans
 
 PASSES = {
@@ -17,7 +17,8 @@ PASSES = {
 """Methods that a trainer calls apart from ``forward``, which are to be compiled too."""
 
 
-@sampled("name", PASSES, "CISFATrainer")
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PASSES)
 def test_compiled_networks_train_to_the_same_losses_within_dynamos_limit(name, in_workspace, monkeypatch):
     """Modules of one class share their compiled forms; past the limit of those Dynamo compiles nothing more."""
     write_plans(in_workspace, "uuds")

@@ -20,7 +20,7 @@ import nibabel
 import numpy as np
 import pytest
 import SimpleITK as sitk
-from conftest import sampled, two_geometries
+from conftest import two_geometries
 from support.folders import use_folders
 from support.kills import held
 
@@ -521,7 +521,8 @@ print(run(path) - before)
 """
 
 
-@sampled("clipping", ["None", "Intensities((0.5, 99.5))", "Intensities(window=(-100, 5))"], "Intensities((0.5, 99.5))")
+@pytest.mark.slow
+@pytest.mark.parametrize("clipping", ["None", "Intensities((0.5, 99.5))", "Intensities(window=(-100, 5))"])
 def test_one_volume_and_one_slab_are_in_memory(tmp_path, clipping):
     """ITK's reader of NIfTI needs two volumes, and so does its reorientation; numpy's clip a second one, too."""
     big = sitk.GetImageFromArray(np.arange(256**3, dtype=np.float64).reshape(256, 256, 256) % 1000)

@@ -109,7 +109,10 @@ def test_training_takes_the_device_that_there_is_and_says_so(monkeypatch, capsys
     monkeypatch.setattr(train, "set_threads", lambda device: None)
     train.main(["501", "2d", "0", "-tr", "CASTTrainer"])
     assert taken == [device]
-    assert ("No CUDA device is visible: training on the CPU" in capsys.readouterr().out) == (not cuda)
+    said = capsys.readouterr().out
+    assert ("No CUDA device is visible: training on the CPU" in said) == (not cuda)
+    predict = f"nnUNetv2_predict -d 501 -c 2d -f 0 -tr CASTTrainer{'' if cuda else ' -device cpu'} "
+    assert said.splitlines()[-1] == f"Next: {predict}-i IMAGES -o PREDICTIONS"
 
 
 def test_a_device_that_was_asked_for_is_not_exchanged(monkeypatch, capsys):

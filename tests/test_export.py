@@ -31,7 +31,16 @@ def trained_folder(trainer_name: str, **settings) -> Path:
     return written_model(trainer)
 
 
-def test_an_exported_model_is_nnunets_own_and_predicts_the_same(in_workspace, tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def unpredicted(monkeypatch) -> None:
+    """The comparison before an export finds nothing, without a prediction: the slow test predicts."""
+    monkeypatch.setattr(stock_model, "predict_here", lambda *_: None)
+    monkeypatch.setattr(stock_model, "predict_as_a_receiver", lambda *_: None)
+    monkeypatch.setattr(stock_model, "postprocess_as_a_receiver", lambda *_: None)
+    monkeypatch.setattr(stock_model, "compare_segmentations", lambda *_: (2, 100, 0))
+
+
+def test_an_exported_model_is_nnunets_own(in_workspace, unpredicted, tmp_path, capsys):
     folder = trained_folder("CASTTrainer")
     plans = json.loads((folder / "plans.json").read_text(encoding="utf-8"))
     (folder / "plans.json").write_text(json.dumps(plans | {KEY: [[1, 2], [1]]}), encoding="utf-8")
@@ -105,10 +114,8 @@ def test_a_model_whose_folder_was_renamed_is_exported_and_files_beside_it_are_lo
         assert "Dataset501_Blobs/nnUNetTrainer__tiny__2d/plans.json" in content.namelist()
 
 
-def test_other_predictions_are_not_exported(in_workspace, tmp_path, monkeypatch, capsys):
+def test_other_predictions_are_not_exported(in_workspace, unpredicted, tmp_path, monkeypatch, capsys):
     folder = trained_folder("SourceOnlyTrainer")
-    monkeypatch.setattr(stock_model, "predict_here", lambda *_: None)
-    monkeypatch.setattr(stock_model, "predict_as_a_receiver", lambda *_: None)
     monkeypatch.setattr(stock_model, "compare_segmentations", lambda *_: (2, 100, 3))
     with pytest.raises(SystemExit):
         export.main(["-m", str(folder), "-f", "0", "-o", str(tmp_path / "a.zip"), "-device", "cpu"])
@@ -170,10 +177,13 @@ def test_the_cards_lines_clip_as_this_package_does(intensities, tmp_path, monkey
 
 
 @pytest.mark.slow
-def test_nnunets_own_commands_install_and_predict_it(in_workspace, tmp_path):
+def test_it_predicts_the_same_and_nnunets_own_commands_install_and_predict_it(in_workspace, tmp_path, capsys):
     folder = trained_folder("CASTTrainer")
+    plans = json.loads((folder / "plans.json").read_text(encoding="utf-8"))
+    (folder / "plans.json").write_text(json.dumps(plans | {KEY: [[1, 2], [1]]}), encoding="utf-8")
     archive = tmp_path / "model.zip"
     export.main(["-m", str(folder), "-f", "0", "-o", str(archive), "-device", "cpu"])
+    assert "equal those of the trained model voxel for voxel" in capsys.readouterr().out
     environment = {key: value for key, value in os.environ.items() if "nnUNet" not in key and "NNUNET" not in key}
     for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
         environment[name] = str(tmp_path / "receiver")

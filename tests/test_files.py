@@ -192,6 +192,35 @@ def test_a_lock_of_another_process_is_refused_or_waited_for(tmp_path):
     waiting.join()
 
 
+def test_a_refusal_leaves_no_folder_behind_and_a_success_its_files(tmp_path):
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    for folder in (tmp_path / "a" / "b", mine):
+        with pytest.raises(UDAError), files.exclusive(folder):
+            raise UDAError("no such model")
+    assert [path.name for path in tmp_path.rglob("*")] == ["mine"], "what was there before stays"
+    with files.exclusive(tmp_path / "a" / "b"):
+        (tmp_path / "a" / "b" / "made").touch()
+    assert (tmp_path / "a" / "b" / "made").exists()
+
+
+def test_who_waited_for_a_folder_that_was_removed_holds_the_new_one(tmp_path):
+    folder, entered = tmp_path / "out", fork.Event()
+
+    def wait() -> None:
+        with files.exclusive(folder):
+            (folder / "made").touch()
+            entered.set()
+
+    waiting = fork.Process(target=wait)
+    with files.exclusive(folder):
+        waiting.start()
+        assert not entered.wait(0.3)
+    assert entered.wait(60)
+    waiting.join()
+    assert {path.name for path in folder.iterdir()} == {"made", files.LOCK}
+
+
 # -- one message -------------------------------------------------------------------------------------------------------
 
 

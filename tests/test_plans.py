@@ -101,12 +101,17 @@ def test_the_cpu_preset_is_small_keeps_the_data_and_yields_to_set(in_workspace, 
     written, base = (json.loads((folder / f"{name}.json").read_text()) for name in ("on_cpu", "nnUNetPlans"))
     chosen = written["configurations"]["2d"]
     assert chosen["data_identifier"] == base["configurations"]["2d"]["data_identifier"]
+    patch = " x ".join(map(str, chosen["patch_size"]))
     assert max(chosen["patch_size"]) <= 128 and chosen["batch_size"] <= 4
     assert fits_cpu(chosen) and not fits_cpu(base["configurations"]["2d"])
     assert chosen["architecture"]["arch_kwargs"]["features_per_stage"][0] == 16
     assert written["uda"]["num_epochs"] == 7 and written["uda"]["iterations_per_epoch"] == 100
     assert written["uda"]["cisfa"]["patches"] == 9 and written["uda"]["cisfa"]["generator_width"] == 16
-    assert "nnUNetUDA_train 501 2d 0 -tr CASTTrainer -p on_cpu -device cpu" in capsys.readouterr().out
+    said = capsys.readouterr().out.splitlines()
+    assert said[-1] == "Next: nnUNetUDA_train 501 2d 0 -tr CASTTrainer -p on_cpu -device cpu"
+    assert said[0] == f"Wrote {folder / 'on_cpu.json'} (2d: patch {patch}, batch {chosen['batch_size']})"
+    assert ["num_epochs", "7", "200"] in [line.split() for line in said[1:-1]], "a table against the defaults"
+    assert ["cisfa.patches", "9", "256"] in [line.split() for line in said[1:-1]]
     epochs = [cpu_preset(base, "2d", cores)[0]["num_epochs"] for cores in (1, 7, 8, 64)]
     assert epochs == [50, 50, 100, 100], "more on a machine with more cores"
     big = json.loads(json.dumps(base))

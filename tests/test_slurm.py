@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -18,6 +19,7 @@ import pytest
 from nnunet_uda.commands import compare
 from nnunet_uda.commands.grid_options import make_engine
 from nnunet_uda.errors import UDAError
+from nnunet_uda.errors import command as as_command
 from nnunet_uda.evaluation.runs import Labels
 from nnunet_uda.experiments import engines
 from nnunet_uda.experiments.engines import SubmititEngine, run_jobs
@@ -298,17 +300,21 @@ def test_sigterm_waits_for_the_checkpoint_of_the_command(tmp_path):
         "for i in $(seq 600); do sleep 0.1; done\n"
     )
     command.chmod(0o755)
-    code = (
-        "import sys; from nnunet_uda.experiments.job import Job; from nnunet_uda.errors import command\n"
-        "command(lambda _: Job.call(None, sys.argv[1]))()"
-    )
-    process = subprocess.Popen([sys.executable, "-c", code, str(command)], cwd=tmp_path, stderr=subprocess.PIPE)
+
+    def job() -> None:
+        os.chdir(tmp_path)
+        with open("said", "w", buffering=1) as sys.stderr:
+            as_command(lambda _: Job.call(None, str(command)))()
+
+    process = multiprocessing.get_context("fork").Process(target=job)
+    process.start()
     limit = time.monotonic() + 60
     while not (tmp_path / "ready").exists() and time.monotonic() < limit:
         time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    said = process.communicate(timeout=30)[1].decode()
-    assert (tmp_path / "saved").exists() and process.returncode == 1
+    os.kill(process.pid, signal.SIGTERM)
+    process.join(30)
+    assert (tmp_path / "saved").exists() and process.exitcode == 1
+    said = (tmp_path / "said").read_text()
     assert "train was asked to end (SIGTERM); a new start goes on from its last checkpoint" in said
 
 

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
 from nnunet_uda.data.convention import dataset_name
 from nnunet_uda.data.slices import plane_warning
 from nnunet_uda.errors import UDAError, command
-from nnunet_uda.methods import list_settings
+from nnunet_uda.methods import default_settings, list_settings
 from nnunet_uda.plans import PLANES, PROTOCOLS, write_plans
 from nnunet_uda.settings import parse_assignment
+from nnunet_uda.training.log import settings_table
 
 CHANGES = ("patch_size", "batch_size", "base_features", "max_features", "stages", "slice_size")
 
@@ -65,13 +65,16 @@ def run(args: argparse.Namespace, settings: dict[str, Any]) -> Path:
     chosen = plans["configurations"][args.c]
     if warning := plane_warning(plans, args.c):
         print(f"WARNING: {warning}")
-    shown = json.dumps(plans.get("uda", {}))
-    print(f"Wrote {path}: patch {chosen['patch_size']}, batch {chosen['batch_size']}, uda {shown}")
-    if other_images:
-        print(f"Its images are preprocessed differently. Next: nnUNetv2_preprocess -d {args.d} -plans_name {args.p} -c "
-              f"{args.c} -np 8")  # fmt: skip
+    patch = " x ".join(map(str, chosen["patch_size"]))
+    print(f"Wrote {path} ({args.c}: patch {patch}, batch {chosen['batch_size']})")
+    print(settings_table(plans.get("uda", {}), default_settings()))
     device = " -device cpu" if args.preset == "cpu" else ""
-    print(f"Train with it: nnUNetUDA_train {args.d} {args.c} 0 -tr CASTTrainer -p {args.p}{device}")
+    steps = [f"nnUNetUDA_train {args.d} {args.c} 0 -tr CASTTrainer -p {args.p}{device}"]
+    if other_images:
+        print("Its images are preprocessed differently")
+        steps.insert(0, f"nnUNetv2_preprocess -d {args.d} -plans_name {args.p} -c {args.c} -np 8")
+    for word, step in zip(("Next", "Then"), steps, strict=False):
+        print(f"{word}: {step}")
     return path
 
 

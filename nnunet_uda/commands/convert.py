@@ -55,6 +55,8 @@ def run(arguments: argparse.Namespace) -> None:
     recover(arguments.d)
     CONVERTERS[arguments.dataset].convert(arguments)
     print(f"Next: nnUNetv2_plan_and_preprocess -d {arguments.d} -c 2d --verify_dataset_integrity")
+    print(f"Then: nnUNetUDA_train {arguments.d} 2d 0 -tr CASTTrainer")
+    print(f"      on a CPU before it: nnUNetUDA_configure -d {arguments.d} -p nnUNetPlansCPU -preset cpu")
 
 
 @command

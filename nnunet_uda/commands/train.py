@@ -109,6 +109,16 @@ def train_here(arguments: argparse.Namespace) -> Path:
         sys.excepthook = hook  # trainers have errors printed without a traceback
 
 
+def next_step(arguments: argparse.Namespace) -> str:
+    """The command that predicts with what was trained."""
+    plans = "" if arguments.p == "nnUNetPlans" else f" -p {arguments.p}"
+    device = "" if arguments.device == "cuda" else f" -device {arguments.device}"
+    return (
+        f"Next: nnUNetv2_predict -d {arguments.dataset} -c {arguments.configuration} -f {arguments.fold} "
+        f"-tr {arguments.tr}{plans}{device} -i IMAGES -o PREDICTIONS"
+    )
+
+
 @command
 def main(argv: list[str] | None = None) -> None:
     end_with_starter()
@@ -128,6 +138,8 @@ def main(argv: list[str] | None = None) -> None:
         device = join(arguments.device)
     try:
         train_with(arguments, device)
+        if rank() == 0:
+            print(next_step(arguments))
     except StoppedWithOthersError:
         raise SystemExit(1) from None
     except UDAError:

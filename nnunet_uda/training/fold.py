@@ -51,7 +51,7 @@ def train(
     Raises:
         UDAError: no such plans, configuration or trainer, or files that are missing or broken.
     """
-    from nnunetv2.run.run_training import get_trainer_from_args, maybe_load_checkpoint
+    from nnunetv2.run.run_training import maybe_load_checkpoint
     from torch.backends import cudnn
 
     folder = environment_folder("nnUNet_preprocessed") / dataset_name(dataset)
@@ -61,10 +61,10 @@ def train(
             f"the plans {plans_name} have no configuration {configuration!r}; they have "
             f"{', '.join(plans['configurations'])}"
         )
-    find_any_trainer(trainer_name)
-    read_json(folder / "dataset.json")  # nnU-Net, which reads it too, does not name a broken one
-    number = fold if fold == "all" else int(fold)
-    trainer = get_trainer_from_args(dataset, configuration, number, trainer_name, plans_name, go_on, device)
+    trainer = find_any_trainer(trainer_name)(
+        plans=plans | {"continue_training": go_on}, configuration=configuration,
+        fold=fold if fold == "all" else int(fold), dataset_json=read_json(folder / "dataset.json"), device=device,
+    )  # fmt: skip
     for name in [FINAL] * only_validate + [BEST] * (only_validate and validate_best):
         if not (needed := Path(trainer.output_folder, name)).is_file():
             raise UDAError(f"--val needs {needed}, which does not exist: train first, or continue with --c")

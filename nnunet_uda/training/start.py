@@ -117,8 +117,8 @@ def find_components(trainer: UDATrainer) -> None:
     treat_new_scans(trainer.configuration_manager, trainer.plans_manager)
     if plans[KEY]:
         names = dict(zip(trainer.label_manager.foreground_labels, trainer.structures, strict=True))
-        pieces = ", ".join(" and ".join(names[value] for value in group) for group in plans[KEY])
-        trainer.print_to_log_file(f"One piece in every label of the source, and kept so in predictions: {pieces}")
+        pieces = "; ".join(" with ".join(names[value] for value in group) for group in plans[KEY])
+        trainer.print_to_log_file(f"One piece in every source label, so predictions keep the largest alone: {pieces}")
 
 
 def try_prediction(trainer: UDATrainer) -> None:

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from monai.inferers import sliding_window_inference
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetBaseDataset
 
 from nnunet_uda.data.convention import read_domains
@@ -47,6 +46,8 @@ def translate_volume(
 def _slide(
     images: torch.Tensor, translate: Callable, patch_size: list[int], batch_size: int, overlap: float
 ) -> torch.Tensor:
+    from monai.inferers import sliding_window_inference  # takes as long to import as all else together
+
     return sliding_window_inference(images, patch_size, batch_size, translate, overlap=overlap, mode="gaussian")
 
 
