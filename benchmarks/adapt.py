@@ -23,9 +23,9 @@ from nnunet_uda.data.convention import read_json
 from nnunet_uda.devices import open_device
 from nnunet_uda.errors import UDAError, command
 from nnunet_uda.evaluation.metrics import evaluate_folder
+from nnunet_uda.evaluation.prediction import unlabelled_images
 from nnunet_uda.evaluation.report import markdown_table
 from nnunet_uda.evaluation.runs import parse_runs, read_labels
-from nnunet_uda.evaluation.unsupervised import unlabelled_images
 from nnunet_uda.files import write_json
 
 WORSE = 0.01

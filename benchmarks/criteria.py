@@ -42,18 +42,10 @@ from nnunet_uda.data.convention import TARGET_FOLDER, case_files, read_json
 from nnunet_uda.devices import open_device
 from nnunet_uda.errors import UDAError, command
 from nnunet_uda.evaluation.metrics import read_segmentation
+from nnunet_uda.evaluation.prediction import TrainedModel, dataset_of, open_model, unlabelled_images
 from nnunet_uda.evaluation.report import jsonable, markdown_table
 from nnunet_uda.evaluation.runs import find_raw_dataset
-from nnunet_uda.evaluation.unsupervised import (
-    COLUMNS,
-    TrainedModel,
-    dataset_of,
-    measure,
-    names_of,
-    open_model,
-    preprocessed,
-    unlabelled_images,
-)
+from nnunet_uda.evaluation.unsupervised import COLUMNS, measure, names_of, preprocessed
 from nnunet_uda.experiments.job import TargetTest, find_target_test
 from nnunet_uda.files import write_json
 from nnunet_uda.images.geometry import check_same_geometry
@@ -83,7 +75,7 @@ def kept_checkpoints(folder: Path, fold: str) -> list[TrainedModel]:
 
 def true_dice(model: TrainedModel, raw: Path, test: TargetTest, device: torch.device) -> float:
     """Mean over test cases of the mean over structures, with the labels of the target."""
-    predictor, _ = open_model(model, device)
+    predictor = open_model(model.folder, [model.fold], model.checkpoint, device)
     files = case_files(raw / test.images, test.labels.file_ending)
     with TemporaryDirectory() as output:
         with redirect_stdout(StringIO()):
@@ -239,7 +231,7 @@ def main(argv: list[str] | None = None) -> None:
     for folder, fold in model_folders(arguments):
         models = kept_checkpoints(folder, fold)
         test = find_target_test(raw, fold)
-        unlabelled = unlabelled_images(images, dataset_of(models[0]))
+        unlabelled = unlabelled_images(images, dataset_of(models[0].folder))
         cases = {case: paths for case, paths in unlabelled.items() if case not in test.cases} or unlabelled
         number = min(arguments.n or len(cases), len(cases))
         cases = {case: cases[case] for case in list(cases)[:: max(1, len(cases) // max(1, number))][:number]}

@@ -40,9 +40,9 @@ from scipy.stats import rankdata, spearmanr
 from nnunet_uda.data.case import preprocess_case
 from nnunet_uda.data.convention import TARGET_FOLDER, environment_folder
 from nnunet_uda.errors import UDAError, command
+from nnunet_uda.evaluation.prediction import dataset_of, unlabelled_images
 from nnunet_uda.evaluation.quality import open_asked, preprocessed_source
 from nnunet_uda.evaluation.report import jsonable, markdown_table
-from nnunet_uda.evaluation.unsupervised import TrainedModel, dataset_of, unlabelled_images
 from nnunet_uda.files import write_json
 from nnunet_uda.methods import trainers_folder
 from nnunet_uda.quality.asked import Asked, as_label
@@ -248,7 +248,7 @@ def main(argv: list[str] | None = None) -> None:
             fold = path.parent.name.removeprefix("fold_")
             kept = arguments.o / f"{folder.parent.name}.{folder.name}.{fold}.{path.stem}.json"
             if not kept.exists():
-                dataset_of(TrainedModel(folder, fold, path.name))
+                dataset_of(folder)
                 options = None if arguments.beside else {"volumes": arguments.volumes, "styles": arguments.styles}
                 record = measure(folder, fold, path.name, torch.device(arguments.device), options)
                 write_json(jsonable(record), kept)

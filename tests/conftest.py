@@ -45,13 +45,26 @@ REPOSITORY = Path(__file__).parent.parent
 TRAINERS = REPOSITORY / "trainers"
 
 
-def write_volume(path: Path, array: np.ndarray, spacing: tuple[float, float, float] = (2.0, 2.0, 4.0)) -> None:
-    """Write a ``(Z, Y, X)`` array as NIfTI in RAS."""
+RAS = (-1.0, 0, 0, 0, -1.0, 0, 0, 0, 1.0)
+LPS = (1.0, 0, 0, 0, 1.0, 0, 0, 0, 1.0)
+
+
+def write_volume(
+    path: Path,
+    array: np.ndarray,
+    spacing: tuple[float, ...] = (2.0, 2.0, 4.0),
+    direction: Iterable[float] = RAS,
+    origin: tuple[float, ...] = (0.0, 0.0, 0.0),
+) -> Path:
+    """Write a ``(Z, Y, X)`` array, or a ``(Y, X)`` one without direction."""
     image = sitk.GetImageFromArray(array)
-    image.SetSpacing(spacing)
-    image.SetDirection((-1.0, 0, 0, 0, -1.0, 0, 0, 0, 1.0))
+    image.SetSpacing(spacing[: array.ndim])
+    image.SetOrigin(origin[: array.ndim])
+    if array.ndim == 3:
+        image.SetDirection(direction)
     path.parent.mkdir(parents=True, exist_ok=True)
     sitk.WriteImage(image, str(path))
+    return path
 
 
 def two_geometries(path: Path) -> Path:
@@ -191,6 +204,21 @@ def lighten(patch: pytest.MonkeyPatch, pictures: bool = False) -> None:
 def serial(monkeypatch: pytest.MonkeyPatch) -> None:
     """nnU-Net's pools of spawned processes do their work in this one."""
     monkeypatch.setattr(SpawnContext, "Pool", lambda self, processes=None: Serial())
+
+
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture) -> Callable[..., str]:
+    """``refused(main, words)``: the one message of a command that must end by it, with status 1."""
+
+    def message(main: Callable, words: Iterable[object]) -> str:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            main([str(word) for word in words])
+        error = capsys.readouterr().err
+        assert stopped.value.code == 1 and error.count("ERROR: ") == 1 and "Traceback" not in error, error
+        return error
+
+    return message
 
 
 @pytest.fixture

@@ -31,8 +31,7 @@ from nnunet_uda.adaptation.patches import Patches
 from nnunet_uda.adaptation.scan import learning
 from nnunet_uda.commands import adapt
 from nnunet_uda.errors import UDAError
-from nnunet_uda.evaluation.unsupervised import TrainedModel
-from nnunet_uda.evaluation.unsupervised import open_model as open_for_criteria
+from nnunet_uda.evaluation.prediction import open_model as open_for_criteria
 from nnunet_uda.losses.consistency import consistency_loss
 from nnunet_uda.training.contrast_search import SHARES, ContrastSearch
 
@@ -343,7 +342,7 @@ def test_models_that_do_not_fit_are_refused_by_name(in_workspace, model, tmp_pat
         torch.save(whole | change, path)
         expect(rf"checkpoint_final.pth.*{re.escape(message)}")
         with pytest.raises(UDAError, match=re.escape(message)):  # quality, export and checkpoints
-            open_for_criteria(TrainedModel(model, "0", "checkpoint_final.pth"), CPU)
+            open_for_criteria(model, ["0"], "checkpoint_final.pth", CPU)
     torch.save(whole, path)
     (model / "fold_0" / "quality.json").write_text("[]")
     expect(r"quality.json is no calibration")

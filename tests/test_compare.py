@@ -22,6 +22,7 @@ import pytest
 import torch
 from conftest import make_raw_dataset, write_volume
 from matplotlib.image import imread
+from support.jobs import DATASET, a_job
 
 from nnunet_uda import figures
 from nnunet_uda.commands import train
@@ -49,17 +50,10 @@ from nnunet_uda.experiments.job import Job, Score, TargetTest, last_error
 from nnunet_uda.training.interruption import wait_for_fold
 from nnunet_uda.training.launch import spawn
 
-DATASET = "Dataset501_Blobs"
 NAMES = ("left", "right")
 
 
-def a_job(folder: Path, name: str = "a", device: str = "cpu") -> Job:
-    test = TargetTest(["x"], folder / "labelsTs", Labels({"left": 1}, None, ".nii.gz"), None)
-    return Job(name, folder / "runs" / name, DATASET, "2d", "0", "T", "P", test, folder / "imagesTs", device, 1)
-
-
-def parse(*options: str):
-    return parse_arguments(["-d", "501", "-tr", "SourceOnlyTrainer", "-p", "tiny", "-o", "out", *options])
+WORDS = ["-d", "501", "-tr", "SourceOnlyTrainer", "-p", "tiny"]
 
 
 def test_a_job_survives_its_file(tmp_path):
@@ -251,7 +245,7 @@ def test_a_bound_trained_elsewhere_is_tested_on_this_target(tmp_path, monkeypatc
     monkeypatch.setenv("nnUNet_raw", str(tmp_path / "raw"))
     upper = ["SupervisedTrainer:511", "SupervisedTrainer:512"]
     with pytest.raises(UDAError, match="one bound for all datasets or one for each"):
-        parse("-upper", *upper, "-d", "501", "502", "503")
+        parse_arguments([*WORDS, "-o", "out", "-upper", *upper, "-d", "501", "502", "503"])
     methods = find_methods(["501", "502"], ["SourceOnlyTrainer"], upper=upper)
     assert [(m.test, m.dataset) for m in methods] == [
         (DATASET, DATASET), (DATASET, "Dataset511_Upper"),
@@ -278,51 +272,20 @@ def test_each_fold_of_a_fold_protocol_has_its_own_test_images(tmp_path, monkeypa
     assert len({row.job.images for row in rows}) == 2 and not (tmp_path / "out").exists()
 
 
-REFUSED = [
-    (["-f", "0", "0"], "-f: a value is given twice"),
-    (["-f", "first"], "-f takes a fold's number"),
-    (["-seeds", "1", "1"], "-seeds: a value is given twice"),
-    (["-tr", "AbsentTrainer"], "-tr AbsentTrainer: no trainer of that name"),
-    (["-p", "absent"], "absent.json does not exist"),
-    (["-c", "3d_lowres"], "no configuration '3d_lowres'"),
-    (["-jobs", "0"], "-jobs must be at least 1"),
-]
-
-
-@pytest.mark.parametrize(("options", "words"), REFUSED)
-def test_bad_comparisons_are_refused_before_anything_is_written(in_workspace, tmp_path, capsys, options, words):
-    before = sorted((in_workspace.preprocessed / DATASET).iterdir())
-    with pytest.raises(SystemExit) as stopped:
-        main(["-d", "501", "-tr", "SourceOnlyTrainer", "-p", "tiny", "-o", str(tmp_path / "out"), *options])
-    assert stopped.value.code == 1 and words in capsys.readouterr().err
-    assert sorted((in_workspace.preprocessed / DATASET).iterdir()) == before and not (tmp_path / "out").exists()
-
-
-def test_a_folder_that_no_prediction_can_be_written_to_is_refused_before_any_training(in_workspace, tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        main(["-d", "501", "-tr", "SourceOnlyTrainer", "-p", "tiny", "-o", f"{tmp_path}/M\udcfcller", "-device", "cpu"])
-    assert "its path holds bytes that are no UTF-8" in capsys.readouterr().err and not list(tmp_path.glob("M*"))
-
-
-def test_nothing_made_otherwise_is_taken_for_a_part(in_workspace, tmp_path, monkeypatch, capsys):
+def test_nothing_made_otherwise_is_taken_for_a_part(in_workspace, tmp_path, monkeypatch, refused):
     monkeypatch.setattr(compare, "run_jobs", lambda *_: pytest.fail("nothing must be trained"))
-
-    def refused(*options: str) -> str:
-        with pytest.raises(SystemExit):
-            main(["-d", "501", "-tr", "SourceOnlyTrainer", "-p", "tiny", "-o", str(tmp_path / "o"), *options])
-        return capsys.readouterr().err
-
+    words = [*WORDS, "-o", tmp_path / "o"]
     (tmp_path / "o").mkdir()
     (tmp_path / "o" / "mine").touch()
-    assert "is not empty and holds no former comparison" in refused()
+    assert "is not empty and holds no former comparison" in refused(main, words)
     (tmp_path / "o" / "mine").unlink()
     (tmp_path / "o" / "setup.json").write_text('{"plans": "others", "configuration": "2d"}')
-    assert "holds a comparison of" in refused()
+    assert "holds a comparison of" in refused(main, words)
     (tmp_path / "o" / "setup.json").unlink()
     trained = tmp_path / "results" / DATASET / "SourceOnlyTrainer__tiny__2d" / "plans.json"
     trained.parent.mkdir(parents=True)
     trained.write_text("{}")
-    assert f"{trained} exists, and differs from what tiny now gives" in refused()
+    assert f"{trained} exists, and differs from what tiny now gives" in refused(main, words)
 
 
 # --- engines ---------------------------------------------------------------------------------------------------------
@@ -487,11 +450,10 @@ def test_a_job_waits_for_the_training_that_still_holds_its_fold(tmp_path, capfd)
     assert not waiting.is_alive()
 
 
-def test_a_missing_device_is_said_before_anything_is_started(in_workspace, tmp_path, monkeypatch, capsys):
+def test_a_missing_device_is_said_before_anything_is_started(in_workspace, tmp_path, monkeypatch, refused):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(SystemExit):
-        main(["-d", "501", "-tr", "SourceOnlyTrainer", "-p", "tiny", "-o", str(tmp_path / "out")])
-    assert "-device cuda is not available" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    assert "-device cuda is not available" in refused(main, [*WORDS, "-o", tmp_path / "out"])
+    assert not (tmp_path / "out").exists()
 
 
 def test_each_local_job_has_its_share(monkeypatch):

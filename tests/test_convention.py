@@ -10,7 +10,7 @@ from conftest import litter, make_raw_dataset
 from nnunet_uda.data import convention
 from nnunet_uda.errors import UDAError
 from nnunet_uda.evaluation.metrics import list_cases
-from nnunet_uda.evaluation.unsupervised import unlabelled_images
+from nnunet_uda.evaluation.prediction import unlabelled_images
 
 
 @pytest.fixture

@@ -39,10 +39,7 @@ def test_a_machine_that_has_everything(healthy, capsys):
         (lambda path, patch: patch.delenv("nnUNet_raw"), "nnUNet_raw           not set. Add: export nnUNet_raw="),
         (lambda path, patch: patch.setenv("nnUNet_raw", "~/raw"), "nnUNet_raw           '~/raw'; expected a folder"),
         (lambda path, patch: (path / "nnUNet_results").rmdir(), "nnUNet_results is no folder. Make it: mkdir -p"),
-        (
-            lambda path, patch: patch.setattr(installation.os, "access", lambda p, mode: mode != os.W_OK),
-            "nnUNet_results       ",
-        ),
+        (lambda path, patch: patch.setattr(os, "access", lambda p, mode: mode != os.W_OK), "nnUNet_results       "),
         (lambda path, patch: patch.delenv("nnUNet_extTrainer"), "is not set: nnUNetUDA_train finds the trainers"),
         (lambda path, patch: patch.setenv("nnUNet_extTrainer", str(path)), ", without /"),
         (lambda path, patch: patch.setenv("nnUNet_extTrainer", f"{TRAINERS}:{path}/gone"), "gone is no folder"),
@@ -115,11 +112,9 @@ def test_training_takes_the_device_that_there_is_and_says_so(monkeypatch, capsys
     assert said.splitlines()[-1] == f"Next: {predict}-i IMAGES -o PREDICTIONS"
 
 
-def test_a_device_that_was_asked_for_is_not_exchanged(monkeypatch, capsys):
+def test_a_device_that_was_asked_for_is_not_exchanged(monkeypatch, refused):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(SystemExit):
-        train.main(["501", "2d", "0", "-tr", "CASTTrainer", "-device", "cuda"])
-    assert "Add -device cpu" in capsys.readouterr().err
+    assert "Add -device cpu" in refused(train.main, ["501", "2d", "0", "-tr", "CASTTrainer", "-device", "cuda"])
 
 
 def test_waiting_threads_leave_the_cores_to_others():

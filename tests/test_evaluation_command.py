@@ -7,12 +7,15 @@ import csv
 import io
 import json
 import re
+from collections.abc import Callable
+from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
 import SimpleITK as sitk
+from conftest import write_volume
 from PIL import Image
 from scipy.ndimage import zoom
 
@@ -25,17 +28,11 @@ from nnunet_uda.evaluation.tables import MEAN
 from nnunet_uda.palette import label_colours
 
 CASES = ["ct_1", "ct_2", "ct_3", "ct_4"]
-SPACING = (1.5, 1.0, 3.0)
 RUNS = {"lower": 3, "ours": 1, "upper": 0}
 """Shift of each run's predictions, in voxels."""
 
 
-def write(path: Path, array: np.ndarray) -> None:
-    image = sitk.GetImageFromArray(array)
-    image.SetSpacing(SPACING)
-    image.SetDirection((0, 1, 0, -1, 0, 0, 0, 0, 1))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sitk.WriteImage(image, str(path))
+write = partial(write_volume, spacing=(1.5, 1.0, 3.0), direction=(0, 1, 0, -1, 0, 0, 0, 0, 1))
 
 
 @pytest.fixture
@@ -50,10 +47,8 @@ def dataset(tmp_path, monkeypatch) -> Path:
         write(raw / "labelsTs" / f"{case}.nii.gz", labels)
         write(raw / "imagesTu" / f"{case}_0000.nii.gz", (100 * labels + rng.normal(0, 9, labels.shape)).astype("f4"))
         for run, shift in RUNS.items():
-            write(
-                tmp_path / "preds" / run / f"fold_{i // 2}" / f"{case}.nii.gz", np.roll(labels, shift + i % 2, axis=2)
-            )
-            write(tmp_path / "preds" / f"{run}_all" / f"{case}.nii.gz", np.roll(labels, shift + i % 2, axis=2))
+            for folder in (f"{run}/fold_{i // 2}", f"{run}_all"):
+                write(tmp_path / "preds" / folder / f"{case}.nii.gz", np.roll(labels, shift + i % 2, axis=2))
     content = {"channel_names": {"0": "intensity"}, "labels": {"background": 0, "zulu": 2, "alpha": 1}}
     (raw / "dataset.json").write_text(json.dumps({**content, "numTraining": 1, "file_ending": ".nii.gz"}))
     splits = [{"train": CASES[2:], "val": CASES[:2]}, {"train": CASES[:2], "val": CASES[2:]}]
@@ -69,14 +64,17 @@ def evaluate(folder: Path, *arguments: str) -> dict:
     return json.loads((folder / "out" / "evaluation.json").read_text())
 
 
-def fails(capsys, folder: Path, *arguments: str) -> str:
+@pytest.fixture
+def fails(dataset, refused) -> Callable[..., str]:
     """The message of a run that must fail and leave nothing behind."""
-    before = sorted(folder.iterdir())
-    with pytest.raises(SystemExit) as stop:
-        evaluate(folder, *arguments)
-    assert stop.value.code == 1
-    assert sorted(folder.iterdir()) == before
-    return capsys.readouterr().err
+
+    def message(*arguments: object) -> str:
+        before = sorted(dataset.iterdir())
+        error = refused(main, [*arguments, "-o", dataset / "out", "-np", 1])
+        assert sorted(dataset.iterdir()) == before
+        return error
+
+    return message
 
 
 class Page(HTMLParser):
@@ -119,11 +117,8 @@ def test_fold_protocol_with_three_runs(dataset, capsys):
     gap = result["gap_closed"]["ours"][MEAN]["Dice"]["percent"]
     assert gap == pytest.approx(100 * (dice["ours"] - dice["lower"]) / (dice["upper"] - dice["lower"]))
     assert result["folds"]["ours"]["over_folds"]["zulu"]["ASSD"]["n"] == 2
-    assert [(t["run_a"], t["run_b"], t["n"]) for t in result["wilcoxon"]] == [
-        ("lower", "ours", 4),
-        ("lower", "upper", 4),
-        ("ours", "upper", 4),
-    ]
+    pairs = [("lower", "ours", 4), ("lower", "upper", 4), ("ours", "upper", 4)]
+    assert [(t["run_a"], t["run_b"], t["n"]) for t in result["wilcoxon"]] == pairs
     assert "too few pairs" in result["wilcoxon"][0]["note"]
 
     out = dataset / "out"
@@ -158,18 +153,16 @@ def test_fold_protocol_with_three_runs(dataset, capsys):
     assert len(list((out / "overlays").iterdir())) == sum(len(o["chosen"]) for o in data["overlays"])
 
 
-def test_one_folder_for_all_folds_and_one_fold_alone(dataset, capsys):
+def test_one_folder_for_all_folds_and_one_fold_alone(dataset, fails):
     folder = dataset / "preds" / "ours_all"
     result = evaluate(dataset, "-d", "Dataset501_Test", "-f", "0", "1", "-pred", folder, "--no_overlays")
     assert [v["case"] for v in result["volumes"]["ours_all"]] == CASES
     assert not (dataset / "out" / "overlays").exists()
-    result = evaluate(
-        dataset, "-d", "501", "-f", "1", "-pred", f"x={dataset}/preds/ours/fold_{{fold}}", "--no_overlays"
-    )
+    one = f"x={dataset}/preds/ours/fold_{{fold}}"
+    result = evaluate(dataset, "-d", "501", "-f", "1", "-pred", one, "--no_overlays")
     assert [v["case"] for v in result["volumes"]["x"]] == CASES[2:], "a former evaluation is replaced"
     assert result["folds"] is None
-    message = fails(capsys, dataset, "-d", "501", "-f", "0", "-pred", folder)
-    assert "ct_3.nii.gz, ct_4.nii.gz" in message
+    assert "ct_3.nii.gz, ct_4.nii.gz" in fails("-d", "501", "-f", "0", "-pred", folder)
 
 
 @pytest.mark.parametrize(
@@ -198,25 +191,16 @@ def test_bounds_need_not_be_given_twice(dataset):
     assert result["bounds"] == {"lower": "low", "upper": "up"} and list(result["volumes"]) == ["a", "low", "up"]
 
 
-def test_without_dataset(dataset, capsys):
-    raw = dataset / "raw" / "Dataset501_Test"
-    arguments = (
-        "-r",
-        raw / "labelsTs",
-        "-djfile",
-        raw / "dataset.json",
-        "-pred",
-        f"a={dataset / 'preds' / 'ours_all'}",
-    )
+def test_without_dataset(dataset, capsys, fails):
+    raw, run = dataset / "raw" / "Dataset501_Test", f"a={dataset / 'preds' / 'ours_all'}"
+    arguments = ("-r", raw / "labelsTs", "-djfile", raw / "dataset.json", "-pred", run)
     result = evaluate(dataset, *arguments)
     assert [v["fold"] for v in result["volumes"]["a"]] == [None] * 4
     assert result["dataset"] is None
     assert "they need the images' folder (-i)" in capsys.readouterr().out
     result = evaluate(dataset, *arguments, "-i", raw / "imagesTu", "-plane", "coronal", "-slices", "1")
     assert len(list((dataset / "out" / "overlays").glob("ct_*_coronal_*.png"))) == 4
-    assert "-djfile is needed too" in fails(
-        capsys, dataset, "-r", raw / "labelsTs", "-pred", dataset / "preds" / "ours_all"
-    )
+    assert "-djfile is needed too" in fails("-r", raw / "labelsTs", "-pred", run)
 
 
 def test_names_cannot_break_the_page(dataset):
@@ -227,9 +211,7 @@ def test_names_cannot_break_the_page(dataset):
     (raw / "dataset.json").write_text(json.dumps(content))
     evaluate(dataset, "-d", "501", "-pred", f"<b>={dataset / 'preds' / 'ours_all'}", "--no_overlays")
     page = Page((dataset / "out" / "evaluation.html").read_text())
-    assert json.loads(page.data)["rows"][0] == name
-    assert page.sources == []
-    assert "b" not in page.tags
+    assert json.loads(page.data)["rows"][0] == name and page.sources == [] and "b" not in page.tags
     header = next(x for x in (dataset / "out" / "evaluation.md").read_text().splitlines() if x.startswith("| metric"))
     assert "\\| &" in header
 
@@ -237,11 +219,6 @@ def test_names_cannot_break_the_page(dataset):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (
-            ("-d", "501", "-pred", "{all}", "-lower", "nobody", "-upper", "ours_all"),
-            "-lower nobody is not among the runs",
-        ),
-        (("-d", "501", "-pred", "{all}", "-lower", "ours_all"), "needs two bounds"),
         (("-d", "501", "-pred", "{all}", "-f", "2"), "fold 2 does not exist"),
         (("-d", "501", "-pred", "{all}", "-f", "-1"), "fold -1 does not exist"),
         (("-d", "501", "-pred", "a={folds}"), "no fold is given: add -f"),
@@ -249,59 +226,53 @@ def test_names_cannot_break_the_page(dataset):
         (("-d", "501", "-pred", "a={all}", "a={folds}"), "two runs are called a"),
         (("-d", "501", "-pred", "{all}", "-i", "{all}"), "no image ct_1_0000.nii.gz"),
         (("-d", "502", "-pred", "{all}"), "id 502"),
-        (("-d", "501", "-pred", "{all}", "-splits", "x.json"), "add the folds to score"),
-        (("-d", "501", "-pred", "{all}", "-slices", "0"), "at least 1"),
         (("-pred", "{all}"), "-r is needed too"),
     ],
 )
-def test_bad_arguments(dataset, capsys, arguments, message):
+def test_bad_arguments(dataset, fails, arguments, message):
+    """Of which ``test_arguments`` has more."""
     places = {"{all}": str(dataset / "preds" / "ours_all"), "{folds}": str(dataset / "preds" / "ours" / "fold_{fold}")}
     for place, path in places.items():
         arguments = [argument.replace(place, path) for argument in arguments]
-    assert message in fails(capsys, dataset, *arguments)
+    assert message in fails(*arguments)
 
 
-def test_unset_environment_variable_names_the_line_to_add(dataset, capsys, monkeypatch):
+def test_unset_environment_variable_names_the_line_to_add(dataset, fails, monkeypatch):
     monkeypatch.delenv("nnUNet_raw")
-    message = fails(capsys, dataset, "-d", "501", "-pred", dataset / "preds" / "ours_all")
-    assert "export nnUNet_raw=" in message
+    assert "export nnUNet_raw=" in fails("-d", "501", "-pred", dataset / "preds" / "ours_all")
 
 
-def test_missing_prediction_of_a_fold_and_no_splits(dataset, capsys):
+def test_missing_prediction_of_a_fold_and_no_splits(dataset, fails):
     (dataset / "preds" / "ours" / "fold_1" / "ct_4.nii.gz").unlink()
     arguments = ("-d", "501", "-f", "0", "1", "-pred", f"x={dataset}/preds/ours/fold_{{fold}}")
-    message = fails(capsys, dataset, *arguments)
-    assert "no prediction in" in message
-    assert "ct_4.nii.gz" in message
+    message = fails(*arguments)
+    assert "no prediction in" in message and "ct_4.nii.gz" in message
     (dataset / "raw" / "Dataset501_Test" / "splits_target.json").unlink()
-    assert "splits_target.json does not exist" in fails(capsys, dataset, *arguments)
+    assert "splits_target.json does not exist" in fails(*arguments)
 
 
-def test_bad_prediction_is_named_and_the_former_evaluation_survives(dataset, capsys):
+def test_bad_prediction_is_named_and_the_former_evaluation_survives(dataset, fails):
     arguments = ("-d", "501", "-pred", dataset / "preds" / "ours_all", "--no_overlays")
     former = evaluate(dataset, *arguments)
     path = dataset / "preds" / "ours_all" / "ct_2.nii.gz"
     path.write_bytes(path.read_bytes()[:-30])
-    assert str(path) in fails(capsys, dataset, *arguments)
+    assert str(path) in fails(*arguments)
     assert json.loads((dataset / "out" / "evaluation.json").read_text()) == former
 
 
-def test_a_kill_between_the_renames_and_bad_input_lose_nothing(dataset, capsys):
+def test_a_kill_between_the_renames_and_bad_input_lose_nothing(dataset, refused):
     aside = dataset / ".out.partial_0a1b2c3d" / "former" / "out"
     aside.mkdir(parents=True)
     (aside / "evaluation.json").write_text("the former")
-    arguments = ("-d", "501", "-pred", dataset / "preds" / "ours_all", "--no_overlays", "-lower", "nobody")
-    with pytest.raises(SystemExit):
-        evaluate(dataset, *arguments)
-    assert "-lower nobody" in capsys.readouterr().err, "found before any folder is made"
+    words = ["-d", "501", "-pred", dataset / "preds" / "ours_all", "-lower", "nobody", "-o", dataset / "out"]
+    assert "-lower nobody" in refused(main, words), "found before any folder is made"
     assert (dataset / "out" / "evaluation.json").read_text() == "the former" and list(dataset.glob(".*")) == []
 
 
-def test_foreign_output_folder_is_left_alone(dataset, capsys):
+def test_foreign_output_folder_is_left_alone(dataset, fails):
     (dataset / "out").mkdir()
     (dataset / "out" / "thesis.txt").write_text("years of work")
-    message = fails(capsys, dataset, "-d", "501", "-pred", dataset / "preds" / "ours_all", "--no_overlays")
-    assert "holds no former evaluation" in message
+    assert "holds no former evaluation" in fails("-d", "501", "-pred", dataset / "preds" / "ours_all")
     assert (dataset / "out" / "thesis.txt").read_text() == "years of work"
 
 
@@ -316,16 +287,16 @@ def test_foreign_output_folder_is_left_alone(dataset, capsys):
         ({"background": 0, "a": 1, "b": 1}, "one value for two structures"),
     ],
 )
-def test_bad_dataset_json(dataset, capsys, labels, message):
+def test_bad_dataset_json(dataset, fails, labels, message):
     path = dataset / "raw" / "Dataset501_Test" / "dataset.json"
     path.write_text(json.dumps({"labels": labels, "file_ending": ".nii.gz"}))
-    assert message in fails(capsys, dataset, "-d", "501", "-pred", dataset / "preds" / "ours_all")
+    assert message in fails("-d", "501", "-pred", dataset / "preds" / "ours_all")
 
 
-def test_output_that_cannot_be_written(dataset, capsys):
-    with pytest.raises(SystemExit):
-        evaluate(dataset / "preds" / "ours_all" / "ct_1.nii.gz", "-d", "501", "-pred", dataset / "preds" / "ours_all")
-    assert "cannot be written" in capsys.readouterr().err
+def test_output_that_cannot_be_written(dataset, refused):
+    runs = dataset / "preds" / "ours_all"
+    words = ["-d", "501", "-pred", runs, "-o", runs / "ct_1.nii.gz" / "out", "-np", 1]
+    assert "cannot be written" in refused(main, words)
 
 
 # --- pictures ---------------------------------------------------------------------------------------------------------
@@ -359,12 +330,12 @@ def test_slices_cover_the_reference_and_hold_the_worst():
     reference[5:25] = 1
     prediction = reference.copy()
     prediction[27] = 1
-    chosen = choose_slices(reference, [prediction], 0, 5)
+    chosen = choose_slices(reference, [prediction], 5)
     assert [index for index, _ in chosen] == [7, 12, 17, 22, 27]
     assert chosen[-1][1] == ", most wrong voxels"
-    assert [index for index, _ in choose_slices(reference, [reference], 0, 4)] == [7, 12, 17, 22]
-    assert choose_slices(0 * reference, [0 * reference], 0, 4) == [(15, "")]
-    assert [index for index, _ in choose_slices(0 * reference, [prediction], 1, 1)] == [0]
+    assert [index for index, _ in choose_slices(reference, [reference], 4)] == [7, 12, 17, 22]
+    assert choose_slices(0 * reference, [0 * reference], 4) == [(15, "")]
+    assert [index for index, _ in choose_slices(0 * reference.swapaxes(0, 1), [prediction.swapaxes(0, 1)], 1)] == [0]
 
 
 def test_overlay_of_a_flipped_scan_shows_anterior_up(tmp_path):
@@ -415,9 +386,9 @@ def test_the_sheets_of_a_volume_are_its_slices():
     assert not tiles(flat, flat["image"]).any() and (flat["height"], flat["width"]) == (128, 21)
 
 
-def test_the_former_name_of_an_option_still_works_with_a_hint(dataset, capsys):
+def test_the_former_name_of_an_option_still_works_with_a_hint(dataset, capsys, fails):
     folder = dataset / "preds" / "ours_all"
     evaluate(dataset, "-d", "501", "-p", folder, "--no_overlays")
     assert "are now -pred" in capsys.readouterr().err
     assert "-pred" in make_parser().format_help() and " -p " not in make_parser().format_help()
-    assert "-pred is missing" in fails(capsys, dataset, "-d", "501")
+    assert "-pred is missing" in fails("-d", "501")

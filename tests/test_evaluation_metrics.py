@@ -10,14 +10,15 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
+from conftest import LPS, write_volume
 from monai.metrics import compute_average_surface_distance, compute_hausdorff_distance
 from scipy.ndimage import gaussian_filter
 from scipy.spatial.distance import cdist
+from scipy.spatial.transform import Rotation
 
 from nnunet_uda.errors import UDAError
 from nnunet_uda.evaluation import evaluate_case, evaluate_folder, metrics
 from nnunet_uda.evaluation.metrics import evaluate_masks
-from nnunet_uda.images.geometry import check_same_geometry
 from nnunet_uda.images.reading import read_image
 
 LABELS = {"background": 0, "organ": 1, "vessel": 2}
@@ -29,15 +30,8 @@ ORIENTATIONS = {
 }
 
 
-def write(path: Path, array: np.ndarray, spacing=(1.0, 1.0, 1.0), origin=(0.0, 0.0, 0.0), direction=None) -> Path:
-    image = sitk.GetImageFromArray(array)
-    image.SetSpacing(spacing[: array.ndim])
-    image.SetOrigin(origin[: array.ndim])
-    if direction is not None:
-        image.SetDirection(np.asarray(direction, dtype=float).ravel())
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sitk.WriteImage(image, str(path))
-    return path
+def write(path: Path, array: np.ndarray, spacing=(1.0, 1.0, 1.0), direction=LPS, **geometry) -> Path:
+    return write_volume(path, array, spacing, np.asarray(direction, dtype=float).ravel(), **geometry)
 
 
 def blobs(seed: int, shape=(9, 14, 12), n_labels=2) -> np.ndarray:
@@ -134,11 +128,9 @@ def test_rule_for_empty_masks():
     empty, full = np.zeros((3, 4, 4), bool), np.ones((3, 4, 4), bool)
     both = evaluate_masks(empty, empty, (1, 1, 1))
     assert all(math.isnan(both[metric]) for metric in ("Dice", "ASSD", "HD95"))
-    for reference, prediction in ((full, empty), (empty, full)):
-        one = evaluate_masks(reference, prediction, (1, 1, 1))
-        assert one["Dice"] == 0
-        assert math.isnan(one["ASSD"])
-        assert math.isnan(one["HD95"])
+    for masks in ((full, empty), (empty, full)):
+        one = evaluate_masks(*masks, (1, 1, 1))
+        assert one["Dice"] == 0 and math.isnan(one["ASSD"]) and math.isnan(one["HD95"])
 
 
 def test_dice_agrees_exactly_with_nnunet(serial, tmp_path):
@@ -215,19 +207,12 @@ def test_other_size_or_number_of_dimensions_is_refused(tmp_path):
             evaluate_case(reference, write(tmp_path / "p.nii.gz", array), LABELS)
 
 
-def test_geometry_within_tolerance_is_accepted():
-    first, second = (sitk.GetImageFromArray(blobs(1)) for _ in range(2))
-    second.SetOrigin((0.09, 0, 0))  # as a converter accepts it: a tenth of a voxel
-    check_same_geometry(first, Path("a"), second, Path("b"))
-
-
-@pytest.mark.parametrize("apart", ["3 um", "0.07 degrees"])
-def test_a_reference_that_conversion_accepts_is_scored(tmp_path, apart):
-    """What programs round in headers; nnU-Net's predictions have the geometry of the image."""
-    angle = np.deg2rad(0.07) if apart == "0.07 degrees" else 0.0
-    turned = [[np.cos(angle), -np.sin(angle), 0], [np.sin(angle), np.cos(angle), 0], [0, 0, 1]]
+@pytest.mark.parametrize(("millimetres", "degrees"), [(0.09, 0), (0.003, 0), (0, 0.07)])
+def test_a_reference_that_conversion_accepts_is_scored(tmp_path, millimetres, degrees):
+    """A tenth of a voxel, and what programs round in headers; predictions have the geometry of the image."""
+    turned = Rotation.from_euler("z", degrees, degrees=True).as_matrix()
     reference = write(tmp_path / "r.nii.gz", blobs(1), direction=turned)
-    prediction = write(tmp_path / "p.nii.gz", blobs(1), origin=(0.003, 0, 0) if apart == "3 um" else (0, 0, 0))
+    prediction = write(tmp_path / "p.nii.gz", blobs(1), origin=(millimetres, 0, 0))
     assert evaluate_case(reference, prediction, LABELS)["organ"]["Dice"] == 1
 
 
@@ -259,17 +244,14 @@ def test_file_that_is_no_image_is_named(tmp_path):
         read_image(path)
 
 
-@pytest.mark.parametrize("bad", ["reference", "prediction"])
-def test_unknown_label_names_file_and_value(tmp_path, bad):
-    paths = {}
-    for name in ("reference", "prediction"):
-        array = blobs(1)
-        if name == bad:
-            array[0, 0, 0] = 7
-        paths[name] = write(tmp_path / f"{name}.nii.gz", array)
-    with pytest.raises(UDAError, match=r"label\(s\) 7") as error:
-        evaluate_case(paths["reference"], paths["prediction"], LABELS)
-    assert str(paths[bad]) in str(error.value)
+@pytest.mark.parametrize("order", [1, -1])
+def test_unknown_label_names_file_and_value(tmp_path, order):
+    """In the prediction, and in the reference."""
+    good, strange = write(tmp_path / "good.nii.gz", blobs(1)), blobs(1)
+    strange[0, 0, 0] = 7
+    bad = write(tmp_path / "bad.nii.gz", strange)
+    with pytest.raises(UDAError, match=rf"{bad} holds the label\(s\) 7"):
+        evaluate_case(*[good, bad][::order], LABELS)
 
 
 @pytest.mark.parametrize("ending", [".nii.gz", ".nii", ".mha"])

@@ -28,20 +28,14 @@ def test_exactly_the_folds_test_images_are_laid_out(raw, tmp_path):
 
 
 @pytest.mark.parametrize(("fold", "words"), [("1", "empty 'val'"), ("2", "fold 2 does not exist")])
-def test_folds_without_test_images_are_refused(raw, tmp_path, capsys, fold, words):
-    with pytest.raises(SystemExit) as stopped:
-        fold_images.main(["-d", "501", "-f", fold, "-o", str(tmp_path / "out")])
-    assert stopped.value.code == 1
-    assert words in capsys.readouterr().err
+def test_folds_without_test_images_are_refused(raw, tmp_path, refused, fold, words):
+    assert words in refused(fold_images.main, ["-d", "501", "-f", fold, "-o", tmp_path / "out"])
 
 
-def test_a_full_folder_and_a_dataset_without_folds_are_refused(raw, tmp_path, capsys):
+def test_a_full_folder_and_a_dataset_without_folds_are_refused(raw, tmp_path, refused):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").touch()
-    with pytest.raises(SystemExit):
-        fold_images.main(["-d", "501", "-f", "0", "-o", str(tmp_path / "out")])
-    assert "is not empty" in capsys.readouterr().err
+    assert "is not empty" in refused(fold_images.main, ["-d", "501", "-f", "0", "-o", tmp_path / "out"])
     (raw / "splits_target.json").unlink()
-    with pytest.raises(SystemExit):
-        fold_images.main(["-d", "501", "-f", "0", "-o", str(tmp_path / "new")])
-    assert "no folds of target images" in capsys.readouterr().err
+    words = ["-d", "501", "-f", "0", "-o", tmp_path / "new"]
+    assert "no folds of target images" in refused(fold_images.main, words)

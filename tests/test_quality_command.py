@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import csv
+import io
 import json
 import shutil
 import sys
@@ -10,13 +12,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import SimpleITK as sitk
 import torch
 from conftest import make_trainer, written_model
+from matplotlib.image import imread
 
 from nnunet_uda.commands import quality as command
+from nnunet_uda.evaluation.prediction import unlabelled_images
 from nnunet_uda.evaluation.quality import estimate_quality
 from nnunet_uda.evaluation.quality_page import thumbnail, write_page
-from nnunet_uda.evaluation.unsupervised import unlabelled_images
 from nnunet_uda.quality.calibration import Calibration
 from nnunet_uda.training.expectation import seconds_for
 
@@ -101,36 +105,29 @@ def test_without_source_cases_the_estimate_is_from_what_is_there(model, in_works
         (["-m", "MODEL", "-i", "SCANS", "-o", "SCANS"], "holds no former evaluation"),
     ],
 )
-def test_what_is_missing_is_said(arguments, message, model, in_workspace, tmp_path, capsys):
+def test_what_is_missing_is_said(arguments, message, model, in_workspace, tmp_path, refused):
     (tmp_path / "empty").mkdir()
     places = {"MODEL": str(model), "SCANS": str(scans(in_workspace, tmp_path)), "EMPTY": str(tmp_path / "empty")}
     words = [places.get(word, word) for word in arguments]
     words += [] if "-o" in words else ["-o", str(tmp_path / "quality")]
-    with pytest.raises(SystemExit) as ended:
-        command.main([*words, "-device", "cpu"])
-    assert ended.value.code == 1 and message in capsys.readouterr().err
+    assert message in refused(command.main, [*words, "-device", "cpu"])
     assert not (tmp_path / "quality").exists()
 
 
-def test_scans_of_another_channel_count_are_refused(model, in_workspace, tmp_path, capsys):
+def test_scans_of_another_channel_count_are_refused(model, in_workspace, tmp_path, refused):
     folder = scans(in_workspace, tmp_path, 1)
     shutil.copyfile(folder / "ct_Ts00_0000.nii.gz", folder / "ct_Ts00_0001.nii.gz")
-    with pytest.raises(SystemExit):
-        command.main(["-m", str(model), "-i", str(folder), "-o", str(tmp_path / "q"), "-device", "cpu"])
-    assert "the network reads 1 channel(s)" in capsys.readouterr().err
+    words = ["-m", model, "-i", folder, "-o", tmp_path / "q", "-device", "cpu"]
+    assert "the network reads 1 channel(s)" in refused(command.main, words)
 
 
-def test_a_prediction_of_another_dataset_is_refused(model, in_workspace, tmp_path, capsys):
-    import SimpleITK as sitk
-
+def test_a_prediction_of_another_dataset_is_refused(model, in_workspace, tmp_path, refused):
     folder = scans(in_workspace, tmp_path, 1)
     (tmp_path / "predictions").mkdir()
     label = sitk.ReadImage(str(in_workspace.raw / "Dataset501_Blobs" / "labelsTs" / "ct_Ts00.nii.gz"))
     sitk.WriteImage(label * 3, str(tmp_path / "predictions" / "ct_Ts00.nii.gz"))
-    words = ["-m", str(model), "-i", str(folder), "-p", str(tmp_path / "predictions"), "-o", str(tmp_path / "q")]
-    with pytest.raises(SystemExit):
-        command.main([*words, "-device", "cpu"])
-    said = capsys.readouterr().err
+    words = ["-m", model, "-i", folder, "-p", tmp_path / "predictions", "-o", tmp_path / "q", "-device", "cpu"]
+    said = refused(command.main, words)
     assert "ct_Ts00.nii.gz holds the value(s) 3, 6; expected" in said
     assert "the predictions of nnUNetUDA_quality are now -pred" in said, "-p was their name"
 
@@ -226,11 +223,6 @@ def made_up_page(path: Path, number: int) -> Path:
 
 
 def test_a_thumbnail_shows_three_planes_with_contours():
-    import base64
-    import io
-
-    from matplotlib.image import imread
-
     label = np.zeros((6, 20, 20), int)
     label[2:4, 5:15, 5:15] = 1
     picture = imread(io.BytesIO(base64.b64decode(thumbnail(label * 1.0, label, (5, 1, 1), {"a": 1}, 60))), "jpeg")

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
-import SimpleITK as sitk
-from conftest import litter, two_geometries
+from conftest import LPS, litter, two_geometries, write_volume
 
 from nnunet_uda.commands import convert, evaluate
 from nnunet_uda.errors import UDAError
@@ -23,12 +23,7 @@ LABELS = Labels({"liver": 1, "spleen": 2}, None, ".nii.gz")
 SHAPE = (6, 20, 24)
 
 
-def save(path: Path, array: np.ndarray) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    image = sitk.GetImageFromArray(array)
-    image.SetSpacing((1.0, 1.5, 3.0))
-    sitk.WriteImage(image, str(path))
-    return path
+save = partial(write_volume, spacing=(1.0, 1.5, 3.0), direction=LPS)
 
 
 def organs(liver: int, spleen: int, shift: int = 0, equal: bool = False) -> np.ndarray:

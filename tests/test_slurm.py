@@ -15,15 +15,15 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from support.jobs import a_job
 
 from nnunet_uda.commands import compare
 from nnunet_uda.commands.grid_options import make_engine
 from nnunet_uda.errors import UDAError
 from nnunet_uda.errors import command as as_command
-from nnunet_uda.evaluation.runs import Labels
 from nnunet_uda.experiments import engines
 from nnunet_uda.experiments.engines import SubmititEngine, run_jobs
-from nnunet_uda.experiments.job import Job, Score, TargetTest
+from nnunet_uda.experiments.job import Job, Score
 from nnunet_uda.training import launch
 
 pytest.importorskip("submitit")
@@ -108,11 +108,6 @@ def slurm(tmp_path, monkeypatch) -> Path:
     for path in folder.glob("*.pid"):
         if (folder / f"{path.stem}.state").read_text() == "RUNNING":
             os.killpg(int(path.read_text()), signal.SIGKILL)
-
-
-def a_job(folder: Path, name: str) -> Job:
-    test = TargetTest(["x"], folder / "labelsTs", Labels({"left": 1}, None, ".nii.gz"), None)
-    return Job(name, folder / "runs" / name, "D", "2d", "0", "T", "P", test, folder / "imagesTs", "cpu", 1)
 
 
 def engine_of(folder: Path) -> SubmititEngine:

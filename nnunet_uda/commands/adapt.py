@@ -25,7 +25,7 @@ def main(argv: list[str] | None = None) -> None:
     from nnunet_uda.adaptation.run import Adaptation, open_record
     from nnunet_uda.adaptation.scan import ScanSettings
     from nnunet_uda.devices import open_device
-    from nnunet_uda.evaluation.unsupervised import unlabelled_images
+    from nnunet_uda.evaluation.prediction import unlabelled_images
 
     kind: type[ScanSettings] | type[FolderSettings] = ScanSettings if args.mode == "scan" else FolderSettings
     given = {name: value for name in ("what", "steps", "learning_rate", "runs", "confidence", "seed")

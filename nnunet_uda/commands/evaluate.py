@@ -31,7 +31,6 @@ from nnunet_uda.evaluation.runs import (
 )
 from nnunet_uda.evaluation.scoring import Evaluation
 from nnunet_uda.evaluation.tables import check_bounds
-from nnunet_uda.files import put_back
 from nnunet_uda.images.nifti import add_geometry_argument, nifti_geometry
 from nnunet_uda.workers import usual_processes
 
@@ -51,16 +50,17 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("-pred", dest="predictions", metavar="[NAME=]FOLDER", nargs="+", help="runs: folders of "
                         "predictions; {fold} in FOLDER stands for the fold's number")  # fmt: skip
     parser.add_argument("-p", dest="former", nargs="+", help=argparse.SUPPRESS)
-    parser.add_argument("-o", metavar="FOLDER", required=True, help="output folder; a former evaluation is replaced")
-    parser.add_argument("-r", metavar="FOLDER", help="references [the dataset's labelsTs]")
+    parser.add_argument("-o", metavar="FOLDER", type=Path, required=True, help="output folder; a former evaluation is "
+                        "replaced")  # fmt: skip
+    parser.add_argument("-r", metavar="FOLDER", type=Path, help="references [the dataset's labelsTs]")
     parser.add_argument("-labels", metavar="NAME=VALUE", nargs="+", help="what the references' values mean, as in "
                         "nnUNetUDA_convert folders, and for a dataset that it has not made [the dataset's "
                         "classes, or what dataset.json says of the files that were converted]")  # fmt: skip
-    parser.add_argument("-i", metavar="FOLDER", help="images for the overlays [the dataset's imagesTs, or "
+    parser.add_argument("-i", metavar="FOLDER", type=Path, help="images for the overlays [the dataset's imagesTs, or "
                         "imagesTu]")  # fmt: skip
-    parser.add_argument("-djfile", metavar="FILE", help="dataset.json with the labels [the dataset's]")
+    parser.add_argument("-djfile", metavar="FILE", type=Path, help="dataset.json with the labels [the dataset's]")
     parser.add_argument("-f", metavar="FOLD", nargs="+", type=int, help="score exactly the 'val' cases of these folds")
-    parser.add_argument("-splits", metavar="FILE", help="splits for -f [the dataset's splits_target.json]")
+    parser.add_argument("-splits", metavar="FILE", type=Path, help="splits for -f [the dataset's splits_target.json]")
     bound = "bound, for the gap closed: one of the runs by its name, or one more as in -pred"
     parser.add_argument("-lower", metavar="NAME|[NAME=]FOLDER", help=f"lower {bound}")
     parser.add_argument("-upper", metavar="NAME|[NAME=]FOLDER", help=f"upper {bound}")
@@ -86,6 +86,19 @@ def check_arguments(arguments: argparse.Namespace) -> None:
         raise UDAError("-pred is missing: give folders of predictions, -pred NAME=FOLDER")
     if arguments.slices < 1 or arguments.np < 1:
         raise UDAError(f"-slices and -np must be at least 1, found {arguments.slices} and {arguments.np}")
+
+
+def given_or_own(given: Path | None, raw: Path | None, name: str, needed: str) -> Path:
+    """The file or folder that an option gives, else the dataset's own of that name.
+
+    Raises:
+        UDAError: ``needed``, where there is neither.
+    """
+    if given is not None:
+        return given
+    if raw is None:
+        raise UDAError(f"without -d, {needed}")
+    return raw / name
 
 
 def read_references(
@@ -126,29 +139,20 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
-    put_back(Path(arguments.o))
+    check_output(arguments.o)
     raw = find_raw_dataset(arguments.d) if arguments.d else None
-    for option, value in (("-r", arguments.r), ("-djfile", arguments.djfile)):
-        if raw is None and value is None:
-            raise UDAError(f"without -d, {option} is needed too: -d DATASET, or -r REFERENCES -djfile dataset.json")
-
-    def in_raw(name: str) -> Path:
-        assert raw is not None, "else the option was asked for"
-        return raw / name
-
-    dataset_json = Path(arguments.djfile) if arguments.djfile else in_raw("dataset.json")
+    both = "is needed too: -d DATASET, or -r REFERENCES -djfile dataset.json"
+    reference = given_or_own(arguments.r, raw, "labelsTs", f"-r {both}")
+    dataset_json = given_or_own(arguments.djfile, raw, "dataset.json", f"-djfile {both}")
     labels = read_labels(dataset_json)
-    reference = Path(arguments.r) if arguments.r else in_raw("labelsTs")
     words, lower = runs_and_bound(arguments.predictions, arguments.lower)
     words, upper = runs_and_bound(words, arguments.upper)
     runs = parse_runs(words)
     check_bounds([run.name for run in runs], lower, upper)
-    check_output(Path(arguments.o))
     fold_cases = None
     if arguments.f is not None:
-        if raw is None and arguments.splits is None:
-            raise UDAError("without -d, -f needs the splits file too: -splits splits_target.json")
-        splits = Path(arguments.splits) if arguments.splits else in_raw("splits_target.json")
+        need = "-f needs the splits file too: -splits splits_target.json"
+        splits = given_or_own(arguments.splits, raw, "splits_target.json", need)
         fold_cases = cases_of_folds(splits, arguments.f)
     elif arguments.splits:
         raise UDAError("-splits is of use with -f only: add the folds to score, as in -f 0 1 2 3")
@@ -156,13 +160,13 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
     images: dict[str, Path] = {}
     n_slices = max(1, min(arguments.slices, MAX_PANELS // (len(volumes) * (len(runs) + 2))))
+    folders = [arguments.i] if arguments.i else image_folders(raw, fold_cases is not None) if raw else []
     if arguments.no_overlays:
         note = "No overlays were drawn (--no_overlays)."
-    elif arguments.i is None and raw is None:
+    elif not folders:
         note = "No overlays were drawn: without a dataset (-d) they need the images' folder (-i)."
         print(note)
     else:
-        folders = [Path(arguments.i)] if arguments.i else image_folders(in_raw(""), fold_cases is not None)
         images = find_images(sorted({case for _, case in volumes}), folders, labels.file_ending)
         note = (
             "Axial slices as seen from the feet, all others with the head up. Chosen slices lie evenly over the "
@@ -174,7 +178,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     reading = read_references(arguments, dataset_json, labels, sorted({case for _, case in volumes}), reference, raw)
     about = {"dataset": raw.name if raw else None, "scored_folds": None if fold_cases is None else list(fold_cases)}
     text = evaluation.write(
-        Path(arguments.o), reading, lower, upper, about, images, note, n_slices=n_slices, plane=arguments.plane
+        arguments.o, reading, lower, upper, about, images, note, n_slices=n_slices, plane=arguments.plane
     )
     print(text)
     print(f"Written to {arguments.o}: {REPORT}, evaluation.csv, evaluation.md, evaluation.html (open it in a browser)")

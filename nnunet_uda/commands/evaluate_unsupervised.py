@@ -11,19 +11,11 @@ from nnunet_uda.data.convention import TARGET_FOLDER, dataset_name, results_fold
 from nnunet_uda.devices import open_device
 from nnunet_uda.errors import command
 from nnunet_uda.evaluation.output import check_output, whole_folder
+from nnunet_uda.evaluation.prediction import TrainedModel, dataset_of, require_checkpoint, unlabelled_images
 from nnunet_uda.evaluation.report import jsonable, write_rows
 from nnunet_uda.evaluation.runs import find_raw_dataset
-from nnunet_uda.evaluation.unsupervised import (
-    COLUMNS,
-    NOTE,
-    TrainedModel,
-    compare_checkpoints,
-    dataset_of,
-    require_checkpoint,
-    table,
-    unlabelled_images,
-)
-from nnunet_uda.files import put_back, write_json
+from nnunet_uda.evaluation.unsupervised import COLUMNS, NOTE, compare_checkpoints, table
+from nnunet_uda.files import write_json, write_text
 from nnunet_uda.methods import let_find
 
 REPORT = "criteria.json"
@@ -63,10 +55,11 @@ def main(argv: list[str] | None = None) -> None:
     add_model_arguments(parser)
     parser.add_argument("-chk", metavar="FILE", nargs="+", default=["checkpoint_final.pth"], help="checkpoints of each "
                         "model [checkpoint_final.pth]")  # fmt: skip
-    parser.add_argument("-o", metavar="FOLDER", required=True, help="output folder; a former result is replaced")
+    parser.add_argument(
+        "-o", metavar="FOLDER", type=Path, required=True, help="output folder; a former result is replaced"
+    )
     arguments = parser.parse_args(argv)
-    put_back(Path(arguments.o))
-    check_output(Path(arguments.o), REPORT)
+    check_output(arguments.o, REPORT)
     device = open_device(arguments.device)
     models = [
         TrainedModel(folder, fold, checkpoint)
@@ -74,18 +67,18 @@ def main(argv: list[str] | None = None) -> None:
         for checkpoint in arguments.chk
     ]
     for model in models:
-        dataset_of(model)
+        dataset_of(model.folder)
         require_checkpoint(model)
     images = arguments.i or find_raw_dataset(arguments.d) / TARGET_FOLDER
-    cases = unlabelled_images(images, dataset_of(models[0]))
+    cases = unlabelled_images(images, dataset_of(models[0].folder))
 
-    with whole_folder(Path(arguments.o), REPORT) as output:
+    with whole_folder(arguments.o, REPORT) as output:
         rows = compare_checkpoints(models, cases, device)
         text = f"{table(rows)}\n\n{len(cases)} image(s) of {images}. {NOTE}\n"
         content = {"dataset": dataset_name(arguments.d), "configuration": arguments.c, "images": str(images),
                    "cases": list(cases), "higher_is_better": COLUMNS, "checkpoints": rows}  # fmt: skip
         write_json(jsonable(content), output / REPORT)
         write_rows(output / "criteria.csv", rows)
-        (output / "criteria.md").write_text(text, encoding="utf-8")
+        write_text(text, output / "criteria.md")
     print(text)
     print(f"Written to {arguments.o}: {REPORT}, criteria.csv, criteria.md")

@@ -10,9 +10,10 @@ from nnunet_uda.data.components import KEY as COMPONENTS
 from nnunet_uda.data.convention import TARGET_FOLDER, read_json
 from nnunet_uda.devices import open_device
 from nnunet_uda.errors import UDAError, command
+from nnunet_uda.evaluation.model_card import what_to_clip
+from nnunet_uda.evaluation.prediction import dataset_of
 from nnunet_uda.evaluation.quality_report import read_report
-from nnunet_uda.evaluation.stock_model import CHECKED, export, scans_to_check, what_to_clip
-from nnunet_uda.evaluation.unsupervised import TrainedModel, dataset_of
+from nnunet_uda.evaluation.stock_model import CHECKED, export, scans_to_check
 from nnunet_uda.files import check_place
 from nnunet_uda.methods import let_find
 
@@ -48,7 +49,7 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parse_arguments(argv)
     let_find()
     folder = model_folder(arguments)
-    dataset_json = dataset_of(TrainedModel(folder, arguments.f[0], arguments.chk))
+    dataset_json = dataset_of(folder)
     quality = read_report(arguments.q) if arguments.q else None
     device = open_device(arguments.device)
     clip = what_to_clip(dataset_json)

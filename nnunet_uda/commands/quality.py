@@ -12,12 +12,11 @@ from nnunet_uda.data.convention import TARGET_FOLDER
 from nnunet_uda.devices import open_device
 from nnunet_uda.errors import UDAError, command
 from nnunet_uda.evaluation.output import check_output, whole_folder
+from nnunet_uda.evaluation.prediction import dataset_of, unlabelled_images
 from nnunet_uda.evaluation.quality import Judge
 from nnunet_uda.evaluation.quality_output import BLIND, find_predictions, judge_and_draw, table, write_quality
 from nnunet_uda.evaluation.quality_report import REPORT
 from nnunet_uda.evaluation.runs import find_raw_dataset
-from nnunet_uda.evaluation.unsupervised import TrainedModel, dataset_of, unlabelled_images
-from nnunet_uda.files import put_back
 from nnunet_uda.methods import let_find
 
 
@@ -32,7 +31,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("-i", metavar="FOLDER", type=Path, help=f"scans [the dataset's {TARGET_FOLDER}]")
     parser.add_argument("-pred", metavar="FOLDER", type=Path, help="their predictions, by nnUNetv2_predict; without, "
                         "the network is asked, less carefully than nnUNetv2_predict does")  # fmt: skip
-    parser.add_argument("-o", metavar="FOLDER", required=True, help="output folder; a former report is replaced")
+    parser.add_argument(
+        "-o", metavar="FOLDER", type=Path, required=True, help="output folder; a former report is replaced"
+    )
     parser.add_argument("--no_pictures", action="store_true", help="draw no thumbnails")
     arguments = parser.parse_args(argv)
     if arguments.p is not None and Path(arguments.p).is_dir():
@@ -47,10 +48,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     arguments = parse_arguments(argv)
     let_find()
-    put_back(Path(arguments.o))
-    check_output(Path(arguments.o), REPORT)
+    check_output(arguments.o, REPORT)
     folder = model_folder(arguments)
-    dataset_json = dataset_of(TrainedModel(folder, arguments.f[0], arguments.chk))
+    dataset_json = dataset_of(folder)
     device = open_device(arguments.device)
     scans = arguments.i or find_raw_dataset(arguments.d) / TARGET_FOLDER
     images = unlabelled_images(scans, dataset_json)
@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> None:
         "model": str(folder), "folds": arguments.f, "checkpoint": arguments.chk, "scans": str(scans),
         "predictions": str(arguments.pred) if arguments.pred else None,
     }  # fmt: skip
-    with whole_folder(Path(arguments.o), REPORT) as output:
+    with whole_folder(arguments.o, REPORT) as output:
         found, pictures = judge_and_draw(judge, images, predictions, not arguments.no_pictures)
         calibrated = write_quality(output, judge, about, judged, found, pictures)
     print(f"\n{table(found)}\n")

@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import SimpleITK as sitk
+from scipy.ndimage import find_objects
 from tqdm import tqdm
 
 from nnunet_uda.errors import UDAError
@@ -103,13 +104,9 @@ def surface_distances(
     """
     from monai.metrics import get_mask_edges, get_surface_distance
 
-    union = reference | prediction
-    box = []
-    for axis in range(union.ndim):
-        occupied = np.flatnonzero(union.any(axis=tuple(i for i in range(union.ndim) if i != axis)))
-        box.append(slice(occupied[0], occupied[-1] + 1))
+    (box,) = find_objects((reference | prediction).astype(np.uint8))
     # mask minus its erosion, outside the box counting as background; given a spacing, it would return sub-voxel edges
-    edges = get_mask_edges(prediction[tuple(box)], reference[tuple(box)], crop=False)
+    edges = get_mask_edges(prediction[box], reference[box], crop=False)
     there = get_surface_distance(edges[0], edges[1], spacing=tuple(spacing))
     back = get_surface_distance(edges[1], edges[0], spacing=tuple(spacing))
     return np.asarray(there, dtype=np.float64), np.asarray(back, dtype=np.float64)
@@ -124,7 +121,7 @@ def evaluate_masks(reference: np.ndarray, prediction: np.ndarray, spacing: Seque
         spacing: mm for each axis of the arrays.
     """
     n_reference, n_prediction = int(reference.sum()), int(prediction.sum())
-    scores = {"Dice": math.nan, "ASSD": math.nan, "HD95": math.nan}
+    scores = dict.fromkeys(METRICS, math.nan)
     if n_reference + n_prediction:
         scores["Dice"] = 2 * int((reference & prediction).sum()) / (n_reference + n_prediction)
     if n_reference and n_prediction:

@@ -13,7 +13,12 @@ REPORT = "evaluation.json"
 
 
 def check_output(target: Path, report: str = REPORT) -> None:
-    """Raise ``UDAError`` if ``target`` holds something else than a former evaluation (``report``)."""
+    """Put back what a killed command had set aside (``files.put_back``), and look what there is.
+
+    Raises:
+        UDAError: if ``target`` holds something else than a former evaluation (``report``).
+    """
+    files.put_back(target)
     if target.exists() and not (target.is_dir() and ((target / report).is_file() or not any(target.iterdir()))):
         raise UDAError(f"{target} exists and holds no former evaluation ({report}): choose another folder with -o")
 

@@ -12,7 +12,7 @@ import SimpleITK as sitk
 from scipy.ndimage import binary_erosion, zoom
 
 from nnunet_uda.evaluation.metrics import parallel, read_reference
-from nnunet_uda.evaluation.stacks import make_stack
+from nnunet_uda.evaluation.stacks import make_stack, picture_size
 from nnunet_uda.images.geometry import check_same_geometry
 from nnunet_uda.images.reading import LabelMap, read_image
 from nnunet_uda.palette import label_colours
@@ -52,8 +52,7 @@ def draw_overlay(
         raise ValueError(f"expected a 2D slice and labels of its shape, got {image2d.shape} and {shape}")
     low, high = np.percentile(image2d, (0.5, 99.5)) if window is None else window
     grey = np.clip((image2d - low) / (high - low), 0, 1) if high > low else np.zeros_like(image2d)
-    extent = np.array(image2d.shape) * spacing
-    height, width = np.maximum(np.round(extent * size / extent.max()), 1).astype(int)
+    height, width = picture_size(np.array(image2d.shape) * spacing, size)
     factors = (height / image2d.shape[0], width / image2d.shape[1])
     smooth = zoom(grey, factors, order=1, mode="nearest", grid_mode=True)
     picture = np.repeat((255 * np.clip(smooth, 0, 1)).astype(np.uint8)[..., None], 3, axis=2)
@@ -123,22 +122,21 @@ def draw_case(task: OverlayTask) -> dict[str, Any]:
     in_plane = tuple(spacing[[i for i in range(3) if i != axis]])
     window = tuple(np.percentile(array, (0.5, 99.5)))
     colours = label_colours(task.labels)
+    images, cuts = upright(array, axis), {title: upright(labels, axis) for title, labels in arrays.items()}
 
     chosen: list[dict[str, Any]] = []
-    first_array, *others = arrays.values()
-    for index, reason in choose_slices(first_array, others, axis, task.n_slices):
-        panels = {"image": draw_overlay(_cut(array, axis, index), None, colours, in_plane, window)}
-        for title, labels in arrays.items():
-            panels[title] = draw_overlay(_cut(array, axis, index), _cut(labels, axis, index), colours, in_plane, window)
-        title = f"{plane} slice {index + 1} of {array.shape[axis]}{reason}"
+    reference, *others = cuts.values()
+    for index, reason in choose_slices(reference, others, task.n_slices):
+        panels = {"image": draw_overlay(images[index], None, colours, in_plane, window)}
+        for title, labels in cuts.items():
+            panels[title] = draw_overlay(images[index], labels[index], colours, in_plane, window)
+        title = f"{plane} slice {index + 1} of {len(images)}{reason}"
         file = f"{task.name}_{plane}_{index:03d}.png"
         _save_figure(task.folder / file, f"{task.name}, {title}", panels, task.labels, colours)
         chosen.append({"index": index, "title": title, "file": file})
-    cuts = {title: _cuts(labels, axis) for title, labels in arrays.items()}
-    stack = make_stack(
-        _cuts(array, axis), cuts, list(colours), in_plane, window, task.pixels, [part["index"] for part in chosen]
-    )
-    return {"plane": plane, "depth": array.shape[axis], "chosen": chosen, "stack": stack}
+    kept = [part["index"] for part in chosen]
+    stack = make_stack(images, cuts, list(colours), in_plane, window, task.pixels, kept)
+    return {"plane": plane, "depth": len(images), "chosen": chosen, "stack": stack}
 
 
 def _thick_plane(spacing: np.ndarray) -> str:
@@ -148,43 +146,33 @@ def _thick_plane(spacing: np.ndarray) -> str:
     return list(PLANES)[order[2]] if thick else "axial"
 
 
-def _cut(array: np.ndarray, axis: int, index: int) -> np.ndarray:
-    """One slice of an LPS array, anterior or superior side up."""
-    cut = np.take(array, index, axis=axis)
-    return cut if axis == 0 else cut[::-1]
-
-
-def _cuts(array: np.ndarray, axis: int) -> np.ndarray:
-    """All slices along ``axis``, each as ``_cut`` gives it."""
+def upright(array: np.ndarray, axis: int) -> np.ndarray:
+    """All slices of an LPS array ``(Z, Y, X)`` along ``axis``, the first one then; anterior or superior side up."""
     cuts = np.moveaxis(array, axis, 0)
     return cuts if axis == 0 else cuts[:, ::-1]
 
 
-def choose_slices(
-    reference: np.ndarray, predictions: Sequence[np.ndarray], axis: int, n_slices: int
-) -> list[tuple[int, str]]:
+def choose_slices(reference: np.ndarray, predictions: Sequence[np.ndarray], n_slices: int) -> list[tuple[int, str]]:
     """``n_slices`` slices at most: evenly over the reference's extent, one of them where the runs err most.
 
     Args:
-        reference: labels, (z, y, x); where it is empty the predictions' extent is used.
+        reference: labels, ``(N, rows, columns)``; where it is empty the predictions' extent is used.
         predictions: labels of each run, same shape.
-        axis: the axis to walk along.
         n_slices: at least 1.
 
     Returns:
         ``(index, reason)`` in order; the reason is empty or says that this slice holds the most wrong voxels.
     """
-    others = tuple(i for i in range(reference.ndim) if i != axis)
-    errors = sum(((prediction != reference).sum(axis=others) for prediction in predictions), np.zeros(1, dtype=int))
-    occupied = np.flatnonzero((reference != 0).any(axis=others))
+    errors = sum(((prediction != reference).sum(axis=(1, 2)) for prediction in predictions), np.zeros(1, dtype=int))
+    occupied = np.flatnonzero((reference != 0).any(axis=(1, 2)))
     if not len(occupied):
         occupied = np.flatnonzero(errors)
     if not len(occupied):
-        return [(reference.shape[axis] // 2, "")]
+        return [(len(reference) // 2, "")]
     worst = int(np.argmax(errors)) if errors.any() else None
-    even = n_slices if worst is None else n_slices - 1
-    positions = (np.arange(even) + 0.5) / max(even, 1) * len(occupied)
-    chosen = {int(occupied[int(position)]) for position in positions} | ({worst} if worst is not None else set())
+    even = n_slices - (worst is not None)
+    chosen = {int(occupied[int((i + 0.5) / even * len(occupied))]) for i in range(even)}
+    chosen |= {worst} if worst is not None else set()
     return [(index, ", most wrong voxels" if index == worst else "") for index in sorted(chosen)]
 
 

@@ -1,4 +1,4 @@
-"""Pages in one file that ask the network for nothing: the templates beside this module, filled."""
+"""Templates beside this module, filled: pages in one file that ask the network for nothing, and model cards."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 
 from nnunet_uda.palette import RGB
 
@@ -17,11 +17,17 @@ from nnunet_uda.palette import RGB
 def _templates() -> Environment:
     folder = Path(__file__).with_name("templates")
     environment = Environment(
-        loader=FileSystemLoader(folder), autoescape=True, trim_blocks=True, undefined=StrictUndefined
+        loader=FileSystemLoader(folder), autoescape=select_autoescape(), trim_blocks=True, undefined=StrictUndefined
     )
+    environment.filters["cell"] = lambda value: str(value).replace("|", "\\|").replace("\n", " ")
     environment.filters["neighbours"] = lambda rows: [(first, list(of)) for first, of in groupby(rows, lambda r: r[0])]
     environment.policies["json.dumps_kwargs"] = {"allow_nan": False}
     return environment
+
+
+def filled(template: str, **content: Any) -> str:
+    """A template with ``content``; in ``.html`` ones it is escaped."""
+    return _templates().get_template(template).render(**content)
 
 
 def write_filled(
@@ -37,6 +43,5 @@ def write_filled(
         data: what the script reads, as JSON can say it.
         content: what else the template names, plain text and tables (``{"caption", "header", "rows", "notes"}``).
     """
-    page = _templates().get_template(f"{template}.html")
-    text = page.render(name=template, title=title, colours=colours, data=data, **content)
+    text = filled(f"{template}.html", name=template, title=title, colours=colours, data=data, **content)
     path.write_text(text, "utf-8", "backslashreplace")

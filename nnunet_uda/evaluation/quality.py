@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from nnunet_uda.data.case import preprocess_case
 from nnunet_uda.data.convention import check_splits, environment_folder, read_json
 from nnunet_uda.data.target import TargetDataset, target_folder
 from nnunet_uda.errors import UDAError
-from nnunet_uda.evaluation.unsupervised import TrainedModel, dataset_of, open_model
+from nnunet_uda.evaluation.prediction import dataset_of, open_model
 from nnunet_uda.files import write_json
 from nnunet_uda.quality.asked import Asked, as_label
 from nnunet_uda.quality.calibration import Calibration
@@ -51,10 +51,8 @@ def open_asked(folder: Path, folds: Sequence[str], checkpoint: str, device: torc
     Raises:
         UDAError: as ``open_model``.
     """
-    predictor, _ = open_model(TrainedModel(folder, folds[0], checkpoint), device)
-    own = {f"fold_{folds[0]}": predictor.list_of_parameters[0]}
-    for fold in folds[1:]:
-        own[f"fold_{fold}"] = open_model(TrainedModel(folder, fold, checkpoint), device)[0].list_of_parameters[0]
+    predictor = open_model(folder, folds, checkpoint, device)
+    own = {f"fold_{fold}": weights for fold, weights in zip(folds, predictor.list_of_parameters, strict=True)}
     others = {}
     if len(folds) == 1 and predictor.allowed_mirroring_axes:  # else it would take over three times a prediction's time
         kept = sorted((folder / f"fold_{folds[0]}").glob("checkpoint_epoch_*.pth"))
@@ -64,29 +62,28 @@ def open_asked(folder: Path, folds: Sequence[str], checkpoint: str, device: torc
     return Asked(predictor, own, others)
 
 
-def find_calibration(
-    folder: Path, fold: str, asked: Asked, log: Callable[[str], None] = print, **options: Any
-) -> Calibration:
+def find_calibration(folder: Path, fold: str, asked: Asked, log: Callable[[str], None] = print) -> Calibration:
     """The calibration beside a fold's checkpoints.
 
     Without one, it is made from the source's preprocessed cases and written there. Without these, it knows no source
     and holds what many other models have in common.
     """
-    path, structures = folder / f"fold_{fold}" / FILE, structure_names(asked.predictor.dataset_json)
+    predictor = asked.predictor
+    path, structures = folder / f"fold_{fold}" / FILE, structure_names(predictor.dataset_json)
     if path.exists():
         return read_calibration(path, structures)
     try:
-        predictor = asked.predictor
-        source = preprocessed_source(predictor.plans_manager, predictor.configuration_manager, fold)
+        labelled, held_out, targets, words = preprocessed_source(
+            predictor.plans_manager, predictor.configuration_manager, fold
+        )
     except UDAError as error:
         log(
             f"WARNING: {path} does not exist (a training of before, or with quality_volumes=0), and it cannot be made: "
             f"{error}. The estimate goes on without the source's shapes, and its ranges are from 0 to 1"
         )
         return uncalibrated(structures)
-    labelled, held_out, targets, words = source
     log(f"{path} does not exist: calibrating on {words}")
-    found = make_calibration(asked, structures, labelled, [held_out], targets, log=log, **options)
+    found = make_calibration(asked, structures, labelled, [held_out], targets, log=log)
     found.about["calibrated_on"] = words
     try:
         write_json(found.to_json(), path)
@@ -130,7 +127,6 @@ class Judge:
         folder: nnU-Net's results folder ``TRAINER__PLANS__CONFIGURATION``.
         folds: that predict together, as in ``nnUNetv2_predict -f``.
         checkpoint: file name.
-        calibration: None takes what ``find_calibration`` finds for the first fold.
 
     Raises:
         UDAError: no such model.
@@ -142,12 +138,16 @@ class Judge:
         folds: Sequence[str] = ("0",),
         checkpoint: str = "checkpoint_final.pth",
         device: torch.device | None = None,
-        calibration: Calibration | None = None,
         log: Callable[[str], None] = print,
     ) -> None:
-        dataset_of(TrainedModel(folder, folds[0], checkpoint))
+        dataset_of(folder)
         self.asked = open_asked(folder, folds, checkpoint, device or torch.device("cpu"))
-        self.calibration = calibration or find_calibration(folder, folds[0], self.asked, log)
+        self.calibration = find_calibration(folder, folds[0], self.asked, log)
+
+    @property
+    def structures(self) -> dict[str, int]:
+        """Values of the structures by name."""
+        return {name: value for value, name in enumerate(self.calibration.structures, 1)}
 
     def judge(self, case: str, files: Sequence[Path], prediction: Path | None = None) -> tuple[CaseQuality, Looked]:
         """A scan, one file a channel, and its segmentation: that of a file, or else the networks' own.
@@ -199,18 +199,9 @@ def estimate_quality(
 
     ::
 
-        cases = unlabelled_images(Path("scans"), dataset_of(TrainedModel(folder, "0", "checkpoint_final.pth")))
+        cases = unlabelled_images(Path("scans"), dataset_of(folder))
         for case, quality in estimate_quality(folder, cases).items():
             print(case, quality.overall.dice, quality.overall.verdict, quality.reasons)
     """
-    judge = Judge(folder, folds, checkpoint, device, log=log)
-    return {case: quality for case, quality, _ in judge_all(judge, images, predictions)}
-
-
-def judge_all(
-    judge: Judge, images: dict[str, list[Path]], predictions: dict[str, Path] | None = None
-) -> Iterator[tuple[str, CaseQuality, Looked]]:
-    """Judge case after case, so that a caller can draw each at once."""
-    for case, files in images.items():
-        quality, looked = judge.judge(case, files, (predictions or {}).get(case))
-        yield case, quality, looked
+    judge, judged = Judge(folder, folds, checkpoint, device, log=log), predictions or {}
+    return {case: judge.judge(case, files, judged.get(case))[0] for case, files in images.items()}

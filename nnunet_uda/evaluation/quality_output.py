@@ -11,10 +11,10 @@ import numpy as np
 from tqdm import tqdm
 
 from nnunet_uda.errors import UDAError
-from nnunet_uda.evaluation.quality import Judge, Looked, judge_all
+from nnunet_uda.evaluation.quality import Judge, Looked
 from nnunet_uda.evaluation.quality_page import thumbnail, write_page
 from nnunet_uda.evaluation.quality_report import REPORT
-from nnunet_uda.evaluation.report import markdown_table, write_report, write_rows
+from nnunet_uda.evaluation.report import markdown_table, number, write_report, write_rows
 from nnunet_uda.quality.calibration import COVERAGE, FAILED, GOOD
 from nnunet_uda.quality.cases import CaseQuality
 
@@ -47,14 +47,14 @@ def find_predictions(folder: Path | None, cases: Sequence[str], ending: str) -> 
     return found
 
 
-def picture(judge: Judge, looked: Looked, structures: dict[str, int], size: int) -> str:
+def picture(judge: Judge, looked: Looked, size: int) -> str:
     """``thumbnail`` of a case, its axes put back from the network's order."""
-    backward = list(judge.asked.predictor.plans_manager.transpose_backward)
-    image = looked.volume[0].numpy().transpose(backward)
-    label = looked.label.transpose(backward)
-    if judge.asked.predictor.plans_manager.plans["image_reader_writer"] == "SimpleITKIOWithReorient":
+    plans = judge.asked.predictor.plans_manager
+    backward = list(plans.transpose_backward)
+    image, label = looked.volume[0].numpy().transpose(backward), looked.label.transpose(backward)
+    if plans.plans["image_reader_writer"] == "SimpleITKIOWithReorient":
         image, label = image[:, ::-1, ::-1], label[:, ::-1, ::-1]  # it reads in RAS
-    return thumbnail(image, label, [looked.spacing[axis] for axis in backward], structures, size)
+    return thumbnail(image, label, [looked.spacing[axis] for axis in backward], judge.structures, size)
 
 
 def write_csv(path: Path, cases: Sequence[CaseQuality]) -> None:
@@ -83,15 +83,10 @@ def table(cases: Sequence[CaseQuality]) -> str:
     rows = []
     for case in cases[:SHOWN]:
         each = case.overall
-        dice = "–" if math.isnan(each.dice) else f"{each.dice:.2f}"
         reason = case.reasons[0] if case.reasons else "nothing unusual"
-        rows.append([case.case, dice, f"{each.low:.2f} to {each.high:.2f}", each.verdict, reason])
+        rows.append([case.case, number(each.dice, ".2f"), f"{each.low:.2f} to {each.high:.2f}", each.verdict, reason])
     caption = f"The {len(rows)} worst of {len(cases)} case(s)" if len(cases) > SHOWN else f"{len(cases)} case(s)"
     return markdown_table({"caption": caption, "header": ["case", "Dice", "range", "verdict", "why"], "rows": rows})
-
-
-def worst_first(cases: Sequence[CaseQuality]) -> list[CaseQuality]:
-    return sorted(cases, key=lambda case: (-1.0 if math.isnan(case.overall.dice) else case.overall.dice, case.case))
 
 
 def judge_and_draw(
@@ -99,18 +94,14 @@ def judge_and_draw(
 ) -> tuple[list[CaseQuality], dict[str, str]]:
     """All cases, the worst first, and thumbnails by case, none unless ``draw``."""
     found, pictures = [], {}
-    structures = _structures(judge)
     size = 150 if len(images) <= MANY else 110
-    cases = tqdm(judge_all(judge, images, predictions), total=len(images), desc="Quality", unit="case")
-    for case, quality, looked in cases:
+    for case, files in tqdm(images.items(), desc="Quality", unit="case"):
+        quality, looked = judge.judge(case, files, predictions.get(case))
         found.append(quality)
         if draw:
-            pictures[case] = picture(judge, looked, structures, size)
-    return worst_first(found), pictures
-
-
-def _structures(judge: Judge) -> dict[str, int]:
-    return {name: value for value, name in enumerate(judge.calibration.structures, 1)}
+            pictures[case] = picture(judge, looked, size)
+    found.sort(key=lambda case: (-1.0 if math.isnan(case.overall.dice) else case.overall.dice, case.case))
+    return found, pictures
 
 
 def write_quality(
@@ -144,5 +135,5 @@ def write_quality(
     write_report(output / REPORT, {**about, "calibration": made, "notes": notes, "cases": cases})
     write_csv(output / "quality.csv", found)
     title = f"Quality of {Path(about['model']).name} on {len(found)} scan(s)"
-    write_page(output / "quality.html", title, notes, cases, _structures(judge), pictures)
+    write_page(output / "quality.html", title, notes, cases, judge.structures, pictures)
     return calibrated

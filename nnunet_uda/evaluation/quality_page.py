@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from nnunet_uda.evaluation.overlays import draw_overlay
+from nnunet_uda.evaluation.overlays import draw_overlay, upright
 from nnunet_uda.evaluation.page import write_filled
 from nnunet_uda.evaluation.report import jsonable
+from nnunet_uda.evaluation.stacks import encode
 from nnunet_uda.palette import label_colours, name_colours
 
 GAP = 4
@@ -31,29 +30,22 @@ def thumbnail(
         structures: their values by name.
         size: pixels of the longer side of a plane.
     """
-    from matplotlib.image import imsave
-
     window = tuple(np.percentile(image, (0.5, 99.5)))
     panels = []
     for axis in range(3):
-        others = [other for other in range(3) if other != axis]
-        areas = (label > 0).sum(axis=tuple(others))
-        index = int(areas.argmax()) if areas.any() else label.shape[axis] // 2
-        cut, cut_label = (np.take(array, index, axis=axis) for array in (image, label))
-        if axis:
-            cut, cut_label = cut[::-1], cut_label[::-1]  # the head up
-        in_plane = (float(spacing[others[0]]), float(spacing[others[1]]))
-        panels.append(draw_overlay(cut, cut_label, label_colours(structures), in_plane, window, size, 1))
-    height = max(panel.shape[0] for panel in panels)
-    width = sum(panel.shape[1] for panel in panels) + GAP * (len(panels) - 1)
-    strip, start = np.zeros((height, width, 3), np.uint8), 0
+        images, labels = upright(image, axis), upright(label, axis)
+        areas = (labels > 0).sum(axis=(1, 2))
+        index = int(areas.argmax()) if areas.any() else len(labels) // 2
+        row, column = (float(step) for other, step in enumerate(spacing) if other != axis)
+        panels.append(
+            draw_overlay(images[index], labels[index], label_colours(structures), (row, column), window, size, 1)
+        )
+    height = max(len(panel) for panel in panels)
+    strip = []
     for panel in panels:
-        top = (height - panel.shape[0]) // 2
-        strip[top : top + panel.shape[0], start : start + panel.shape[1]] = panel
-        start += panel.shape[1] + GAP
-    buffer = io.BytesIO()
-    imsave(buffer, strip, format="jpeg", pil_kwargs={"quality": 75, "subsampling": 0})
-    return base64.b64encode(buffer.getvalue()).decode()
+        above = (height - len(panel)) // 2
+        strip.append(np.pad(panel, ((above, height - len(panel) - above), (0, GAP), (0, 0))))
+    return encode(np.concatenate(strip, 1)[:, :-GAP], "JPEG", quality=75, subsampling=0)
 
 
 def write_page(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,16 +46,12 @@ def write_scores(path: Path, setup: dict[str, Any], runs: dict[str, list[Volume]
     """``evaluation.json``: ``setup``, the volumes of every run with all scores, and ``compare_runs``'s result."""
     volumes = {
         name: [
-            {
-                "case": volume.case,
-                "fold": volume.fold,
-                "metrics": volume.metrics,
-                "mean": {metric: volume.value(MEAN, metric) for metric in METRICS},
-            }
+            {"case": volume.case, "fold": volume.fold, "metrics": volume.metrics,
+             "mean": {metric: volume.value(MEAN, metric) for metric in METRICS}}
             for volume in run
         ]
         for name, run in runs.items()
-    }
+    }  # fmt: skip
     write_report(path, {**setup, "rules": RULES, "volumes": volumes, **comparison})
 
 
@@ -88,8 +85,9 @@ def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 # --- tables: a caption, a header and rows of text, rendered as Markdown or HTML -------------------------------------
 
 
-def _number(value: float, metric: str) -> str:
-    return "–" if math.isnan(value) else f"{value:.{DIGITS[metric]}f}"
+def number(value: float, form: str, unit: str = "") -> str:
+    """A number in a table's cell, by its format; a dash for NaN."""
+    return "–" if math.isnan(value) else f"{value:{form}}{unit}"
 
 
 def mean_cell(
@@ -102,8 +100,7 @@ def mean_cell(
         unit: what mean and deviation are divided by.
     """
     mean, std = (cell[name] / unit for name in ("mean", "std"))
-    text = "–" if math.isnan(mean) else f"{mean:.{digits}f}"
-    text += "" if math.isnan(std) else f" ± {std:.{digits}f}"
+    text = number(mean, f".{digits}f") + ("" if math.isnan(std) else f" ± {std:.{digits}f}")
     remarks = [f"n = {cell['n']}"] if n_expected not in (None, cell["n"]) else []
     remarks += [f"{undefined} undefined"] if undefined else []
     return text + (f" ({', '.join(remarks)})" if remarks else "")
@@ -115,94 +112,56 @@ def _cell(cell: Mapping[str, float], metric: str, n_expected: int) -> str:
 
 def summary_tables(runs: dict[str, list[Volume]], comparison: dict[str, Any]) -> list[dict[str, Any]]:
     """The tables of a paper: all runs, over folds, gap closed, paired tests; each ``{"caption", "header", "rows"}``."""
-    first = next(iter(runs))
-    n = len(runs[first])
-    summary, folds, gaps = comparison["summary"], comparison["folds"], comparison["gap_closed"]
-    rows_of = list(summary[first])
-    tables = [
-        {
-            "caption": f"Scores over {n} volume{'s' if n > 1 else ''}",
-            "header": ["metric", "run", *rows_of, "n"],
-            "rows": [
-                [UNITS[metric], run, *(_cell(summary[run][row][metric], metric, n) for row in rows_of), str(n)]
-                for metric in METRICS
-                for run in runs
-            ],
-        }
-    ]
+    n = len(next(iter(runs.values())))
+    summary, folds, gaps, bounds = (comparison[key] for key in ("summary", "folds", "gap_closed", "bounds"))
+    rows_of = list(next(iter(summary.values())))
+
+    def lines(cells: Callable[[str, str], Iterable[str]]) -> list[list[str]]:
+        return [[UNITS[metric], run, *cells(metric, run)] for metric in METRICS for run in runs]
+
+    tables = [{
+        "caption": f"Scores over {n} volume{'s' if n > 1 else ''}",
+        "header": ["metric", "run", *rows_of, "n"],
+        "rows": lines(lambda metric, run: [*(_cell(summary[run][row][metric], metric, n) for row in rows_of), str(n)]),
+    }]  # fmt: skip
     if folds is not None:
-        n_folds = len(folds[first]["by_fold"])
-        rows = []
-        for metric in METRICS:
-            for run in runs:
-                cells = folds[run]["over_folds"]
-                rows.append([UNITS[metric], run, *(_cell(cells[row][metric], metric, n_folds) for row in rows_of)])
-        tables.append(
-            {
-                "caption": f"Mean ± sample standard deviation over the means of {n_folds} folds",
-                "header": ["metric", "run", *rows_of],
-                "rows": rows,
-            }
-        )
-        fold_names = list(folds[first]["by_fold"])
-        tables.append(
-            {
-                "caption": f"Each fold ({MEAN}, mean ± sample standard deviation over its volumes)",
-                "header": ["metric", "run", *(f"fold {fold}" for fold in fold_names)],
-                "rows": [
-                    [
-                        UNITS[metric],
-                        run,
-                        *(
-                            _cell(folds[run]["by_fold"][fold][MEAN][metric], metric, _fold_size(runs[run], fold))
-                            for fold in fold_names
-                        ),
-                    ]
-                    for metric in METRICS
-                    for run in runs
-                ],
-            }
-        )
+        sizes = {run: Counter(str(volume.fold) for volume in volumes) for run, volumes in runs.items()}
+        names = list(next(iter(folds.values()))["by_fold"])
+        tables.append({
+            "caption": f"Mean ± sample standard deviation over the means of {len(names)} folds",
+            "header": ["metric", "run", *rows_of],
+            "rows": lines(lambda metric, run: (
+                _cell(folds[run]["over_folds"][row][metric], metric, len(names)) for row in rows_of)),
+        })  # fmt: skip
+        tables.append({
+            "caption": f"Each fold ({MEAN}, mean ± sample standard deviation over its volumes)",
+            "header": ["metric", "run", *(f"fold {name}" for name in names)],
+            "rows": lines(lambda metric, run: (
+                _cell(folds[run]["by_fold"][name][MEAN][metric], metric, sizes[run][name]) for name in names)),
+        })  # fmt: skip
     if gaps:
-        rows, notes = [], []
-        for metric in ("Dice", "ASSD"):
-            for run, gap in gaps.items():
-                percents = [gap[row][metric]["percent"] for row in rows_of]
-                rows.append([metric, run, *("–" if math.isnan(value) else f"{value:.1f} %" for value in percents)])
-                for row in rows_of:
-                    if gap[row][metric]["note"]:
-                        notes.append(f"{run}, {row}, {metric}: {gap[row][metric]['note']}.")
-        tables.append(
-            {
-                "caption": "Gap closed: (run − lower) / (upper − lower) of the means over volumes; "
-                f"lower bound: {comparison['bounds']['lower']}, upper bound: {comparison['bounds']['upper']}",
-                "header": ["of", "run", *rows_of],
-                "rows": rows,
-                "notes": notes,
-            }
-        )
+        closed = [(metric, run, [gap[row][metric] for row in rows_of])
+                  for metric in ("Dice", "ASSD") for run, gap in gaps.items()]  # fmt: skip
+        tables.append({
+            "caption": "Gap closed: (run − lower) / (upper − lower) of the means over volumes; "
+            f"lower bound: {bounds['lower']}, upper bound: {bounds['upper']}",
+            "header": ["of", "run", *rows_of],
+            "rows": [[metric, run, *(number(cell["percent"], ".1f", " %") for cell in cells)]
+                     for metric, run, cells in closed],
+            "notes": [f"{run}, {row}, {metric}: {cell['note']}." for metric, run, cells in closed
+                      for row, cell in zip(rows_of, cells, strict=True) if cell["note"]],
+        })  # fmt: skip
     if comparison["wilcoxon"]:
-        tables.append(
-            {
-                "caption": "Paired two-sided Wilcoxon signed-rank test over volumes, on each volume's mean Dice",
-                "header": ["runs", "difference of the means", "n", "p", "note"],
-                "rows": [
-                    [
-                        f"{test['run_a']} − {test['run_b']}",
-                        "–" if math.isnan(test["mean_difference"]) else f"{test['mean_difference']:+.3f}",
-                        str(test["n"]),
-                        "–" if math.isnan(test["p"]) else f"{test['p']:.3g}",
-                        test["note"],
-                    ]
-                    for test in comparison["wilcoxon"]
-                ],
-            }
-        )
+        tables.append({
+            "caption": "Paired two-sided Wilcoxon signed-rank test over volumes, on each volume's mean Dice",
+            "header": ["runs", "difference of the means", "n", "p", "note"],
+            "rows": [
+                [f"{test['run_a']} − {test['run_b']}", number(test["mean_difference"], "+.3f"), str(test["n"]),
+                 number(test["p"], ".3g"), test["note"]]
+                for test in comparison["wilcoxon"]
+            ],
+        })  # fmt: skip
     return tables
-
-
-def _fold_size(volumes: Sequence[Volume], fold: str) -> int:
-    return sum(str(volume.fold) == fold for volume in volumes)
 
 
 def volume_table(runs: dict[str, list[Volume]]) -> dict[str, Any]:
@@ -212,15 +171,10 @@ def volume_table(runs: dict[str, list[Volume]]) -> dict[str, Any]:
     rows = []
     for i, volume in enumerate(runs[first]):
         for run, volumes in runs.items():
-            scores = [
-                " / ".join(_number(volumes[i].value(row, metric), metric) for metric in METRICS) for row in rows_of
-            ]
-            rows.append([volume_name(volume), run, *scores])
-    return {
-        "caption": "Each volume: Dice / ASSD (mm) / HD95 (mm)",
-        "header": ["volume", "run", *rows_of],
-        "rows": rows,
-    }
+            scores = ([number(volumes[i].value(row, m), f".{DIGITS[m]}f") for m in METRICS] for row in rows_of)
+            rows.append([volume_name(volume), run, *map(" / ".join, scores)])
+    caption = "Each volume: Dice / ASSD (mm) / HD95 (mm)"
+    return {"caption": caption, "header": ["volume", "run", *rows_of], "rows": rows}
 
 
 def volume_name(volume: Volume) -> str:
@@ -278,21 +232,21 @@ def write_html(
     """
     first, colours = next(iter(runs)), name_colours(structures)
     rows_of = [*runs[first][0].metrics, MEAN]
+
+    def of_all(figure: Callable[[Volume, str, str], float]) -> dict[str, dict[str, list[list[float]]]]:
+        """``{metric: {row: [[figure of each volume] of each run]}}``."""
+        return {
+            metric: {row: [[figure(volume, row, metric) for volume in run] for run in runs.values()] for row in rows_of}
+            for metric in METRICS
+        }
+
     data = {
         "metrics": [{"key": metric, "label": UNITS[metric], "digits": DIGITS[metric]} for metric in METRICS],
         "rows": rows_of,
         "runs": list(runs),
         "volumes": [volume_name(volume) for volume in runs[first]],
-        "values": {
-            metric: {row: [[volume.value(row, metric) for volume in run] for run in runs.values()] for row in rows_of}
-            for metric in METRICS
-        },
-        "undefined": {
-            metric: {
-                row: [[volume.undefined(row, metric) for volume in run] for run in runs.values()] for row in rows_of
-            }
-            for metric in METRICS
-        },
+        "values": of_all(Volume.value),
+        "undefined": of_all(Volume.undefined),
         "overlays": overlays,
         "colours": {"runs": RUNS, "structures": list(colours.values())},
     }

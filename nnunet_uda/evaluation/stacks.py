@@ -43,10 +43,10 @@ def make_stack(
     """
     extent = np.array(image.shape[1:]) * spacing
     side = int(np.clip(max(extent / min(spacing)), SMALLEST_SIDE, LARGEST_SIDE))
-    height, width = _tile(extent, side)
+    height, width = picture_size(extent, side)
     if height * width * len(image) > pixels:
         side = max(SMALLEST_SIDE, int(side * math.sqrt(pixels / (height * width * len(image)))))
-        height, width = _tile(extent, side)
+        height, width = picture_size(extent, side)
     number = max(1, min(len(image), pixels // (height * width)))
     shown = sorted({int((i + 0.5) * len(image) / number) for i in range(number)} | set(kept))
     columns = max(1, round(math.sqrt(len(shown) * height / width)))
@@ -64,7 +64,7 @@ def make_stack(
         for value, place in places.items():
             classes[segmentation[shown] == value] = place
         tiles = np.stack([zoom(cut, factors, order=0, mode="nearest", grid_mode=True) for cut in classes])
-        sheets[name] = _encode(tiles, columns, "PNG", optimize=True)
+        sheets[name] = encode(_sheet(tiles, columns), "PNG", optimize=True)
     (_, reference), *runs = labels.items()
     wrong = {name: [int((run[i] != reference[i]).sum()) for i in shown] for name, run in runs}
     return {
@@ -72,24 +72,29 @@ def make_stack(
         "width": width,
         "height": height,
         "columns": columns,
-        "image": _encode(grey.astype(np.uint8), columns, "JPEG", quality=72),
+        "image": encode(_sheet(grey.astype(np.uint8), columns), "JPEG", quality=72),
         "labels": sheets,
         "wrong": wrong,
     }
 
 
-def _tile(extent: np.ndarray, side: int) -> tuple[int, int]:
+def picture_size(extent: np.ndarray, side: int) -> tuple[int, int]:
+    """Height and width of a picture of ``extent`` mm with square pixels, ``side`` of them along its longer side."""
     height, width = np.maximum(np.round(extent * side / extent.max()), 1).astype(int)
     return int(height), int(width)
 
 
-def _encode(tiles: np.ndarray, columns: int, kind: str, **options: Any) -> str:
-    """Tiles ``(N, height, width)`` row by row in one grey picture, as base64."""
+def encode(picture: np.ndarray, kind: str, **options: Any) -> str:
+    """A picture (uint8) as a JPEG or PNG file in base64."""
+    buffer = io.BytesIO()
+    Image.fromarray(picture).save(buffer, kind, **options)
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def _sheet(tiles: np.ndarray, columns: int) -> np.ndarray:
+    """Tiles ``(N, height, width)`` row by row in one grey picture."""
     rows = -(-len(tiles) // columns)
     height, width = tiles.shape[1:]
     sheet = np.zeros((rows * columns, height, width), np.uint8)
     sheet[: len(tiles)] = tiles
-    page = sheet.reshape(rows, columns, height, width).transpose(0, 2, 1, 3).reshape(rows * height, columns * width)
-    buffer = io.BytesIO()
-    Image.fromarray(page).save(buffer, kind, **options)
-    return base64.b64encode(buffer.getvalue()).decode()
+    return sheet.reshape(rows, columns, height, width).transpose(0, 2, 1, 3).reshape(rows * height, columns * width)

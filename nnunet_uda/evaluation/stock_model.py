@@ -9,7 +9,6 @@ import sys
 import zipfile
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
-from datetime import date
 from functools import partial
 from io import StringIO
 from pathlib import Path
@@ -29,21 +28,19 @@ from nnunetv2.utilities.label_handling.label_handling import determine_num_input
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_uda.data.components import KEY as COMPONENTS
-from nnunet_uda.data.convention import TARGET_FOLDER, environment_folder, read_domains, read_json
+from nnunet_uda.data.convention import TARGET_FOLDER, environment_folder, read_json
 from nnunet_uda.errors import UDAError
-from nnunet_uda.evaluation.prediction import predict_folder
-from nnunet_uda.evaluation.unsupervised import TrainedModel, open_model, unlabelled_images
-from nnunet_uda.files import sha256, whole_file, write_json, write_text
+from nnunet_uda.evaluation.model_card import POSTPROCESSING, TRAINER, model_card
+from nnunet_uda.evaluation.prediction import TrainedModel, predict_folder, require_checkpoint, unlabelled_images
+from nnunet_uda.files import whole_file, write_json, write_text
 from nnunet_uda.foreign_plans import check_plans
-from nnunet_uda.images.intensities import Intensities, read_clipped, read_intensities
+from nnunet_uda.images.intensities import Intensities, read_clipped
 from nnunet_uda.images.listing import entries
 from nnunet_uda.images.reading import write_image
 from nnunet_uda.quality.cases import FILE as QUALITY
 from nnunet_uda.training.checkpoint import FINAL, configuration_of, read_model, write_checkpoint
 
-TRAINER = "nnUNetTrainer"
 CARD = "MODEL_CARD.md"
-POSTPROCESSING = "postprocessing.pkl"
 CHECKED = 2
 """Scans that are predicted with both models, by default."""
 KEPT_KEYS = (
@@ -99,10 +96,8 @@ def write_stock_model(folder: Path, folds: Sequence[str], checkpoint: str, resul
     check_plans(plans, folder / "plans.json")
     dataset_json = read_json(folder / "dataset.json")
     for fold in folds:
-        path = TrainedModel(folder, fold, checkpoint).path
-        if not path.is_file():
-            raise UDAError(f"{path} does not exist: there is no such model, or its training has not ended")
-        content = read_model(path)
+        require_checkpoint(model := TrainedModel(folder, fold, checkpoint))
+        content = read_model(path := model.path)
         configuration = configuration_of(content, path, plans)
         check_plain(folder, content, path)
         place = results / plans["dataset_name"] / f"{TRAINER}__{plans['plans_name']}__{configuration}"
@@ -157,7 +152,8 @@ def export(
         card_with = partial(model_card, folder, place, folds, checkpoint, quality=quality)
         card_with("not compared yet")  # what it reads, and may refuse, is read before the predictions
         lay_out(scans, work / "scans", clip)
-        predict_here(folder, folds, checkpoint, work / "scans", work / "here", device)
+        with redirect_stdout(StringIO()):
+            predict_folder(folder, folds, work / "scans", work / "here", device, checkpoint)
         predict_as_a_receiver(work / "results", place, folds, work / "scans", work / "there", device)
         plans, dataset_json = read_json(folder / "plans.json"), read_json(folder / "dataset.json")
         there = work / "there"
@@ -184,13 +180,6 @@ def export(
 
 
 # -- the check ---------------------------------------------------------------------------------------------------------
-
-
-def predict_here(folder: Path, folds: Sequence[str], checkpoint: str, scans: Path, output: Path, device: Any) -> None:
-    """Predict a folder of scans in this process, with the model's own trainer and nnU-Net's settings."""
-    open_model(TrainedModel(folder, folds[0], checkpoint), device)  # its messages
-    with redirect_stdout(StringIO()):
-        predict_folder(folder, folds, scans, output, device, checkpoint)
 
 
 def predict_as_a_receiver(results: Path, place: Path, folds: Sequence[str], scans: Path, output: Path,
@@ -261,173 +250,3 @@ def lay_out(scans: Sequence[Sequence[Path]], folder: Path, clip: Intensities | N
                 shutil.copyfile(file, folder / file.name)
             else:
                 write_image(read_clipped(file, clip), folder / file.name)
-
-
-# -- the card ----------------------------------------------------------------------------------------------------------
-
-
-def what_to_clip(dataset_json: dict[str, Any]) -> Intensities | None:
-    """What new scans of the target get before this package's trainers predict them, and nnU-Net's does not do."""
-    return read_intensities(dataset_json, "dataset.json of the model", "target")
-
-
-def clipping_words(intensities: Intensities) -> str:
-    """What the receiver must do, with the lines that do it."""
-    low, high = intensities.window or intensities.percentiles or (0, 100)
-    if intensities.window is not None:
-        find = [f"low, high = {low}, {high}"]
-    else:
-        find = [
-            f'low = np.percentile(scan[scan != 0], {low:g}, method="lower")',
-            f'high = np.percentile(scan[scan != 0], {high:g}, method="higher")',
-        ]
-    lines = [
-        "import numpy as np, SimpleITK as sitk",
-        'image = sitk.ReadImage("scan.nii.gz")',
-        "scan = sitk.GetArrayFromImage(image).astype(np.float32)",
-        *find,
-        "clipped = np.clip(scan, low, high)",
-    ]
-    bottom, top = intensities.scale or (0.0, 0.0)
-    if intensities.scale is not None:
-        lines.append(f"clipped = {bottom:g} + (clipped - low) * ({top - bottom:g} / (high - low))")
-    if intensities.window is None:
-        lines.append(f"clipped = np.where(scan == 0, {bottom:g}, clipped).astype(np.float32)")
-    lines += [
-        "result = sitk.GetImageFromArray(clipped)",
-        "result.CopyInformation(image)",
-        'sitk.WriteImage(result, "clipped/CASE_0000.nii.gz")',
-    ]
-    code = "\n".join(f"    {line}" for line in lines)
-    return f"Clip every scan first ({intensities}); nnU-Net alone does not:\n\n{code}\n"
-
-
-def model_card(
-    folder: Path,
-    place: Path,
-    folds: Sequence[str],
-    checkpoint: str,
-    check: str,
-    quality: dict[str, Any] | None = None,
-) -> str:
-    """Markdown: what the model is, what it was trained on, how well it is expected to do, and how to use it.
-
-    Args:
-        folder: the trained model.
-        place: the exported one.
-        check: what was compared, in words.
-        quality: content of a quality report of ``nnUNetUDA_quality``.
-    """
-    plans, dataset_json = read_json(folder / "plans.json"), read_json(folder / "dataset.json")
-    content = read_model(path := TrainedModel(folder, folds[0], checkpoint).path)
-    configuration = configuration_of(content, path, plans)
-    name, uda = plans["dataset_name"], dataset_json.get("uda")
-    uda = uda if isinstance(uda, dict) else {}
-    domains = read_domains(dataset_json) if {"source_domain", "target_domain"} <= set(uda) else None
-    settings = content.get("uda", {}).get("settings", {})
-    labels = [f"{value} {label}" for label, value in dataset_json["labels"].items()]
-    steps = f"{content.get('current_epoch', 'not recorded:')} epochs"
-    if "iterations_per_epoch" in settings:
-        steps += f" of {settings['iterations_per_epoch']} steps"
-    rows = [
-        ("Labels", ", ".join(labels)),
-        ("Channels", ", ".join(dataset_json["channel_names"].values())),
-        ("Labelled domain (source)", domains.source if domains else "not recorded"),
-        ("Domain to predict (target)", domains.target if domains else "not recorded"),
-        ("Labelled scans", f"{dataset_json.get('numTraining', 'not recorded')} of the source"),
-        ("Unlabelled scans", f"{uda.get('numTarget', 'not recorded')} of the target"),
-        ("Trainer", f"{content['trainer_name']} (nnunet_uda), fold(s) {', '.join(folds)}, {checkpoint}"),
-        ("Schedule", steps),
-        ("Configuration", f"{configuration}, spacing {plans['configurations'][configuration].get('spacing')} mm, patch "
-                          f"{plans['configurations'][configuration].get('patch_size')}"),
-        ("Exported", f"{date.today().isoformat()}; {check}"),
-    ]  # fmt: skip
-    clip = what_to_clip(dataset_json)
-    blocks = [
-        f"# Model card: {name}",
-        f"Segments {domains.target if domains else 'scans'} with labels learnt from "
-        f"{domains.source if domains else 'another domain'}, without a label of the domain that it predicts. A stock "
-        "model of nnU-Net v2: it needs no other package and no environment variable of another.",
-        "\n".join(["| | |", "| --- | --- |", *(f"| {key} | {_cell(value)} |" for key, value in rows)]),
-        "## Use",
-        f"    nnUNetv2_install_pretrained_model_from_zip {name}.zip\n"
-        f"    nnUNetv2_predict -d {name} -tr {TRAINER} -p {plans['plans_name']} -c {configuration} "
-        f"-f {' '.join(folds)} -i scans/ -o predictions/"
-        + (_postprocessing_words(place) if plans.get(COMPONENTS) else ""),
-        clipping_words(clip) if clip else "Scans go in as they are.",
-        "## Validation",
-        _validation(folder, folds, domains),
-        "## Expected quality",
-        _expected(folder, folds, quality),
-        "## Limits",
-        "- No label of the domain to predict was used, neither to train nor to choose a checkpoint. Test the model on "
-        "labelled scans of your own before you rely on it.\n"
-        "- Scanners, sequences, ages and diseases that are not among the scans above may be segmented worse, without a "
-        "sign of it.\n"
-        "- Not a medical device: not for diagnosis or treatment.",
-        "## Checkpoints",
-        "\n".join(f"- fold {fold}: sha256 {sha256(place / f'fold_{fold}' / FINAL)}" for fold in folds),
-        "## To fill in",
-        "- Licence of the weights: ...\n- Licences and sources of the scans: ...\n- Patients (age, sex, disease) and "
-        "scanners: ...\n- Contact: ...",
-    ]
-    return "\n\n".join(blocks) + "\n"
-
-
-def _cell(value: Any) -> str:
-    return str(value).replace("|", "\\|").replace("\n", " ")
-
-
-def _postprocessing_words(place: Path) -> str:
-    return (
-        "\n    nnUNetv2_apply_postprocessing -i predictions/ -o predictions_postprocessed/ -np 1 -pp_pkl_file "
-        f'"$nnUNet_results/{place.parent.name}/{place.name}/{POSTPROCESSING}"\n\n'
-        "The second command keeps the largest piece of what is one piece in every label that the model learnt from."
-    )
-
-
-def _inside(path: Path, *keys: str) -> Any:
-    """The value behind ``keys`` in a JSON file, None where it has none."""
-    content = read_json(path)
-    for key in keys:
-        content = content.get(key) if isinstance(content, dict) else None
-    return content
-
-
-def _validation(folder: Path, folds: Sequence[str], domains: Any) -> str:
-    lines = []
-    for fold in folds:
-        summary = folder / f"fold_{fold}" / "validation" / "summary.json"
-        if not summary.is_file():
-            continue
-        mean = _inside(summary, "foreground_mean", "Dice")
-        mean = f"{mean:.3f}" if isinstance(mean, float) else "not defined"
-        about, otherwise = summary.with_name("about.json"), domains.source if domains else "source"
-        on = (_inside(about, "validated_on") if about.is_file() else None) or (
-            f"{otherwise} validation cases, not the domain to predict"
-        )
-        lines.append(f"- fold {fold}: Dice {mean} on {on}")
-    return "\n".join(lines) or "No final validation was run."
-
-
-def _expected(folder: Path, folds: Sequence[str], quality: dict[str, Any] | None) -> str:
-    blocks = []
-    if quality is not None:
-        overall = [case["overall"] for case in quality["cases"]]
-        known = [each for each in overall if all(each.get(key) is not None for key in ("dice", "low", "high"))]
-        verdicts = [each.get("verdict") for each in overall]
-        counts = [f"{verdicts.count(verdict)} {verdict}" for verdict in ("good", "look at it", "failed")]
-        if known:
-            dice, low, high = (float(np.mean([each[key] for each in known])) for key in ("dice", "low", "high"))
-            blocks.append(
-                f"Estimated without labels on {len(quality['cases'])} scan(s) of the target: Dice {dice:.2f} "
-                f"({low:.2f} to {high:.2f}); {', '.join(counts)}."
-            )
-    path = folder / f"fold_{folds[0]}" / QUALITY
-    if path.is_file():
-        made_on = _inside(path, "about", "calibrated_on") or "source cases"
-        blocks.append(
-            f"{QUALITY} in the fold's folder is the calibration of nnUNetUDA_quality (nnunet_uda), which estimates the "
-            f"Dice of each case; made on {made_on} in random styles."
-        )
-    return "\n\n".join(blocks) or "Not estimated: see nnUNetUDA_quality of nnunet_uda."

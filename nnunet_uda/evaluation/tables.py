@@ -60,26 +60,22 @@ class Volume:
 
 def summarise(volumes: Sequence[Volume]) -> dict[str, dict[str, dict[str, float]]]:
     """``{row: {metric: {"mean", "std", "n", "n_undefined"}}}`` over volumes; rows are the structures and ``MEAN``."""
-    summary: dict[str, dict[str, dict[str, float]]] = {}
-    for row in (*volumes[0].metrics, MEAN):
-        summary[row] = {}
-        for metric in METRICS:
-            values = [volume.value(row, metric) for volume in volumes]
-            undefined = sum(volume.undefined(row, metric) for volume in volumes)
-            summary[row][metric] = {**vars(spread(values)), "n_undefined": undefined}
-    return summary
+
+    def over_volumes(row: str, metric: str) -> dict[str, float]:
+        undefined = sum(volume.undefined(row, metric) for volume in volumes)
+        return {**vars(spread([volume.value(row, metric) for volume in volumes])), "n_undefined": undefined}
+
+    return {row: {metric: over_volumes(row, metric) for metric in METRICS} for row in (*volumes[0].metrics, MEAN)}
 
 
 def summarise_folds(volumes: Sequence[Volume]) -> dict[str, Any]:
     """Means of each fold and their mean and sample deviation over folds: ``{"by_fold": ..., "over_folds": ...}``."""
     folds = sorted({volume.fold for volume in volumes if volume.fold is not None})
     by_fold = {fold: summarise([volume for volume in volumes if volume.fold == fold]) for fold in folds}
-    over_folds: dict[str, dict[str, dict[str, float]]] = {}
-    for row in (*volumes[0].metrics, MEAN):
-        over_folds[row] = {}
-        for metric in METRICS:
-            means = [by_fold[fold][row][metric]["mean"] for fold in folds]
-            over_folds[row][metric] = vars(spread(means))
+    over_folds = {
+        row: {metric: vars(spread([by_fold[fold][row][metric]["mean"] for fold in folds])) for metric in METRICS}
+        for row in (*volumes[0].metrics, MEAN)
+    }
     return {"by_fold": {str(fold): summary for fold, summary in by_fold.items()}, "over_folds": over_folds}
 
 
@@ -88,10 +84,8 @@ def gap_closed(run: float, lower: float, upper: float, metric: str) -> tuple[flo
     if any(math.isnan(value) for value in (run, lower, upper)):
         return math.nan, f"undefined: no mean {metric} for the run or for a bound"
     if (upper <= lower) if metric == "Dice" else (upper >= lower):
-        return (
-            math.nan,
-            f"undefined: the upper bound's {metric} ({upper:.4g}) is no better than the lower's ({lower:.4g})",
-        )
+        note = f"undefined: the upper bound's {metric} ({upper:.4g}) is no better than the lower's ({lower:.4g})"
+        return math.nan, note
     return 100 * (run - lower) / (upper - lower) + 0.0, ""  # no -0.0
 
 
@@ -120,10 +114,8 @@ def wilcoxon(a: Sequence[Volume], b: Sequence[Volume]) -> dict[str, Any]:
     test = signed_rank(nonzero, alternative="two-sided")
     result |= {"statistic": float(test.statistic), "p": float(test.pvalue)}
     if len(nonzero) < SMALLEST_N:
-        smallest = min(1.0, 2 / 2 ** len(nonzero))
-        result["note"] = (
-            f"too few pairs: {len(nonzero)} cannot reach p < 0.05 (the smallest possible p is {smallest:.3g})"
-        )
+        smallest = f"the smallest possible p is {min(1.0, 2 / 2 ** len(nonzero)):.3g}"
+        result["note"] = f"too few pairs: {len(nonzero)} cannot reach p < 0.05 ({smallest})"
     return result
 
 
@@ -151,7 +143,6 @@ def compare_runs(
     Returns:
         ``{"summary": {run: summarise()}, "folds": {run: summarise_folds()} or None with fewer than two folds,
         "gap_closed": {run: {row: {"Dice": {"percent", "note"}, "ASSD": ...}}} or None, "bounds": {"lower", "upper"},
-        "bounds": {"lower": lower, "upper": upper},
         "wilcoxon": [{"run_a", "run_b", ...}]}``.
 
     Raises:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -291,7 +292,10 @@ def write_tables(
     """Write ``compare.md``, ``compare.csv`` (a row a run) and ``compare.json`` (both, unrounded)."""
     cells = summarise_methods(rows, scores)
     blocks = [f"# Comparison: plans {setup['plans']}, configuration {setup['configuration']}"]
-    blocks += test_tables(rows, cells)
+    for test, entries in groupby(cells, key=lambda entry: entry.method.test):
+        transductive = any(row.job.test.transductive for row in rows if row.method.test == test)
+        notes = {"notes": [TRANSDUCTIVE] if transductive else []}
+        blocks.append(markdown_table(method_table(test, list(entries)) | notes))
     blocks += missing_runs([row.job.name for row in rows], scores, failed)
     write_text("\n\n".join([*blocks, *RULES]) + "\n", out / "compare.md")
 
@@ -304,16 +308,6 @@ def write_tables(
              for entry in cells]  # fmt: skip
     write_json(jsonable({**setup, "rules": RULES, "runs": records, "means": means}), out / "compare.json")
     return cells
-
-
-def test_tables(rows: Sequence[Row], cells: Sequence[Cells]) -> list[str]:
-    """A Markdown table for each test, in the order of the rows."""
-    blocks = []
-    for test in dict.fromkeys(row.method.test for row in rows):
-        transductive = any(row.job.test.transductive for row in rows if row.method.test == test)
-        table = method_table(test, [entry for entry in cells if entry.method.test == test])
-        blocks.append(markdown_table(table | {"notes": [TRANSDUCTIVE] if transductive else []}))
-    return blocks
 
 
 def run_record(row: Row, scores: dict[str, Score], failed: dict[str, str], closed: dict[str, float]) -> dict[str, Any]:

@@ -42,10 +42,7 @@ def run_jobs(
     changed: Callable[[], object],
 ) -> None:
     """Finish all jobs, put scores and reasons of failures into the dictionaries, and call ``changed`` after each."""
-    for job in jobs:
-        score = job.score()
-        if score is not None:
-            scores[job.name] = score
+    scores.update((job.name, score) for job in jobs if (score := job.score()) is not None)
     waiting = [job for job in jobs if job.name not in scores]
     print(f"{len(jobs)} runs, {len(scores)} of them finished before", flush=True)
     if waiting:
@@ -120,14 +117,13 @@ class LocalEngine:
     """``number`` jobs at a time as processes of this machine, which end with this one, even where it is killed."""
 
     def __init__(self, number: int, device: str) -> None:
-        self.number, self.device = number, device
-        self.at_a_time = number
+        self.at_a_time, self.device = number, device
 
     def environment(self, slot: int) -> dict[str, str]:
-        """One of ``number`` shares of this machine's cores and CUDA devices; what the user has set stays."""
-        if self.number == 1:
+        """One of ``at_a_time`` shares of this machine's cores and CUDA devices; what the user has set stays."""
+        if self.at_a_time == 1:
             return dict(os.environ)
-        cores = max(1, usable_cores() // self.number)
+        cores = max(1, usable_cores() // self.at_a_time)
         shares = {"OMP_NUM_THREADS": str(cores), "nnUNet_n_proc_DA": str(cores)}
         environment = shares | dict(os.environ)
         if self.device == "cuda":
@@ -137,7 +133,7 @@ class LocalEngine:
 
     def run(self, jobs: Sequence[Job], started: Callable[[Job], None], done: Done) -> None:
         """Finish all jobs; no failure stops another. Where this call is ended, so are its processes."""
-        waiting, slots = list(jobs), list(range(self.number))
+        waiting, slots = list(jobs), list(range(self.at_a_time))
         running: list[tuple[subprocess.Popen, Job, int, int]] = []
         with _ended_by_sigterm():
             try:

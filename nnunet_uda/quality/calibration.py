@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 from scipy.optimize import minimize
+from scipy.special import expit, logit
 
 from nnunet_uda.errors import UDAError
 
@@ -84,8 +85,7 @@ def features(signals: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _logit(value: float) -> float:
-    value = min(max(value, 0.02), 0.98)
-    return math.log(value / (1 - value))
+    return float(logit(min(max(value, 0.02), 0.98)))
 
 
 def _over(units: float) -> float:
@@ -188,8 +188,7 @@ def interval(residuals: np.ndarray, estimate: float) -> tuple[float, float]:
 
 
 def _value(weights: Mapping[str, float], found: Mapping[str, float], names: Sequence[str]) -> float:
-    score = weights["constant"] + sum(weights[name] * found[name] for name in names)
-    return 1 / (1 + math.exp(-min(max(score, -30.0), 30.0)))
+    return float(expit(weights["constant"] + sum(weights[name] * found[name] for name in names)))
 
 
 def fit_weights(pairs: Sequence[Pair], kind: str, prior: Mapping[str, float] | None = None,
@@ -205,7 +204,7 @@ def fit_weights(pairs: Sequence[Pair], kind: str, prior: Mapping[str, float] | N
     caps = np.array([pair.cap for pair in pairs])
 
     def loss(weights: np.ndarray) -> tuple[float, np.ndarray]:
-        value = 1 / (1 + np.exp(-np.clip(matrix @ weights, -30, 30)))
+        value = expit(matrix @ weights)
         error = np.minimum(value, caps) - truth
         slope = np.where(value < caps, value * (1 - value), 0.0)
         pull = weights - start
@@ -247,13 +246,11 @@ def cap_of(signals: Mapping[str, Any]) -> float:
     return min([bound, *signals.get("others", {}).values()])
 
 
-def verdict_of(dice: float, low: float, good: float = GOOD, failed: float = FAILED) -> str:
+def verdict_of(dice: float, low: float) -> str:
     """``good`` where the estimate is high and even its range's lower end is no failure."""
-    if math.isnan(dice):
-        return "look at it"
-    if dice < failed:
+    if dice < FAILED:
         return "failed"
-    return "good" if dice >= good and low >= failed else "look at it"
+    return "good" if dice >= GOOD and low >= FAILED else "look at it"  # NaN, too
 
 
 def estimate_structure(

@@ -72,16 +72,9 @@ class CaseQuality:
 # -- calibration -------------------------------------------------------------------------------------------------------
 
 
-def make_calibration(
-    asked: Asked,
-    structures: list[str],
-    labelled: Any,
-    held_out: Sequence[Any],
-    targets: Any | None = None,
-    **options: Any,
-) -> Calibration:
-    """Calibrate on labelled volumes in random styles; arguments and ``options`` are those of ``calibration_pairs``."""
-    return calibrate(structures, *calibration_pairs(asked, len(structures), labelled, held_out, targets, **options))
+def make_calibration(asked: Asked, structures: list[str], *datasets: Any, **options: Any) -> Calibration:
+    """Calibrate on labelled volumes in random styles; ``datasets`` and ``options`` are ``calibration_pairs``'s."""
+    return calibrate(structures, *calibration_pairs(asked, len(structures), *datasets, **options))
 
 
 def calibration_pairs(
@@ -112,16 +105,16 @@ def calibration_pairs(
         Usual shapes, usual scans, the pairs, and what they were made of.
     """
     shapes, scans = [], []
-    for case in _evenly(labelled.identifiers, SHAPES_OF):
+    for case in evenly(labelled.identifiers, SHAPES_OF):
         volume, label, spacing = load(asked, labelled, case, num_structures)
         shapes.append(describe_shapes(label, spacing, num_structures))
         scans.append(describe_scan(volume, spacing))
     known, usual = source_shapes(shapes, num_structures), {"source": known_scans(scans)}
     if targets is not None and targets.identifiers:
-        seen = (load(asked, targets, case, num_structures) for case in _evenly(targets.identifiers, SHAPES_OF))
+        seen = (load(asked, targets, case, num_structures) for case in evenly(targets.identifiers, SHAPES_OF))
         usual["target"] = known_scans([describe_scan(volume, spacing) for volume, _, spacing in seen])
     begin, pairs, used = time.monotonic(), [], []
-    chosen = _evenly(held_out[0].identifiers, volumes)
+    chosen = evenly(held_out[0].identifiers, volumes)
     for place, case in enumerate(chosen):
         if time.monotonic() - begin > seconds:
             log(f"Calibration stops after {place} of {len(chosen)} volumes, to take no longer")
@@ -180,7 +173,8 @@ def block(volume: Tensor, label: np.ndarray, spacing: list[float]) -> tuple[Tens
     return volume[:, start : start + BLOCK], label[start : start + BLOCK], spacing
 
 
-def _evenly(items: Sequence[Any], number: int) -> list[Any]:
+def evenly(items: Sequence[Any], number: int) -> list[Any]:
+    """``number`` of ``items`` at most, at equal distances."""
     number = min(number, len(items))
     return [items[index * len(items) // number] for index in range(number)]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -47,7 +47,7 @@ def degrade(
         field = smooth_random_map(image.shape[1:], generator=generator) - 0.5
         image = image * (1 + 2 * strength * rng.uniform(-1, 1) * field) + strength * rng.uniform(-1, 1) * field
     if rng.random() < 0.5:
-        image = _slice_wise(image, lambda maps: gaussian_blur(maps, strength * rng.uniform(0, 3)))
+        image = gaussian_blur(image.flatten(0, 1), strength * rng.uniform(0, 3)).view_as(image)  # each slice
     if rng.random() < 0.3:
         size = [max(4, round(length / (1 + 4 * strength * rng.random()))) for length in image.shape[2:]]
         low = F.interpolate(image, size, mode="bilinear", align_corners=False, antialias=True)
@@ -71,11 +71,6 @@ def _restyled(volume: Tensor, strength: float, rng: np.random.Generator, generat
         styled = -volume
     styled = with_statistics_of(volume, styled)
     return torch.lerp(volume, styled, min(1.0, 1.3 * strength))
-
-
-def _slice_wise(image: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
-    """``change`` maps ``(N, Y, X)``; every slice along the first spatial axis is one of N."""
-    return change(image.flatten(0, 1)).view_as(image)
 
 
 def _cut_off(volume: Tensor, label: np.ndarray, strength: float, rng: np.random.Generator) -> tuple[Tensor, np.ndarray]:

@@ -27,7 +27,7 @@ def contact_areas(label: np.ndarray, spacing: Sequence[float], num_classes: int)
     """
     areas = np.zeros((num_classes, num_classes))
     for axis in range(3):
-        first, second = _neighbours(label, axis)
+        first, second = neighbours(label, axis)
         differ = first != second
         pairs = first[differ].astype(np.int64) * num_classes + second[differ]
         counts = np.bincount(pairs, minlength=num_classes**2).reshape(num_classes, num_classes)
@@ -35,10 +35,10 @@ def contact_areas(label: np.ndarray, spacing: Sequence[float], num_classes: int)
     return areas
 
 
-def _neighbours(array: np.ndarray, axis: int) -> tuple[np.ndarray, np.ndarray]:
+def neighbours(array: np.ndarray, axis: int) -> tuple[np.ndarray, np.ndarray]:
     """Two views of ``array`` that hold each voxel and its neighbour along the axis."""
-    length = array.shape[axis]
-    return np.take(array, range(length - 1), axis=axis), np.take(array, range(1, length), axis=axis)
+    moved = np.moveaxis(array, axis, 0)
+    return moved[:-1], moved[1:]
 
 
 def describe_shapes(label: np.ndarray, spacing: Sequence[float], num_structures: int) -> list[dict[str, Any] | None]:
@@ -66,9 +66,8 @@ def describe_shapes(label: np.ndarray, spacing: Sequence[float], num_structures:
         components, number = ndimage.label(mask)
         sizes = np.bincount(components.ravel(), minlength=number + 1)[1:]
         surface = float(areas[structure].sum())
-        centroid = [
-            float((box[axis].start + _mean_position(mask, axis) + 0.5) / label.shape[axis]) for axis in range(3)
-        ]
+        starts = np.array([part.start for part in box])
+        centroid = (starts + ndimage.center_of_mass(mask) + 0.5) / label.shape
         described.append({
             "volume": float(volume),
             "extent": [(part.stop - part.start) * float(step) for part, step in zip(box, spacing, strict=True)],
@@ -77,14 +76,9 @@ def describe_shapes(label: np.ndarray, spacing: Sequence[float], num_structures:
             "largest_share": float(sizes.max() / sizes.sum()),
             "roundness": surface / volume ** (2 / 3),
             "contacts": (areas[structure] / max(surface, 1e-12)).tolist(),
-            "place": centroid,
+            "place": centroid.tolist(),
         })  # fmt: skip
     return described
-
-
-def _mean_position(mask: np.ndarray, axis: int) -> float:
-    counts = mask.sum(axis=tuple(other for other in range(3) if other != axis))
-    return float((counts * np.arange(len(counts))).sum() / counts.sum())
 
 
 def robust(values: Sequence[float], floor: float) -> list[float]:

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from nnunet_uda.data.random_convolution import random_convolution
 from nnunet_uda.data.random_style import change_looks, quantiles, with_statistics_of
 from nnunet_uda.losses.uncertainty import normalised_entropy
-from nnunet_uda.quality.shapes import describe_shapes, robust, shape_deviations
+from nnunet_uda.quality.shapes import describe_shapes, neighbours, robust, shape_deviations
 
 SMALLER = 0.8
 """Of the view in another size."""
@@ -68,11 +68,6 @@ def _restyled(volume: Tensor) -> Tensor:
     """Through always the same small random network, mean and deviation kept."""
     generator = torch.Generator().manual_seed(1)
     return with_statistics_of(volume, random_convolution(volume[None], generator=generator)[0])
-
-
-def intensity_quantiles(volume: Tensor) -> list[list[float]]:
-    """``LEVELS``' quantiles of each channel of a volume ``(C, Z, Y, X)``."""
-    return [quantiles(channel, LEVELS) for channel in volume]
 
 
 def case_signals(
@@ -140,7 +135,7 @@ def _box(mask: np.ndarray, margin: int) -> tuple[slice, ...]:
 
 def _certainty(inside: np.ndarray, mask: np.ndarray, probability: Tensor, entropy: np.ndarray) -> dict[str, float]:
     on_mask = float(probability[torch.from_numpy(mask).to(probability.device)].sum())
-    border = _grown(inside, 1) & ~_shrunk(inside)
+    border = _grown(inside, 1) & ~ndimage.binary_erosion(inside, np.ones((1, 3, 3)), border_value=1)
     core = inside & ~border if (inside & ~border).any() else inside
     return {
         "expected_dice": 2 * on_mask / (float(probability.sum()) + int(mask.sum())),
@@ -154,10 +149,6 @@ def _grown(mask: np.ndarray, voxels: int) -> np.ndarray:
     return ndimage.binary_dilation(mask, np.ones((1, 3, 3)), iterations=voxels)
 
 
-def _shrunk(mask: np.ndarray) -> np.ndarray:
-    return ndimage.binary_erosion(mask, np.ones((1, 3, 3)), border_value=1)
-
-
 def _edges(mask: np.ndarray, image: np.ndarray, spacing: Sequence[float]) -> float:
     """Mean step of the image across the contour / mean step in the band around it; 1 where no edge lies there.
 
@@ -168,9 +159,8 @@ def _edges(mask: np.ndarray, image: np.ndarray, spacing: Sequence[float]) -> flo
     for axis in range(3):
         if spacing[axis] > 1.5 * min(spacing) or mask.shape[axis] < 2:
             continue
-        steps = np.abs(np.diff(image, axis=axis + 1)).mean(0)
-        first, second = (np.take(mask, range(s, mask.shape[axis] - 1 + s), axis=axis) for s in (0, 1))
-        near, far = (np.take(band, range(s, band.shape[axis] - 1 + s), axis=axis) for s in (0, 1))
+        steps = np.moveaxis(np.abs(np.diff(image, axis=axis + 1)).mean(0), axis, 0)
+        (first, second), (near, far) = neighbours(mask, axis), neighbours(band, axis)
         at_border.append(steps[first != second])
         around.append(steps[near & far])
     border, all_of_band = (np.concatenate(parts) if parts else np.zeros(0) for parts in (at_border, around))
@@ -191,9 +181,9 @@ def known_scans(scans: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def describe_scan(volume: Tensor, spacing: Sequence[float]) -> dict[str, Any]:
-    """``quantiles`` of the intensities by channel and ``field`` of view (mm, 3 axes) of a volume ``(C, Z, Y, X)``."""
+    """``LEVELS``' ``quantiles`` of each channel and ``field`` of view (mm, 3 axes) of a volume ``(C, Z, Y, X)``."""
     field = [size * float(step) for size, step in zip(volume.shape[1:], spacing, strict=True)]
-    return {"quantiles": intensity_quantiles(volume), "field": field}
+    return {"quantiles": [quantiles(channel, LEVELS) for channel in volume], "field": field}
 
 
 def scan_deviations(scan: dict[str, Any], known: dict[str, Any]) -> dict[str, float]:

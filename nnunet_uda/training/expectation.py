@@ -16,7 +16,7 @@ from nnunet_uda.errors import UDAError
 from nnunet_uda.files import write_json
 from nnunet_uda.quality.asked import Asked
 from nnunet_uda.quality.calibration import Calibration
-from nnunet_uda.quality.cases import FILE, CaseQuality, load, make_calibration, quality_of_volume
+from nnunet_uda.quality.cases import FILE, CaseQuality, evenly, load, make_calibration, quality_of_volume
 from nnunet_uda.training.translated_dataset import TranslatedDataset, translated
 
 if TYPE_CHECKING:
@@ -92,10 +92,8 @@ def expectation(asked: Asked, calibration: Calibration, targets: Any, seconds: f
     After ``seconds`` no further scan is begun.
     """
     begin = time.monotonic()
-    number = min(TARGETS, len(targets.identifiers))
-    cases = [targets.identifiers[index * len(targets.identifiers) // number] for index in range(number)]
     found = []
-    for case in cases:
+    for case in evenly(targets.identifiers, TARGETS):
         volume, _, spacing = load(asked, targets, case, len(calibration.structures))
         found.append(quality_of_volume(case, asked, calibration, volume, spacing)[0])
         if time.monotonic() - begin > seconds:
