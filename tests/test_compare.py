@@ -7,7 +7,6 @@ import dataclasses
 import json
 import math
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -23,6 +22,7 @@ import torch
 from conftest import make_raw_dataset, write_volume
 from matplotlib.image import imread
 from support.jobs import DATASET, a_job
+from support.pages import read_page
 
 from nnunet_uda import figures
 from nnunet_uda.commands import train
@@ -192,8 +192,7 @@ def test_the_page_has_structures_distances_tests_and_every_slice(tmp_path):
             found.append(Volume(case, {"left": {"Dice": dice, "ASSD": float(shift), "HD95": 2.0 * shift}}))
         scores[job.name] = Score(found, 0.5)
     [page] = compare.write_pages(tmp_path, rows, scores, 1)
-    text = (tmp_path / page).read_text()
-    data = json.loads(re.search(r'id="data">(.*?)</script>', text, re.S)[1])
+    text, data = read_page(tmp_path / page)
     assert page == f"compare_{DATASET}.html" and data["runs"] == [LOWER, "A", UPPER], "B has no run"
     assert data["values"]["HD95"]["left"][1] == pytest.approx([3.0] * 3), "the mean of two seeds"
     assert data["values"]["Dice"]["left"][1] == pytest.approx([1.0, 0.7, 0.7])

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import os
 import re
@@ -36,7 +35,7 @@ from nnunet_uda.evaluation.prediction import predict_folder
 from nnunet_uda.evaluation.report import jsonable
 from nnunet_uda.evaluation.runs import Labels, cases_of_folds, read_labels
 from nnunet_uda.evaluation.tables import Volume
-from nnunet_uda.files import exclusive, whole_file, whole_folder, write_json
+from nnunet_uda.files import exclusive, whole_folder, write_json
 from nnunet_uda.methods import find_any_trainer, let_find
 from nnunet_uda.training.checkpoint import FINAL, read_checkpoint
 from nnunet_uda.training.fold import COST
@@ -143,8 +142,7 @@ class Job:
         """The job as a file for ``main``."""
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / "job.json"
-        with whole_file(path) as temporary:
-            temporary.write_text(json.dumps(dataclasses.asdict(self), indent=4, default=str) + "\n")
+        write_json(jsonable(dataclasses.asdict(self)), path)
         return path
 
     @staticmethod
@@ -208,11 +206,11 @@ class Job:
     def predicted(self) -> bool:
         """Whether every test case is predicted, by the present checkpoint."""
         checkpoint, predictions = self.trained / FINAL, self.folder / "predictions"
-        if not checkpoint.exists() or not (predictions / "made_from.json").exists():
+        if not checkpoint.exists():
             return False
-        if json_or_none(predictions / "made_from.json") != {"checkpoint": _stamp(checkpoint)}:
-            return False
-        return all((predictions / f"{case}{self.test.labels.file_ending}").exists() for case in self.test.cases)
+        files = (predictions / f"{case}{self.test.labels.file_ending}" for case in self.test.cases)
+        made_from = json_or_none(predictions / "made_from.json")
+        return made_from == {"checkpoint": _stamp(checkpoint)} and all(file.exists() for file in files)
 
     def _origin(self) -> dict[str, Any]:
         reference, ending = self.test.reference, self.test.labels.file_ending

@@ -13,20 +13,12 @@ from typing import Any
 
 from nnunet_uda.data.convention import SPLITS_TARGET, environment_folder
 from nnunet_uda.errors import UDAError
-from nnunet_uda.evaluation.metrics import METRICS
 from nnunet_uda.evaluation.report import DIGITS, markdown_table, mean_cell, write_rows
 from nnunet_uda.evaluation.runs import find_raw_dataset
 from nnunet_uda.evaluation.sweep_plot import Point, draw_sweeps
-from nnunet_uda.evaluation.tables import Volume, spread
+from nnunet_uda.evaluation.tables import spread
 from nnunet_uda.experiments.engines import Engine, run_jobs
-from nnunet_uda.experiments.grid import (
-    check_output,
-    check_run,
-    figures_of,
-    missing_runs,
-    over_runs,
-    settings_in_force,
-)
+from nnunet_uda.experiments.grid import check_output, check_run, figures_of, missing_runs, over_runs, settings_in_force
 from nnunet_uda.experiments.job import (
     TRANSDUCTIVE,
     Job,
@@ -268,18 +260,16 @@ def write_tables(sweep: Sweep, scores: dict[str, Score], failed: dict[str, str])
     write_text("\n\n".join(blocks) + "\n", out / "sweep.md")
     write_rows(out / "sweep.csv", [
         {"setting": setting, "value": value.text, "seed": runs[name].seed, "plans": name}
-        | run_record(scores.get(name), test.labels.structures)
+        | (run_record(scores[name], test.labels.structures) if name in scores else {})
         for setting, values in sweep.values.items() for value in values for name in value.runs
     ])  # fmt: skip
     return points
 
 
-def run_record(score: Score | None, structures: Iterable[str]) -> dict[str, Any]:
-    """A run's figures by column, None where it has not finished."""
-    shown = score or Score([Volume("", {name: dict.fromkeys(METRICS, math.nan) for name in structures})], math.nan)
-    criteria = {name: shown.criteria.get(name) for name in HIGHER_IS_BETTER}
-    record = criteria | {"validation_pseudo_dice": shown.pseudo_dice} | figures_of(shown, structures)
-    return record if score else dict.fromkeys(record)
+def run_record(score: Score, structures: Iterable[str]) -> dict[str, Any]:
+    """A run's figures by column."""
+    criteria = {name: score.criteria.get(name) for name in HIGHER_IS_BETTER}
+    return criteria | {"validation_pseudo_dice": score.pseudo_dice} | figures_of(score, structures)
 
 
 def run_sweep(sweep: Sweep, engine: Engine, device: str, num_processes: int) -> dict[str, str]:
