@@ -98,6 +98,11 @@ def link(file: Path, place: Path) -> None:
         shutil.copyfile(file, place)
 
 
+def is_free(folder: Path) -> bool:
+    """Whether nothing lies at ``folder``, or a folder that holds nothing but a lock."""
+    return not folder.exists() or (folder.is_dir() and all(path.name == LOCK for path in folder.iterdir()))
+
+
 def remove_leftovers(folder: Path) -> None:
     """Remove what killed processes left of ``whole_file``; for a folder that nobody else writes into now."""
     for path in folder.glob(".*.tmp"):

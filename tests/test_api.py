@@ -92,10 +92,11 @@ def test_from_a_planned_dataset_to_scores(in_workspace, tmp_path):
         501, images, tmp_path / "predictions", trainer="SourceOnlyTrainer", plans="in_python", device="cpu"
     )
     assert {path.name for path in out.glob("*.nii.gz")} == {"ct_Ts00.nii.gz", "ct_Ts01.nii.gz"}
-    with pytest.raises(UDAError, match=r"checkpoint_of_mine\.pth does not exist"):
-        api.predict(
-            501, images, out, trainer="SourceOnlyTrainer", plans="in_python", checkpoint="checkpoint_of_mine.pth"
-        )
+    (fold / "checkpoint_cut.pth").write_bytes(b"PK")
+    for name, words in (("of_mine", "does not exist"), ("cut", "cannot be read as a checkpoint")):
+        bad = {"plans": "in_python", "checkpoint": f"checkpoint_{name}.pth", "device": "cpu"}
+        with pytest.raises(UDAError, match=rf"checkpoint_{name}\.pth {words}"):
+            api.predict(501, images, out, trainer="SourceOnlyTrainer", **bad)
     scores = api.evaluate({"source only": out}, tmp_path / "evaluation", dataset=501, np=1, slices=1)
     assert [volume["case"] for volume in scores["volumes"]["source only"]] == ["ct_Ts00", "ct_Ts01"]
     assert Path(tmp_path, "evaluation", "evaluation.html").is_file()

@@ -10,8 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -116,15 +114,28 @@ def engine_of(folder: Path) -> SubmititEngine:
     return engine
 
 
+def finish(folder: Path, *jobs: Job) -> tuple[dict[str, Score], dict[str, str]]:
+    """Scores and reasons of failures."""
+    scores, failed = {}, {}
+    run_jobs(engine_of(folder), jobs, scores, failed, lambda: None)
+    return scores, failed
+
+
+def stop_while_it_waits(folder: Path, job: Job) -> None:
+    """SIGTERM ends the engine, not its job."""
+
+    def end(_: Job) -> None:
+        signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+        signal.setitimer(signal.ITIMER_REAL, 0.3)
+
+    with pytest.raises(SystemExit) as stopped:
+        engine_of(folder).run([job], end, lambda *_: pytest.fail("nothing ends yet"))
+    assert stopped.value.code == 128 + signal.SIGTERM
+
+
 def let_go(folder: Path) -> None:
     (folder / "runs").mkdir(exist_ok=True)
     (folder / "runs" / "go").touch()
-
-
-def soon(action: Callable[[], None]) -> None:
-    """Do something while the engine waits."""
-    signal.signal(signal.SIGALRM, lambda *_: action())
-    signal.setitimer(signal.ITIMER_REAL, 0.3)
 
 
 def calls(slurm: Path, name: str) -> int:
@@ -170,33 +181,26 @@ def test_jobs_end_with_scores_or_with_what_they_and_slurm_said(tmp_path, slurm):
 def test_a_run_that_could_not_begin_is_explained_by_slurms_log(tmp_path, slurm, monkeypatch):
     words = ["bash", "-c", "echo 'ImportError: no such library' >&2; exit 3"]
     monkeypatch.setattr(engines, "command_of", lambda _: words)
-    failed = {}
-    run_jobs(engine_of(tmp_path), [a_job(tmp_path, "a")], {}, failed, lambda: None)
+    _, failed = finish(tmp_path, a_job(tmp_path))
     assert "ImportError: no such library (SLURM job 1 FAILED; log: " in failed["a"]
 
 
 def test_a_new_start_waits_for_the_jobs_under_way(tmp_path, slurm, recwarn):
     jobs = [a_job(tmp_path, name) for name in ("a", "b")]
-    with pytest.raises(SystemExit) as stopped:
-        end = partial(soon, partial(os.kill, os.getpid(), signal.SIGTERM))
-        engine_of(tmp_path).run(jobs[:1], lambda _: end(), lambda *_: pytest.fail("nothing ends yet"))
-    assert stopped.value.code == 128 + signal.SIGTERM
+    stop_while_it_waits(tmp_path, jobs[0])
     assert json.loads((tmp_path / "slurm" / "submitted.json").read_text())["jobs"]["a"]["id"] == "1"
 
-    engine, scores = engine_of(tmp_path), {}
     let_go(tmp_path)
-    run_jobs(engine, jobs, scores, {}, lambda: None)
+    scores, _ = finish(tmp_path, *jobs)
     assert set(scores) == {"a", "b"} and calls(slurm, "sbatch") == 2
     assert jobs[0].log.read_text() == jobs[1].log.read_text() == "started\n", "each once"
-    run_jobs(engine, jobs, {}, {}, lambda: None)
+    finish(tmp_path, *jobs)
     assert calls(slurm, "sbatch") == 2 and not [w for w in recwarn if "submission" in str(w.message)]
 
 
 def test_a_job_that_ends_while_a_new_start_looks_is_not_submitted_again(tmp_path, slurm, monkeypatch):
-    job, ask, scores = a_job(tmp_path, "a"), engines.slurm_states, {}
-    with pytest.raises(SystemExit):
-        end = partial(soon, partial(os.kill, os.getpid(), signal.SIGTERM))
-        engine_of(tmp_path).run([job], lambda _: end(), lambda *_: pytest.fail("nothing ends yet"))
+    job, ask = a_job(tmp_path), engines.slurm_states
+    stop_while_it_waits(tmp_path, job)
 
     def after_its_end() -> dict[str, str]:
         let_go(tmp_path)
@@ -205,12 +209,11 @@ def test_a_job_that_ends_while_a_new_start_looks_is_not_submitted_again(tmp_path
         return ask()
 
     monkeypatch.setattr(engines, "slurm_states", after_its_end)
-    run_jobs(engine_of(tmp_path), [job], scores, {}, lambda: None)
-    assert set(scores) == {"a"} and calls(slurm, "sbatch") == 1
+    assert set(finish(tmp_path, job)[0]) == {"a"} and calls(slurm, "sbatch") == 1
 
 
 def test_a_start_killed_while_it_submits_leaves_no_second_job(tmp_path, slurm, monkeypatch):
-    job = a_job(tmp_path, "a")
+    job = a_job(tmp_path)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         write = engines.write_json
 
@@ -223,8 +226,7 @@ def test_a_start_killed_while_it_submits_leaves_no_second_job(tmp_path, slurm, m
         engine_of(tmp_path).run([job], lambda _: None, lambda *_: None)
     assert (slurm / "1.state").read_text() == "RUNNING"
     let_go(tmp_path)
-    scores = {}
-    run_jobs(engine_of(tmp_path), [job], scores, {}, lambda: None)
+    scores, _ = finish(tmp_path, job)
     assert (slurm / "1.state").read_text() == "CANCELLED" and (slurm / "2.state").read_text() == "COMPLETED\n"
     assert set(scores) == {"a"}
 
@@ -235,7 +237,7 @@ def test_a_damaged_record_of_jobs_is_not_taken_for_none(tmp_path, slurm, text):
     record.parent.mkdir()
     record.write_text(text)
     with pytest.raises(UDAError, match="submitted.json is n"):
-        engine_of(tmp_path).run([a_job(tmp_path, "a")], lambda _: None, lambda *_: None)
+        finish(tmp_path, a_job(tmp_path))
     assert not (slurm / "1.sh").exists(), "nothing was submitted"
 
 
@@ -245,31 +247,27 @@ def test_a_line_of_squeue_that_is_no_state_is_passed_over(monkeypatch):
 
 
 def test_a_requeued_job_is_waited_for(tmp_path, slurm, monkeypatch):
-    job, seen = a_job(tmp_path, "a"), iter(["RUNNING", "PREEMPTED", "PENDING", "NODE_FAIL", "PENDING", "CANCELLED"])
+    seen = iter(["RUNNING", "PREEMPTED", "PENDING", "NODE_FAIL", "PENDING", "CANCELLED"])
     monkeypatch.setattr(engines, "slurm_states", lambda: {"1": next(seen, "CANCELLED")})
-    failed = {}
-    run_jobs(engine_of(tmp_path), [job], {}, failed, lambda: None)
+    _, failed = finish(tmp_path, a_job(tmp_path))
     assert "SLURM job 1 CANCELLED" in failed["a"] and next(seen, None) is None
 
 
 def test_a_job_that_slurm_has_forgotten_is_not_waited_for(tmp_path, slurm, monkeypatch):
     looks = iter([{}, {"1": "RUNNING"}, {}, {}])  # the first: what is under way; a fifth would find none, and fail
     monkeypatch.setattr(engines, "slurm_states", lambda: next(looks))
-    failed = {}
-    run_jobs(engine_of(tmp_path), [a_job(tmp_path, "a")], {}, failed, lambda: None)
+    _, failed = finish(tmp_path, a_job(tmp_path))
     assert "SLURM job 1 no longer known to it; log: " in failed["a"]
 
 
 def test_what_slurm_refuses_or_does_not_answer(tmp_path, slurm, monkeypatch, capsys):
-    jobs = [a_job(tmp_path, "a")]
-    (slurm / "down").touch()
-    with pytest.raises(UDAError, match=r"SLURM's squeue does not answer here \(slurm_load_jobs error: Unable"):
-        engine_of(tmp_path).run(jobs, lambda _: None, lambda *_: None)
-    (slurm / "down").unlink()
-    (slurm / "refuse").touch()
-    with pytest.raises(UDAError, match="SLURM did not take the jobs: sbatch: error: invalid partition"):
-        engine_of(tmp_path).run(jobs, lambda _: None, lambda *_: None)
-    (slurm / "refuse").unlink()
+    job = a_job(tmp_path)
+    for state, words in (("down", r"SLURM's squeue does not answer here \(slurm_load_jobs error: Unable"),
+                         ("refuse", "SLURM did not take the jobs: sbatch: error: invalid partition")):  # fmt: skip
+        (slurm / state).touch()
+        with pytest.raises(UDAError, match=words):
+            finish(tmp_path, job)
+        (slurm / state).unlink()
 
     ask, down = engines.slurm_states, iter([False, True, True, False, True])
 
@@ -283,8 +281,8 @@ def test_what_slurm_refuses_or_does_not_answer(tmp_path, slurm, monkeypatch, cap
 
     monkeypatch.setattr(engines, "slurm_states", with_outages)
     ended = []
-    engine_of(tmp_path).run(jobs, lambda _: None, lambda *what: ended.append(what))
-    assert ended == [(jobs[0], None)], "an outage ends nothing"
+    engine_of(tmp_path).run([job], lambda _: None, lambda *what: ended.append(what))
+    assert ended == [(job, None)], "an outage ends nothing"
     assert capsys.readouterr().out.count("squeue does not answer here; asking again") == 2
 
 

@@ -18,7 +18,7 @@ from nnunet_uda.adaptation.model import Model, Weights
 from nnunet_uda.adaptation.scan import ScanSettings, adapt_to_scan
 from nnunet_uda.data.convention import read_json
 from nnunet_uda.errors import UDAError
-from nnunet_uda.files import write_json
+from nnunet_uda.files import is_free, write_json
 from nnunet_uda.quality.asked import network_spacing
 from nnunet_uda.training.checkpoint import FINAL, read_checkpoint
 
@@ -45,7 +45,7 @@ def open_record(out: Path, described: dict[str, Any]) -> dict[str, Any]:
                 f"{path} is of another model or other settings ({', '.join(changed)}): give a new folder (-o)"
             )
         return state
-    if out.exists() and (not out.is_dir() or any(entry.name != ".lock" for entry in out.iterdir())):
+    if not is_free(out):
         raise UDAError(f"{out} (-o) is not empty, or no folder: give a new folder")
     return {**described, "scans": {}}
 

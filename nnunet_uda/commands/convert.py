@@ -4,19 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from nnunet_uda.dataset_conversion import (
-    abdomen,
-    acdc,
-    amos,
-    brats,
-    btcv,
-    chaos,
-    cine_lge,
-    emidec,
-    folders,
-    mmwhs,
-    vs,
-)
+from nnunet_uda.dataset_conversion import abdomen, acdc, amos, brats, btcv, chaos, cine_lge, emidec, folders, mmwhs, vs
 from nnunet_uda.dataset_conversion.dataset import recover
 from nnunet_uda.dataset_conversion.options import check_arguments
 from nnunet_uda.errors import UDAError, command

@@ -11,13 +11,7 @@ from nnunet_uda.data.convention import read_json
 from nnunet_uda.errors import UDAError, command
 from nnunet_uda.evaluation.output import REPORT, check_output
 from nnunet_uda.evaluation.overlays import PLANES
-from nnunet_uda.evaluation.reference_values import (
-    Reading,
-    describe,
-    named_values,
-    read_by,
-    recorded_values,
-)
+from nnunet_uda.evaluation.reference_values import Reading, describe, named_values, read_by, recorded_values
 from nnunet_uda.evaluation.runs import (
     Labels,
     cases_of_folds,
@@ -171,7 +165,8 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         note = (
             "Axial slices as seen from the feet, all others with the head up. Chosen slices lie evenly over the "
             "reference's extent; one is the slice where the runs together have the most wrong voxels. These "
-            f"({n_slices} of a volume at most) are printed, and lie as pictures in the folder overlays."
+            f"({n_slices} of a volume at most) lie as pictures in the folder overlays, and are printed of the volume "
+            "that is shown."
         )
 
     evaluation = Evaluation(runs, volumes, reference, labels, arguments.np)

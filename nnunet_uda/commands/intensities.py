@@ -12,7 +12,7 @@ from pathlib import Path
 from nnunet_uda.data.clipped_scans import find_scans, write_clipped
 from nnunet_uda.data.convention import dataset_name, environment_folder, read_json
 from nnunet_uda.errors import UDAError, command
-from nnunet_uda.files import whole_folder
+from nnunet_uda.files import is_free, whole_folder
 from nnunet_uda.images.intensities import PRESETS, Intensities, parse_intensities, read_intensities
 from nnunet_uda.images.nifti import add_geometry_argument, nifti_geometry
 from nnunet_uda.images.reading import check_path
@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> None:
     intensities = _intensities(args)
     cases = find_scans(args.i)
     check_path(args.o)
-    if args.o.exists() and (not args.o.is_dir() or any(args.o.iterdir())):
+    if not is_free(args.o):
         raise UDAError(f"{args.o} exists and is not an empty folder: give a new folder. Nothing was written.")
     with nifti_geometry(args.nifti_geometry), whole_folder(args.o) as folder:
         write_clipped(cases, intensities, folder)

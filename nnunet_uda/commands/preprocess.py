@@ -6,13 +6,7 @@ import argparse
 
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-from nnunet_uda.data.convention import (
-    check_dataset_json,
-    dataset_name,
-    environment_folder,
-    labelled_target,
-    read_json,
-)
+from nnunet_uda.data.convention import check_dataset_json, dataset_name, environment_folder, labelled_target, read_json
 from nnunet_uda.data.slices import refuse_mixed_slices
 from nnunet_uda.data.target import preprocess_target
 from nnunet_uda.errors import UDAError, command

@@ -5,13 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from nnunet_uda.data.convention import (
-    check_dataset_json,
-    dataset_name,
-    environment_folder,
-    read_domains,
-    read_json,
-)
+from nnunet_uda.data.convention import check_dataset_json, dataset_name, environment_folder, read_domains, read_json
 from nnunet_uda.data.general_model import parse_map
 from nnunet_uda.data.pseudo_dataset import Request, new_dataset, write_pseudo_labelled
 from nnunet_uda.errors import UDAError, command

@@ -14,7 +14,7 @@ from nnunet_uda.data.convention import (
     target_cases,
 )
 from nnunet_uda.errors import UDAError
-from nnunet_uda.files import link, whole_folder
+from nnunet_uda.files import is_free, link, whole_folder
 
 
 def lay_out_fold(raw: Path, fold: int, output: Path) -> list[str]:
@@ -39,7 +39,7 @@ def lay_out_fold(raw: Path, fold: int, output: Path) -> list[str]:
     identifiers = fold_of(check_splits(read_json(splits_file), set(cases), splits_file), fold, splits_file)["val"]
     if not identifiers:
         raise UDAError(f"{splits_file}: fold {fold} has an empty 'val', so there is nothing to test on")
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+    if not is_free(output):
         raise UDAError(f"{output} is not empty, or no folder: give a new folder")
     with whole_folder(output) as folder:
         for path in (raw / TARGET_FOLDER / file.name for identifier in identifiers for file in cases[identifier]):

@@ -91,6 +91,9 @@ def write_compare_page(
         "scored_folds": None,
         "notes": [NOTE],
     }
-    note = f"The chosen slices ({SLICES} of a volume at most) are printed, and lie as pictures in {folder.name}."
+    note = (
+        f"The chosen slices ({SLICES} of a volume at most) lie as pictures in {folder.name}, and are printed of the "
+        "volume that is shown."
+    )
     write_html(path, setup, scores, summary_tables(scores, comparison), overlays, labels.structures, note)
     return True

@@ -34,12 +34,7 @@ def clipping_words(intensities: Intensities) -> str:
 
 
 def model_card(
-    folder: Path,
-    place: Path,
-    folds: Sequence[str],
-    checkpoint: str,
-    check: str,
-    quality: dict[str, Any] | None = None,
+    folder: Path, place: Path, folds: Sequence[str], checkpoint: str, check: str, quality: dict[str, Any] | None = None
 ) -> str:
     """Markdown: what the model is, what it was trained on, how well it is expected to do, and how to use it.
 

@@ -19,7 +19,7 @@ def check_output(target: Path, report: str = REPORT) -> None:
         UDAError: if ``target`` holds something else than a former evaluation (``report``).
     """
     files.put_back(target)
-    if target.exists() and not (target.is_dir() and ((target / report).is_file() or not any(target.iterdir()))):
+    if not files.is_free(target) and not (target / report).is_file():
         raise UDAError(f"{target} exists and holds no former evaluation ({report}): choose another folder with -o")
 
 

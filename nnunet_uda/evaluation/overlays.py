@@ -147,7 +147,7 @@ def _thick_plane(spacing: np.ndarray) -> str:
 
 
 def upright(array: np.ndarray, axis: int) -> np.ndarray:
-    """All slices of an LPS array ``(Z, Y, X)`` along ``axis``, the first one then; anterior or superior side up."""
+    """All slices of an LPS array ``(Z, Y, X)`` along ``axis``, which comes first; anterior or superior side up."""
     cuts = np.moveaxis(array, axis, 0)
     return cuts if axis == 0 else cuts[:, ::-1]
 

@@ -102,12 +102,7 @@ def open_model(
 
 
 def predict_folder(
-    trained: Path,
-    folds: Sequence[int | str],
-    images: Path,
-    output: Path,
-    device: torch.device,
-    checkpoint: str = FINAL,
+    trained: Path, folds: Sequence[int | str], images: Path, output: Path, device: torch.device, checkpoint: str = FINAL
 ) -> None:
     """Segment every case of a folder as ``nnUNetv2_predict`` does, one after the other in this process.
 

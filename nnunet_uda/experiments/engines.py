@@ -35,11 +35,7 @@ Done = Callable[[Job, str | None], None]
 
 
 def run_jobs(
-    engine: Engine,
-    jobs: Sequence[Job],
-    scores: dict[str, Score],
-    failed: dict[str, str],
-    changed: Callable[[], object],
+    engine: Engine, jobs: Sequence[Job], scores: dict[str, Score], failed: dict[str, str], changed: Callable[[], object]
 ) -> None:
     """Finish all jobs, put scores and reasons of failures into the dictionaries, and call ``changed`` after each."""
     scores.update((job.name, score) for job in jobs if (score := job.score()) is not None)

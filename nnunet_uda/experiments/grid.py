@@ -13,6 +13,7 @@ from nnunet_uda.evaluation.metrics import METRICS
 from nnunet_uda.evaluation.report import jsonable
 from nnunet_uda.evaluation.tables import Spread, spread, summarise
 from nnunet_uda.experiments.job import Score
+from nnunet_uda.files import is_free
 from nnunet_uda.images.reading import check_path
 from nnunet_uda.names import MEAN
 from nnunet_uda.settings import UDASettings, parse_settings, split_settings
@@ -46,7 +47,7 @@ def check_output(out: Path, marker: str, setup: dict[str, Any], what: str) -> No
         former = read_json(out / marker)
         if former != setup:
             raise UDAError(f"{out} holds a {what} of {former}, this one is of {setup}: give another folder with -o")
-    elif out.exists() and any(path.name != ".lock" for path in out.iterdir()):
+    elif not is_free(out):
         raise UDAError(f"{out} is not empty and holds no former {what} ({marker}): give another folder with -o")
 
 

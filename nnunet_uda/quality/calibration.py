@@ -28,11 +28,7 @@ SHAPE = ("size", "whole", "roundness", "contacts", "place")
 CERTAINTY = ("expected", "certain")
 VIEWS = ("agreement", "least")
 FEATURES = (*VIEWS, *CERTAINTY, *SHAPE, "edges")
-KINDS = {
-    "views": FEATURES,
-    "probabilities": (*CERTAINTY, *SHAPE, "edges"),
-    "segmentation": SHAPE,
-}
+KINDS = {"views": FEATURES, "probabilities": (*CERTAINTY, *SHAPE, "edges"), "segmentation": SHAPE}
 """By what is at hand, from most to least: the features that an estimate uses."""
 GOOD, FAILED = 0.7, 0.5
 COVERAGE = 0.9
