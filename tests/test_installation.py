@@ -132,5 +132,5 @@ def test_every_package_is_declared():
     declared = set(re.findall(r'"(nnunet_uda[\w.]*)"', re.search(r"^packages = \[(.*?)\]", text, re.M | re.S)[1]))
     folders = {path.parent.relative_to(REPOSITORY) for path in (REPOSITORY / "nnunet_uda").rglob("*.py")}
     assert declared == {".".join(folder.parts) for folder in folders} | {
-        "nnunet_uda.trainers", "nnunet_uda.dataset_conversion",
+        "nnunet_uda.trainers", "nnunet_uda.dataset_conversion", "nnunet_uda.evaluation.templates",
     }  # fmt: skip

@@ -24,7 +24,8 @@ from typing import Any
 
 import numpy as np
 import SimpleITK as sitk
-from scipy.ndimage import find_objects
+from scipy.ndimage import binary_erosion, find_objects
+from scipy.spatial import KDTree
 from tqdm import tqdm
 
 from nnunet_uda.errors import UDAError
@@ -102,14 +103,11 @@ def surface_distances(
         prediction: bool, same shape, not empty.
         spacing: mm for each axis of the arrays.
     """
-    from monai.metrics import get_mask_edges, get_surface_distance
-
     (box,) = find_objects((reference | prediction).astype(np.uint8))
-    # mask minus its erosion, outside the box counting as background; given a spacing, it would return sub-voxel edges
-    edges = get_mask_edges(prediction[box], reference[box], crop=False)
-    there = get_surface_distance(edges[0], edges[1], spacing=tuple(spacing))
-    back = get_surface_distance(edges[1], edges[0], spacing=tuple(spacing))
-    return np.asarray(there, dtype=np.float64), np.asarray(back, dtype=np.float64)
+    masks = (reference[box], prediction[box])
+    # mask minus its erosion, outside the box counting as background
+    ours, theirs = (np.argwhere(mask ^ binary_erosion(mask)) * np.asarray(spacing) for mask in masks)
+    return KDTree(ours).query(theirs)[0], KDTree(theirs).query(ours)[0]
 
 
 def evaluate_masks(reference: np.ndarray, prediction: np.ndarray, spacing: Sequence[float]) -> dict[str, float]:
