@@ -193,11 +193,9 @@ def test_a_failure_becomes_an_answer(gpu, in_workspace):
     assert "NoSuchTrainer" in answer["error"] and "measure" in answer["traceback"]
 
 
-def test_without_a_cuda_device_it_says_so(gpu, monkeypatch, capsys):
+def test_without_a_cuda_device_it_says_so(gpu, monkeypatch, refused):
     monkeypatch.setattr(gpu, "torch", SimpleNamespace(cuda=SimpleNamespace(is_available=lambda: False)))
-    with pytest.raises(SystemExit):
-        gpu.main([])
-    assert "torch sees no CUDA device here" in capsys.readouterr().err
+    assert "torch sees no CUDA device here" in refused(gpu.main, [])
 
 
 @pytest.mark.slow

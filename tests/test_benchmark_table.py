@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 import os
@@ -10,6 +9,7 @@ import sys
 
 import pytest
 from conftest import REPOSITORY
+from support.pages import read_csv
 
 from nnunet_uda.evaluation.metrics import METRICS
 from nnunet_uda.files import write_json
@@ -313,8 +313,7 @@ def test_the_criteria_are_ranked_against_the_target_without_the_upper_bounds(tra
 def test_every_figure_is_in_the_csv_and_every_line_in_the_plot(trained, table):
     trained.dice["CISFATrainer"] = math.nan
     trained.main("-tasks", "heart", "-tr", "CISFATrainer", "-seeds", "0")
-    with open(trained.folder / "table.csv", newline="") as file:
-        rows = {row["label"]: row for row in csv.DictReader(file)}
+    rows = {row["label"]: row for row in read_csv(trained.folder / "table.csv")}
     assert rows["lower bound"]["dice_left"] == "0.5" and rows["lower bound"]["assd_mm_right"] == "2.0"
     assert rows["CISFATrainer"]["dice"] == "" and rows["CISFATrainer"]["criterion_agreement"] == ""
     assert trained.drawn == [("table.png", 3, table.MODES["time"].format(2000))]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import json
 import math
@@ -22,7 +21,7 @@ import torch
 from conftest import make_raw_dataset, write_volume
 from matplotlib.image import imread
 from support.jobs import DATASET, a_job
-from support.pages import read_page
+from support.pages import read_csv, read_page
 
 from nnunet_uda import figures
 from nnunet_uda.commands import train
@@ -140,8 +139,7 @@ def test_tables_against_values_by_hand(tmp_path):
     text = (tmp_path / "compare.md").read_text()
     assert "- B_0_1: it broke" in text and "- A_0_1" not in text and compare.RULES[1] in text
 
-    with open(tmp_path / "compare.csv", newline="") as file:
-        found = list(csv.DictReader(file))
+    found = read_csv(tmp_path / "compare.csv")
     assert [row["state"] for row in found] == ["finished"] * 4 + ["failed"] + ["finished"] * 4
     assert float(found[2]["gap_closed_percent"]) == pytest.approx(50) and found[0]["gap_closed_percent"] == ""
     assert float(found[2]["assd_mm"]) == pytest.approx(5.5) and found[4]["dice"] == ""

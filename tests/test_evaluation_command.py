@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import csv
 import io
 import json
 from collections.abc import Callable
@@ -16,7 +15,7 @@ import SimpleITK as sitk
 from conftest import write_volume
 from PIL import Image
 from scipy.ndimage import zoom
-from support.pages import read_page
+from support.pages import read_csv, read_page
 
 from nnunet_uda.commands.evaluate import main, make_parser
 from nnunet_uda.evaluation import draw_overlay, evaluate_case
@@ -97,8 +96,7 @@ def test_fold_protocol_with_three_runs(dataset, capsys):
     assert "too few pairs" in result["wilcoxon"][0]["note"]
 
     out = dataset / "out"
-    with open(out / "evaluation.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = read_csv(out / "evaluation.csv")
     assert len(rows) == 3 * 4 * 2
     row = next(r for r in rows if (r["run"], r["case"], r["structure"]) == ("ours", "ct_3", "alpha"))
     assert float(row["dice"]) == result["volumes"]["ours"][2]["metrics"]["alpha"]["Dice"]

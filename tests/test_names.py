@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ import pytest
 import SimpleITK as sitk
 from matplotlib.image import imread
 from support.folders import use_folders
+from support.pages import read_csv
 
 from nnunet_uda.commands import evaluate, fold_images, pseudo_labels
 from nnunet_uda.data import convention
@@ -217,8 +217,7 @@ def test_no_spreadsheet_takes_a_name_for_a_formula(first, tmp_path):
     assert spreadsheet_cell(name) == f"'{name}"
     scores = {"Dice": 0.5, "ASSD": 1.0, "HD95": 2.0, "n_reference": 3, "n_prediction": 4}
     write_csv(tmp_path / "e.csv", {name: [Volume(name, {name: scores})]})
-    with open(tmp_path / "e.csv", newline="") as file:
-        [row] = csv.DictReader(file)
+    [row] = read_csv(tmp_path / "e.csv")
     assert [row[key] for key in ("run", "case", "structure")] == [f"'{name}"] * 3
     assert (row["dice"], row["voxels_reference"]) == ("0.5", "3")
 

@@ -64,18 +64,15 @@ def test_impossible_plans_are_refused(plans, options, words):
         derive_plans(plans, "2d", "x", {}, **options)
 
 
-def test_unknown_settings_are_refused_before_anything_is_written(in_workspace, capsys):
-    with pytest.raises(SystemExit):
-        configure.main(["-d", "501", "-p", "typo", "-set", "cisfa.generater_width=3"])
-    assert "generater_width" in capsys.readouterr().err
+def test_unknown_settings_are_refused_before_anything_is_written(in_workspace, refused):
+    words = ["-d", "501", "-p", "typo", "-set", "cisfa.generater_width=3"]
+    assert "generater_width" in refused(configure.main, words)
     assert not (in_workspace.preprocessed / "Dataset501_Blobs" / "typo.json").exists()
 
 
-def test_existing_plans_are_kept_and_nnunets_own_name_refused(in_workspace, capsys):
+def test_existing_plans_are_kept_and_nnunets_own_name_refused(in_workspace, refused):
     for name, words in (("tiny", "--overwrite"), ("nnUNetPlans", "new name")):
-        with pytest.raises(SystemExit):
-            configure.main(["-d", "501", "-p", name])
-        assert words in capsys.readouterr().err
+        assert words in refused(configure.main, ["-d", "501", "-p", name])
 
 
 def test_cisfa_protocol_writes_section_4_2(in_workspace):

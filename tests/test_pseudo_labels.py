@@ -72,8 +72,12 @@ def dataset(tmp_path, monkeypatch):
     return raw
 
 
+def arguments(dataset: Path, *options: str, name: str = "Dataset601_Second") -> list[str]:
+    return ["-d", "501", "-i", str(dataset.parent.parent / "predictions"), "-o", name, *options]
+
+
 def run(dataset: Path, *options: str, name: str = "Dataset601_Second") -> Path:
-    main(["-d", "501", "-i", str(dataset.parent.parent / "predictions"), "-o", name, *options])
+    main(arguments(dataset, *options, name=name))
     return dataset.parent / name
 
 
@@ -167,20 +171,15 @@ def half_a_source_label(dataset: Path) -> None:
         (lambda d: None, ("-component_share", "2"), "-component_share must be between 0 and 1"),
     ],
 )
-def test_what_does_not_fit_is_refused_and_nothing_is_written(dataset, capsys, prepare, options, words):
+def test_what_does_not_fit_is_refused_and_nothing_is_written(dataset, refused, prepare, options, words):
     prepare(dataset)
     before = sorted(path.name for path in dataset.parent.iterdir())
-    with pytest.raises(SystemExit) as stopped:
-        run(dataset, *options)
-    assert stopped.value.code != 0
-    assert re.search(words, capsys.readouterr().err)
+    assert re.search(words, refused(main, arguments(dataset, *options)))
     assert sorted(path.name for path in dataset.parent.iterdir()) == before
 
 
-def test_a_bad_name_is_refused(dataset, capsys):
-    with pytest.raises(SystemExit):
-        run(dataset, name="../Dataset601_Second")
-    assert "DatasetXXX_NAME" in capsys.readouterr().err
+def test_a_bad_name_is_refused(dataset, refused):
+    assert "DatasetXXX_NAME" in refused(main, arguments(dataset, name="../Dataset601_Second"))
 
 
 # -- a list of files in dataset.json ---------------------------------------------------------------------------------
@@ -231,12 +230,10 @@ def test_pseudo_labelled_cases_are_seen_beside_a_list_of_files(dataset, tmp_path
         ({"a": {"images": ["imagesTu/ct_Tu00_0000.nii.gz"], "label": "labelsTr/mr_Tr00.nii.gz"}}, "lies in imagesTu"),
     ],
 )
-def test_a_list_of_files_that_is_none_or_shows_target_labels_is_refused(dataset, tmp_path, capsys, cases, words):
+def test_a_list_of_files_that_is_none_or_shows_target_labels_is_refused(dataset, refused, cases, words):
     listed(dataset, cases)
-    with pytest.raises(SystemExit):
-        main(["-d", "501", "-i", str(tmp_path / "predictions"), "-o", "Dataset502_Second"])
-    assert words in capsys.readouterr().err
-    assert not (tmp_path / "raw" / "Dataset502_Second").exists()
+    assert words in refused(main, arguments(dataset))
+    assert not (dataset.parent / "Dataset601_Second").exists()
 
 
 def test_training_sees_no_target_label_by_a_list_of_files(dataset):
@@ -368,11 +365,10 @@ def a_probability(dataset: Path) -> None:
         ),
     ],
 )
-def test_maps_and_layouts_that_do_not_fit_are_refused(dataset, capsys, prepare, options, words):
+def test_maps_and_layouts_that_do_not_fit_are_refused(dataset, refused, prepare, options, words):
     prepare(dataset)
-    with pytest.raises(SystemExit):
-        run(dataset, *(("-labels", *options) if options else ()))
-    assert re.search(words, capsys.readouterr().err)
+    labels = ("-labels", *options) if options else ()
+    assert re.search(words, refused(main, arguments(dataset, *labels)))
 
 
 def quality_report(path: Path, dices: dict[str, float | None]) -> str:
@@ -396,11 +392,9 @@ def test_cases_of_low_estimated_quality_are_left_out(dataset, tmp_path, capsys):
     ("content", "message"),
     [({"cases": [{"case": "ct_Tu00"}]}, "is no report of nnUNetUDA_quality"), (None, "has no case ct_Tu01")],
 )
-def test_another_quality_report_is_refused(content, message, dataset, tmp_path, capsys):
+def test_another_quality_report_is_refused(content, message, dataset, tmp_path, refused):
     report = quality_report(tmp_path / "quality_report.json", {"ct_Tu00": 0.9})
     if content is not None:
         Path(report).write_text(json.dumps(content))
-    with pytest.raises(SystemExit):
-        run(dataset, "-q", report)
-    assert message in capsys.readouterr().err
+    assert message in refused(main, arguments(dataset, "-q", report))
     assert not (dataset.parent / "Dataset601_Second").exists()

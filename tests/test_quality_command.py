@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import csv
 import io
 import json
 import shutil
@@ -16,7 +15,7 @@ import SimpleITK as sitk
 import torch
 from conftest import make_trainer, written_model
 from matplotlib.image import imread
-from support.pages import read_page
+from support.pages import read_csv, read_page
 
 from nnunet_uda.commands import quality as command
 from nnunet_uda.evaluation.prediction import unlabelled_images
@@ -62,8 +61,7 @@ def test_a_report_of_predictions_and_a_calibration_made_on_the_way(model, in_wor
             assert 0 <= each["low"] <= each["dice"] <= each["high"] <= 1
             assert each["verdict"] in ("good", "look at it", "failed")
         assert case["structures"]["left"]["reasons"]
-    with open(output / "quality.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = read_csv(output / "quality.csv")
     assert len(rows) == 2 * 3 and {row["structure"] for row in rows} == {"all", "left", "right"}
     assert "data:image/jpeg;base64," not in (page := (output / "quality.html").read_text()) or "picture" in page
     assert "no label of these scans was read" in page

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 import re
@@ -14,6 +13,7 @@ import torch
 from conftest import make_raw_dataset
 from matplotlib.image import imread
 from support.jobs import DATASET
+from support.pages import read_csv
 
 from nnunet_uda import figures
 from nnunet_uda.commands.sweep import main
@@ -39,11 +39,6 @@ def calls(out: Path) -> dict[str, list[str]]:
     logs = {path.parent.name: path.read_text() for path in (out / "runs").glob("*/log.txt")}
     wanted = r"^\$ nnUNetUDA_(train)|^\[.+\] (predict)ing"
     return {name: ["".join(words) for words in re.findall(wanted, text, re.M)] for name, text in logs.items()}
-
-
-def read_csv(path: Path) -> list[dict[str, str]]:
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
 
 
 @pytest.mark.slow

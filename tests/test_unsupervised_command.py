@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import importlib.util
 import json
 import math
@@ -15,6 +14,7 @@ import SimpleITK as sitk
 import torch
 from conftest import REPOSITORY, make_trainer, written_model
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from support.pages import read_csv
 
 from nnunet_uda.commands.evaluate import main
 from nnunet_uda.evaluation import unsupervised
@@ -86,8 +86,7 @@ def test_checkpoints_are_compared_without_labels(models, in_workspace, tmp_path,
         expected = by_hand(models, name, images)
         assert {key: row[key] for key in HIGHER_IS_BETTER} == pytest.approx(expected, rel=1e-5, abs=1e-7)
     assert (output / "criteria.md").read_text() in printed
-    with open(output / "criteria.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = read_csv(output / "criteria.csv")
     assert [float(row["entropy"]) for row in rows] == [row["entropy"] for row in content["checkpoints"]]
     values = [row["entropy"] for row in content["checkpoints"]]
     assert f"**{min(values):.4f}**" in printed and f"**{max(values):.4f}**" not in printed
@@ -181,8 +180,7 @@ def test_the_table_takes_runs_apart(benchmark) -> None:
 def test_the_benchmark_runs_and_goes_on(benchmark, models, tmp_path, capsys, refused) -> None:
     output = tmp_path / "bench"
     benchmark.main(arguments(output, "-n", "2"))
-    with open(output / "criteria.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = read_csv(output / "criteria.csv")
     assert [row["checkpoint"] for row in rows] == [f"checkpoint_{n}.pth" for n in ("epoch_0001", "epoch_0002", "final")]
     assert [float(row["pseudo_dice (training)"]) for row in rows] == pytest.approx([0.1, 0.11, 0.129])
     assert all(0 <= float(row["dice"]) < 0.6 for row in rows) and len({row["dice"] for row in rows}) > 1

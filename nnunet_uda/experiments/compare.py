@@ -121,16 +121,8 @@ def find_methods(
         UDAError: no such dataset, or a trainer that does not exist or does not read settings.
     """
     methods = []
-    for index, dataset in enumerate(datasets):
-        test = find_raw_dataset(dataset).name
-
-        def bound(words: Sequence[str], label: str, index: int = index, test: str = test) -> list[Method]:
-            if not words:
-                return []
-            trainer, _, trained = words[index if len(words) > 1 else 0].partition(":")
-            return [Method(label, trainer, find_raw_dataset(trained).name if trained else test, test)]
-
-        lowest, highest = bound(lower, LOWER), bound(upper, UPPER)
+    for index, test in enumerate(find_raw_dataset(dataset).name for dataset in datasets):
+        lowest, highest = _bound(lower, LOWER, index, test), _bound(upper, UPPER, index, test)
         bounds = [(method.trainer, method.dataset) for method in (*lowest, *highest)]
         if len(set(bounds)) < len(bounds):
             raise UDAError(
@@ -141,6 +133,14 @@ def find_methods(
     for trainer in {method.trainer for method in methods}:
         find_trainer(trainer)
     return methods
+
+
+def _bound(words: Sequence[str], label: str, index: int, test: str) -> list[Method]:
+    """The bound of the ``index``-th test, if there is one."""
+    if not words:
+        return []
+    trainer, _, trained = words[index if len(words) > 1 else 0].partition(":")
+    return [Method(label, trainer, find_raw_dataset(trained).name if trained else test, test)]
 
 
 def plan_plans(

@@ -1,7 +1,8 @@
-"""Pages in one file."""
+"""Pages in one file, and tables."""
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 from pathlib import Path
@@ -17,3 +18,8 @@ def read_page(path: Path) -> tuple[str, dict[str, Any]]:
     markup = re.sub(r"<script.*?</script>", "", page, flags=re.DOTALL)
     assert not re.search(r"<(link|iframe|object|embed)\b|<[^>]*\b(src|href|srcset|action)=", markup)
     return markup, json.loads(data)
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
