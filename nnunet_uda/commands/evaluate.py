@@ -69,7 +69,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def check_arguments(arguments: argparse.Namespace) -> None:
-    """Raise ``UDAError`` for what the parser let through, and take ``-p`` for ``-pred``, which it was called."""
+    """Raise ``UDAError`` for what the parser let through; take ``-p``, a former name, as ``-pred``."""
     if arguments.former:
         print(
             "-p means plans in every other command: the predictions of nnUNetUDA_evaluate are now -pred",
@@ -103,7 +103,7 @@ def read_references(
     reference: Path,
     raw: Path | None,
 ) -> Reading:
-    """What the references' values mean: as ``-labels`` says, else as their values and ``dataset.json`` tell."""
+    """Find out what the references' values mean: from ``-labels``, else from the values and ``dataset.json``."""
     if arguments.labels:
         named = named_values(arguments.labels, labels)
         return Reading(dict.fromkeys(cases, named), [f"The references are read as -labels says: {describe(named)}."])

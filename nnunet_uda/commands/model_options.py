@@ -28,7 +28,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 
 
 def check_model_options(arguments: argparse.Namespace) -> None:
-    """Raise ``UDAError`` where an option among those that name trained models holds no name, or one twice."""
+    """Raise ``UDAError`` if an option that names trained models holds a bad name, or one twice."""
     for option in ("f", "chk", "tr", "p", "c"):
         given = getattr(arguments, option)
         names = given if isinstance(given, list) else [] if given is None else [given]

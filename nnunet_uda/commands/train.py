@@ -76,7 +76,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def choose_device(arguments: argparse.Namespace) -> None:
-    """Put the device that there is into ``arguments`` where none is given, and say so."""
+    """Where no device is given, choose the one that is there, and say so."""
     if arguments.device is None:
         arguments.device = best_device()
         if arguments.device == "cpu" and int(os.environ.get("RANK", "0")) == 0:
@@ -85,7 +85,7 @@ def choose_device(arguments: argparse.Namespace) -> None:
 
 
 def train_with(arguments: argparse.Namespace, device: torch.device) -> Path:
-    """Train in this process, which may be one of several; the fold's folder."""
+    """Train in this process, which may be one of several; return the fold's folder."""
     return train(
         arguments.dataset, arguments.configuration, arguments.fold, arguments.tr, arguments.p, device,
         go_on=arguments.c, only_validate=arguments.val, validate_best=arguments.val_best,
@@ -95,7 +95,7 @@ def train_with(arguments: argparse.Namespace, device: torch.device) -> Path:
 
 
 def train_here(arguments: argparse.Namespace) -> Path:
-    """Train in this process alone; the fold's folder."""
+    """Train in this process alone; return the fold's folder."""
     check_arguments(arguments)
     if arguments.num_processes > 1:
         raise UDAError("several processes are started by the command: nnUNetUDA_train ... -num_processes N")

@@ -1,4 +1,4 @@
-"""The page of ``nnUNetUDA_compare``: ``nnUNetUDA_evaluate``'s, of methods instead of runs."""
+"""The page of ``nnUNetUDA_compare``: that of ``nnUNetUDA_evaluate``, with methods in place of runs."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ NOTE = (
 
 @dataclass(frozen=True)
 class MethodRuns:
-    """What one method made of a test: the volumes of each finished run, and one prediction of each case."""
+    """One method's results on a test: the volumes of each finished run, and one prediction of each case."""
 
     runs: Sequence[Sequence[Volume]]
     predictions: Mapping[str, Path]
 
 
 def pool_runs(runs: Sequence[Sequence[Volume]]) -> dict[str, Volume]:
-    """One ``Volume`` a case over all runs that hold it: the mean of the scores that are defined, NaN where none is."""
+    """Average the runs: one ``Volume`` for each case, with the mean of the defined scores (NaN without any)."""
     found: dict[str, list[Volume]] = {}
     for run in runs:
         for volume in run:

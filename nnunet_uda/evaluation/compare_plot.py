@@ -35,7 +35,7 @@ class Bar:
 
 
 def draw_comparison(path: Path, bars: Sequence[Bar], title: str) -> None:
-    """Write ``path`` (PNG): a column a test, Dice (from 0 to 1) above and ASSD below, deviations, each run as a point.
+    """Write ``path`` (PNG): one column per test, Dice (0 to 1) above ASSD, with deviations and each run as a point.
 
     More than four tests go on in further rows.
     """

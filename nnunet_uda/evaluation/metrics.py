@@ -96,7 +96,7 @@ def _integers(image: sitk.Image, path: Path) -> list[int]:
 def surface_distances(
     reference: np.ndarray, prediction: np.ndarray, spacing: Sequence[float]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Distances (mm) of the prediction's surface voxels to the reference's surface, and the other way round.
+    """Distances (mm) from the prediction's surface voxels to the reference's surface, and the reverse.
 
     Args:
         reference: bool, any number of dimensions, not empty.
@@ -226,14 +226,14 @@ def evaluate_folder(
 
 
 def parallel(function: Callable[..., Any], tasks: Sequence[tuple], num_processes: int, description: str) -> list[Any]:
-    """``[function(*task) for task in tasks]`` with progress, in spawned processes where it takes more than moments."""
+    """``[function(*task) for task in tasks]`` with a progress bar; long work is spread over spawned processes."""
     numbered = _done(function, tasks, num_processes)
     found = dict(tqdm(numbered, desc=description, unit="volume", total=len(tasks)))
     return [found[index] for index in range(len(tasks))]
 
 
 def _done(function: Callable[..., Any], tasks: Sequence[tuple], num_processes: int) -> Iterator[tuple[int, Any]]:
-    """Results with their tasks' numbers: the first from this process, those left after ``PATIENCE`` from others."""
+    """Yield each task's number and result: this process works for ``PATIENCE`` seconds, others do the rest."""
     left, begun = list(enumerate(tasks)), time.monotonic()
     while left and (num_processes <= 1 or len(left) == 1 or time.monotonic() - begun <= PATIENCE):
         yield _numbered(function, left.pop(0))
@@ -247,7 +247,7 @@ def _numbered(function: Callable[..., Any], task: tuple[int, tuple]) -> tuple[in
 
 
 def _set_up(geometry: str | None) -> None:
-    """A worker reads files by the same geometry, and uses one thread."""
+    """Make a worker read files by this process's geometry, with one thread."""
     choose_geometry(geometry)
     os.environ["OMP_NUM_THREADS"] = "1"  # for torch, which scores load
     sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)

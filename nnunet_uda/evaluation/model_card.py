@@ -23,12 +23,12 @@ POSTPROCESSING = "postprocessing.pkl"
 
 
 def what_to_clip(dataset_json: dict[str, Any]) -> Intensities | None:
-    """What new scans of the target get before this package's trainers predict them, and nnU-Net's does not do."""
+    """The clipping that this package's trainers apply to new target scans, and nnU-Net's own trainer does not."""
     return read_intensities(dataset_json, "dataset.json of the model", "target")
 
 
 def clipping_words(intensities: Intensities) -> str:
-    """What the receiver must do, with the lines that do it."""
+    """Explain to the receiver how to clip scans, with code that does it."""
     bottom, top = intensities.scale or (0.0, 0.0)
     return filled("clipping.md", intensities=intensities, bottom=bottom, top=top)
 

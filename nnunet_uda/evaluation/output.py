@@ -13,7 +13,7 @@ REPORT = "evaluation.json"
 
 
 def check_output(target: Path, report: str = REPORT) -> None:
-    """Put back what a killed command had set aside (``files.put_back``), and look what there is.
+    """Restore what a killed command had set aside (``files.put_back``), then check what is there.
 
     Raises:
         UDAError: if ``target`` holds something else than a former evaluation (``report``).

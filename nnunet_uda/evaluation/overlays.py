@@ -86,7 +86,7 @@ class OverlayTask:
 
 
 def draw_cases(tasks: dict[str, OverlayTask], num_processes: int) -> list[dict[str, Any]]:
-    """What ``draw_case`` returns of each volume, with its name, a key of ``tasks``, under ``volume``."""
+    """Call ``draw_case`` for each volume and add its name, a key of ``tasks``, under ``volume``."""
     drawn = parallel(draw_case, [(task,) for task in tasks.values()], num_processes, "Overlays")
     return [{"volume": name, **shown} for name, shown in zip(tasks, drawn, strict=True)]
 
@@ -153,7 +153,7 @@ def upright(array: np.ndarray, axis: int) -> np.ndarray:
 
 
 def choose_slices(reference: np.ndarray, predictions: Sequence[np.ndarray], n_slices: int) -> list[tuple[int, str]]:
-    """``n_slices`` slices at most: evenly over the reference's extent, one of them where the runs err most.
+    """Choose at most ``n_slices`` slices, evenly over the reference's extent; one is where the runs err most.
 
     Args:
         reference: labels, ``(N, rows, columns)``; where it is empty the predictions' extent is used.
@@ -183,7 +183,7 @@ def _save_figure(
     labels: dict[str, int],
     colours: dict[int, tuple[int, int, int]],
 ) -> None:
-    """All panels side by side, each with its title, and the legend, at one picture pixel a figure pixel."""
+    """Save all panels side by side with titles and a legend; one picture pixel is one figure pixel."""
     from matplotlib.patches import Patch
 
     from nnunet_uda.figures import legend_label, new_figure, own_style

@@ -26,7 +26,7 @@ def _templates() -> Environment:
 
 
 def filled(template: str, **content: Any) -> str:
-    """A template with ``content``; in ``.html`` ones it is escaped."""
+    """Fill a template with ``content``, which is escaped in ``.html`` templates."""
     return _templates().get_template(template).render(**content)
 
 

@@ -72,7 +72,7 @@ def unlabelled_images(folder: Path, dataset_json: dict[str, Any]) -> dict[str, l
 def open_model(
     folder: Path, folds: Sequence[int | str], checkpoint: str, device: torch.device, *, mirroring: bool = False
 ) -> nnUNetPredictor:
-    """A predictor with the weights of the folds, of which its network has the first.
+    """Open a predictor with the weights of all ``folds``; its network holds the first fold's.
 
     Args:
         folder: nnU-Net's folder of a trainer, plans and configuration.

@@ -93,7 +93,7 @@ def find_calibration(folder: Path, fold: str, asked: Asked, log: Callable[[str],
 
 
 def preprocessed_source(plans: PlansManager, configuration: Any, fold: str) -> tuple[Any, Any, Any | None, str]:
-    """Labelled cases, those held out in the fold (all, of the fold ``all``), target cases, and words for the second.
+    """Labelled cases, those held out in the fold (all, in the fold ``all``), target cases, and words for the second.
 
     Raises:
         UDAError: if they are not there.
@@ -121,7 +121,7 @@ def preprocessed_source(plans: PlansManager, configuration: Any, fold: str) -> t
 
 
 class Judge:
-    """A trained model that says what is to be expected of its segmentations.
+    """A trained model that estimates how good its segmentations are.
 
     Args:
         folder: nnU-Net's results folder ``TRAINER__PLANS__CONFIGURATION``.
@@ -150,7 +150,7 @@ class Judge:
         return {name: value for value, name in enumerate(self.calibration.structures, 1)}
 
     def judge(self, case: str, files: Sequence[Path], prediction: Path | None = None) -> tuple[CaseQuality, Looked]:
-        """A scan, one file a channel, and its segmentation: that of a file, or else the networks' own.
+        """Judge a scan (one file per channel) and its segmentation: the given file, or else the networks' own.
 
         Raises:
             UDAError: as ``preprocess_case``.
@@ -183,7 +183,7 @@ def estimate_quality(
     device: torch.device | None = None,
     log: Callable[[str], None] = print,
 ) -> dict[str, CaseQuality]:
-    """The estimates of every case, by its id; no label of these cases is read.
+    """Estimate the quality of every case, by its id; no label of these cases is read.
 
     Args:
         folder: nnU-Net's results folder ``TRAINER__PLANS__CONFIGURATION``.

@@ -1,4 +1,4 @@
-"""What ``nnUNetUDA_quality`` writes and shows: a report, a table of lines, and a page with thumbnails."""
+"""What ``nnUNetUDA_quality`` writes and prints: a report, tables, and a page with thumbnails."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def find_predictions(folder: Path | None, cases: Sequence[str], ending: str) -> 
 
 
 def picture(judge: Judge, looked: Looked, size: int) -> str:
-    """``thumbnail`` of a case, its axes put back from the network's order."""
+    """Draw the ``thumbnail`` of a case, with its axes back in the scan's order."""
     plans = judge.asked.predictor.plans_manager
     backward = list(plans.transpose_backward)
     image, label = looked.volume[0].numpy().transpose(backward), looked.label.transpose(backward)
@@ -58,7 +58,7 @@ def picture(judge: Judge, looked: Looked, size: int) -> str:
 
 
 def write_csv(path: Path, cases: Sequence[CaseQuality]) -> None:
-    """A line a case and structure, and one of the case as a whole."""
+    """Write one line for each case as a whole, and one for each of its structures."""
     rows = []
     for case in cases:
         lines: list[tuple[str, Any, dict[str, Any], list[str]]] = [("all", case.overall, {}, case.reasons)]
@@ -92,7 +92,7 @@ def table(cases: Sequence[CaseQuality]) -> str:
 def judge_and_draw(
     judge: Judge, images: dict[str, list[Path]], predictions: dict[str, Path], draw: bool
 ) -> tuple[list[CaseQuality], dict[str, str]]:
-    """All cases, the worst first, and thumbnails by case, none unless ``draw``."""
+    """Judge all cases; return them, worst first, and thumbnails by case (none unless ``draw``)."""
     found, pictures = [], {}
     size = 150 if len(images) <= MANY else 110
     for case, files in tqdm(images.items(), desc="Quality", unit="case"):
@@ -112,7 +112,7 @@ def write_quality(
     found: Sequence[CaseQuality],
     pictures: dict[str, str],
 ) -> str:
-    """Write report, CSV and page into ``output``; what the estimates are calibrated on, in words.
+    """Write report, CSV and page into ``output``; return what the estimates are calibrated on, in words.
 
     Args:
         about: the report's first entries: model, scans and predictions.

@@ -83,7 +83,7 @@ def named_values(words: Sequence[str], labels: Labels) -> LabelMap:
 
 
 def recorded_values(dataset_json: dict[str, Any], labels: Labels, where: Path | str) -> LabelMap | None:
-    """The mapping that the conversion kept, of the target's label files where they had one; None without one.
+    """The mapping that the conversion kept, that of the target's label files if there is one; None without any.
 
     Raises:
         UDAError: for a mapping of another form, or of other structures than ``labels``.
@@ -214,7 +214,7 @@ def _decide(
 
 
 def _by_volume(label_map: LabelMap, labels: Labels, files: Sequence[Path], raw: Path) -> tuple[bool, str] | None:
-    """The same by the structures' volumes in the dataset's labelled cases, None where these do not tell."""
+    """Decide by the structures' volumes in the dataset's labelled cases; None where these do not tell."""
     listed = files_in(raw / "labelsTr") if (raw / "labelsTr").is_dir() else []
     known = _mean_volumes([path for path in listed if path.name.endswith(labels.file_ending)], None, labels)
     differences = []
@@ -261,7 +261,7 @@ def exchanged(
     run: str, volumes: Sequence[Volume], files: Sequence[tuple[Path, Path]], labels: Labels, reading: Reading,
     num_processes: int,
 ) -> str | None:  # fmt: skip
-    """A warning where structures of a run are not found, but each is found as another: their values are exchanged.
+    """Warn where structures of a run are found only in each other's place, as if their values were exchanged.
 
     Args:
         volumes: scores of the run.

@@ -56,7 +56,7 @@ def write_scores(path: Path, setup: dict[str, Any], runs: dict[str, list[Volume]
 
 
 def write_report(path: Path, content: dict[str, Any]) -> None:
-    """``content`` as JSON for people: NaN is null, and names stand as they are."""
+    """Write ``content`` as JSON for people to read: NaN is null, and names are not escaped."""
     text = json.dumps(jsonable(content), indent=2, allow_nan=False, ensure_ascii=False)
     path.write_text(f"{text}\n", "utf-8", "backslashreplace")
 
@@ -76,7 +76,7 @@ def write_csv(path: Path, runs: dict[str, list[Volume]]) -> None:
 
 
 def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """A CSV file; what a row lacks, None and NaN are empty cells, and no text is taken for a formula."""
+    """Write a CSV file: missing values, None and NaN are empty cells; no text is taken for a formula."""
     cells = [{name: spreadsheet_cell(value) for name, value in row.items()} for row in rows]
     with whole_file(path) as temporary:
         pd.DataFrame(cells, dtype=object).to_csv(temporary, index=False, errors="backslashreplace")

@@ -115,7 +115,7 @@ def parse_runs(arguments: Sequence[str]) -> list[Run]:
 
 
 def runs_and_bound(words: Sequence[str], bound: str | None) -> tuple[list[str], str | None]:
-    """``words`` of ``parse_runs`` with the bound's among them, and the name of the bound's run.
+    """Add the bound to ``parse_runs``'s ``words``, unless it is there; return them and the name of the bound's run.
 
     Args:
         bound: name of one of the runs, or one more run: ``NAME=FOLDER`` or ``FOLDER``.

@@ -56,7 +56,7 @@ class Evaluation:
         return {run.name: [Volume(case, next(scores), fold) for fold, case in self.volumes] for run in self.runs}
 
     def exchanged(self, reading: Reading, scores: dict[str, list[Volume]]) -> list[str]:
-        """Warnings for runs whose structures would be found under each other's values."""
+        """Warn of runs whose structures seem to have each other's values."""
         found = (
             exchanged(run.name, scores[run.name], self._files(run), self.labels, reading, self.num_processes)
             for run in self.runs
@@ -66,7 +66,7 @@ class Evaluation:
     def draw(
         self, folder: Path, images: Mapping[str, Path], reading: Reading, plane: str | None, n_slices: int
     ) -> list[dict[str, Any]]:
-        """Write the overlays' PNG files to ``folder``; what the page shows of each volume.
+        """Write the overlays' PNG files to ``folder``; return what the page shows of each volume.
 
         Args:
             images: of each case.
@@ -99,7 +99,7 @@ class Evaluation:
         n_slices: int,
         plane: str | None = None,
     ) -> str:
-        """Score the runs and write the report into ``out``, whole or not at all; the tables as Markdown.
+        """Score the runs and write the report into ``out``, whole or not at all; return the tables as Markdown.
 
         Args:
             lower, upper: the runs that are bounds, if any.

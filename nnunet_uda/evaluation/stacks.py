@@ -26,7 +26,7 @@ def make_stack(
     pixels: int,
     kept: Sequence[int] = (),
 ) -> dict[str, Any]:
-    """What the page draws of one volume.
+    """Make what the page draws of one volume.
 
     Args:
         image: slices as they are seen, ``(N, rows, columns)``.

@@ -1,4 +1,4 @@
-"""A trained model as one of nnU-Net's own, for who has neither this package nor its environment variables."""
+"""A trained model as one of nnU-Net's own, for people who have neither this package nor its environment variables."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def stock_dataset(dataset_json: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_plain(folder: Path, checkpoint: dict[str, Any], where: Path) -> None:
-    """Whether nnU-Net's own network takes the weights.
+    """Check that nnU-Net's own network takes the weights.
 
     Raises:
         UDAError: if it does not; it says what a receiver of the model needs.
@@ -184,7 +184,7 @@ def export(
 
 def predict_as_a_receiver(results: Path, place: Path, folds: Sequence[str], scans: Path, output: Path,
                           device: Any) -> None:  # fmt: skip
-    """``nnUNetv2_predict`` in a process that knows nothing of this package.
+    """Run ``nnUNetv2_predict`` in a process that knows nothing of this package.
 
     Raises:
         UDAError: with nnU-Net's last words, if it fails.
@@ -206,7 +206,7 @@ def predict_as_a_receiver(results: Path, place: Path, folds: Sequence[str], scan
 
 
 def postprocess_as_a_receiver(plans: dict[str, Any], dataset_json: dict[str, Any], raw: Path, output: Path) -> None:
-    """``nnUNetv2_apply_postprocessing`` with what was exported beside the model."""
+    """Run ``nnUNetv2_apply_postprocessing`` with what was exported beside the model."""
     with redirect_stdout(StringIO()):
         apply_postprocessing_to_folder(
             str(raw), str(output), *largest_components(plans), stock_plans(plans), stock_dataset(dataset_json), 1
@@ -214,7 +214,7 @@ def postprocess_as_a_receiver(plans: dict[str, Any], dataset_json: dict[str, Any
 
 
 def compare_segmentations(first: Path, second: Path, ending: str) -> tuple[int, int, int]:
-    """Scans, voxels, and voxels that differ, of two folders of predictions of the same scans."""
+    """Compare two folders of predictions of the same scans: numbers of scans, of voxels, and of voxels that differ."""
     files = sorted(path.name for path in first.iterdir() if path.name.endswith(ending))
     voxels = differ = 0
     for name in files:
@@ -242,7 +242,7 @@ def scans_to_check(given: Path | None, folder: Path, dataset_json: dict[str, Any
 
 
 def lay_out(scans: Sequence[Sequence[Path]], folder: Path, clip: Intensities | None) -> None:
-    """Copies of the scans in ``folder``, clipped where that is what the receiver has to do."""
+    """Copy the scans into ``folder``, clipped if the receiver has to clip them."""
     folder.mkdir()
     for files in scans:
         for file in files:

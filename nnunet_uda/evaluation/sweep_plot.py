@@ -39,7 +39,7 @@ class Point:
 
 
 def draw_sweeps(path: Path, sweeps: dict[str, list[Point]], title: str, note: str) -> None:
-    """Write ``path`` (PNG): a column a sweep, Dice (from 0 to 1) above and ASSD in mm below, error bars over seeds.
+    """Write ``path`` (PNG): one column per sweep, Dice (0 to 1) above ASSD (mm), with error bars over seeds.
 
     Args:
         sweeps: points by the setting's name.
@@ -68,7 +68,7 @@ def draw_sweeps(path: Path, sweeps: dict[str, list[Point]], title: str, note: st
 
 
 def _draw_sweep(upper: Any, lower: Any, unsorted: Sequence[Point]) -> None:
-    """Numbers lie in order where they belong and are joined by lines; other values stand side by side."""
+    """Draw one sweep: numbers at their places on the axis, joined by lines; other values side by side."""
     numbers = all(isinstance(p.value, (int, float)) and not isinstance(p.value, bool) for p in unsorted)
     points = sorted(unsorted, key=lambda point: point.value) if numbers else unsorted
     x = np.array([point.value for point in points] if numbers else range(len(points)), dtype=float)

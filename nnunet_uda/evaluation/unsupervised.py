@@ -33,7 +33,7 @@ NOTE = (
 
 
 def measure(model: TrainedModel, volumes: Sequence[Path], device: torch.device) -> tuple[dict[str, float], dict]:
-    """The criteria of a checkpoint over preprocessed volumes (``preprocessed``), and the checkpoint."""
+    """Measure the criteria of a checkpoint on ``preprocessed`` volumes; return them and the checkpoint."""
     predictor = open_model(model.folder, [model.fold], model.checkpoint, device)
     slices = len(predictor.configuration_manager.patch_size) == 2
     axes = [axis + slices for axis in predictor.allowed_mirroring_axes or ()]
@@ -49,7 +49,7 @@ def measure(model: TrainedModel, volumes: Sequence[Path], device: torch.device) 
 
 @contextmanager
 def preprocessed(model: TrainedModel, cases: dict[str, list[Path]], device: torch.device) -> Iterator[list[Path]]:
-    """The images as this model's networks read them: ``(C, Z, Y, X)`` arrays in temporary files.
+    """Preprocess images for this model; yield temporary ``.npy`` files of ``(C, Z, Y, X)`` arrays.
 
     Raises:
         UDAError: as ``open_model``, and for region-based labels.
@@ -68,7 +68,7 @@ def preprocessed(model: TrainedModel, cases: dict[str, list[Path]], device: torc
 
 
 def pseudo_dice(checkpoint: dict[str, Any]) -> float:
-    """What the training log says of the checkpoint's last epoch: Dice on source validation patches, or NaN."""
+    """Dice on source validation patches in the checkpoint's last epoch, from the training log; NaN without one."""
     values = checkpoint.get("logging", {}).get("mean_fg_dice", [])
     return float(values[-1]) if values else float("nan")
 
@@ -76,7 +76,7 @@ def pseudo_dice(checkpoint: dict[str, Any]) -> float:
 def compare_checkpoints(
     models: Sequence[TrainedModel], cases: dict[str, list[Path]], device: torch.device
 ) -> list[dict[str, Any]]:
-    """The criteria of each checkpoint on the same images, a row each, which are preprocessed once for each plans.
+    """Measure each checkpoint on the same images, one row each; images are preprocessed once for each plans.
 
     Args:
         models: those of one folder side by side.
@@ -103,7 +103,7 @@ def names_of(folder: Path) -> tuple[str, str]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown, the best value of each criterion in bold, unless what is shown of all is the same."""
+    """A Markdown table with the best value of each criterion in bold, unless all values look the same."""
     header = ["trainer", "plans", "fold", "checkpoint", "epochs"]
     header += [f"{name} {'↑' if higher else '↓'}" for name, higher in COLUMNS.items()]
     lines = [[str(row[key]) for key in header[:5]] for row in rows]

@@ -1,4 +1,4 @@
-"""Methods x directions x folds x seeds, trained and scored: which runs that takes, and their tables, plot and pages."""
+"""Methods x directions x folds x seeds: plan the runs, and write tables, a plot and pages of their scores."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ RULES = (
 
 @dataclass(frozen=True)
 class Method:
-    """A trainer on one target test: ``dataset`` is what it trains on, ``test`` whose target images it is tested on."""
+    """A trainer that is trained on ``dataset`` and tested on the target images of ``test``."""
 
     label: str
     trainer: str
@@ -71,7 +71,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Cells:
-    """A method on one test: every figure over its finished runs, and what is missing."""
+    """A method's figures on one test, over its finished runs, and how many are missing."""
 
     method: Method
     figures: dict[str, Spread]
@@ -97,7 +97,7 @@ class Comparison:
 
     @property
     def jobs(self) -> list[Job]:
-        """Each once; a bound may be in several rows."""
+        """All jobs, each once; a bound may be in several rows."""
         return list({row.job.name: row.job for row in self.rows}.values())
 
 
@@ -146,7 +146,7 @@ def _bound(words: Sequence[str], label: str, index: int, test: str) -> list[Meth
 def plan_plans(
     methods: Sequence[Method], plans_name: str, configuration: str, seeds: Sequence[int] | None
 ) -> dict[tuple[str, int | None], dict]:
-    """The plans of every dataset that is trained on, by dataset and seed; without seeds those that are there.
+    """Derive the plans of every training dataset, by dataset and seed; without seeds take the plans that are there.
 
     Raises:
         UDAError: no such plans, no such configuration, images not preprocessed, settings that a trainer refuses, or
@@ -169,7 +169,7 @@ def plan_plans(
 
 
 def job_name(method: Method, plans_name: str, fold: str) -> str:
-    """Names a run's folder.
+    """Name a run's folder.
 
     Raises:
         UDAError: if no folder can have so long a name.
@@ -188,7 +188,7 @@ def plan_rows(
     device: str,
     num_processes: int,
 ) -> list[Row]:
-    """Every run, seeds first, then folds: a stop leaves a few seeds whole."""
+    """List every run, ordered by seed, then fold, so that a stop leaves a few seeds complete."""
     rows = []
     for seed in dict.fromkeys(seed for _, seed in plans):
         for fold in folds:
@@ -215,7 +215,7 @@ def plan_comparison(
     device: str,
     num_processes: int,
 ) -> Comparison:
-    """Every run of ``methods`` x ``folds`` x ``seeds``, checked.
+    """Plan and check every run of ``methods`` x ``folds`` x ``seeds``.
 
     Args:
         seeds: each has plans of its own; None: the plans as they are.
@@ -252,7 +252,7 @@ def gaps(rows: Sequence[Row], scores: dict[str, Score]) -> dict[str, float]:
 
 
 def summarise_methods(rows: Sequence[Row], scores: dict[str, Score]) -> list[Cells]:
-    """One entry a method and test, in the order of ``rows``."""
+    """Summarise each method on each test, in the order of ``rows``."""
     closed = gaps(rows, scores)
     cells = []
     for method in dict.fromkeys(row.method for row in rows):

@@ -81,7 +81,7 @@ class Pace:
         self.starts[name] = self.clock()
 
     def done(self, name: str, finished: bool) -> str | None:
-        """What to say when a run has ended, which was ``finished`` or has failed; None after the last one."""
+        """What to say when a run has finished or failed; None after the last one."""
         self.left -= 1
         begun = self.starts.pop(name)
         if finished:
@@ -103,20 +103,20 @@ def command_of(job: Job) -> list[str]:
 
 
 def prepare(job: Job) -> int:
-    """Write the job's file; the size of its log so far."""
+    """Write the job's file; return the size of its log so far."""
     job.write()
     job.log.touch()
     return job.log.stat().st_size
 
 
 class LocalEngine:
-    """``number`` jobs at a time as processes of this machine, which end with this one, even where it is killed."""
+    """Run ``number`` jobs at a time as processes of this machine; they end with this process, even if it is killed."""
 
     def __init__(self, number: int, device: str) -> None:
         self.at_a_time, self.device = number, device
 
     def environment(self, slot: int) -> dict[str, str]:
-        """One of ``at_a_time`` shares of this machine's cores and CUDA devices; what the user has set stays."""
+        """Give a slot its share of this machine's cores and CUDA devices; what the user has set stays."""
         if self.at_a_time == 1:
             return dict(os.environ)
         cores = max(1, usable_cores() // self.at_a_time)
@@ -128,7 +128,7 @@ class LocalEngine:
         return environment
 
     def run(self, jobs: Sequence[Job], started: Callable[[Job], None], done: Done) -> None:
-        """Finish all jobs; no failure stops another. Where this call is ended, so are its processes."""
+        """Finish all jobs; a failure stops no other job. If this call is ended, so are its processes."""
         waiting, slots = list(jobs), list(range(self.at_a_time))
         running: list[tuple[subprocess.Popen, Job, int, int]] = []
         with _ended_by_sigterm():
@@ -162,7 +162,7 @@ class Submitted:
 
 
 class SubmititEngine:
-    """Jobs of SLURM, submitted by submitit, which outlive this process.
+    """Run jobs through SLURM, submitted by submitit; they outlive this process.
 
     Which run has which SLURM job is kept in ``folder``: a new start waits for those still there. SLURM's controller is
     asked what became of them, as it needs no accounting and knows of a job at once.
@@ -213,7 +213,7 @@ class SubmititEngine:
                         done(job, self._reason(job, item, state))
 
     def _submit(self, jobs: Sequence[Job]) -> dict[str, Submitted]:
-        """The SLURM jobs of all runs, new for those that have none in the queue.
+        """Submit runs that have no job in the queue; return the SLURM jobs of all runs.
 
         Raises:
             UDAError: SLURM or submitit is not there, or refuses the jobs.
@@ -306,7 +306,7 @@ def _visible_devices() -> list[str]:
 
 
 def _end(process: subprocess.Popen) -> None:
-    """End a job with all its processes: first as a cluster would, and what is left after ten seconds for good."""
+    """End a job and its processes: SIGTERM, as a cluster would, then SIGKILL for what is left after ten seconds."""
     try:
         os.killpg(process.pid, signal.SIGTERM)
         limit = time.monotonic() + 10

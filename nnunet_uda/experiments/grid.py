@@ -52,7 +52,7 @@ def check_output(out: Path, marker: str, setup: dict[str, Any], what: str) -> No
 
 
 def check_run(dataset: str, trainer: str, plans: dict[str, Any], configuration: str, base: str) -> None:
-    """Refuse a run, before anything is written, whose images are not there or whose plans' name is taken.
+    """Refuse a run whose images are missing or whose plans' name is taken, before anything is written.
 
     Args:
         plans: of the run, derived from those called ``base``.
@@ -100,7 +100,7 @@ def dice_of(score: Score) -> float:
 
 
 def missing_runs(names: Iterable[str], scores: dict[str, Score], failed: dict[str, str]) -> list[str]:
-    """A block of Markdown with the runs that have no scores, or none."""
+    """List the runs that have no scores as a block of Markdown; no block if there are none."""
     missing = [f"- {name}: {failed.get(name, 'not finished yet')}" for name in names if name not in scores]
     return ["\n".join(["**Runs that are missing from these tables**", "", *missing])] if missing else []
 

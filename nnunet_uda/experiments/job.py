@@ -94,7 +94,7 @@ class Score:
 
     @staticmethod
     def parse(content: dict[str, Any]) -> Score:
-        """Of what ``Job.measure`` writes."""
+        """Read what ``Job.measure`` writes."""
         volumes = [Volume(case, {s: {m: _nan(value) for m, value in scores.items()} for s, scores in by.items()})
                    for case, by in content["metrics"].items()]  # fmt: skip
         pseudo_dice, seconds, memory, device_memory = (
@@ -178,7 +178,7 @@ class Job:
             self.measure(checkpoint)
 
     def call(self, *words: str) -> None:
-        """Run a command; its output goes where this process's own does, the log.
+        """Run a command whose output goes to this process's own, the log.
 
         SIGTERM is passed on, and its end waited for: SLURM kills what a job's first process leaves behind.
         """
@@ -204,7 +204,7 @@ class Job:
         predict_folder(self.trained.parent, (self.fold,), self.images, output, torch.device(self.device))
 
     def predicted(self) -> bool:
-        """Whether every test case is predicted, by the present checkpoint."""
+        """Whether the present checkpoint has predicted every test case."""
         checkpoint, predictions = self.trained / FINAL, self.folder / "predictions"
         if not checkpoint.exists():
             return False
@@ -218,7 +218,7 @@ class Job:
         return {"checkpoint": _stamp(self.trained / FINAL), "references": references}
 
     def score(self) -> Score | None:
-        """The scores, where they are those of the present checkpoint, predictions and references."""
+        """The scores, if they are those of the present checkpoint, predictions and references."""
         content = json_or_none(self.folder / "score.json") if self.predicted() else None
         if not isinstance(content, dict) or content.get("made_from") != self._origin():
             return None
@@ -286,7 +286,7 @@ def find_target_test(raw: Path, fold: str) -> TargetTest:
 
 
 def lay_out_images(raw: Path, test: TargetTest, folder: Path) -> Path:
-    """Where the test images lie; in a fold protocol ``folder``, with exactly the fold's."""
+    """Return the folder of the test images; in a fold protocol, fill ``folder`` with exactly the fold's."""
     if test.fold is None:
         return raw / test.images
     if sorted(case_files(folder, test.labels.file_ending)) != test.cases:  # else jobs may be reading them

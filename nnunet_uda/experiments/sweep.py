@@ -1,4 +1,4 @@
-"""A trainer at several values of settings: which runs that takes, and how the target's scores depend on them."""
+"""A trainer at several values of settings: plan the runs, and show how the target's scores depend on the values."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def plan_sweep(
     vary: list[list[str]],
     seeds: list[int] | None,
 ) -> Sweep:
-    """The runs of a sweep, checked.
+    """Plan and check the runs of a sweep.
 
     Args:
         dataset: id or name.
@@ -144,7 +144,7 @@ def plan_runs(
     vary: list[list[str]],
     seeds: list[int] | None,
 ) -> tuple[dict[str, list[Value]], dict[str, PlannedRun]]:
-    """The values of every sweep, by setting, and the runs that they need, by name and in the order of training.
+    """List the values of each setting and the runs they need, by name and in the order of training.
 
     A run's plans state only what differs from ``base``, so that equal settings are one run, in every sweep.
 
@@ -198,7 +198,7 @@ def plan_runs(
 
 
 def _safe(text: str) -> str:
-    """For a file's name: not too long, and without ``_``, since nnU-Net splits names at ``__``."""
+    """Make text fit a file's name: not too long, and without ``_``, since nnU-Net splits names at ``__``."""
     if len(text) > 60:
         text = f"{text[:50]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
     return re.sub(r"[^A-Za-z0-9.+-]", "-", text)
@@ -273,7 +273,7 @@ def run_record(score: Score, structures: Iterable[str]) -> dict[str, Any]:
 
 
 def run_sweep(sweep: Sweep, engine: Engine, device: str, num_processes: int) -> dict[str, str]:
-    """Run everything, and write tables and plot; reasons of failures by run.
+    """Run everything, and write tables and plot; return reasons of failures by run.
 
     Args:
         num_processes: that score predictions.

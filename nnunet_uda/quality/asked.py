@@ -22,7 +22,7 @@ TILE_STEP = 0.75
 
 @dataclass
 class Asked:
-    """A predictor of nnU-Net's, with the weights of the folds (or of other checkpoints) that are to be asked.
+    """An nnU-Net predictor, with the weights of folds (or of other checkpoints) to ask.
 
     Attributes:
         predictor: its ``network`` has the weights of ``own``.
@@ -62,7 +62,7 @@ class Asked:
 
     @torch.no_grad()
     def look(self, volume: Tensor) -> tuple[dict[str, Tensor], np.ndarray, dict[str, np.ndarray]]:
-        """Softmax of the ``views`` of a volume ``(C, Z, Y, X)``, its segmentation and those of other weights.
+        """Predict the ``views`` of a volume ``(C, Z, Y, X)``: their softmax, the segmentation, those by other weights.
 
         The segmentation is that of the mean over folds and over the view that is mirrored, where there is one. All keep
         what the model's predictions keep (``data.components``).
@@ -82,7 +82,7 @@ class Asked:
 
     @contextmanager
     def _with(self, weights: dict[str, Tensor]) -> Iterator[None]:
-        """Other weights for a while."""
+        """Use other weights inside."""
         self.predictor.network.load_state_dict(weights)
         try:
             yield

@@ -85,7 +85,7 @@ def _logit(value: float) -> float:
 
 
 def _over(units: float) -> float:
-    """0 within two spreads, slowly growing beyond."""
+    """0 within two spreads, growing slowly beyond."""
     return math.log1p(max(0.0, units - 2))
 
 
@@ -283,7 +283,7 @@ def estimate_case(structures: Sequence[Estimate]) -> Estimate:
 def reasons(
     calibration: Calibration, index: int, signals: Mapping[str, Any], scan: Mapping[str, float] | None
 ) -> list[str]:
-    """What speaks against a structure, in words, the weightiest first; or that nothing does."""
+    """Say what speaks against a structure, the weightiest reason first, or that nothing does."""
     known = calibration.shapes[index]
     found: list[tuple[float, str]] = []
     agreement = signals.get("agreement") or {}

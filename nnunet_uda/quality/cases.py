@@ -59,7 +59,7 @@ class CaseQuality:
 
     @property
     def reasons(self) -> list[str]:
-        """The structures' weightiest reasons where they are not good, each with its structure's name."""
+        """The weightiest reason of each structure that is not good, with the structure's name."""
         doubtful = [(name, each) for name, each in self.structures.items() if each.verdict != "good"]
         return [f"{name}: {each.reasons[0]}" for name, each in doubtful if each.reasons]
 
@@ -149,7 +149,7 @@ def pairs_of(
 
 
 def scan_distance(scan: dict[str, Any], usual: dict[str, Any]) -> dict[str, float]:
-    """``scan_deviations`` from the domain that is nearer: a scan like training's target scans is nothing new."""
+    """``scan_deviations`` from the nearer domain: a scan like the target scans of training is nothing new."""
     distances = [scan_deviations(scan, known) for known in usual.values()]
     return {key: min(distance[key] for distance in distances) for key in ("intensities", "field")} if distances else {}
 
@@ -180,7 +180,7 @@ def evenly(items: Sequence[Any], number: int) -> list[Any]:
 
 
 def structure_names(dataset_json: dict[str, Any]) -> list[str]:
-    """Of the foreground classes, in the order of their values.
+    """Names of the foreground classes, in the order of their values.
 
     Raises:
         UDAError: for region-based labels.
@@ -192,7 +192,7 @@ def structure_names(dataset_json: dict[str, Any]) -> list[str]:
 
 
 def read_calibration(path: Path, structures: Sequence[str]) -> Calibration:
-    """What lies beside a model that finds ``structures``, tried out on a scan that is made up.
+    """Read the calibration of a model that finds ``structures``, and try it on a made-up scan.
 
     Raises:
         UDAError: for a file that is no calibration, a damaged one, or one of other structures.
@@ -250,7 +250,7 @@ def quality_of_volume(
     spacing: Sequence[float],
     label: np.ndarray | None = None,
 ) -> tuple[CaseQuality, np.ndarray]:
-    """The estimates of a scan ``(C, Z, Y, X)`` and the segmentation that they are of: ``label``, or the networks'."""
+    """Estimate a scan's ``(C, Z, Y, X)`` segmentation, ``label`` or else the networks' own; return both."""
     seen, own, others = asked.look(volume)
     label = own if label is None else label
     signals = case_signals(label, spacing, calibration.shapes, seen, volume, others)
@@ -261,7 +261,7 @@ def quality_of_volume(
 def quality_of_signals(
     case: str, calibration: Calibration, signals: Sequence[dict[str, Any]], scan: dict[str, float]
 ) -> CaseQuality:
-    """The estimates of a case from its ``case_signals`` and its ``scan_distance``."""
+    """Estimate a case from its ``case_signals`` and its ``scan_distance``."""
     names = calibration.structures
     estimates = {name: estimate_structure(calibration, index, signals[index], scan) for index, name in enumerate(names)}
     return CaseQuality(

@@ -18,7 +18,7 @@ from nnunet_uda.data.random_style import location_scale, smooth_random_map, with
 def degrade(
     volume: Tensor, label: np.ndarray, spacing: Sequence[float], strength: float, seed: int
 ) -> tuple[Tensor, np.ndarray, list[float]]:
-    """A volume in another contrast, with noise, blur, a shading, a lower resolution, cut off or in another voxel size.
+    """Change a volume: another contrast, noise, blur, shading, a lower resolution, another voxel size, or cut off.
 
     Which of these, and how much of each, is drawn; all grow with ``strength``. The image is z-scored at the end, as a
     scan is at prediction.
@@ -59,7 +59,7 @@ def degrade(
 
 
 def _restyled(volume: Tensor, strength: float, rng: np.random.Generator, generator: torch.Generator) -> Tensor:
-    """Blended with one of four other contrasts, more of it the stronger."""
+    """Blend the volume with one of four other contrasts, the more the stronger."""
     kind = int(rng.integers(4))
     if kind == 0:
         styled = cluster_contrast(volume, generator=generator)
@@ -74,7 +74,7 @@ def _restyled(volume: Tensor, strength: float, rng: np.random.Generator, generat
 
 
 def _cut_off(volume: Tensor, label: np.ndarray, strength: float, rng: np.random.Generator) -> tuple[Tensor, np.ndarray]:
-    """Without a part at one end of one axis, at most half of it; no less than 4 voxels stay."""
+    """Cut off a part at one end of one axis, at most half of it; at least 4 voxels stay."""
     axis = int(rng.integers(3))
     length = label.shape[axis]
     lost = min(round(length * strength * rng.uniform(0, 0.5)), max(0, length - 4))
@@ -87,7 +87,7 @@ def _cut_off(volume: Tensor, label: np.ndarray, strength: float, rng: np.random.
 def _resized(
     volume: Tensor, label: np.ndarray, spacing: list[float], factor: float
 ) -> tuple[Tensor, np.ndarray, list[float]]:
-    """With other voxels within the slices: what is seen, in mm, stays the same, the network sees it in another size."""
+    """Resample the slices: the extent in mm stays, so the network sees everything in another size."""
     size = [label.shape[0], *(max(8, round(length * factor)) for length in label.shape[1:])]
     image = F.interpolate(volume[None], size, mode="trilinear", align_corners=False)[0]
     resized = F.interpolate(torch.from_numpy(label.astype(np.float32))[None, None], size, mode="nearest")[0, 0]

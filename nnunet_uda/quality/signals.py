@@ -34,7 +34,7 @@ Predict = Callable[[Tensor], Tensor]
 
 
 def views(volume: Tensor, predict: Predict, mirror_axes: Sequence[int] | None, slices: bool) -> dict[str, Tensor]:
-    """Softmax of a volume as it is (``plain``) and of changed views of it, put back into its place.
+    """Softmax of a volume as it is (``plain``) and of changed views of it, put back into place.
 
     One pass of the network each: five, or without mirroring, where nnU-Net predicts with one, three (none is restyled).
 
@@ -65,7 +65,7 @@ def views(volume: Tensor, predict: Predict, mirror_axes: Sequence[int] | None, s
 
 
 def _restyled(volume: Tensor) -> Tensor:
-    """Through always the same small random network, mean and deviation kept."""
+    """Pass the volume through a small random network, always the same one; mean and deviation are kept."""
     generator = torch.Generator().manual_seed(1)
     return with_statistics_of(volume, random_convolution(volume[None], generator=generator)[0])
 
@@ -119,7 +119,7 @@ def case_signals(
 
 
 def _dices(label: np.ndarray, other: Tensor, number: int) -> list[float]:
-    """Of each structure in two segmentations; 0 where neither has it."""
+    """Dice of each structure in two segmentations; 0 where neither has it."""
     first, second = label.ravel().astype(np.int64), other.cpu().numpy().ravel().astype(np.int64)
     both, one, two = (np.bincount(values, minlength=number + 1) for values in (first[first == second], first, second))
     return (2 * both / np.maximum(one + two, 1))[1:].tolist()
@@ -145,7 +145,7 @@ def _certainty(inside: np.ndarray, mask: np.ndarray, probability: Tensor, entrop
 
 
 def _grown(mask: np.ndarray, voxels: int) -> np.ndarray:
-    """Within each slice of the first axis, whose distance may be another."""
+    """Dilate within each slice of the first axis, along which the spacing may differ."""
     return ndimage.binary_dilation(mask, np.ones((1, 3, 3)), iterations=voxels)
 
 
