@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from nnunet_uda.data.convention import dataset_name, environment_folder, read_json, results_folder
-from nnunet_uda.devices import best_device, open_device
+from nnunet_uda.devices import choose_device
 from nnunet_uda.errors import UDAError
 from nnunet_uda.training.checkpoint import FINAL
 
@@ -150,7 +150,7 @@ def predict(
     from nnunet_uda.evaluation.prediction import predict_folder
 
     trained = _trained(dataset, trainer, plans, configuration)
-    chosen = open_device(device or best_device())
+    chosen = choose_device(device)
     predict_folder(trained, folds, Path(images), Path(output), chosen, checkpoint)
     return Path(output)
 

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING
 
 from nnunet_uda.errors import UDAError
+
+if TYPE_CHECKING:
+    import torch
+
+DEVICE_HELP = "cpu, cuda or mps [cuda where there is one, else cpu]"
 
 
 def open_device(name: str) -> torch.device:
@@ -13,6 +18,8 @@ def open_device(name: str) -> torch.device:
     Raises:
         UDAError: if it is not there.
     """
+    import torch
+
     available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     kind, _, index = name.partition(":")
     if index and not (index.isdecimal() and int(index) < (torch.cuda.device_count() if kind == "cuda" else 1)):
@@ -27,4 +34,15 @@ def open_device(name: str) -> torch.device:
 
 def best_device() -> str:
     """``cuda`` where there is one, else ``cpu``; MPS only where a user asks for it, since nothing was tried there."""
+    import torch
+
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def choose_device(name: str | None, say: bool = True) -> torch.device:
+    """``open_device``; where no name is given the best one, and that it is the CPU is printed."""
+    if name is None:
+        name = best_device()
+        if name == "cpu" and say:
+            print("No CUDA device is visible: running on the CPU (-device cpu)", flush=True)
+    return open_device(name)

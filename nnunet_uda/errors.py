@@ -11,8 +11,9 @@ import reprlib
 import select
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from difflib import get_close_matches
 from functools import wraps
 from pathlib import Path
 from types import TracebackType
@@ -146,6 +147,12 @@ def command(main: Callable[..., None]) -> Callable[..., None]:
             raise SystemExit(1) from None
 
     return entry_point
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """`` Did you mean A or B?`` of the names that are nearest, or nothing."""
+    near = get_close_matches(name, list(known), 3)
+    return f" Did you mean {' or '.join(near)}?" if near else ""
 
 
 def message_of(error: BaseException) -> str | None:

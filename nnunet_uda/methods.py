@@ -21,7 +21,7 @@ from typing import Any
 
 from nnunetv2.utilities.find_class_by_name import temporarily_cleanup_imports_from_path, temporarily_extend_syspath
 
-from nnunet_uda.errors import UDAError
+from nnunet_uda.errors import UDAError, did_you_mean
 from nnunet_uda.settings import (
     UDASettings,
     describe_settings,
@@ -266,9 +266,11 @@ def _refuse(nested: Iterable[str], found: Found, more: list[str], where: str) ->
         if name not in known:
             failed = "".join(f". {path} could not be imported ({error})" for path, error in found.unreadable.items())
             searched = os.pathsep.join(map(str, external_folders())) or "not set"
+            meant = did_you_mean(name, known)
             raise UDAError(
-                f"{where}: 'uda' holds settings for an unknown method {name!r}. Known methods: {', '.join(known)}. A "
-                f"trainer of your own is found in the folders of {EXTERNAL} (now {searched}){failed}"
+                f"{where}: 'uda' holds settings for an unknown method {name!r}.{meant} Known methods: "
+                f"{', '.join(known)}. A trainer of your own is found in the folders of {EXTERNAL} (now {searched})"
+                f"{failed}"
             )
 
 

@@ -18,7 +18,7 @@ import types
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
-from nnunet_uda.errors import UDAError, nested_deeper, shown
+from nnunet_uda.errors import UDAError, did_you_mean, nested_deeper, shown
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,10 @@ def parse_settings(settings_class: type[Settings], values: dict[str, Any], where
     hints = _hints(settings_class)
     unknown = sorted(set(values) - set(hints))
     if unknown:
-        raise UDAError(f"{where}: unknown setting {', '.join(map(repr, unknown))}. Existing ones: {', '.join(hints)}")
+        meant = did_you_mean(unknown[0], hints)
+        raise UDAError(
+            f"{where}: unknown setting {', '.join(map(repr, unknown))}.{meant} Existing ones: {', '.join(hints)}"
+        )
     checked = {}
     for name, value in values.items():
         if not _has_type(value, hints[name]):

@@ -122,6 +122,8 @@ CASES: list[tuple[Callable[..., None], list[str], str]] = [
         (["-set", "num_epochs"], "-set takes NAME=VALUE"),
         (["-set", "num_epochs=0"], "'num_epochs' must be at least 1"),
         (["-set", "cisfa.nothing=0"], "unknown setting 'nothing'"),
+        (["-set", "num_epoch=4"], "unknown setting 'num_epoch'. Did you mean num_epochs? Existing"),
+        (["-set", "cats.confidence=4"], "unknown method 'cats'. Did you mean cast"),
     )),
     (configure.main, ["-d", "501", "-p", "Q__2d", "-from", "P"], "'__'"),
     *((main, [*words, *more], text) for main, words in EXPERIMENTS for more, text in (

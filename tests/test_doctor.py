@@ -10,7 +10,7 @@ import torch
 from conftest import TRAINERS
 
 from nnunet_uda import installation
-from nnunet_uda.commands import doctor, train
+from nnunet_uda.commands import compare, doctor, train
 from nnunet_uda.errors import UDAError
 from nnunet_uda.installation import NOTE, OK, WRONG, Finding
 from nnunet_uda.methods import find_any_trainer, let_find
@@ -107,9 +107,17 @@ def test_training_takes_the_device_that_there_is_and_says_so(monkeypatch, capsys
     train.main(["501", "2d", "0", "-tr", "CASTTrainer"])
     assert taken == [device]
     said = capsys.readouterr().out
-    assert ("No CUDA device is visible: training on the CPU" in said) == (not cuda)
+    assert ("No CUDA device is visible: running on the CPU" in said) == (not cuda)
     predict = f"nnUNetv2_predict -d 501 -c 2d -f 0 -tr CASTTrainer{'' if cuda else ' -device cpu'} "
     assert said.splitlines()[-1] == f"Next: {predict}-i IMAGES -o PREDICTIONS"
+
+
+def test_where_no_device_is_named_the_grids_take_the_best_and_slurm_cuda(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    words = ["-d", "501", "-tr", "EntMinTrainer", "-p", "tiny", "-o", "out"]
+    assert compare.parse_arguments(words).device == "cpu"
+    assert "No CUDA device is visible: running on the CPU" in capsys.readouterr().out
+    assert compare.parse_arguments([*words, "-engine", "slurm"]).device == "cuda"
 
 
 def test_a_device_that_was_asked_for_is_not_exchanged(monkeypatch, refused):

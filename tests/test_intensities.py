@@ -411,7 +411,12 @@ def test_options_that_are_refused(scans, tmp_path, capsys):
     assert "dataset.json holds no uda.intensities of the target" in text and "predicted as they are" in text
     assert "expected two whole numbers in HU, the lower one first" in refused(capsys, *folders, "-window", 275, -125)
     assert "expected two numbers, or one of abdomen" in refused(capsys, *folders, "-window", "none")
-    assert "found not exactly one dataset with id 077" in refused(capsys, *folders, "-d", 77)
+    (dataset.parent / "Dataset077_One").mkdir()
+    assert "no dataset has the id 078 in nnUNet_raw=" in (said := refused(capsys, *folders, "-d", 78))
+    assert "There are: Dataset077_One, Dataset505_Plain" in said
+    (dataset.parent / "Dataset077_Two").mkdir()
+    assert "several datasets have the id 077" in (said := refused(capsys, *folders, "-d", 77))
+    assert "There are: Dataset077_One, Dataset077_Two. Give one by its id, or by its full name" in said
     assert leftovers(out) == []
 
 

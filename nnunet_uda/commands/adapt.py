@@ -11,6 +11,7 @@ import numpy as np
 
 from nnunet_uda.commands.model_options import check_model_options
 from nnunet_uda.data.convention import results_folder
+from nnunet_uda.devices import DEVICE_HELP, choose_device
 from nnunet_uda.errors import UDAError, command
 from nnunet_uda.files import exclusive, sha256
 from nnunet_uda.images.reading import check_path
@@ -24,14 +25,13 @@ def main(argv: list[str] | None = None) -> None:
     from nnunet_uda.adaptation.model import open_model
     from nnunet_uda.adaptation.run import Adaptation, open_record
     from nnunet_uda.adaptation.scan import ScanSettings
-    from nnunet_uda.devices import open_device
     from nnunet_uda.evaluation.prediction import unlabelled_images
 
     kind: type[ScanSettings] | type[FolderSettings] = ScanSettings if args.mode == "scan" else FolderSettings
     given = {name: value for name in ("what", "steps", "learning_rate", "runs", "confidence", "seed")
              if (value := getattr(args, name)) is not None}  # fmt: skip
     settings: ScanSettings | FolderSettings = parse_settings(kind, given, f"-mode {args.mode}")
-    model = open_model(_model_folder(args), args.f, args.chk, open_device(args.device), args.trusted)
+    model = open_model(_model_folder(args), args.f, args.chk, choose_device(args.device), args.trusted)
     if not args.i.is_dir():
         raise UDAError(f"{args.i} (-i) is no folder; expected one that holds the scans, CASE_0000.nii.gz")
     cases = unlabelled_images(args.i, model.dataset_json)
@@ -74,7 +74,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
         "-mode", choices=("scan", "folder"), default="folder",
         help="scan: anew for each scan, nothing is kept; folder: one model for all scans, which is written [folder]",
     )  # fmt: skip
-    parser.add_argument("-device", default="cuda", help="cpu, cuda or mps [cuda]")
+    parser.add_argument("-device", help=DEVICE_HELP)
     parser.add_argument("-steps", type=int, help="steps [scan: 20, folder: 240]")
     parser.add_argument("-learning_rate", type=float, help="at the start [scan: 0.001 (Adam), folder: 0.001 (SGD)]")
     parser.add_argument("-what", choices=("norms", "all"), help="scan: weights that learn [norms]")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from nnunet_uda.commands.model_options import check_model_options
 from nnunet_uda.data.convention import TARGET_FOLDER, dataset_name, results_folder
-from nnunet_uda.devices import open_device
+from nnunet_uda.devices import DEVICE_HELP, choose_device
 from nnunet_uda.errors import command
 from nnunet_uda.evaluation.output import check_output, whole_folder
 from nnunet_uda.evaluation.prediction import TrainedModel, dataset_of, require_checkpoint, unlabelled_images
@@ -31,7 +31,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
                         "[0]")  # fmt: skip
     parser.add_argument("-i", metavar="FOLDER", type=Path, help=f"unlabelled target images [the dataset's "
                         f"{TARGET_FOLDER}]")  # fmt: skip
-    parser.add_argument("-device", default="cuda", help="cuda, cpu or mps [cuda]")
+    parser.add_argument("-device", help=DEVICE_HELP)
 
 
 def model_folders(arguments: argparse.Namespace) -> list[tuple[Path, str]]:
@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     arguments = parser.parse_args(argv)
     check_output(arguments.o, REPORT)
-    device = open_device(arguments.device)
+    device = choose_device(arguments.device)
     models = [
         TrainedModel(folder, fold, checkpoint)
         for folder, fold in model_folders(arguments)

@@ -8,7 +8,7 @@ from pathlib import Path
 from nnunet_uda.commands.model_options import add_model, model_folder
 from nnunet_uda.data.components import KEY as COMPONENTS
 from nnunet_uda.data.convention import TARGET_FOLDER, read_json
-from nnunet_uda.devices import open_device
+from nnunet_uda.devices import choose_device
 from nnunet_uda.errors import UDAError, command
 from nnunet_uda.evaluation.model_card import what_to_clip
 from nnunet_uda.evaluation.prediction import dataset_of
@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> None:
     folder = model_folder(arguments)
     dataset_json = dataset_of(folder)
     quality = read_report(arguments.q) if arguments.q else None
-    device = open_device(arguments.device)
+    device = choose_device(arguments.device)
     clip = what_to_clip(dataset_json)
     if clip is not None and not arguments.receiver_clips:
         raise UDAError(

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nnunet_uda.data.convention import is_fold
-from nnunet_uda.devices import open_device
+from nnunet_uda.devices import DEVICE_HELP, choose_device
 from nnunet_uda.errors import UDAError, shown
 from nnunet_uda.experiments.engines import SLURM_WARNING, Engine, LocalEngine, SubmititEngine
 from nnunet_uda.workers import usual_processes
@@ -18,7 +18,7 @@ def add_grid_arguments(parser: argparse.ArgumentParser, command: str) -> None:
     """Options of every grid, and those that choose an engine and its means."""
     parser.add_argument("-c", default="2d", help="configuration [2d]")
     parser.add_argument("-o", type=Path, required=True, help=f"output folder: new, empty, or of {command} before")
-    parser.add_argument("-device", default="cuda", help="device of training and prediction: cpu, cuda or mps [cuda]")
+    parser.add_argument("-device", help=f"device of training and prediction: {DEVICE_HELP}; slurm: [cuda]")
     parser.add_argument("-np", type=int, default=usual_processes(), help="processes that score predictions "
                         "[%(default)s]")  # fmt: skip
     group = parser.add_argument_group("where the runs run")
@@ -37,7 +37,7 @@ def add_grid_arguments(parser: argparse.ArgumentParser, command: str) -> None:
 
 
 def check_grid_arguments(arguments: argparse.Namespace, folds: Iterable[str], once: Iterable[str]) -> None:
-    """Check what the parser let through.
+    """Check what the parser let through, and choose the device where none is named.
 
     Args:
         folds: must be numbers or ``all``.
@@ -57,17 +57,20 @@ def check_grid_arguments(arguments: argparse.Namespace, folds: Iterable[str], on
         value = getattr(arguments, name)
         if value is not None and value < least:
             raise UDAError(f"-{name} must be at least {least}, found {value}")
-    if arguments.device not in ("cpu", "cuda", "mps"):
+    if arguments.device not in (None, "cpu", "cuda", "mps"):
         raise UDAError(f"-device takes cpu, cuda or mps, found {arguments.device!r}")
     for word in arguments.slurm:
         if not all(word.partition("=")):
             raise UDAError(f"-slurm takes KEY=VALUE, found {word!r}")
+    if arguments.engine == "local":
+        arguments.device = str(choose_device(arguments.device))
+    elif arguments.device is None:
+        arguments.device = "cuda"
 
 
 def make_engine(arguments: argparse.Namespace, out: Path) -> Engine:
     """The engine that these options ask for, which keeps what it needs below ``out``."""
     if arguments.engine == "local":
-        open_device(arguments.device)
         return LocalEngine(arguments.jobs or 1, arguments.device)
     more = {"signal": SLURM_WARNING} | dict(word.partition("=")[::2] for word in arguments.slurm)
     gpus = arguments.gpus if arguments.gpus is not None else int(arguments.device == "cuda")

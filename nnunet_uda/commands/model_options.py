@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 from nnunet_uda.data.convention import results_folder
+from nnunet_uda.devices import DEVICE_HELP
 from nnunet_uda.errors import UDAError
 from nnunet_uda.names import check_name
 
@@ -24,7 +25,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
                         "0]; of several it counts, too, how far they agree")  # fmt: skip
     parser.add_argument("-chk", metavar="FILE", default="checkpoint_final.pth", help="checkpoint ["
                         "checkpoint_final.pth]")  # fmt: skip
-    parser.add_argument("-device", default="cuda", help="cuda, cpu or mps [cuda]")
+    parser.add_argument("-device", help=DEVICE_HELP)
 
 
 def check_model_options(arguments: argparse.Namespace) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from nnunet_uda.commands.model_options import add_model, model_folder
 from nnunet_uda.data.convention import TARGET_FOLDER
-from nnunet_uda.devices import open_device
+from nnunet_uda.devices import choose_device
 from nnunet_uda.errors import UDAError, command
 from nnunet_uda.evaluation.output import check_output, whole_folder
 from nnunet_uda.evaluation.prediction import dataset_of, unlabelled_images
@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> None:
     check_output(arguments.o, REPORT)
     folder = model_folder(arguments)
     dataset_json = dataset_of(folder)
-    device = open_device(arguments.device)
+    device = choose_device(arguments.device)
     scans = arguments.i or find_raw_dataset(arguments.d) / TARGET_FOLDER
     images = unlabelled_images(scans, dataset_json)
     predictions = find_predictions(arguments.pred, list(images), dataset_json["file_ending"])

@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 from torch import distributed
 
+from nnunet_uda import devices
 from nnunet_uda.collectives import StoppedWithOthersError, rank, world_size
 from nnunet_uda.data.convention import is_fold
-from nnunet_uda.devices import best_device, open_device
 from nnunet_uda.errors import UDAError, command, shown
 from nnunet_uda.methods import let_find
 from nnunet_uda.training.fold import train
@@ -45,7 +45,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("-p", default="nnUNetPlans", help="plans [nnUNetPlans]")
     parser.add_argument("-pretrained_weights", type=Path, help="checkpoint whose network's weights to start from; the "
                         "segmentation layers', too, where it was trained for the same structures")  # fmt: skip
-    parser.add_argument("-device", choices=["cpu", "cuda", "mps"], help="[cuda where there is one, else cpu]")
+    parser.add_argument("-device", choices=["cpu", "cuda", "mps"], help=devices.DEVICE_HELP)
     parser.add_argument("-num_processes", type=int, default=1, help="processes to start here; with cuda one for each "
                         "visible device at most [1]")  # fmt: skip
     parser.add_argument("--npz", action="store_true", help="keep probabilities of the final validation")
@@ -77,11 +77,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def choose_device(arguments: argparse.Namespace) -> None:
     """Where no device is given, choose the one that is there, and say so."""
-    if arguments.device is None:
-        arguments.device = best_device()
-        if arguments.device == "cpu" and int(os.environ.get("RANK", "0")) == 0:
-            print("No CUDA device is visible: training on the CPU (-device cpu)", flush=True)
-    open_device(arguments.device)
+    arguments.device = str(devices.choose_device(arguments.device, say=int(os.environ.get("RANK", "0")) == 0))
 
 
 def train_with(arguments: argparse.Namespace, device: torch.device) -> Path:

@@ -67,11 +67,17 @@ def dataset_name(name_or_id: str | int) -> str:
         raise UDAError(f"-d takes a dataset's id or its full name (DatasetXXX_NAME), found {name_or_id!r}")
     if not any(path.is_set() for path in _VARIABLES.values()):
         environment_folder("nnUNet_raw")
+    number = f"{int(name_or_id):03d}"
     try:
-        return maybe_convert_to_dataset_name(int(name_or_id))
+        return maybe_convert_to_dataset_name(int(number))
     except RuntimeError as error:
         folders = ", ".join(f"{name}={os.environ.get(name, '(unset)')}" for name in _VARIABLES)
-        raise UDAError(f"found not exactly one dataset with id {int(name_or_id):03d} in {folders}") from error
+        there = {path.name for folder in _VARIABLES.values() if folder.is_set()
+                 for path in Path(str(folder.get())).glob("Dataset*_*")}  # fmt: skip
+        named = sorted(name for name in there if name.startswith(f"Dataset{number}_"))
+        what = f"several datasets have the id {number}" if named else f"no dataset has the id {number}"
+        listed = ", ".join(named or sorted(there)) or "none"
+        raise UDAError(f"{what} in {folders}. There are: {listed}. Give one by its id, or by its full name") from error
 
 
 def _parsed(path: Path) -> Any:
