@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
+from conftest import sampled
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
@@ -378,7 +379,7 @@ def test_each_scan_by_itself(model, scans, tmp_path, capsys):
     assert sitk.ReadImage(str(out / f"{CASES[1]}.nii.gz")).GetSize() == image.GetSize()
 
 
-@pytest.mark.parametrize("mode", ["scan", "folder"])
+@sampled("mode", ["scan", "folder"], "scan")
 def test_a_residual_network_in_3d_is_adapted(in_workspace, scans, tmp_path, monkeypatch, mode):
     model = write_model(in_workspace, tmp_path / "results", configuration="3d_fullres", change=residual_3d)
     prefer(monkeypatch, adapted=True)

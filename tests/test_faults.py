@@ -210,7 +210,7 @@ TINY = {
 }  # fmt: skip
 
 
-@sampled("name", TINY, "CISFATrainer", "CASTTrainer", "CUTTrainer")
+@sampled("name", TINY, "CASTTrainer", "CUTTrainer")
 def test_a_signal_ends_training_with_a_checkpoint_that_goes_on_bit_for_bit(in_workspace, name):
     """In a step, in the validation and in a step again, all in one training. CUT goes on into its second part."""
     options = {"num_epochs": 3, "iterations_per_epoch": 3, "val_iterations_per_epoch": 2, "criterion_patches": 2,

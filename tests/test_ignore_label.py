@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import batch, make_trainer
+from conftest import batch, make_trainer, sampled
 from support.tiny import PROTOTYPES, UUDS
 
 from nnunet_uda.errors import UDAError
@@ -76,8 +76,12 @@ def test_dice_trains_in_2d_and_3d(in_workspace, configuration, deep_supervision)
 
 
 @pytest.mark.draws
-@pytest.mark.parametrize(
-    "name", ["CISFATrainer", "CASTTrainer", "UUDSTrainer", "RandomStyleTrainer", "SimilarityPrototypesTrainer"]
+@sampled(
+    "name",
+    ["CISFATrainer", "CASTTrainer", "UUDSTrainer", "RandomStyleTrainer", "SimilarityPrototypesTrainer"],
+    "CISFATrainer",
+    "CASTTrainer",
+    "RandomStyleTrainer",
 )
 def test_every_trainer_takes_it(in_workspace, name):
     trainer = started(name, segmentation_loss="dice", similarity_prototypes__boundary_weight=1.0)
