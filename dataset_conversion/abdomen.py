@@ -11,21 +11,13 @@ DICOM and masks, and why BTCV renumbered 1 to 30 is refused.
 
 Classes: liver 1, right_kidney 2, left_kidney 3, spleen 4, or as given to -structures; BTCV's other organs become
 background. Images keep voxels and orientation; nothing is cropped. -sequence takes another of CHAOS's MR sequences.
+A CHAOS patient without the sequence, and a scan for imagesTr without labels, is left out with a warning; --strict
+refuses it.
 
 Protocols:
   sifa    fixed test set MR 1 13 32 38, CT 1 9 30 32 33 39. Source: the scans outside the source modality's own test
           set, in 4 seeded folds. Target: test scans to imagesTs and labelsTs, all others to imagesTu without labels,
           used in every fold. With -test_ids these target scans are the test set instead, and the source is used whole.
-  cisfa   CISFA's section 4.1: 4 disjoint, seeded folds of volumes in both domains. All target images go to imagesTu,
-          their labels to labelsTs; fold k trains on the rest and tests on splits_target.json[k]["val"].
-
-Target labels are read for labelsTs alone. With --upper_bound they ARE used for training: it writes the supervised upper
-bound's dataset, the same target training scans WITH their labels as imagesTr and labelsTr, to be trained with a plain
-trainer. With -protocol cisfa its splits_final.json holds the target's folds: test with checkpoint_final.pth, as
-nnU-Net's best checkpoint is chosen on the test fold.
-
-A CHAOS patient without the sequence, and a scan for imagesTr without labels, is left out with a warning; --strict
-refuses it.
 """
 
 from __future__ import annotations
@@ -34,7 +26,7 @@ import argparse
 from pathlib import Path
 
 from nnunet_uda.dataset_conversion import btcv, chaos, protocols
-from nnunet_uda.dataset_conversion.options import add_common_arguments, add_directions, script, telling
+from nnunet_uda.dataset_conversion.options import add_directions, run_alone
 
 EXAMPLE = "nnUNetUDA_convert abdomen -i CHAOS BTCV -d 503 -source ct -target mr"
 
@@ -49,10 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-sequence", choices=MR_SEQUENCES, default="t2spir", help="CHAOS's MR sequence [t2spir]")
     protocols.add_structures(parser, chaos.STRUCTURES, "all, in this order")
     protocols.add_arguments(parser, "13")
-    add_common_arguments(parser)
 
 
-@telling
 def convert(args: argparse.Namespace, warnings: list[str]) -> None:
     """Run the conversion that ``args`` (of ``add_arguments``) describe."""
     chaos_tree, btcv_tree = protocols.tell_apart(
@@ -69,7 +59,5 @@ def convert(args: argparse.Namespace, warnings: list[str]) -> None:
     )
 
 
-main = script(__doc__, add_arguments, convert)
-
 if __name__ == "__main__":
-    main()
+    run_alone(__doc__, add_arguments, convert)

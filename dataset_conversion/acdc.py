@@ -34,12 +34,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nnunet_uda.dataset_conversion import protocols
-from nnunet_uda.dataset_conversion.case import Case, class_map
+from nnunet_uda.dataset_conversion.case import Case, check_pairs, class_map, once
 from nnunet_uda.dataset_conversion.dataset import skip_or_refuse
-from nnunet_uda.dataset_conversion.options import add_common_arguments, script, telling
+from nnunet_uda.dataset_conversion.options import run_alone
 from nnunet_uda.dataset_conversion.protocols import Domain
 from nnunet_uda.errors import UDAError, system_fault
-from nnunet_uda.images.listing import contents, files_in, folders_in, folders_named, is_folder
+from nnunet_uda.images.listing import contents, files_in, folders_in, folders_named, is_folder, nifti_files
 
 EXAMPLE = "nnUNetUDA_convert acdc -i ACDC -d 513"
 
@@ -81,10 +81,7 @@ def find_domain(
         )
     patients: dict[int, Path] = {}
     for folder in folders:
-        number = int(folder.name.lower().removeprefix("patient"))
-        if other := patients.get(number):
-            raise UDAError(f"{folder}: the same patient as {other}; expected each once. Remove one of them.")
-        patients[number] = folder
+        once(patients, int(folder.name.lower().removeprefix("patient")), folder, "patient")
     label_map = class_map({value: name for name, value in VALUES.items()}, structures)
     cases = {}
     for number, folder in sorted(patients.items()):
@@ -96,7 +93,10 @@ def find_domain(
             fact = f"{folder}: there is no {wanted} ({frame.upper()}; found: {found})"
             skip_or_refuse(fact, strict, warnings)
             continue
-        cases[str(number)] = Case(f"{prefix}_{number:03d}", (images[chosen],), labels.get(chosen), label_map)
+        label = labels.get(chosen)
+        cases[str(number)] = Case(
+            f"{prefix}_{number:03d}", (_unpacked(images[chosen]),), label and _unpacked(label), label_map
+        )
     if not cases:
         raise UDAError(f"{tree} holds no scan of a patient (folders: {len(folders)}); expected {RULE}. Check -i.")
     return Domain(name, cases, tuple(number for number in cases if int(number) >= FIRST_TEST), tree)
@@ -108,12 +108,8 @@ def _frames(folder: Path) -> tuple[dict[int, Path], dict[int, Path]]:
     labels: dict[int, Path] = {}
     for path in files_in(folder):  # folders that are called as an image, too
         if match := re.fullmatch(rf"{folder.name}_frame(\d+)(_gt)?\.nii(\.gz)?", path.name, re.IGNORECASE):
-            kind = labels if match[2] else images
-            if other := kind.get(int(match[1])):
-                raise UDAError(f"{path}: the same frame as {other.name}; expected each once. Remove one of them.")
-            kind[int(match[1])] = _unpacked(path)
-    for number in sorted(set(labels) - set(images)):
-        raise UDAError(f"{labels[number]}: its image is missing; expected {RULE}. Add it, or remove the label.")
+            once(labels if match[2] else images, int(match[1]), path, "frame")
+    check_pairs(images, labels, RULE)
     return images, labels
 
 
@@ -121,7 +117,7 @@ def _unpacked(path: Path) -> Path:
     """The file, also where it lies in a folder of its name, as some programs unpack it."""
     if not path.is_dir():
         return path
-    inside = [file for file in files_in(path) if file.name.lower().endswith((".nii", ".nii.gz"))]
+    inside = nifti_files(path)
     if len(inside) != 1:
         raise UDAError(f"{path}: a folder with {len(inside)} NIfTI files; expected a file of this name, or one in it.")
     return inside[0]
@@ -152,10 +148,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-frame", choices=FRAMES, default="ed", help="end of diastole or of systole [ed]")
     protocols.add_structures(parser, tuple(VALUES))
     protocols.add_supervised_arguments(parser, "7", "101 to 150")
-    add_common_arguments(parser)
 
 
-@telling
 def convert(args: argparse.Namespace, warnings: list[str]) -> None:
     """Run the conversion that ``args`` (of ``add_arguments``) describe."""
     domain = find_domain(args.i, args.frame, "cine", "cine", args.structures, args.strict, warnings)
@@ -163,7 +157,5 @@ def convert(args: argparse.Namespace, warnings: list[str]) -> None:
     protocols.write_supervised("ACDC", domain, args.structures, INFORMATION, args, warnings, "heart", title)
 
 
-main = script(__doc__, add_arguments, convert)
-
 if __name__ == "__main__":
-    main()
+    run_alone(__doc__, add_arguments, convert)

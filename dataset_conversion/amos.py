@@ -14,19 +14,13 @@ cite Ji et al., AMOS, NeurIPS Datasets and Benchmarks, 2022.
 Classes are numbered as given to -structures; the other organs become background. Without it they are the 13 organs
 that both modalities show: few MR scans reach down to bladder and prostate or uterus (-structures all takes them, too).
 Organs that lie outside of a scan's field are missing in its label, which is no fault. Images are never cropped; oblique
-and flipped headers are kept, and followed by nnU-Net's reader. Nothing is repaired.
+and flipped headers are kept, and followed by nnU-Net's reader. Nothing is repaired. A scan for imagesTr without a label
+is left out with a warning; --strict refuses it.
 
 Protocols:
   (none)  the vendor's split. Source: its scans in imagesTr, in 4 seeded folds. Target: its scans in imagesVa are the
           test set, to imagesTs and labelsTs; those in imagesTr go to imagesTu without labels, used in every fold. With
           -test_ids these target scans are the test set instead, and the source is used whole, imagesVa included.
-  cisfa   4 disjoint, seeded folds of volumes in both domains, imagesTr and imagesVa together. All target images go to
-          imagesTu, their labels to labelsTs; fold k trains on the rest and tests on splits_target.json[k]["val"].
-
-Target labels are read for labelsTs alone. With --upper_bound they ARE used for training: it writes the supervised upper
-bound's dataset, the same target training scans WITH their labels as imagesTr and labelsTr.
-
-A scan for imagesTr without a label is left out with a warning; --strict refuses it.
 """
 
 from __future__ import annotations
@@ -36,8 +30,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nnunet_uda.dataset_conversion import protocols
-from nnunet_uda.dataset_conversion.case import Case, class_map, numbered
-from nnunet_uda.dataset_conversion.options import add_common_arguments, add_directions, script, telling
+from nnunet_uda.dataset_conversion.case import Case, check_pairs, class_map, numbered, once
+from nnunet_uda.dataset_conversion.options import add_directions, run_alone
 from nnunet_uda.dataset_conversion.protocols import Domain
 from nnunet_uda.errors import UDAError
 from nnunet_uda.images.listing import contents, folders_in
@@ -53,10 +47,7 @@ STRUCTURES = (
 IN_BOTH = STRUCTURES[:13]
 FIRST_MR = 500
 PARTS = ("Tr", "Va")
-INFORMATION = {
-    "reference": "https://zenodo.org/records/7262581",
-    "licence": "AMOS22: the terms stated on its page",
-}
+INFORMATION = {"reference": "https://zenodo.org/records/7262581", "licence": "AMOS22: the terms stated on its page"}
 
 
 def dataset_folder(tree: Path) -> Path | None:
@@ -77,16 +68,10 @@ def find_domain(tree: Path, modality: str, structures: Sequence[str]) -> Domain:
     test: list[str] = []
     for part in PARTS:
         here, labels = (numbered(folder / f"{kind}{part}", r"amos_(\d+)", rule) for kind in ("images", "labels"))
-        for number in sorted(set(labels) - set(here)):
-            raise UDAError(
-                f"{labels[number]}: its image is missing in images{part}; expected {rule}. Add it, or remove the label."
-            )
-        for number, path in sorted(here.items()):
-            if other := images.get(number):
-                raise UDAError(f"{path}: the same number as {other}; expected each once. Remove one of them.")
-            images[number] = path
+        for number in check_pairs(here, labels, rule):
+            once(images, number, here[number], "number")
             if (number < FIRST_MR) == (modality == "ct"):
-                cases[str(number)] = Case(f"{modality}_{number:04d}", (path,), labels.get(number), label_map)
+                cases[str(number)] = Case(f"{modality}_{number:04d}", (here[number],), labels.get(number), label_map)
                 test += [str(number)] if part == "Va" else []
     if not cases:
         raise UDAError(
@@ -105,10 +90,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"classes 1, 2, ... among {', '.join(STRUCTURES)}, or all [all but the last two]",
     )  # fmt: skip
     protocols.add_arguments(parser, "8", vendor="AMOS22")
-    add_common_arguments(parser)
 
 
-@telling
 def convert(args: argparse.Namespace, warnings: list[str]) -> None:
     """Run the conversion that ``args`` (of ``add_arguments``) describe."""
     structures = list(STRUCTURES) if args.structures == ["all"] else args.structures
@@ -118,7 +101,5 @@ def convert(args: argparse.Namespace, warnings: list[str]) -> None:
     protocols.write_adaptation("AMOS", source, target, structures, INFORMATION, args, warnings, "abdomen", "AMOS22")
 
 
-main = script(__doc__, add_arguments, convert)
-
 if __name__ == "__main__":
-    main()
+    run_alone(__doc__, add_arguments, convert)

@@ -57,29 +57,21 @@ import argparse
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import SimpleITK as sitk
 
-from nnunet_uda.dataset_conversion.case import Case, Group
-from nnunet_uda.dataset_conversion.dataset import skip_or_refuse, write_dataset
-from nnunet_uda.dataset_conversion.options import (
-    add_common_arguments,
-    add_directions,
-    channel_names,
-    dataset_options,
-    intensity_request,
-    script,
-    telling,
-)
-from nnunet_uda.dataset_conversion.protocols import split_patients
+from nnunet_uda.dataset_conversion.case import Case, once
+from nnunet_uda.dataset_conversion.dataset import skip_or_refuse
+from nnunet_uda.dataset_conversion.options import add_directions, intensity_request, run_alone
+from nnunet_uda.dataset_conversion.protocols import Parts, arrange_patients, refuse_unknown, split_patients, write
 from nnunet_uda.dataset_conversion.windows import IntensityRequest
 from nnunet_uda.errors import UDAError
 from nnunet_uda.images import reading
 from nnunet_uda.images.intensities import Intensities
-from nnunet_uda.images.listing import contents, files_in, folders_below, folders_named
+from nnunet_uda.images.listing import contents, folders_below, folders_named, nifti_files
 from nnunet_uda.images.reading import LabelMap
 
 EXAMPLE = "nnUNetUDA_convert brats -i MICCAI_BraTS2020_TrainingData -d 505 -source flair -target t2"
@@ -96,7 +88,6 @@ PATIENTS = {"source": 143, "target": 143, "source validation": 21, "target valid
 UUDS_INTENSITIES = Intensities((5, 95), (-1, 1), origin="-protocol uuds")
 MISNAMED = {"brats20_training_355": "w39_1998.09.19_segm"}
 """Case folder -> its segmentation's name, both in lower case, without ending."""
-ENDINGS = (".nii", ".nii.gz")
 
 
 @dataclass(frozen=True)
@@ -154,11 +145,12 @@ def find_visits(tree: Path) -> tuple[str, list[Visit]]:
     """The year of the tree's naming, and all of its cases sorted by name. No image is opened."""
     tree = Path(os.path.abspath(tree))
     rule = "one year's training set, case folders like BraTS20_Training_001 or BraTS-GLI-00000-000 (see -h)"
-    visits: dict[str, Visit] = {}
+    visits: list[Visit] = []
+    folders: dict[str, Path] = {}
     found_year = ""
     for folder in folders_below(tree) if tree.is_dir() else ():
         folders_named(folder, "|".join(naming.folder for naming in NAMINGS.values()), "BraTS20_Training_001")
-        images = [path for path in files_in(folder) if path.name.lower().endswith(ENDINGS)]
+        images = nifti_files(folder)
         year, match = next(
             ((y, m) for y, naming in NAMINGS.items() if (m := re.fullmatch(naming.folder, folder.name, re.I))),
             ("", None),
@@ -171,22 +163,17 @@ def find_visits(tree: Path) -> tuple[str, list[Visit]]:
                 )
             continue
         if found_year and year != found_year:
-            other = next(iter(visits.values())).folder
             raise UDAError(
-                f"{folder} is named as BraTS {year}, {other} as BraTS {found_year}; expected {rule}, as the label "
-                "values differ and a patient may be in both years. Convert one year at a time."
+                f"{folder} is named as BraTS {year}, {visits[0].folder} as BraTS {found_year}; expected {rule}, as the "
+                "label values differ and a patient may be in both years. Convert one year at a time."
             )
         found_year = year
-        if other_visit := visits.get(folder.name.lower()):
-            raise UDAError(
-                f"{folder}: this case is already in {other_visit.folder}; expected every case once. Remove one of them."
-            )
-        visits[folder.name.lower()] = Visit(
-            folder.name, match[1].lower(), folder, _files(images, folder, NAMINGS[year])
-        )
+        once(folders, folder.name.lower(), folder, "case")
+        files = _files(images, folder, NAMINGS[year])
+        visits.append(Visit(folder.name, match[1].lower(), folder, files))
     if not visits:
         raise UDAError(f"{tree} holds no BraTS case (found: {contents(tree)}); expected {rule}. Check -i.")
-    return found_year, [visits[name] for name in sorted(visits)]
+    return found_year, sorted(visits, key=lambda visit: visit.name.lower())
 
 
 def _files(images: Sequence[Path], folder: Path, naming: Naming) -> dict[str, Path]:
@@ -214,28 +201,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "-structures", choices=("whole", "regions"), default="whole", help="one class, or nnU-Net regions [whole]"
     )
     parser.add_argument("-protocol", choices=("uuds",), help="also clip and scale as the paper does [split only]")
-    parser.add_argument(
-        "-clip",
-        nargs=2,
-        type=float,
-        metavar=("LOW", "HIGH"),
-        help="clip both domains at these percentiles of the brain",
-    )
+    text = "clip both domains at these percentiles of the brain"
+    parser.add_argument("-clip", nargs=2, type=float, metavar=("LOW", "HIGH"), help=text)
     parser.add_argument("-range", nargs=2, type=float, metavar=("LOW", "HIGH"), help="with -clip: scale to this range")
     parser.add_argument("-test_ids", nargs="+", metavar="ID", help="test cases or patients instead of drawn ones")
-    add_common_arguments(parser)
 
 
-@telling
 def convert(args: argparse.Namespace, warnings: list[str]) -> None:
     """Run the conversion that ``args`` (of ``add_arguments``) describe."""
     request = _intensities(args)
     year, visits = find_visits(args.i)
     visits = _complete(visits, args, NAMINGS[year], warnings)
     if not visits:
-        names = " and ".join(f"CASE{NAMINGS[year].suffixes[m]}.nii[.gz]" for m in (args.source, args.target))
+        scans = " and ".join(f"CASE{NAMINGS[year].suffixes[m]}.nii[.gz]" for m in (args.source, args.target))
         raise UDAError(
-            f"{args.i}: none of its cases of BraTS {year} has both scans; expected {names} in each case's folder. "
+            f"{args.i}: none of its cases of BraTS {year} has both scans; expected {scans} in each case's folder. "
             "Check -source, -target and -i."
         )
     patients = {visit.patient for visit in visits}
@@ -246,7 +226,11 @@ def convert(args: argparse.Namespace, warnings: list[str]) -> None:
     classes = CLASSES if args.structures == "regions" else (WHOLE,)
     label_map = _label_map(year, classes)
 
-    def cases(group: str, modality: str, labelled: bool) -> list[Case]:
+    def parts(domain: str, modality: str, labelled: bool) -> Parts:
+        training, validation = (cases(group, modality, labelled) for group in (domain, f"{domain} validation"))
+        return training, validation
+
+    def cases(group: str, modality: str, labelled: bool = True) -> list[Case]:
         return [
             Case(
                 f"{visit.name}_{modality}", (visit.files[modality],),
@@ -256,29 +240,13 @@ def convert(args: argparse.Namespace, warnings: list[str]) -> None:
             if visit.patient in groups[group]
         ]  # fmt: skip
 
-    source_name, target_name = MODALITIES[args.source], MODALITIES[args.target]
-    training, validation = (
-        cases(group, args.target, args.upper_bound or bool(args.few)) for group in ("target", "target validation")
-    )
-    test_group = Group(target_name, cases("test", args.target, True), "imagesTs", "labelsTs")
-    target_splits: list[dict[str, list[str]]] | None = _one_fold(training, validation)
-    if args.upper_bound:
-        name = args.name or f"BraTS_{target_name}_upper_bound"
-        source_splits, target_splits = target_splits, None
-        dataset = [Group(target_name, [*training, *validation], "imagesTr", "labelsTr"), test_group]
-        what = f"supervised upper bound, trained WITH {target_name} labels"
-    else:
-        name = args.name or f"BraTS_{source_name}2{target_name}"
-        source, source_validation = (cases(group, args.source, True) for group in ("source", "source validation"))
-        source_splits = _one_fold(source, source_validation)
-        dataset = [
-            Group(source_name, [*source, *source_validation], "imagesTr", "labelsTr"),
-            Group(target_name, [*training, *validation], "imagesTu"),
-            test_group,
-        ]
-        what = f"{source_name} to {target_name}"
+    names = MODALITIES[args.source], MODALITIES[args.target]
+    target = parts("target", args.target, args.upper_bound or bool(args.few))
+    labelled = target if args.upper_bound else parts("source", args.source, True)
+    test, split = cases("test", args.target), "split of UUDS"
+    plan = arrange_patients(names, labelled, target, test, args.upper_bound, split)
+    plan = replace(plan, description=f"BraTS {year}, {plan.description}")
     information: dict[str, Any] = {
-        "description": f"BraTS {year}, {what}, split of UUDS, seed {args.seed}",
         "reference": NAMINGS[year].page,
         "licence": "BraTS terms: research use after registration, with citation",
     }
@@ -290,11 +258,13 @@ def convert(args: argparse.Namespace, warnings: list[str]) -> None:
                 "-structures regions: nnU-Net's own trainers take regions, but the trainers of this package refuse "
                 "them. To adapt, convert with -structures whole"
             )
-    write_dataset(
-        args.d, name, dataset, classes, _channels(args, request, warnings),
-        adaptation=not args.upper_bound, source_splits=source_splits, target_splits=target_splits,
-        information=information, intensities=request, warnings=warnings, **dataset_options(args),
-    )  # fmt: skip
+    scaled = isinstance(request.target, Intensities) and request.target.scale is not None
+    if scaled and args.channel and args.channel[0].lower() != "nonorm":
+        warnings.append(
+            f"-channel {args.channel[0]}: nnU-Net normalises the scaled intensities again; noNorm keeps them"
+        )
+    name = f"BraTS_{names[1]}_upper_bound" if args.upper_bound else f"BraTS_{names[0]}2{names[1]}"
+    write(name, plan, classes, information, request, args, warnings, ["noNorm"] if scaled else None)
 
 
 def _intensities(args: argparse.Namespace) -> IntensityRequest:
@@ -312,16 +282,6 @@ def _intensities(args: argparse.Namespace) -> IntensityRequest:
     if args.clip:
         both = Intensities(tuple(args.clip), tuple(args.range) if args.range else None, origin="-clip")
     return IntensityRequest(both, both)
-
-
-def _channels(args: argparse.Namespace, request: IntensityRequest, warnings: list[str]) -> list[str]:
-    scaled = isinstance(request.target, Intensities) and request.target.scale is not None
-    if scaled and not args.channel:
-        return ["noNorm"]
-    channels = channel_names(args.channel, 1)
-    if scaled and channels[0].lower() != "nonorm":
-        warnings.append(f"-channel {channels[0]}: nnU-Net normalises the scaled intensities again; noNorm keeps them")
-    return channels
 
 
 def _label_map(year: str, classes: Sequence[str]) -> LabelMap:
@@ -349,19 +309,9 @@ def _complete(visits: Sequence[Visit], args: argparse.Namespace, naming: Naming,
 def _test_patients(visits: Sequence[Visit], args: argparse.Namespace) -> list[str]:
     by_id = {name: visit.patient for visit in visits for name in (visit.name.lower(), visit.patient)}
     unknown = [name for name in args.test_ids or () if name.lower() not in by_id]
-    if unknown:
-        raise UDAError(
-            f"{args.i}: -test_ids names {', '.join(unknown)}, which is not there (or lacks a modality); expected cases "
-            f"or patients like {visits[0].name if visits else 'BraTS20_Training_001'}."
-        )
+    refuse_unknown(args.i, "-test_ids", unknown, f"cases or patients like {visits[0].name}")
     return sorted({by_id[name.lower()] for name in args.test_ids or ()})
 
 
-def _one_fold(training: Sequence[Case], validation: Sequence[Case]) -> list[dict[str, list[str]]]:
-    return [{"train": [case.identifier for case in training], "val": [case.identifier for case in validation]}]
-
-
-main = script(__doc__, add_arguments, convert)
-
 if __name__ == "__main__":
-    main()
+    run_alone(__doc__, add_arguments, convert)

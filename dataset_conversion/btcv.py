@@ -28,8 +28,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from nnunet_uda.dataset_conversion import protocols
-from nnunet_uda.dataset_conversion.case import Case, class_map, numbered
-from nnunet_uda.dataset_conversion.options import add_common_arguments, script, telling
+from nnunet_uda.dataset_conversion.case import Case, check_pairs, class_map, numbered
+from nnunet_uda.dataset_conversion.options import run_alone
 from nnunet_uda.dataset_conversion.protocols import Domain
 from nnunet_uda.errors import UDAError
 from nnunet_uda.images.listing import contents
@@ -77,15 +77,10 @@ def find_domain(tree: Path, structures: Sequence[str]) -> Domain:
             )
         if number not in NUMBERS:
             raise UDAError(f"{path}: BTCV has no training scan {number}; expected {rule}. Remove or rename the file.")
-    for number in sorted(set(labels) - set(images)):
-        raise UDAError(
-            f"{labels[number]}: its image img{number:04d} is missing; expected {rule}. Add it, or remove the label; a "
-            "label of another patient must not be used."
-        )
     label_map = class_map({value: name for name, value in VALUES.items()}, structures)
     cases = {
-        str(number): Case(f"ct_{number:04d}", (path,), labels.get(number), label_map)
-        for number, path in sorted(images.items())
+        str(number): Case(f"ct_{number:04d}", (images[number],), labels.get(number), label_map)
+        for number in check_pairs(images, labels, rule)
     }
     return Domain("CT", cases, SIFA_TEST, training)
 
@@ -94,17 +89,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-i", type=Path, required=True, metavar="VENDOR_TREE", help="folder with RawData/Training")
     protocols.add_structures(parser, tuple(VALUES))
     protocols.add_supervised_arguments(parser, "9", "none")
-    add_common_arguments(parser)
 
 
-@telling
 def convert(args: argparse.Namespace, warnings: list[str]) -> None:
     """Run the conversion that ``args`` (of ``add_arguments``) describe."""
     domain = replace(find_domain(args.i, args.structures), test=())
     protocols.write_supervised("BTCV", domain, args.structures, INFORMATION, args, warnings, "abdomen", "BTCV abdomen")
 
 
-main = script(__doc__, add_arguments, convert)
-
 if __name__ == "__main__":
-    main()
+    run_alone(__doc__, add_arguments, convert)

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import SimpleITK as sitk
@@ -19,13 +19,14 @@ import SimpleITK as sitk
 from nnunet_uda.data.convention import LABELS_TARGET
 from nnunet_uda.errors import UDAError
 from nnunet_uda.images.dicom import series_remarks
-from nnunet_uda.images.geometry import Grid, check_same_geometry, place
+from nnunet_uda.images.geometry import Grid, check_same_geometry, on_grid, place
 from nnunet_uda.images.intensities import Intensities, NoContrastError, not_hounsfield
-from nnunet_uda.images.listing import files_in
+from nnunet_uda.images.listing import nifti_files
 from nnunet_uda.images.nifti import nifti_geometry
 from nnunet_uda.images.reading import LabelMap, check_image, read_image, read_label, remarks, write_image
 
 ENDING = ".nii.gz"
+Key = TypeVar("Key", int, str)
 
 
 @dataclass(frozen=True)
@@ -60,20 +61,51 @@ def numbered(folder: Path, pattern: str, rule: str) -> dict[int, Path]:
 
     Args:
         pattern: of a name without its ending; its group is the number.
+        rule: see ``matched``.
+
+    Raises:
+        UDAError: as ``matched``, and for a number twice.
+    """
+    found: dict[int, Path] = {}
+    for match, path in matched(folder, rf"{pattern}(?i:\.nii(\.gz)?)", rule) if folder.is_dir() else ():
+        once(found, int(match[1]), path, "number")
+    return found
+
+
+def matched(folder: Path, pattern: str, rule: str) -> list[tuple[re.Match[str], Path]]:
+    """The NIfTI files of a folder, and how their names match ``pattern``.
+
+    Args:
         rule: what is expected, for messages.
 
     Raises:
-        UDAError: for another NIfTI file, and for a number twice.
+        UDAError: for a NIfTI file of another name.
     """
-    found: dict[int, Path] = {}
-    for path in files_in(folder) if folder.is_dir() else ():
-        if match := re.fullmatch(rf"{pattern}(?i:\.nii(\.gz)?)", path.name):
-            if other := found.get(int(match[1])):
-                raise UDAError(f"{path}: the same number as {other.name}; expected each once. Remove one of them.")
-            found[int(match[1])] = path
-        elif path.name.lower().endswith((".nii", ".nii.gz")):
+    files = []
+    for path in nifti_files(folder):
+        match = re.fullmatch(pattern, path.name)
+        if match is None:
             raise UDAError(f"{path}: unexpected file; expected only {rule}. Rename or remove it.")
-    return found
+        files.append((match, path))
+    return files
+
+
+def once(found: dict[Key, Path], key: Key, path: Path, what: str) -> None:
+    """``found[key] = path``, or a ``UDAError`` where there is another one already; ``what`` is the key."""
+    if other := found.get(key):
+        shown = other.name if other.parent == path.parent else other
+        raise UDAError(f"{path}: the same {what} as {shown}; expected each once. Remove one of them.")
+    found[key] = path
+
+
+def check_pairs(images: Mapping[Key, Path], labels: Mapping[Key, Path], rule: str) -> list[Key]:
+    """The keys of ``images``, sorted; ``UDAError`` for a label without an image."""
+    for key in sorted(set(labels) - set(images)):
+        raise UDAError(
+            f"{labels[key]}: its image is missing; expected {rule}. Add it, or remove the label; a label of another "
+            "patient must not be used."
+        )
+    return sorted(images)
 
 
 @dataclass(frozen=True)
@@ -185,9 +217,7 @@ def convert_case(
             report.volumes_ml = [float(count * np.prod(grid.GetSpacing()) / 1000) for count in counts]
             if beyond:
                 report.outside = np.min([_outside(mask, classes, structures) for mask in beyond], axis=0).tolist()
-            converted = sitk.GetImageFromArray(classes)
-            converted.CopyInformation(grid)
-            write_image(converted, labels_folder / f"{case.identifier}{ENDING}")
+            write_image(on_grid(classes, grid), labels_folder / f"{case.identifier}{ENDING}")
     return report
 
 

@@ -19,18 +19,12 @@ in order by ImagePositionPatient, which also gives the spacing (SliceThickness i
 and intercept are applied (CT in HU). Repaired, and listed in the summary: grey values beside a structure's usual one.
 
 Two MR sequences show the same patients: they are divided at random (-seed), so that no patient is in source and target.
+A patient without the sequence, and a scan for imagesTr without masks, is left out with a warning; --strict refuses it.
 
 Protocols:
   sifa    fixed test set MR 1 13 32 38. Source: MR scans outside it, or all of CT, in 4 seeded folds. Target: test scans
           to imagesTs and labelsTs, all others to imagesTu without labels, used in every fold. CT has no fixed test set:
           name the test scans with -test_ids, which replaces the fixed set.
-  cisfa   4 disjoint, seeded folds of volumes in both domains. All target images go to imagesTu, their labels to
-          labelsTs; fold k trains on the rest and tests on splits_target.json[k]["val"].
-
-Target labels are read for labelsTs alone. With --upper_bound they ARE used for training: it writes the supervised upper
-bound's dataset, the same target training scans WITH their labels as imagesTr and labelsTr.
-
-A patient without the sequence, and a scan for imagesTr without masks, is left out with a warning; --strict refuses it.
 """
 
 from __future__ import annotations
@@ -46,12 +40,13 @@ import SimpleITK as sitk
 from PIL import Image
 
 from nnunet_uda.dataset_conversion import protocols
-from nnunet_uda.dataset_conversion.case import Case, class_map
+from nnunet_uda.dataset_conversion.case import Case, class_map, once
 from nnunet_uda.dataset_conversion.dataset import skip_or_refuse
-from nnunet_uda.dataset_conversion.options import add_common_arguments, add_directions, script, telling
+from nnunet_uda.dataset_conversion.options import add_directions, run_alone
 from nnunet_uda.dataset_conversion.protocols import Domain
 from nnunet_uda.errors import UDAError
-from nnunet_uda.images.dicom import MOST_PIXELS, by_name, dicom_files, order_series, read_header, read_volume
+from nnunet_uda.images.dicom import MOST_PIXELS, by_name, dicom_files, order_series, read_header, read_series
+from nnunet_uda.images.geometry import on_grid
 from nnunet_uda.images.listing import contents, entries, files_in, folders_in, folders_named, is_folder
 from nnunet_uda.images.reading import readable
 
@@ -111,10 +106,9 @@ def read_label(
         for value in np.setdiff1d(grey, USUAL_GREYS):
             unusual[int(value)] = STRUCTURES[table[value] - 1]
         planes.append(plane)
-    label = sitk.GetImageFromArray(np.stack(planes))
-    label.CopyInformation(image)
     named = ", ".join(f"{value} ({name})" for value, name in sorted(unusual.items()))
-    return label, [f"{folder}: unusual grey values read as {named}"] if unusual else []
+    notes = [f"{folder}: unusual grey values read as {named}"] if unusual else []
+    return on_grid(np.stack(planes), image), notes
 
 
 def read_scan(folder: Path, modality: str) -> sitk.Image:
@@ -125,7 +119,7 @@ def read_scan(folder: Path, modality: str) -> sitk.Image:
                 f"{path}: its Modality is {found}; expected {modality} in this folder. The slices are of another scan: "
                 "get the case again."
             )
-    return read_volume(folder)
+    return read_series(folder)
 
 
 def _png_files(folder: Path) -> list[Path]:
@@ -166,9 +160,7 @@ def find_domain(
     for patient in by_name(folders_in(train / modality)):
         if not patient.name.isdecimal():
             raise UDAError(f"{patient}: unexpected folder; expected only {expected}. Rename or remove it.")
-        if other := patients.get(int(patient.name)):
-            raise UDAError(f"{patient}: the same patient number as {other}; expected each once. Remove one of them.")
-        patients[int(patient.name)] = patient
+        once(patients, int(patient.name), patient, "patient number")
     greys = CT_GREYS if sequence == "ct" else MR_GREYS
     label_map = class_map(dict(enumerate(STRUCTURES, 1)), structures)
     in_files = {grey: label_map.values[index] for values, index in greys.items() for grey in values}
@@ -198,21 +190,16 @@ def divide_patients(source: Domain, target: Domain, test: list[str], seed: int) 
     to_source = set(np.random.RandomState(seed).permutation(shared)[: (len(shared) + 1) // 2])
     kept = {n: case for n, case in source.cases.items() if n in to_source or n not in target.cases}
     rest = {n: case for n, case in target.cases.items() if n not in to_source}
-    return Domain(source.name, kept, source.test, source.folder), Domain(target.name, rest, target.test, target.folder)
+    return replace(source, cases=kept), replace(target, cases=rest)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-i", type=Path, required=True, metavar="VENDOR_TREE", help="folder with Train_Sets")
     add_directions(parser, SEQUENCES, "sequence")
-    parser.add_argument(
-        "-structures", nargs="+", choices=STRUCTURES, metavar="NAME",
-        help=f"classes 1, 2, ... among {', '.join(STRUCTURES)} [all; with ct liver, its only one]",
-    )  # fmt: skip
+    protocols.add_structures(parser, STRUCTURES, "all; with ct liver, its only one", None)
     protocols.add_arguments(parser, "13")
-    add_common_arguments(parser)
 
 
-@telling
 def convert(args: argparse.Namespace, warnings: list[str]) -> None:
     """Run the conversion that ``args`` (of ``add_arguments``) describe."""
     with_ct = "ct" in (args.source, args.target)
@@ -233,7 +220,5 @@ def convert(args: argparse.Namespace, warnings: list[str]) -> None:
     protocols.write_adaptation("CHAOS", source, target, structures, INFORMATION, args, warnings, "abdomen", title)
 
 
-main = script(__doc__, add_arguments, convert)
-
 if __name__ == "__main__":
-    main()
+    run_alone(__doc__, add_arguments, convert)

@@ -14,20 +14,13 @@ enhancement is acquired (-frame es: the end of systole). Intensities are clipped
 
 Short-axis scans are oblique: where their headers say so, axes are kept in the files' order (see the summary). Where
 headers do not say how the heart lies in the body, the two sets may be turned or mirrored beside each other: look at
-quicklook.png.
+quicklook.png. A scan for imagesTr without a label is left out with a warning; --strict refuses it.
 
 Protocols:
   (none)  the vendors' split. Target cine: patients 101 to 150 are the test set. Target LGE: a third of the labelled
           cases, drawn with -seed. Test scans go to imagesTs and labelsTs, all others, EMIDEC's cases without Contours
           among them, to imagesTu without labels, used in every fold. Source: cine of patients 1 to 100, or all labelled
           LGE, in 4 seeded folds. With -test_ids these target scans are the test set, and the source is used whole.
-  cisfa   4 disjoint, seeded folds of volumes in both domains. All target images go to imagesTu, their labels to
-          labelsTs; fold k trains on the rest and tests on splits_target.json[k]["val"].
-
-Target labels are read for labelsTs alone. With --upper_bound they ARE used for training: it writes the supervised upper
-bound's dataset, the same target training scans WITH their labels as imagesTr and labelsTr.
-
-A scan for imagesTr without a label is left out with a warning; --strict refuses it.
 """
 
 from __future__ import annotations
@@ -36,7 +29,7 @@ import argparse
 from pathlib import Path
 
 from nnunet_uda.dataset_conversion import acdc, emidec, protocols
-from nnunet_uda.dataset_conversion.options import add_common_arguments, add_directions, script, telling
+from nnunet_uda.dataset_conversion.options import add_directions, run_alone
 
 EXAMPLE = "nnUNetUDA_convert cine_lge -i ACDC EMIDEC -d 512 -source cine -target lge"
 
@@ -52,10 +45,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-frame", choices=acdc.FRAMES, default="ed", help="cine: end of diastole or of systole [ed]")
     protocols.add_structures(parser, STRUCTURES, "both, in this order")
     protocols.add_arguments(parser, "101, or P007", vendor="ACDC and EMIDEC", kind=emidec.number)
-    add_common_arguments(parser)
 
 
-@telling
 def convert(args: argparse.Namespace, warnings: list[str]) -> None:
     """Run the conversion that ``args`` (of ``add_arguments``) describe."""
     acdc_tree, emidec_tree = protocols.tell_apart(
@@ -73,7 +64,5 @@ def convert(args: argparse.Namespace, warnings: list[str]) -> None:
     protocols.write_adaptation("CineLGE", source, target, args.structures, information, args, warnings, "heart", title)
 
 
-main = script(__doc__, add_arguments, convert)
-
 if __name__ == "__main__":
-    main()
+    run_alone(__doc__, add_arguments, convert)

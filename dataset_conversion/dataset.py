@@ -28,11 +28,11 @@ from nnunet_uda.data.convention import (
 )
 from nnunet_uda.data.slices import MIXED, REMEDY, REORIENTED, SliceOrder, odd_tests, slice_order
 from nnunet_uda.dataset_conversion.case import ENDING, Case, CaseReport, Clipping, Group, convert_case
-from nnunet_uda.dataset_conversion.labelled_target import choose_labelled, splits_with_labelled
 from nnunet_uda.dataset_conversion.quicklook import draw_quicklook
+from nnunet_uda.dataset_conversion.splits import choose_labelled, splits_with_labelled
 from nnunet_uda.dataset_conversion.summary import QUICKLOOK, intensities_in_words, summarise
 from nnunet_uda.dataset_conversion.windows import NOTHING_ASKED, IntensityRequest, check_outside, choose_intensities
-from nnunet_uda.errors import UDAError, system_fault
+from nnunet_uda.errors import UDAError, some, system_fault
 from nnunet_uda.files import locked, put_back, whole_folder, write_json
 from nnunet_uda.images.geometry import check_against_source
 from nnunet_uda.images.nifti import nifti_geometry
@@ -131,8 +131,7 @@ def write_dataset(
         unlabelled = [case.identifier for case in group.cases if case.label is None]
         if unlabelled and (group.labels == "labelsTs" or group.images == "imagesTs"):
             skip_or_refuse(
-                f"{len(unlabelled)} of {len(group.cases)} cases in {group.images} have no label "
-                f"({', '.join(unlabelled[:5])}{' ...' if len(unlabelled) > 5 else ''})",
+                f"{len(unlabelled)} of {len(group.cases)} cases in {group.images} have no label ({some(unlabelled)})",
                 strict and group.labels is not None, warnings, "they cannot be evaluated",
             )  # fmt: skip
 
@@ -168,25 +167,21 @@ def _choose_order(
         dataset_json["uda"] = {**dataset_json.get("uda", {}), "slices": order.to_json()}
     if order.order == MIXED:
         warnings.append(
-            f"the thick slices of {_some(order.odd)} lie along another axis than those of the other scans, in the "
+            f"the thick slices of {some(order.odd, 10)} lie along another axis than those of the other scans, in the "
             f"files' order and in the body's: training in 2D will be refused. {REMEDY}"
         )
     if order.mirrored:
         listed = [f"{name} ({how})" for name, how in order.mirrored.items()]
         warnings.append(
-            f"axes of {_some(listed)} do not run as in most other scans: they are seen mirrored or turned beside them. "
-            "Flip these files, or train with mirroring"
+            f"axes of {some(listed, 10)} do not run as in most other scans: they are seen mirrored or turned beside "
+            "them. Flip these files, or train with mirroring"
         )
     if order.order != MIXED and (odd := odd_tests(order, training, grids.get("imagesTs", {}))):
         warnings.append(
-            f"the thick slices of the test scans {_some(odd)} lie along another axis than in training: a 2D network "
+            f"the thick slices of the test scans {some(odd, 10)} lie along another axis than in training: a 2D network "
             "sees cuts across them"
         )
     return order
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
 
 
 def _record(dataset_json: dict[str, Any], clippings: dict[str, Clipping], adaptation: bool) -> None:

@@ -23,15 +23,16 @@ from __future__ import annotations
 
 import argparse
 import re
+from dataclasses import replace
 from pathlib import Path
 
 from nnunet_uda.dataset_conversion import protocols
-from nnunet_uda.dataset_conversion.case import Case
+from nnunet_uda.dataset_conversion.case import Case, once
 from nnunet_uda.dataset_conversion.dataset import skip_or_refuse
-from nnunet_uda.dataset_conversion.options import add_common_arguments, script, telling
+from nnunet_uda.dataset_conversion.options import run_alone
 from nnunet_uda.dataset_conversion.protocols import Domain
 from nnunet_uda.errors import UDAError
-from nnunet_uda.images.listing import contents, files_in, folders_in, folders_named, is_folder
+from nnunet_uda.images.listing import contents, folders_in, folders_named, is_folder, nifti_files
 from nnunet_uda.images.reading import LabelMap
 
 EXAMPLE = "nnUNetUDA_convert emidec -i EMIDEC -d 514"
@@ -83,9 +84,7 @@ def find_domain(tree: Path, name: str, prefix: str, label_map: LabelMap, strict:
     cases = {}
     for folder in folders:
         case = number(folder.name)
-        if other := found.get(case):
-            raise UDAError(f"{folder}: the same case as {other}; expected each once. Remove one of them.")
-        found[case] = folder
+        once(found, case, folder, "case")
         image, label = (_file(folder / kind) for kind in ("Images", "Contours"))
         if image is None:
             if label is not None:
@@ -101,7 +100,7 @@ def find_domain(tree: Path, name: str, prefix: str, label_map: LabelMap, strict:
 def _file(folder: Path) -> Path | None:
     """The NIfTI file called as the case, None without one; ``UDAError`` for another one."""
     case = folder.parent.name
-    files = [f for f in files_in(folder) if f.name.lower().endswith((".nii", ".nii.gz"))] if is_folder(folder) else []
+    files = nifti_files(folder) if is_folder(folder) else []
     own = [file for file in files if re.fullmatch(rf"{re.escape(case)}\.nii(\.gz)?", file.name, re.IGNORECASE)]
     if len(own) != len(files) or len(files) > 1:
         other = next((file for file in files if file not in own), files[-1])
@@ -113,17 +112,15 @@ def with_drawn_test(domain: Domain, seed: int) -> Domain:
     """The domain with a third of its labelled cases as test set."""
     labelled = [key for key, case in domain.cases.items() if case.label is not None]
     test = protocols.draw_test(labelled, TEST_SHARE, seed) if labelled else ()
-    return Domain(domain.name, domain.cases, test, domain.folder)
+    return replace(domain, test=test)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-i", type=Path, required=True, metavar="VENDOR_TREE", help="folder with Case_P001, ...")
     protocols.add_structures(parser, tuple(VALUES))
     protocols.add_supervised_arguments(parser, "P007 N012", "a third, drawn", number)
-    add_common_arguments(parser)
 
 
-@telling
 def convert(args: argparse.Namespace, warnings: list[str]) -> None:
     """Run the conversion that ``args`` (of ``add_arguments``) describe."""
     domain = find_domain(args.i, "LGE", "lge", classes(args.structures), args.strict, warnings)
@@ -132,7 +129,5 @@ def convert(args: argparse.Namespace, warnings: list[str]) -> None:
     protocols.write_supervised("EMIDEC", domain, args.structures, INFORMATION, args, warnings, "heart", title)
 
 
-main = script(__doc__, add_arguments, convert)
-
 if __name__ == "__main__":
-    main()
+    run_alone(__doc__, add_arguments, convert)

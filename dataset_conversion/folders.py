@@ -40,26 +40,25 @@ from pathlib import Path
 
 import SimpleITK as sitk
 
-from nnunet_uda.dataset_conversion.case import Case, Group
+from nnunet_uda.dataset_conversion.case import Case
 from nnunet_uda.dataset_conversion.dataset import write_dataset
 from nnunet_uda.dataset_conversion.options import (
-    add_common_arguments,
     add_upper_bound,
     channel_names,
     dataset_options,
     intensity_request,
-    script,
-    telling,
+    run_alone,
 )
+from nnunet_uda.dataset_conversion.protocols import ids, make_groups
 from nnunet_uda.dataset_conversion.splits import folds_of, source_folds
-from nnunet_uda.errors import UDAError
+from nnunet_uda.errors import UDAError, some
 from nnunet_uda.images.dicom import (
     NOT_SLICES,
     dicom_files,
     dicom_in,
     is_dicom,
     read_header,
-    read_volume,
+    read_series,
     series_folders,
 )
 from nnunet_uda.images.geometry import Grid
@@ -75,7 +74,7 @@ EXAMPLE = (
 
 def read_scan(path: Path) -> sitk.Image:
     """The volume of an image file, or of a folder of DICOM slices."""
-    return read_volume(path) if _is_series(path) else read_image(path)
+    return read_series(path) if _is_series(path) else read_image(path)
 
 
 def read_scan_label(path: Path, image: sitk.Image, image_path: Path) -> tuple[sitk.Image, list[str]]:
@@ -200,11 +199,10 @@ def _series_names(series: Sequence[tuple[Path, Path]], option: str) -> list[tupl
         by_case.setdefault((base, name(base, folder)), []).append(folder)
     for (base, case), folders in by_case.items():
         if len(folders) > 1:
-            shown = ", ".join(str(folder.relative_to(base / case)) for folder in folders[:4])
+            inside = [folder.relative_to(base / case) for folder in folders]
             raise UDAError(
-                f"{base / case} ({option}): {len(folders)} series in the folder of one case ({shown}"
-                f"{' ...' if len(folders) > 4 else ''}); expected one. Name those wanted with a quoted pattern, as "
-                f"'{base / '*' / folders[0].relative_to(base / case)}'."
+                f"{base / case} ({option}): {len(folders)} series in the folder of one case ({some(inside)}); expected "
+                f"one. Name those wanted with a quoted pattern, as '{base / '*' / inside[0]}'."
             )
     names = [case for _, case in by_case]
     folders = [folder for _, folder in series]
@@ -267,8 +265,8 @@ def make_cases(
                     "these numbers count cases."
                 )
         raise UDAError(
-            f"{path}: no image belongs to this label (images: {', '.join(list(images)[:5])}"
-            f"{' ...' if len(images) > 5 else ''}); expected an image of the same name. Rename it, or remove the label."
+            f"{path}: no image belongs to this label (images: {some(images)}); expected an image of the same name. "
+            "Rename it, or remove the label."
         )
     return cases
 
@@ -311,10 +309,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--single_channel", action="store_true", help="numbers like _0000 are part of the name, not channels"
     )
     add_upper_bound(parser)
-    add_common_arguments(parser)
 
 
-@telling
 def convert(args: argparse.Namespace, warnings: list[str]) -> None:
     """Run the conversion that ``args`` (of ``add_arguments``) describe."""
     structures = parse_labels(args.labels)
@@ -362,22 +358,14 @@ def convert(args: argparse.Namespace, warnings: list[str]) -> None:
     test = cases("target_test_images", "target_test_labels", prefixes[1]) if args.target_test_images else []
     check_channels([*([] if args.upper_bound else source), *target, *test])
     labelled = target if args.upper_bound else source
-    ids = [case.identifier for case in labelled]
-    if args.folds is not None:
-        splits = folds_of(ids, args.folds, args.seed)
+    if args.folds is None:
+        splits = source_folds(ids(labelled), 5, args.seed, warnings)
     else:
-        splits, few = source_folds(ids, 5, args.seed)
-        warnings += few
-    target_splits = None
-    if args.target_folds:
-        target_splits = folds_of([case.identifier for case in target], args.target_folds, args.seed)
-    held_out = Group(args.target, test, "imagesTs", "labelsTs" if args.target_test_labels else None)
-    if args.upper_bound:
-        name, groups = f"{prefixes[1]}_upper_bound", [Group(args.target, target, "imagesTr", "labelsTr"), held_out]
-    else:
-        unlabelled = Group(args.target, target, "imagesTu", "labelsTs" if args.target_labels else None)
-        name = f"{prefixes[0]}2{prefixes[1]}"
-        groups = [Group(args.source, source, "imagesTr", "labelsTr"), unlabelled, held_out]
+        splits = folds_of(ids(labelled), args.folds, args.seed)
+    target_splits = folds_of(ids(target), args.target_folds, args.seed) if args.target_folds else None
+    of_target, of_test = ("labelsTs" if given else None for given in (args.target_labels, args.target_test_labels))
+    groups, _ = make_groups(args.source, labelled, args.target, target, test, args.upper_bound, of_target, of_test)
+    name = f"{prefixes[1]}_upper_bound" if args.upper_bound else f"{prefixes[0]}2{prefixes[1]}"
     write_dataset(
         args.d, args.name or name, groups, list(structures),
         channel_names(args.channel, len(labelled[0].images)), adaptation=not args.upper_bound,
@@ -386,7 +374,5 @@ def convert(args: argparse.Namespace, warnings: list[str]) -> None:
     )  # fmt: skip
 
 
-main = script(__doc__, add_arguments, convert)
-
 if __name__ == "__main__":
-    main()
+    run_alone(__doc__, add_arguments, convert)

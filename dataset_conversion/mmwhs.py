@@ -23,19 +23,11 @@ Protocols:
           modality's own test set (16 of 20), so that each modality trains on 16, in 4 seeded folds. Target: test scans
           to imagesTs and labelsTs, all others to imagesTu without labels, used in every fold. With -test_ids these
           target scans are the test set instead, and the source is used whole.
-  cisfa   4 disjoint, seeded folds of volumes in both domains. All target images go to imagesTu, their labels to
-          labelsTs; fold k trains on the rest and tests on splits_target.json[k]["val"].
-
-Target labels are read for labelsTs alone. With --upper_bound they ARE used for training: it writes the supervised
-upper bound's dataset, the same target training scans WITH their labels as imagesTr and labelsTr, to be trained with a
-plain trainer. With -protocol cisfa its splits_final.json holds the target's folds: test with checkpoint_final.pth, as
-nnU-Net's best checkpoint is chosen on the test fold.
 """
 
 from __future__ import annotations
 
 import argparse
-import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -44,16 +36,18 @@ import SimpleITK as sitk
 from scipy import ndimage
 
 from nnunet_uda.dataset_conversion import protocols
-from nnunet_uda.dataset_conversion.case import Case, class_map
-from nnunet_uda.dataset_conversion.options import add_common_arguments, add_directions, script, telling
+from nnunet_uda.dataset_conversion.case import Case, check_pairs, class_map, matched
+from nnunet_uda.dataset_conversion.options import add_directions, run_alone
 from nnunet_uda.dataset_conversion.protocols import Domain
 from nnunet_uda.errors import UDAError
-from nnunet_uda.images.listing import contents, files_in
-from nnunet_uda.images.reading import LabelMap, check_same_geometry, read_image
+from nnunet_uda.images.geometry import check_same_geometry, on_grid
+from nnunet_uda.images.listing import contents
+from nnunet_uda.images.reading import LabelMap, read_image
 
 EXAMPLE = "nnUNetUDA_convert mmwhs -i MM-WHS -d 501 -source mr -target ct"
 
 VALUES = {"myocardium": 205, "LA": 420, "LV": 500, "RA": 550, "RV": 600, "AA": 820, "PA": 850}
+USUAL = ["myocardium", "LA", "LV", "AA"]
 INFORMATION = {
     "reference": "https://zmiclab.github.io/zxh/0/mmwhs/",
     "licence": "MM-WHS terms: research use after registration, not to be passed on",
@@ -78,9 +72,7 @@ def read_label(path: Path, image: sitk.Image, image_path: Path) -> tuple[sitk.Im
             notes.append(f"{path.name}: {int(spurious.sum())} spurious {name} voxels on the border set to background")
     if not notes:
         return label, notes
-    repaired = sitk.GetImageFromArray(voxels)
-    repaired.CopyInformation(label)
-    return repaired, notes
+    return on_grid(voxels, label), notes
 
 
 def border_pieces(mask: np.ndarray) -> np.ndarray:
@@ -112,34 +104,24 @@ def find_cases(tree: Path, modality: str, label_map: LabelMap) -> dict[str, Case
     if not folder.is_dir():
         raise UDAError(f"{folder} is missing (in {tree}: {contents(tree)}); expected it to hold {rule}. Check -i.")
     files: dict[str, dict[str, Path]] = {"image": {}, "label": {}}
-    for path in files_in(folder):
-        match = re.fullmatch(rf"{modality}_train_(\d+)_(image|label)(?i:\.nii\.gz)", path.name)
-        if match:
-            files[match[2]][match[1]] = path
-        elif path.name.lower().endswith((".nii", ".nii.gz")):
-            raise UDAError(f"{path}: unexpected file; expected only {rule}. Rename or remove it.")
+    for match, path in matched(folder, rf"{modality}_train_(\d+)_(image|label)(?i:\.nii\.gz)", rule):
+        files[match[2]][match[1]] = path
     if not files["image"]:
         raise UDAError(f"{folder} holds no image (found: {contents(folder)}); expected {rule}. Check -i.")
-    for number in sorted(set(files["label"]) - set(files["image"])):
-        raise UDAError(f"{files['label'][number]}: its image is missing; expected {rule}. Add it or remove the label.")
+    images, labels = files["image"], files["label"]
     return {
-        number: Case(f"{modality}_{number}", (path,), files["label"].get(number), label_map, read_label=read_label)
-        for number, path in sorted(files["image"].items())
+        number: Case(f"{modality}_{number}", (images[number],), labels.get(number), label_map, read_label=read_label)
+        for number in check_pairs(images, labels, rule)
     }
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-i", type=Path, required=True, metavar="VENDOR_TREE", help="folder with ct_train and mr_train")
     add_directions(parser, ("mr", "ct"))
-    parser.add_argument(
-        "-structures", nargs="+", choices=tuple(VALUES), default=["myocardium", "LA", "LV", "AA"], metavar="NAME",
-        help=f"classes 1, 2, ... among {', '.join(VALUES)} [myocardium LA LV AA]",
-    )  # fmt: skip
+    protocols.add_structures(parser, tuple(VALUES), " ".join(USUAL), USUAL)
     protocols.add_arguments(parser, "1003")
-    add_common_arguments(parser)
 
 
-@telling
 def convert(args: argparse.Namespace, warnings: list[str]) -> None:
     """Run the conversion that ``args`` (of ``add_arguments``) describe."""
     label_map = class_map(
@@ -159,7 +141,5 @@ def convert(args: argparse.Namespace, warnings: list[str]) -> None:
     )  # fmt: skip
 
 
-main = script(__doc__, add_arguments, convert)
-
 if __name__ == "__main__":
-    main()
+    run_alone(__doc__, add_arguments, convert)

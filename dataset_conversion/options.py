@@ -3,30 +3,22 @@
 from __future__ import annotations
 
 import argparse
-import functools
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from nnunet_uda.data.convention import (
-    environment_folder,
-)
+from nnunet_uda.data.convention import environment_folder
 from nnunet_uda.dataset_conversion.dataset import check_options, recover
 from nnunet_uda.dataset_conversion.windows import IntensityRequest
 from nnunet_uda.errors import UDAError, command
-from nnunet_uda.images.intensities import (
-    DEFAULT,
-    FORMS,
-    Intensities,
-    parse_intensities,
-)
+from nnunet_uda.images.intensities import DEFAULT, FORMS, Intensities, parse_intensities
 from nnunet_uda.images.nifti import add_geometry_argument
 from nnunet_uda.names import check_name
 from nnunet_uda.workers import usual_processes
 
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options that every converter has."""
+    """Options that every converter has, behind its own."""
     parser.add_argument("-d", type=int, required=True, metavar="ID", help="dataset id, 1 to 999")
     parser.add_argument("-name", help="dataset name: DatasetXXX_NAME")
     parser.add_argument(
@@ -122,36 +114,33 @@ def channel_names(given: Sequence[str] | None, count: int) -> list[str]:
     return list(given) if given else ["intensity"] if count == 1 else [f"intensity_{i}" for i in range(count)]
 
 
-def telling(convert: Callable[[argparse.Namespace, list[str]], None]) -> Callable[[argparse.Namespace], None]:
-    """``convert(args, warnings)`` as ``convert(args)``; the warnings collected are printed where an error stops it."""
-
-    @functools.wraps(convert)
-    def with_warnings(args: argparse.Namespace) -> None:
-        warnings: list[str] = []
-        try:
-            convert(args, warnings)
-        except UDAError:
-            for warning in warnings:
-                print(f"WARNING: {warning}", file=sys.stderr)
-            raise
-
-    return with_warnings
+Conversion = Callable[[argparse.Namespace, list[str]], None]
+"""A converter's ``convert(args, warnings)``, which adds to the warnings."""
 
 
-def script(
-    description: str | None,
-    add_arguments: Callable[[argparse.ArgumentParser], None],
-    convert: Callable[[argparse.Namespace], None],
-) -> Callable[..., None]:
-    """``main(argv=None)`` of a converter that is run by itself."""
+def run(convert: Conversion, args: argparse.Namespace) -> None:
+    """Check what is asked for, and convert; the warnings so far are printed where an error stops it."""
+    check_arguments(args)
+    recover(args.d)
+    warnings: list[str] = []
+    try:
+        convert(args, warnings)
+    except UDAError:
+        for warning in warnings:
+            print(f"WARNING: {warning}", file=sys.stderr)
+        raise
+
+
+def run_alone(
+    description: str | None, add_arguments: Callable[[argparse.ArgumentParser], None], convert: Conversion
+) -> None:
+    """A converter's file as a command of its own."""
 
     @command
-    def main(argv: list[str] | None = None) -> None:
+    def main(argv: list[str] | None) -> None:
         parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
         add_arguments(parser)
-        args = parser.parse_args(argv)
-        check_arguments(args)
-        recover(args.d)
-        convert(args)
+        add_common_arguments(parser)
+        run(convert, parser.parse_args(argv))
 
-    return main
+    main()

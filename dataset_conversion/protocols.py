@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -15,10 +15,23 @@ from nnunet_uda.dataset_conversion.case import Case, Group
 from nnunet_uda.dataset_conversion.dataset import skip_or_refuse, write_dataset
 from nnunet_uda.dataset_conversion.options import channel_names, dataset_options, intensity_request
 from nnunet_uda.dataset_conversion.splits import folds_of, source_folds
+from nnunet_uda.dataset_conversion.windows import IntensityRequest
 from nnunet_uda.errors import UDAError
 from nnunet_uda.images.intensities import DEFAULT
 
 FOLDS = 4
+HELP = """
+  cisfa   4 disjoint, seeded folds of volumes in both domains. All target images go to imagesTu, their labels to
+          labelsTs; fold k trains on the rest and tests on splits_target.json[k]["val"].
+
+Target labels are read for labelsTs alone. With --upper_bound they ARE used for training: it writes the supervised upper
+bound's dataset, the same target training scans WITH their labels as imagesTr and labelsTr, to be trained with a plain
+trainer. With -protocol cisfa its splits_final.json holds the target's folds: test with checkpoint_final.pth, as
+nnU-Net's best checkpoint is chosen on the test fold.
+"""
+"""What a converter's own text ends with, behind its other protocol."""
+Parts = tuple[list[Case], list[Case]]
+"""For training and for validation."""
 Patient = TypeVar("Patient", int, str)
 
 
@@ -41,7 +54,7 @@ class Domain:
 
 @dataclass(frozen=True)
 class Arrangement:
-    """Arguments of ``write_dataset``, and a few words on what the dataset is."""
+    """Groups and folds of a dataset, and a few words on what it is."""
 
     groups: list[Group]
     source_splits: list[dict[str, list[str]]]
@@ -54,11 +67,18 @@ def number(text: str) -> str:
     return str(int(text))
 
 
-def add_structures(parser: argparse.ArgumentParser, names: Sequence[str], default: str = "all") -> None:
-    """Option -structures: which of ``names``, all by default, are the classes 1, 2, ...; ``default`` says so."""
+def add_structures(
+    parser: argparse.ArgumentParser, names: Sequence[str], default: str = "all", chosen: Sequence[str] | None = ()
+) -> None:
+    """Option -structures: which of ``names`` are the classes 1, 2, ...
+
+    Args:
+        default: says what they are without the option.
+        chosen: what they are then: all unless given, None where the converter decides.
+    """
     parser.add_argument(
-        "-structures", nargs="+", choices=tuple(names), default=list(names), metavar="NAME",
-        help=f"classes 1, 2, ... among {', '.join(names)} [{default}]",
+        "-structures", nargs="+", choices=tuple(names), metavar="NAME",
+        default=list(names) if chosen == () else chosen, help=f"classes 1, 2, ... among {', '.join(names)} [{default}]",
     )  # fmt: skip
 
 
@@ -72,6 +92,7 @@ def add_arguments(
         vendor: whose fixed test set there is, in place of SIFA's.
         kind: argparse type of a case number.
     """
+    parser.description = (parser.description or "") + HELP
     names = ("cisfa",) if vendor else ("sifa", "cisfa")
     parser.set_defaults(split=f"the split of {vendor}" if vendor else "-protocol sifa")
     parser.add_argument(
@@ -115,22 +136,63 @@ def arrange(
 
     target_splits = None
     if cisfa:
-        source_splits = folds_of([case.identifier for case in labelled], FOLDS, args.seed)
-        target_splits = folds_of([case.identifier for case in training], FOLDS, args.seed)
+        source_splits, target_splits = (folds_of(ids(cases), FOLDS, args.seed) for cases in (labelled, training))
     else:
-        source_splits, few = source_folds([case.identifier for case in labelled], FOLDS, args.seed)
-        warnings += few
+        source_splits = source_folds(ids(labelled), FOLDS, args.seed, warnings)
 
-    groups = [Group(source.name, labelled, "imagesTr", "labelsTr")]
-    if args.upper_bound:
-        groups = [Group(target.name, labelled, "imagesTr", "labelsTr")]
-        what, target_splits = f"supervised upper bound, trained WITH {target.name} labels", None
-    else:
-        groups.append(Group(target.name, training, "imagesTu", "labelsTs" if cisfa else None))
-        what = f"{source.name} to {target.name}"
-    groups.append(Group(target.name, test, "imagesTs", "labelsTs"))
+    groups, what = make_groups(
+        source.name, labelled, target.name, training, test, args.upper_bound, "labelsTs" if cisfa else None
+    )
     split = f"protocol {args.protocol}" if args.protocol else args.split.removeprefix("-")
-    return Arrangement(groups, source_splits, target_splits, f"{what}, {split}, seed {args.seed}")
+    return Arrangement(groups, source_splits, None if args.upper_bound else target_splits, f"{what}, {split}")
+
+
+def make_groups(
+    source: str,
+    labelled: Sequence[Case],
+    target: str,
+    training: Sequence[Case],
+    test: Sequence[Case],
+    upper_bound: bool,
+    labels: str | None = None,
+    test_labels: str | None = "labelsTs",
+) -> tuple[list[Group], str]:
+    """Labelled source, target for training and for the test; of an upper bound ``labelled`` are the target's.
+
+    Args:
+        labels, test_labels: folders for the labels of the target's scans, for training and for the test.
+
+    Returns:
+        The groups, and a few words on what they are.
+    """
+    tests = Group(target, test, "imagesTs", test_labels)
+    if upper_bound:
+        what = f"supervised upper bound, trained WITH {target} labels"
+        return [Group(target, labelled, "imagesTr", "labelsTr"), tests], what
+    groups = [Group(source, labelled, "imagesTr", "labelsTr"), Group(target, training, "imagesTu", labels), tests]
+    return groups, f"{source} to {target}"
+
+
+def arrange_patients(
+    names: tuple[str, str], labelled: Parts, target: Parts, test: Sequence[Case], upper_bound: bool, split: str
+) -> Arrangement:
+    """One fold of patients who were divided by ``split_patients``.
+
+    Args:
+        names: of the source domain and of the target domain.
+        labelled: of the source, or of an upper bound's target.
+        split: what divided them, in words.
+    """
+    groups, what = make_groups(
+        names[0], [*labelled[0], *labelled[1]], names[1], [*target[0], *target[1]], test, upper_bound
+    )
+    folds = [[{"train": ids(training), "val": ids(validation)}] for training, validation in (labelled, target)]
+    has_folds = target[1] and not upper_bound
+    return Arrangement(groups, folds[0], folds[1] if has_folds else None, f"{what}, {split}")
+
+
+def ids(cases: Sequence[Case]) -> list[str]:
+    return [case.identifier for case in cases]
 
 
 def with_label(cases: list[Case], strict: bool, warnings: list[str]) -> list[Case]:
@@ -143,12 +205,18 @@ def with_label(cases: list[Case], strict: bool, warnings: list[str]) -> list[Cas
 
 def named_cases(domain: Domain, numbers: Sequence[str]) -> list[Case]:
     """The cases of ``-test_ids``, each once; ``UDAError`` for one that is not there."""
-    if missing := [n for n in numbers if n not in domain.cases]:
-        raise UDAError(
-            f"{domain.folder}: -test_ids names {', '.join(missing)}, which is not there; expected some of "
-            f"{', '.join(domain.cases)}."
-        )
+    unknown = [n for n in numbers if n not in domain.cases]
+    refuse_unknown(domain.folder, "-test_ids", unknown, f"some of {', '.join(domain.cases)}")
     return [domain.cases[n] for n in dict.fromkeys(numbers)]
+
+
+def refuse_unknown(where: Path, option: str, unknown: Collection[object], expected: str) -> None:
+    """Raise ``UDAError`` where an option names cases or patients that the tree ``where`` does not hold."""
+    if unknown:
+        raise UDAError(
+            f"{where}: {option} names {', '.join(map(str, unknown))}, which is not there (or lacks a scan); expected "
+            f"{expected}."
+        )
 
 
 def _test_cases(target: Domain, args: argparse.Namespace, warnings: list[str]) -> list[Case]:
@@ -197,12 +265,33 @@ def write_adaptation(
         skip_unlabelled: see ``arrange``.
     """
     plan = arrange(source, target, args, warnings, skip_unlabelled=skip_unlabelled)
-    default_name = f"{target.name}_upper_bound" if args.upper_bound else f"{source.name}2{target.name}"
+    plan = replace(plan, description=f"{title}, {plan.description}")
+    request = intensity_request(args, preset, None if args.protocol else DEFAULT)
+    name = f"{target.name}_upper_bound" if args.upper_bound else f"{source.name}2{target.name}"
+    write(f"{prefix}_{name}", plan, structures, information, request, args, warnings)
+
+
+def write(
+    name: str,
+    plan: Arrangement,
+    structures: Sequence[str],
+    information: Mapping[str, Any],
+    request: IntensityRequest,
+    args: argparse.Namespace,
+    warnings: list[str],
+    channels: Sequence[str] | None = None,
+) -> None:
+    """``write_dataset`` of one channel, as ``args`` ask for it.
+
+    Args:
+        name: of the dataset, unless ``-name`` is given.
+        channels: names of the channels, unless ``-channel`` is given.
+    """
     write_dataset(
-        args.d, args.name or f"{prefix}_{default_name}", plan.groups, structures, channel_names(args.channel, 1),
-        adaptation=not args.upper_bound, source_splits=plan.source_splits, target_splits=plan.target_splits,
-        information={"description": f"{title}, {plan.description}", **information},
-        intensities=intensity_request(args, preset, None if args.protocol else DEFAULT),
+        args.d, args.name or name, plan.groups, structures, channel_names(args.channel or channels, 1),
+        adaptation=any(group.images == "imagesTu" for group in plan.groups),
+        source_splits=plan.source_splits, target_splits=plan.target_splits,
+        information={"description": f"{plan.description}, seed {args.seed}", **information}, intensities=request,
         warnings=warnings, **dataset_options(args),
     )  # fmt: skip
 
@@ -237,19 +326,12 @@ def write_supervised(
         raise UDAError(f"-few is for datasets with an unlabelled target, and this is one of labelled {domain.name}.")
     test = named_cases(domain, args.test_ids or [n for n in domain.test if n in domain.cases])
     training = with_label([case for case in domain.cases.values() if case not in test], args.strict, warnings)
-    splits, few = source_folds([case.identifier for case in training], 5, args.seed)
-    warnings += few
+    groups = [Group(domain.name, training, "imagesTr", "labelsTr"), Group(domain.name, test, "imagesTs", "labelsTs")]
+    plan = Arrangement(groups, source_folds(ids(training), 5, args.seed, warnings), None, f"{title}, supervised")
     request = intensity_request(args, preset)
     if request.target == DEFAULT:  # both options are of the one domain that there is
         request = replace(request, target=request.source)
-    channels = args.channel or (["CT"] if is_ct(domain.name) else None)
-    write_dataset(
-        args.d, args.name or name,
-        [Group(domain.name, training, "imagesTr", "labelsTr"), Group(domain.name, test, "imagesTs", "labelsTs")],
-        structures, channel_names(channels, 1), adaptation=False, source_splits=splits,
-        information={"description": f"{title}, supervised, seed {args.seed}", **information}, intensities=request,
-        warnings=warnings, **dataset_options(args),
-    )  # fmt: skip
+    write(name, plan, structures, information, request, args, warnings, ["CT"] if is_ct(domain.name) else None)
 
 
 def tell_apart(trees: Sequence[Path], holds: Mapping[str, Callable[[Path], object]], expected: str) -> list[Path]:

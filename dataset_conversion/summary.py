@@ -10,7 +10,8 @@ import numpy as np
 
 from nnunet_uda.data.slices import FILE, REORIENTED, SliceOrder
 from nnunet_uda.dataset_conversion.case import CaseReport, Clipping, Group
-from nnunet_uda.images.geometry import BODY_AXES
+from nnunet_uda.errors import some
+from nnunet_uda.images.geometry import BODY_AXES, mm
 
 AXIS_PLANES = ("sagittal", "coronal", "axial")
 QUICKLOOK = "quicklook.png"
@@ -88,7 +89,7 @@ def _single_slices(group: Group, reports: Sequence[CaseReport]) -> list[str]:
         if flat:
             warnings.append(
                 f"{len(flat)} of {len(reports)} cases in {group.images} have one slice {BODY_AXES[axis]} "
-                f"({', '.join(flat[:5])}{' ...' if len(flat) > 5 else ''}): 3D configurations learn nothing from it, "
+                f"({some(flat)}): 3D configurations learn nothing from it, "
                 "and nnU-Net takes the axis of the largest spacing for the slices' normal, so that 2D patches may be "
                 f"rows across the image. Choose the plane: nnUNetUDA_configure -plane {plane}"
             )
@@ -97,12 +98,12 @@ def _single_slices(group: Group, reports: Sequence[CaseReport]) -> list[str]:
 
 def _domain_warnings(source: Sequence[CaseReport], target: Sequence[CaseReport], order: SliceOrder) -> list[str]:
     warnings = []
-    spacings = [np.median([r.spacing for r in reports], axis=0) for reports in (source, target)]
+    spacings = [np.median([r.spacing for r in reports], axis=0).tolist() for reports in (source, target)]
     thick = [int(np.argmax(s)) for s in spacings if np.max(s) > 1.2 * np.median(s)]
     if order.order == REORIENTED and len(set(thick)) == 2:
         warnings.append(
             f"the thick slices lie along {BODY_AXES[thick[0]]} in the source and along {BODY_AXES[thick[1]]} in the "
-            f"target (median spacings {_short(spacings[0])} and {_short(spacings[1])} mm): a 2D network trained in the "
+            f"target (median spacings {mm(spacings[0])} and {mm(spacings[1])}): a 2D network trained in the "
             "source's plane sees the target's coarse axis in plane. Consider choosing the slice plane, or 3d_fullres"
         )
     finest, reach = (
@@ -111,8 +112,8 @@ def _domain_warnings(source: Sequence[CaseReport], target: Sequence[CaseReport],
     )
     if max(finest, 1 / finest) > 5 and max(reach, 1 / reach) > 5 and (finest > 1) == (reach > 1):
         warnings.append(
-            f"the target's voxels are {finest:.3g} times the source's ({_short(spacings[1])} and {_short(spacings[0])} "
-            f"mm), and its scans {reach:.3g} times as large: check that both are in mm, none in cm"
+            f"the target's voxels are {finest:.3g} times the source's ({mm(spacings[1])} and {mm(spacings[0])}), "
+            f"and its scans {reach:.3g} times as large: check that both are in mm, none in cm"
         )
     shares = [float(np.mean([r.zero_share for r in reports])) for reports in (source, target)]
     if abs(shares[0] - shares[1]) > 0.25:
@@ -121,7 +122,3 @@ def _domain_warnings(source: Sequence[CaseReport], target: Sequence[CaseReport],
             "on the source alone whether z-scoring uses the nonzero voxels only. Give both domains the same background"
         )
     return warnings
-
-
-def _short(values: Sequence[float] | np.ndarray) -> str:
-    return " x ".join(f"{v:.3g}" for v in values)

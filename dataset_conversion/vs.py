@@ -57,35 +57,30 @@ import argparse
 import functools
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import SimpleITK as sitk
 
-from nnunet_uda.dataset_conversion.case import Case, Group, class_map
-from nnunet_uda.dataset_conversion.dataset import skip_or_refuse, write_dataset
-from nnunet_uda.dataset_conversion.options import (
-    add_common_arguments,
-    add_directions,
-    channel_names,
-    dataset_options,
-    intensity_request,
-    script,
-    telling,
+from nnunet_uda.dataset_conversion.case import Case, Group, class_map, matched
+from nnunet_uda.dataset_conversion.dataset import skip_or_refuse
+from nnunet_uda.dataset_conversion.options import add_directions, intensity_request, run_alone
+from nnunet_uda.dataset_conversion.protocols import (
+    Arrangement,
+    arrange_patients,
+    ids,
+    refuse_unknown,
+    split_patients,
+    write,
 )
-from nnunet_uda.dataset_conversion.protocols import split_patients
 from nnunet_uda.dataset_conversion.splits import source_folds
 from nnunet_uda.errors import UDAError
 from nnunet_uda.images.dicom import Header, by_name, dicom_in, read_header, read_series
+from nnunet_uda.images.geometry import on_grid
 from nnunet_uda.images.intensities import DEFAULT
-from nnunet_uda.images.listing import contents, files_in, folders_below, folders_in, folders_named
+from nnunet_uda.images.listing import contents, files_in, folders_below, folders_in, folders_named, nifti_files
 from nnunet_uda.images.reading import LabelMap
-from nnunet_uda.images.rtstruct import (
-    Structures,
-    rasterise,
-    read_contours_json,
-    read_rtstruct,
-    referenced_series,
-)
+from nnunet_uda.images.rtstruct import Structures, rasterise, read_contours_json, read_rtstruct, referenced_series
 
 EXAMPLE = "nnUNetUDA_convert vs -i Vestibular-Schwannoma-SEG -d 507 -source cet1 -target hrt2"
 
@@ -109,6 +104,11 @@ SCANS = {
     CONVERTED: "vs_gk_t1_refT1.nii.gz and vs_gk_t2_refT2.nii.gz in each",
 }
 """Both scans of a patient, by layout."""
+TCIA_PAGE = {
+    "reference": "https://doi.org/10.7937/TCIA.9YTJ-5Q73",
+    "licence": "CC BY 4.0, Vestibular-Schwannoma-SEG of The Cancer Imaging Archive",
+}
+CROSSMODA_PAGE = {"reference": "https://zenodo.org/records/6504722", "licence": "CC BY-NC-SA 4.0, crossMoDA"}
 RULE = "one of the trees that -h shows (VS-SEG-001, vs_gk_1_t1, vs_gk_1, or source_training and target_training)"
 
 Patients = dict[int, dict[str, Case]]
@@ -120,7 +120,7 @@ Patients = dict[int, dict[str, Case]]
 
 def read_dicom(folder: Path) -> sitk.Image:
     """The image series of a folder: its IMG files where it has such, as RTSTRUCTs lie beside them."""
-    return read_series(image_files(folder) or folder)[0]
+    return read_series(image_files(folder) or folder)
 
 
 def image_files(folder: Path) -> list[Path]:
@@ -178,9 +178,7 @@ def read_contours(
             f"{path}: the structure {name} encloses no voxel ({len(contours)} contours); expected a tumour. Name "
             "another one with -tumour, or leave the patient out with -exclude."
         )
-    label = sitk.GetImageFromArray(mask)
-    label.CopyInformation(image)
-    return label, [f"{path.name}: {note}" for note in notes]
+    return on_grid(mask, image), [f"{path.name}: {note}" for note in notes]
 
 
 # --- trees ------------------------------------------------------------------------------------------------------------
@@ -223,11 +221,7 @@ def _layout(folder: Path) -> str:
         return CONVENIENT
     if re.fullmatch(r"vs_gk_\d+", folder.name, re.I):
         return CONVERTED
-    return CROSSMODA if _role(folder) and _images(folder) else ""
-
-
-def _images(folder: Path) -> list[Path]:
-    return by_name([path for path in files_in(folder) if path.name.lower().endswith((".nii.gz", ".nii"))])
+    return CROSSMODA if _role(folder) and nifti_files(folder) else ""
 
 
 def _role(folder: Path) -> str | None:
@@ -354,10 +348,7 @@ def _dicom_case(
     folder: Path, number: int, modality: str, header: Header, label: Path | None, further: Sequence[str]
 ) -> Case:
     reader = functools.partial(
-        read_contours,
-        series=header.text("SeriesInstanceUID"),
-        patient=header.text("PatientID"),
-        further=tuple(further),
+        read_contours, series=header.text("SeriesInstanceUID"), patient=header.text("PatientID"), further=tuple(further)
     )
     return Case(_identifier(number, modality), (folder,), label, LabelMap({1: 1}), read_dicom, reader)
 
@@ -387,13 +378,9 @@ def find_crossmoda(folders: Sequence[Path], structures: Sequence[str]) -> tuple[
     for role, folder in by_role.items():
         kinds = ("ceT1", "Label") if role == "source" else ("hrT2", "T2", "Label")[: 3 if role == "validation" else 2]
         scans = files.setdefault(role, {})
-        for path in _images(folder):
-            match = re.fullmatch(r"(crossmoda(\d{4})?(?:_[a-z]+)?_\d+)_(\w+)(?i:\.nii\.gz)", path.name)
-            if not match or match[3] not in kinds:
-                raise UDAError(
-                    f"{path}: unexpected file; expected only crossmoda_<number>_{{{','.join(kinds)}}}.nii.gz in the "
-                    f"{role} folder. Rename or remove it."
-                )
+        pattern = rf"(crossmoda(\d{{4}})?(?:_[a-z]+)?_\d+)_({'|'.join(kinds)})(?i:\.nii\.gz)"
+        rule = f"crossmoda_<number>_{{{','.join(kinds)}}}.nii.gz in the {role} folder"
+        for match, path in matched(folder, pattern, rule):
             year = {None: "2021", "2021": "2022"}.get(match[2], match[2])
             years.setdefault("2023" if year == "2023" else "2021 or 2022", path)
             scans.setdefault(match[1], {})["label" if match[3] == "Label" else "image"] = path
@@ -425,11 +412,8 @@ def find_crossmoda(folders: Sequence[Path], structures: Sequence[str]) -> tuple[
 
 def _complete(patients: Patients, folders: Sequence[Path], args: argparse.Namespace, warnings: list[str]) -> Patients:
     """Patients with both scans, without those of ``-exclude``."""
-    if unknown := set(args.exclude or ()) - set(patients):
-        raise UDAError(
-            f"{args.i}: -exclude names {', '.join(map(str, sorted(unknown)))}, which is not there; expected some of "
-            f"{', '.join(map(str, patients))}."
-        )
+    everyone = f"some of {', '.join(map(str, patients))}"
+    refuse_unknown(args.i, "-exclude", sorted(set(args.exclude or ()) - set(patients)), everyone)
     complete = {}
     for number, cases in patients.items():
         if number in (args.exclude or ()):
@@ -447,15 +431,6 @@ def _complete(patients: Patients, folders: Sequence[Path], args: argparse.Namesp
     return complete
 
 
-def _test_patients(patients: Patients, args: argparse.Namespace) -> list[int]:
-    if unknown := set(args.test_ids or ()) - set(patients):
-        raise UDAError(
-            f"{args.i}: -test_ids names {', '.join(map(str, sorted(unknown)))}, which is not there (or lacks a scan); "
-            f"expected some of {', '.join(map(str, patients))}."
-        )
-    return sorted(set(args.test_ids or ()))
-
-
 # --- command ----------------------------------------------------------------------------------------------------------
 
 
@@ -471,10 +446,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("-exclude", nargs="+", type=int, metavar="NUMBER", help="patients to leave out, e.g. 63")
     parser.add_argument("-test_ids", nargs="+", type=int, metavar="NUMBER", help="test patients instead of drawn ones")
-    add_common_arguments(parser)
 
 
-@telling
 def convert(args: argparse.Namespace, warnings: list[str]) -> None:
     """Run the conversion that ``args`` (of ``add_arguments``) describe."""
     layout, folders = recognise(args.i)
@@ -484,29 +457,17 @@ def convert(args: argparse.Namespace, warnings: list[str]) -> None:
             f"{folders[0]}: this tree is {layout}, which -protocol {args.protocol} cannot split; expected -protocol "
             f"{wanted}, or another tree with -i."
         )
-    arrange = _crossmoda if layout == CROSSMODA else _uuds
-    groups, source_splits, what = arrange(args, layout, folders, warnings)
-    source_name, target_name = MODALITIES[args.source], MODALITIES[args.target]
-    name = f"VS_{target_name}_upper_bound" if args.upper_bound else f"VS_{source_name}_to_{target_name}"
-    tcia = {
-        "reference": "https://doi.org/10.7937/TCIA.9YTJ-5Q73",
-        "licence": "CC BY 4.0, Vestibular-Schwannoma-SEG of The Cancer Imaging Archive",
-    }
-    crossmoda = {"reference": "https://zenodo.org/records/6504722", "licence": "CC BY-NC-SA 4.0, crossMoDA"}
-    write_dataset(
-        args.d, args.name or name, groups, args.structures, channel_names(args.channel, 1),
-        adaptation=not args.upper_bound, source_splits=source_splits,
-        information={"description": f"{what}, seed {args.seed}", **(crossmoda if layout == CROSSMODA else tcia)},
-        intensities=intensity_request(args, otherwise=None if args.protocol else DEFAULT),
-        warnings=warnings, **dataset_options(args),
-    )  # fmt: skip
+    names = MODALITIES[args.source], MODALITIES[args.target]
+    arrange, information = (_crossmoda, CROSSMODA_PAGE) if layout == CROSSMODA else (_uuds, TCIA_PAGE)
+    plan = arrange(args, layout, folders, names, warnings)
+    name = f"VS_{names[1]}_upper_bound" if args.upper_bound else f"VS_{names[0]}_to_{names[1]}"
+    request = intensity_request(args, otherwise=None if args.protocol else DEFAULT)
+    write(name, plan, args.structures, information, request, args, warnings)
 
 
-Arranged = tuple[list[Group], list[dict[str, list[str]]], str]
-"""Groups, source splits, and a few words on what the dataset is."""
-
-
-def _uuds(args: argparse.Namespace, layout: str, folders: Sequence[Path], warnings: list[str]) -> Arranged:
+def _uuds(
+    args: argparse.Namespace, layout: str, folders: Sequence[Path], names: tuple[str, str], warnings: list[str]
+) -> Arrangement:
     if args.structures != ["vs"]:
         raise UDAError(
             f"{folders[0]}: -structures {' '.join(args.structures)}; this tree is {layout}, where only some patients "
@@ -518,31 +479,25 @@ def _uuds(args: argparse.Namespace, layout: str, folders: Sequence[Path], warnin
             f"{args.i}: none of the {len(folders)} folders of patients ({folders[0]}, ...) has both scans; in {layout} "
             f"expected {SCANS[layout]}. Complete the tree, or check -i."
         )
-    numbers, few = split_patients(list(patients), PATIENTS, args.seed, _test_patients(patients, args), args.i)
+    test_ids = sorted(set(args.test_ids or ()))
+    everyone = f"some of {', '.join(map(str, patients))}"
+    refuse_unknown(args.i, "-test_ids", [n for n in test_ids if n not in patients], everyone)
+    numbers, few = split_patients(list(patients), PATIENTS, args.seed, test_ids, args.i)
     warnings += few
 
     def cases(group: str, modality: str) -> list[Case]:
         return [patients[number][modality] for number in numbers[group]]
 
-    source_name, target_name = MODALITIES[args.source], MODALITIES[args.target]
-    test = Group(target_name, cases("test", args.target), "imagesTs", "labelsTs")
-    if args.upper_bound:
-        training, validation = cases("target", args.target), cases("validation", args.target)
-        groups = [Group(target_name, [*training, *validation], "imagesTr", "labelsTr"), test]
-        what = f"supervised upper bound, trained WITH {target_name} labels"
-    else:
-        training, validation = cases("source", args.source), cases("validation", args.source)
-        groups = [
-            Group(source_name, [*training, *validation], "imagesTr", "labelsTr"),
-            Group(target_name, cases("target", args.target), "imagesTu"),
-            test,
-        ]
-        what = f"{source_name} to {target_name}"
-    fold = {"train": [case.identifier for case in training], "val": [case.identifier for case in validation]}
-    return groups, [fold], f"Vestibular-Schwannoma-SEG, {what}, protocol uuds"
+    training, modality = ("target", args.target) if args.upper_bound else ("source", args.source)
+    labelled, target = (cases(training, modality), cases("validation", modality)), cases("target", args.target)
+    test = cases("test", args.target)
+    plan = arrange_patients(names, labelled, (target, []), test, args.upper_bound, "protocol uuds")
+    return replace(plan, description=f"Vestibular-Schwannoma-SEG, {plan.description}")
 
 
-def _crossmoda(args: argparse.Namespace, layout: str, folders: Sequence[Path], warnings: list[str]) -> Arranged:
+def _crossmoda(
+    args: argparse.Namespace, layout: str, folders: Sequence[Path], names: tuple[str, str], warnings: list[str]
+) -> Arrangement:
     if args.target != "hrt2" or args.upper_bound:
         raise UDAError(
             f"{folders[0]}: crossMoDA has labels of ceT1 alone; expected -source cet1 -target hrt2 without "
@@ -551,18 +506,15 @@ def _crossmoda(args: argparse.Namespace, layout: str, folders: Sequence[Path], w
     if args.exclude or args.test_ids:
         raise UDAError("-exclude and -test_ids go with -protocol uuds; crossMoDA's groups are the vendor's.")
     year, cases = find_crossmoda(folders, args.structures)
-    splits, few = source_folds([case.identifier for case in cases["source"]], FOLDS, args.seed)
-    warnings += few
     labelled = "labelsTs" if any(case.label for case in cases["validation"]) else None
     groups = [
         Group("ceT1", cases["source"], "imagesTr", "labelsTr"),
         Group("hrT2", cases["target"], "imagesTu"),
         Group("hrT2", cases["validation"], "imagesTs", labelled),
     ]
-    return groups, splits, f"crossMoDA {year}, ceT1 to hrT2, the vendor's groups"
+    splits = source_folds(ids(cases["source"]), FOLDS, args.seed, warnings)
+    return Arrangement(groups, splits, None, f"crossMoDA {year}, ceT1 to hrT2, the vendor's groups")
 
-
-main = script(__doc__, add_arguments, convert)
 
 if __name__ == "__main__":
-    main()
+    run_alone(__doc__, add_arguments, convert)

@@ -8,9 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import SimpleITK as sitk
 
-from nnunet_uda.data.convention import (
-    is_ct,
-)
+from nnunet_uda.data.convention import is_ct
 from nnunet_uda.dataset_conversion.case import CaseReport, Clipping, Group
 from nnunet_uda.errors import UDAError
 from nnunet_uda.images.intensities import (

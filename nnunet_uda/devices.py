@@ -13,11 +13,7 @@ DEVICE_HELP = "cpu, cuda or mps [cuda where there is one, else cpu]"
 
 
 def open_device(name: str) -> torch.device:
-    """The torch device of ``-device``.
-
-    Raises:
-        UDAError: if it is not there.
-    """
+    """The torch device of ``-device``; ``UDAError`` if it is not there."""
     import torch
 
     available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}

@@ -96,6 +96,12 @@ def printable(text: str, limit: int = 300) -> str:
     return line if len(line) <= limit else f"{line[:limit]}..."
 
 
+def some(values: Iterable[object], most: int = 5) -> str:
+    """``a, b and 3 more``: the first ``most`` of some values for a message."""
+    listed = list(map(str, values))
+    return ", ".join(listed[:most]) + (f" and {len(listed) - most} more" if len(listed) > most else "")
+
+
 def nested_deeper(value: Any, limit: int) -> bool:
     """Whether lists and dictionaries lie inside each other more than ``limit`` deep."""
     level = [value]

@@ -81,8 +81,7 @@ def check_plans(plans: Any, where: Path | str) -> dict[str, Any]:
         if key in plans:
             find_in_nnunet(key, plans[key], where)
     planner = plans.get("experiment_planner_used", "ExperimentPlanner")
-    if not _is_identifier(planner):
-        raise UDAError(f"{where}: 'experiment_planner_used' must be a class's name, found {shown(planner)}. {_ADVICE}")
+    _require(_is_identifier(planner), where, "experiment_planner_used", planner, "a class's name")
     for name, configuration in plans["configurations"].items():
         check_configuration(configuration, f"{where}, configuration {shown(name)}")
     _check_numbers(plans, where)
@@ -109,42 +108,41 @@ def check_configuration(configuration: dict[str, Any], where: Path | str) -> Non
         if key in configuration:
             find_in_nnunet(key, configuration[key], where)
     schemes = configuration.get("normalization_schemes", [])
-    if not isinstance(schemes, (list, tuple)):
-        raise UDAError(f"{where}: 'normalization_schemes' must be a list, found {shown(schemes)}. {_ADVICE}")
+    _require(isinstance(schemes, (list, tuple)), where, "normalization_schemes", schemes, "a list")
     for scheme in schemes:
         find_in_nnunet("normalization_schemes", scheme, where)
     if "architecture" not in configuration:  # inherited, or of an old nnU-Net, which names one of two networks
         old = configuration.get("UNet_class_name", "PlainConvUNet")
-        if old not in ("PlainConvUNet", "ResidualEncoderUNet"):
-            raise UDAError(f"{where}: 'UNet_class_name' is {shown(old)}, which nnU-Net never wrote. {_ADVICE}")
+        known = ("PlainConvUNet", "ResidualEncoderUNet")
+        _require(old in known, where, "UNet_class_name", old, f"{' or '.join(known)}, which nnU-Net wrote")
         return
     architecture = configuration["architecture"]
     parts = ("network_class_name", "arch_kwargs", "_kw_requires_import")
-    if not isinstance(architecture, dict) or not set(parts) <= set(architecture):
-        raise UDAError(f"{where}: 'architecture' must be an object with {', '.join(parts)}. {_ADVICE}")
+    complete = isinstance(architecture, dict) and set(parts) <= set(architecture)
+    _require(complete, where, "architecture", architecture, f"an object with {', '.join(parts)}")
     network, arguments, imported = (architecture[part] for part in parts)
-    if _class_of(network, ARCHITECTURES) is None:
-        raise UDAError(
-            f"{where}: the network is {shown(network)}; expected one of {ARCHITECTURES}, as {ARCHITECTURES}.unet."
-            f"PlainConvUNet. {_ADVICE}"
-        )
-    if not isinstance(arguments, dict) or not isinstance(imported, (list, tuple)):
-        raise UDAError(f"{where}: 'arch_kwargs' must be an object and '_kw_requires_import' a list. {_ADVICE}")
+    expected = f"one of {ARCHITECTURES}, as {ARCHITECTURES}.unet.PlainConvUNet"
+    _require(_class_of(network, ARCHITECTURES), where, "network_class_name", network, expected)
+    _require(isinstance(arguments, dict), where, "arch_kwargs", arguments, "an object")
+    _require(isinstance(imported, (list, tuple)), where, "_kw_requires_import", imported, "a list")
     for key in imported:
-        if not isinstance(key, str) or key not in arguments:
-            raise UDAError(f"{where}: '_kw_requires_import' names {shown(key)}, which 'arch_kwargs' lacks. {_ADVICE}")
+        known_key = isinstance(key, str) and key in arguments
+        _require(known_key, where, "_kw_requires_import", imported, "keys of 'arch_kwargs'")
         value = arguments[key]
-        if value is not None and not _is_layer(value, LAYERS.get(key)):
-            expected = "a layer of torch.nn" + ("" if key in LAYERS else f" or a class of {BLOCKS}")
-            raise UDAError(f"{where}: {shown(key)} is {shown(value)}; expected {expected} of that kind. {_ADVICE}")
+        expected = "a layer of torch.nn" + ("" if key in LAYERS else f" or a class of {BLOCKS}") + " of that kind"
+        _require(value is None or _is_layer(value, LAYERS.get(key)), where, key, value, expected)
+
+
+def _require(fits: object, where: Path | str, key: str, found: Any, expected: str) -> None:
+    if not fits:
+        raise UDAError(f"{where}: {key!r} is {shown(found)}; expected {expected}. {_ADVICE}")
 
 
 def _check_numbers(plans: dict[str, Any], where: Path | str) -> None:
     """Raise ``UDAError`` for numbers that nnU-Net's planner never writes, or that are missing."""
 
     def require(fits: object, key: str, found: Any, expected: str, place: str = "") -> None:
-        if not fits:
-            raise UDAError(f"{where}{place}: {key!r} is {shown(found)}; expected {expected}. {_ADVICE}")
+        _require(fits, f"{where}{place}", key, found, expected)
 
     require(isinstance(plans.get("uda", {}), dict), "uda", plans.get("uda"), "an object of settings")
     groups = plans.get(KEY, [])
@@ -204,9 +202,7 @@ def _resolved(configurations: dict[str, Any], name: str, where: str) -> dict[str
     while name is not None:
         if name in seen or name not in configurations:
             found = "which leads back to itself" if name in seen else "which there is not"
-            raise UDAError(
-                f"{where}: it inherits from {shown(name)}, {found}; expected another configuration. {_ADVICE}"
-            )
+            raise UDAError(f"{where}: it inherits from {shown(name)}, {found}; expected another one. {_ADVICE}")
         seen.append(name)
         content = configurations[name] | content
         name = configurations[name].get("inherits_from")
@@ -227,8 +223,8 @@ def find_in_nnunet(key: str, name: Any, where: Path | str) -> Any:
     """
     found = _found(_IN_NNUNET[key], name) if _is_identifier(name) else None
     fits = inspect.isfunction(found) if key.startswith("resampling_fn") else inspect.isclass(found)
-    if not fits or not found.__module__.startswith("nnunetv2."):
-        raise UDAError(f"{where}: '{key}' is {shown(name)}; nnunetv2.{_IN_NNUNET[key]} has no such one. {_ADVICE}")
+    fits = fits and found.__module__.startswith("nnunetv2.")
+    _require(fits, where, key, name, f"a name in nnunetv2.{_IN_NNUNET[key]}, which has no such one")
     return found
 
 

@@ -10,7 +10,7 @@ import os
 import pkgutil
 import re
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -255,13 +255,10 @@ def settings_of(trainer: type[Any], plans: dict[str, Any]) -> tuple[UDASettings,
 def refuse_unknown_methods(uda: dict[str, Any], method: str | None, where: str) -> None:
     """Raise ``UDAError`` where an object in ``uda`` is neither of ``method`` nor of any method that is found."""
     nested = [key for key in method_objects(uda) if key != method]
-    if nested:  # else nothing has to be searched
-        found = find_methods()
-        _refuse(nested, found, [method] if method else [], where)
-
-
-def _refuse(nested: Iterable[str], found: Found, more: list[str], where: str) -> None:
-    known = sorted({*found.names(), *more})
+    if not nested:  # then nothing has to be searched
+        return
+    found = find_methods()
+    known = sorted({*found.names(), *([method] if method else [])})
     for name in nested:
         if name not in known:
             failed = "".join(f". {path} could not be imported ({error})" for path, error in found.unreadable.items())
@@ -280,8 +277,8 @@ def check_uda(uda: dict[str, Any], where: str) -> None:
     Where several methods have a name, it is enough that one of them takes what is there.
     """
     shared, _ = split_settings(uda, None, where)
+    refuse_unknown_methods(uda, None, where)
     found = find_methods()
-    _refuse(method_objects(uda), found, [], where)
     parse_settings(UDASettings, {key: value for key, value in shared.items() if key not in found.names()}, where)
     for name in found.names():
         errors = []

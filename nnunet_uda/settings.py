@@ -241,25 +241,19 @@ def _in_place(value: Any, hint: Any) -> Any:
 
 
 def _has_type(value: Any, hint: Any) -> bool:
-    for option in _options(hint):
-        if get_origin(option) is Literal:
-            if any(type(value) is type(one) and value == one for one in get_args(option)):
-                return True
-        elif get_origin(option) is list:
-            if isinstance(value, list) and all(_has_type(item, get_args(option)[0]) for item in value):
-                return True
-        elif option is type(None):
-            if value is None:
-                return True
-        elif option is float:
-            if isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max:
-                return True
-        elif option is int:
-            if isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63:
-                return True
-        elif isinstance(value, option):
-            return True
-    return False
+    return any(_fits(value, option) for option in _options(hint))
+
+
+def _fits(value: Any, option: Any) -> bool:
+    if get_origin(option) is Literal:
+        return any(type(value) is type(one) and value == one for one in get_args(option))
+    if get_origin(option) is list:
+        return isinstance(value, list) and all(_has_type(item, get_args(option)[0]) for item in value)
+    if option is float:
+        return type(value) in (int, float) and abs(value) <= sys.float_info.max
+    if option is int:
+        return type(value) is int and abs(value) < 2**63
+    return value is None if option is type(None) else isinstance(value, option)
 
 
 NAMES = {

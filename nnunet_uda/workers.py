@@ -109,10 +109,7 @@ def _after(happened: Callable[[], bool], act: Callable[[], object]) -> None:
 
 
 def as_done(
-    function: Callable[..., Any],
-    tasks: Iterable[Any],
-    num_processes: int,
-    set_up: Callable[[], object] | None = None,
+    function: Callable[..., Any], tasks: Iterable[Any], num_processes: int, set_up: Callable[[], object] | None = None
 ) -> Iterator[Any]:
     """``function(task)`` of every task in spawned processes, as they are done.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import functools
 import importlib
 import io
@@ -37,6 +36,8 @@ from nnunetv2.training.dataloading import data_loader
 from nnunetv2.training.logging.nnunet_logger import LocalLogger
 from nnunetv2.utilities import find_objects
 from nnunetv2.utilities.find_class_by_name import temporarily_cleanup_imports_from_path, temporarily_extend_syspath
+
+from nnunet_uda.files import locked
 
 STARTED = time.monotonic()
 OVER = "the time given by --minutes is over"
@@ -417,8 +418,7 @@ def trainers_found_once() -> Iterator[None]:
 
 def made_once(folder: Path, make: Callable[[Path], object]) -> Path:
     """``folder``, which the first process that asks for it fills with ``make`` while the others wait."""
-    with open(folder.with_suffix(".lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with locked(folder.with_suffix(".lock"), wait=True):
         if not folder.exists():
             half = folder.with_suffix(".half")
             shutil.rmtree(half, ignore_errors=True)

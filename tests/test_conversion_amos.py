@@ -10,39 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import litter
-from support.btcv import save
+from support.amos import SHAPE, make_amos, organs, save, scan
 from support.folders import converter, vendor_fixtures
 from support.scans import load, names
 
 from nnunet_uda.dataset_conversion.amos import IN_BOTH, STRUCTURES
-
-SHAPE = (6, 8, 10)
-PARTS = {"Tr": (1, 4, 21, 507, 510, 600), "Va": (8, 499, 508)}
-"""Below 500 are CT."""
-
-
-def scan(number: int) -> np.ndarray:
-    low = -1000 if number < 500 else 0
-    return np.random.default_rng(number).integers(low, 1500, SHAPE).astype(np.int16)
-
-
-def organs(number: int) -> np.ndarray:
-    """Values 1 to 15 for CT; of MR, 14 and 15 lie below the field, and 13 too in 510."""
-    values = np.arange(1, 16 if number < 500 else 13 if number == 510 else 14)
-    label = np.zeros(SHAPE, np.uint8)
-    label[1:5].reshape(-1)[number % 7 :: 11][: len(values)] = values
-    return label
-
-
-def make_amos(tree: Path) -> Path:
-    for part, numbers in PARTS.items():
-        for number in numbers:
-            save(scan(number), tree / f"images{part}" / f"amos_{number:04d}.nii.gz", number)
-            save(organs(number), tree / f"labels{part}" / f"amos_{number:04d}.nii.gz", number)
-    save(scan(2), tree / "imagesTs" / "amos_0002.nii.gz", 2)
-    (tree / "dataset.json").write_text("{}")
-    return tree
-
 
 made, tree = vendor_fixtures(make_amos)
 convert, refused = converter("amos", "530", source="ct", target="mr")
@@ -92,18 +64,10 @@ def test_mr_to_ct_with_a_choice_of_organs(tree, capsys):
     assert "holds the structure 'bladder'" in message
 
 
-def test_test_ids_folds_and_the_upper_bound(tree):
+def test_test_ids(tree):
     out = convert(tree, "-test_ids", "510", "0507")
     assert names(out / "imagesTr") == ids("ct", 1, 4, 8, 21, 499), "the source is used whole"
     assert names(out / "imagesTu") == ids("mr", 508, 600) and names(out / "imagesTs") == ids("mr", 507, 510)
-    folds = convert(tree, "-protocol", "cisfa", d="531")
-    assert names(folds / "imagesTu") == names(folds / "labelsTs") == ids("mr", 507, 508, 510, 600)
-    splits = json.loads((folds / "splits_target.json").read_text())
-    assert sorted(case for split in splits for case in split["val"]) == ids("mr", 507, 508, 510, 600)
-    assert "intensities" not in json.loads((folds / "dataset.json").read_text())["uda"]
-    bound = convert(tree, "--upper_bound", d="532")
-    assert names(bound / "imagesTr") == names(bound / "labelsTr") == ids("mr", 507, 510, 600)
-    assert names(bound / "imagesTs") == ids("mr", 508) and not (bound / "imagesTu").exists()
 
 
 def test_a_scan_without_a_label(tree, capsys):
@@ -124,47 +88,42 @@ def _drop(tree: Path, *folders: str) -> None:
         shutil.rmtree(tree / folder)
 
 
-@pytest.mark.parametrize(
-    ("spoil", "options", "words"),
-    [
-        (lambda t: _drop(t, "labelsTr"), (), r"vendor: no imagesTr and labelsTr folder \(found: .*imagesTr"),
-        (_only_ct, (), r"vendor holds no MR scan among 5 \(found in imagesTr: amos_0001"),
-        (
-            lambda t: _drop(t, "imagesVa", "labelsVa"),
-            (),
-            r"fixes no test set for MR\. Name the test scans with -test_i",
-        ),
-        (lambda t: (t / "imagesTr/amos_0001.nii.gz").unlink(), (), r"labelsTr/amos_0001.nii.gz: its image is missing"),
-        (
-            lambda t: (t / "imagesTr/amos_0001.nii.gz").rename(t / "imagesTr/amos_0001_0000.nii.gz"),
-            (),
-            r"amos_0001_0000.nii.gz: unexpected file; expected only imagesTr/amos_<number>",
-        ),
-        (
-            lambda t: shutil.copy(t / "imagesTr/amos_0001.nii.gz", t / "imagesVa"),
-            (),
-            r"imagesVa/amos_0001.nii.gz: the same number as .*imagesTr/amos_0001.nii.gz",
-        ),
-        (
-            lambda t: save(scan(1), t / "imagesTr/amos_1.nii.gz", 1),
-            (),
-            r"amos_1.nii.gz: the same number as amos_0001",
-        ),
-        (lambda t: None, ("-structures", "all", "liver"), "expected all, or names"),
-        (lambda t: None, ("-target", "ct"), "-source and -target are both ct"),
-        (lambda t: None, ("-protocol", "cisfa", "-test_ids", "507"), "-test_ids goes with the split of AMOS22"),
-        (lambda t: None, ("-test_ids", "1"), "-test_ids names 1, which is not there"),
-        (
-            lambda t: save(np.full(SHAPE, 16, np.uint8), t / "labelsTr/amos_0001.nii.gz", 1),
-            (),
-            r"amos_0001.*the values 16",
-        ),
-    ],
-)
-def test_what_is_refused(tree, capsys, spoil, options, words):
+FIRST = "imagesTr/amos_0001.nii.gz"
+REFUSED = {
+    "no labels": (lambda t: _drop(t, "labelsTr"), (), r"vendor: no imagesTr and labelsTr folder \(found: .*imagesTr"),
+    "no MR": (_only_ct, (), r"vendor holds no MR scan among 5 \(found in imagesTr: amos_0001"),
+    "no test set": (
+        lambda t: _drop(t, "imagesVa", "labelsVa"), (), r"fixes no test set for MR\. Name the test scans with -test_i"
+    ),
+    "no image": (lambda t: (t / FIRST).unlink(), (), r"labelsTr/amos_0001.nii.gz: its image is missing"),
+    "another name": (
+        lambda t: (t / FIRST).rename(t / "imagesTr/amos_0001_0000.nii.gz"), (),
+        r"amos_0001_0000.nii.gz: unexpected file; expected only imagesTr/amos_<number>",
+    ),
+    "in both parts": (
+        lambda t: shutil.copy(t / FIRST, t / "imagesVa"), (),
+        r"imagesVa/amos_0001.nii.gz: the same number as .*imagesTr/amos_0001.nii.gz",
+    ),
+    "a number twice": (
+        lambda t: save(scan(1), t / "imagesTr/amos_1.nii.gz", 1), (), r"amos_1.nii.gz: the same number as amos_0001"
+    ),
+    "all and more": (lambda t: None, ("-structures", "all", "liver"), "expected all, or names"),
+    "one modality": (lambda t: None, ("-target", "ct"), "-source and -target are both ct"),
+    "folds and tests": (
+        lambda t: None, ("-protocol", "cisfa", "-test_ids", "507"), "-test_ids goes with the split of AMOS22"
+    ),
+    "an unknown test": (lambda t: None, ("-test_ids", "1"), "-test_ids names 1, which is not there"),
+    "a value": (
+        lambda t: save(np.full(SHAPE, 16, np.uint8), t / "labelsTr/amos_0001.nii.gz", 1), (), "amos_0001.*the values 16"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_refused(tree, capsys, case):
+    spoil, options, words = REFUSED[case]
     spoil(tree)
     assert re.search(words, refused(capsys, tree, *options), re.DOTALL)
-    assert not list((tree.parent / "nnUNet_raw").glob("Dataset*"))
 
 
 def test_a_folder_that_is_not_there(tree, capsys):

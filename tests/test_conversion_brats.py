@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import SimpleITK as sitk
-from conftest import litter
 from support.brats import FOLDERS, LPS, SHAPE, brain, case_folder, file, make_case, make_tree, save, tumour
-from support.folders import refusal, use_folders
+from support.folders import refuser, use_folders
 from support.scans import VENDORS, load, names
 
 from nnunet_uda.commands.convert import main
@@ -43,8 +43,7 @@ def read(path: Path) -> dict:
     return json.loads(path.read_text())
 
 
-def refused(capsys, tree: Path, *options: str, **keywords: str) -> str:
-    return refusal(capsys, convert, tree, *options, **keywords)
+refused = refuser(convert)
 
 
 # --- the split --------------------------------------------------------------------------------------------------------
@@ -119,31 +118,6 @@ def test_a_patient_with_several_visits_is_in_one_group(raw, tmp_path):
     assert len(names(test / "imagesTs")) == 6
 
 
-def test_upper_bound_has_the_same_test_patients(tree):
-    out, bound = convert(tree), convert(tree, "--upper_bound", d="525")
-    assert bound.name == "Dataset525_BraTS_T2_upper_bound"
-    assert names(bound / "imagesTr") == names(bound / "labelsTr") == names(out / "imagesTu")
-    assert names(bound / "imagesTs") == names(bound / "labelsTs") == names(out / "imagesTs")
-    assert read(bound / "splits_final.json") == read(out / "splits_target.json")
-    assert not (bound / "imagesTu").exists() and not (bound / "splits_target.json").exists()
-    assert "uda" not in read(bound / "dataset.json")
-
-
-def test_target_labels_cannot_change_what_is_trained_on(tree):
-    out = convert(tree)
-    training = [name.removesuffix("_t2") for name in names(out / "imagesTu")]
-    kept = {p.relative_to(out): p.read_bytes() for k in ("images*/*", "labelsTr/*", "splits*") for p in out.glob(k)}
-    assert len(kept) == 14
-    for name in training:  # not even opened
-        file(tree / "MICCAI_BraTS2020_TrainingData" / name, "seg").write_bytes(b"garbage")
-    again = convert(tree, d="506")
-    assert {path: (again / path).read_bytes() for path in kept} == kept
-    for name in training:
-        file(tree / "MICCAI_BraTS2020_TrainingData" / name, "seg").unlink()
-    again = convert(tree, d="507")
-    assert {path: (again / path).read_bytes() for path in kept} == kept
-
-
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
@@ -175,11 +149,6 @@ def test_namings_endings_and_round_trip(raw, tmp_path, year, capsys):
                 assert (sitk.GetArrayFromImage(label) == expected).all()
     assert seen == 5
     assert "repaired: nothing" in capsys.readouterr().out
-
-
-def test_what_systems_leave_beside_files_is_passed_over(tree):
-    litter(tree)
-    assert len(list(convert(tree).glob("images*/*"))) == 8
 
 
 def test_warnings_are_printed_where_an_error_stops(tree, capsys):
@@ -249,16 +218,6 @@ def test_regions_are_nnunets(raw, tmp_path, year, capsys):
     assert read(bound / "dataset.json")["labels"] == content["labels"]
 
 
-@pytest.mark.parametrize("structures", ["whole", "regions"])
-def test_verify_dataset_integrity(serial, tree, structures, capfd):
-    from nnunetv2.experiment_planning.verify_dataset_integrity import verify_dataset_integrity
-
-    out = convert(tree, "-structures", structures, "-protocol", "uuds")
-    verify_dataset_integrity(str(out), num_processes=1)
-    printed = capfd.readouterr().out.split("nnUNet_raw")[-1]
-    assert "verify_dataset_integrity Done" in printed and "Error" not in printed and "Warning:" not in printed
-
-
 @pytest.mark.slow
 def test_stock_planning_takes_the_regions(tree):
     from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor import DatasetFingerprintExtractor
@@ -319,143 +278,114 @@ def test_intensity_options_that_contradict(tree, capsys):
 # --- what is refused --------------------------------------------------------------------------------------------------
 
 
-def add_validation_case(cases: Path) -> None:
-    save(brain(1), cases / "BraTS20_Validation_001" / "BraTS20_Validation_001_t2.nii.gz")
+def every(change: Callable[[Path], object]) -> Callable[[Path], None]:
+    """``change`` of all labels."""
+    return lambda cases: [change(file(cases / f"BraTS20_Training_{i:03d}", "seg")) for i in range(1, 9)]
 
 
-def same_case_twice(cases: Path) -> None:
-    shutil.copytree(cases / "BraTS20_Training_004", cases / "LGG" / "BraTS20_Training_004")
+def relabelled(array: np.ndarray, **options) -> Callable[[Path], None]:
+    return every(lambda path: save(array, path, **options))
 
 
-def both_endings(cases: Path) -> None:
-    save(brain(4), cases / "BraTS20_Training_004" / "BraTS20_Training_004_t2.nii")
+def both(change: Callable[[Path], object]) -> Callable[[Path], None]:
+    """``change`` of both scans of one case."""
+    return lambda cases: [change(file(cases / "BraTS20_Training_004", kind)) for kind in ("t2", "flair")]
 
 
-def anothers_label(cases: Path) -> None:
-    path = file(cases / "BraTS20_Training_004", "seg")
-    path.rename(path.with_name("BraTS20_Training_005_seg.nii.gz"))
+def renamed(kind: str, name: str) -> Callable[[Path], object]:
+    return lambda cases: (path := file(cases / "BraTS20_Training_004", kind)).rename(path.with_name(name))
 
 
-def another_grid(cases: Path) -> None:
-    for i in range(1, 9):
-        save(tumour("2020"), file(cases / f"BraTS20_Training_{i:03d}", "seg"), spacing=(1.0, 1.0, 1.2))
+def added(name: str) -> Callable[[Path], None]:
+    return lambda cases: save(brain(1), cases / name)
 
 
-def flipped_label(cases: Path) -> None:
-    for i in range(1, 9):
-        save(tumour("2020"), file(cases / f"BraTS20_Training_{i:03d}", "seg"), direction=RAS)
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-40])
 
 
-def label_of_2023(cases: Path) -> None:
-    for i in range(1, 9):
-        save(tumour("2023"), file(cases / f"BraTS20_Training_{i:03d}", "seg"))
+def unpacked_and_cut(path: Path) -> None:
+    path.unlink()
+    save(brain(4), path.with_suffix(""))
+    cut(path.with_suffix(""))
 
 
-def no_labels(cases: Path) -> None:
-    for i in range(1, 9):
-        file(cases / f"BraTS20_Training_{i:03d}", "seg").unlink()
-
-
-def truncated_image(cases: Path) -> None:
-    for kind in ("t2", "flair"):
-        path = file(cases / "BraTS20_Training_004", kind)
-        path.write_bytes(path.read_bytes()[:-40])
-
-
-def truncated_nii(cases: Path) -> None:
-    for kind in ("t2", "flair"):
-        path = file(cases / "BraTS20_Training_004", kind)
-        path.unlink()
-        save(brain(4), path.with_suffix(""))
-        path.with_suffix("").write_bytes(path.with_suffix("").read_bytes()[:-40])
-
-
-def corrupt_label(cases: Path) -> None:
-    for i in range(1, 9):
-        file(cases / f"BraTS20_Training_{i:03d}", "seg").write_bytes(b"no image")
-
-
-def empty_image(cases: Path) -> None:
-    for kind in ("t2", "flair"):
-        save(np.zeros(SHAPE, np.int16), file(cases / "BraTS20_Training_004", kind))
-
-
-def nan_image(cases: Path) -> None:
+def with_nan() -> np.ndarray:
     array = brain(4).astype(np.float32)
     array[1, 5, 5] = np.nan
-    for kind in ("t2", "flair"):
-        save(array, file(cases / "BraTS20_Training_004", kind))
+    return array
 
 
-def fractional_label(cases: Path) -> None:
-    for i in range(1, 9):
-        save(tumour("2020") * np.float32(0.7), file(cases / f"BraTS20_Training_{i:03d}", "seg"))
+def four_dimensions(path: Path) -> None:
+    sitk.WriteImage(sitk.JoinSeries([sitk.GetImageFromArray(brain(i)) for i in range(2)]), str(path))
 
 
-def four_dimensions(cases: Path) -> None:
-    volumes = sitk.JoinSeries([sitk.GetImageFromArray(brain(i)) for i in range(2)])
-    for kind in ("t2", "flair"):
-        sitk.WriteImage(volumes, str(file(cases / "BraTS20_Training_004", kind)))
+truncated_image = both(cut)
+empty_image = both(lambda path: save(np.zeros(SHAPE, np.int16), path))
+nan_image = both(lambda path: save(with_nan(), path))
+MALFORMED = {
+    "validation case": (
+        added("BraTS20_Validation_001/BraTS20_Validation_001_t2.nii.gz"),
+        "BraTS20_Validation_001_t2.nii.gz: its folder is not named as a case",
+    ),
+    "case twice": (
+        lambda c: shutil.copytree(c / "BraTS20_Training_004", c / "LGG" / "BraTS20_Training_004"),
+        "BraTS20_Training_004: the same case as",
+    ),
+    "both endings": (
+        added("BraTS20_Training_004/BraTS20_Training_004_t2.nii"),
+        "BraTS20_Training_004_t2.nii.gz: BraTS20_Training_004_t2.nii is this case's t2 too",
+    ),
+    "another's label": (
+        renamed("seg", "BraTS20_Training_005_seg.nii.gz"),
+        "BraTS20_Training_004/BraTS20_Training_005_seg.nii.gz: unexpected file",
+    ),
+    "another grid": (
+        relabelled(tumour("2020"), spacing=(1.0, 1.0, 1.2)), "_seg.nii.gz: its geometry differs from that of"
+    ),
+    "flipped label": (relabelled(tumour("2020"), direction=RAS), "_seg.nii.gz: its geometry differs from that of"),
+    "label of 2023": (
+        relabelled(tumour("2023")), "_seg.nii.gz: the label holds the values 3, which are not in the map; expected only"
+    ),
+    "no labels": (every(Path.unlink), "_flair.nii.gz: there is no label for this FLAIR case"),
+    "truncated image": (truncated_image, "BraTS20_Training_004_"),
+    "truncated .nii": (both(unpacked_and_cut), ".nii: the file is truncated"),
+    "corrupt label": (every(lambda path: path.write_bytes(b"no image")), "_seg.nii.gz: cannot be read"),
+    "empty image": (empty_image, ".nii.gz: every voxel is 0"),
+    "NaN": (nan_image, ".nii.gz: 1 of 540 voxels are NaN"),
+    "fractional label": (
+        relabelled(tumour("2020") * np.float32(0.7)), "_seg.nii.gz: the label holds non-integer values"
+    ),
+    "four dimensions": (both(four_dimensions), ".nii.gz: the image has 4 dimensions"),
+    "two years": (
+        lambda c: make_case(c / "BraTS2021_00001", "2021", 1),
+        "BraTS2021_00001 as BraTS 2021; expected one year's training set",
+    ),
+    "meningioma": (
+        added("BraTS-MEN-00004-000/BraTS-MEN-00004-000-t2w.nii.gz"),
+        "BraTS-MEN-00004-000-t2w.nii.gz: its folder is not named as a case",
+    ),
+    "loose file": (
+        added("BraTS20_Training_004_t2.nii.gz"), "BraTS20_Training_004_t2.nii.gz: its folder is not named as a case"
+    ),
+    "misspelt file": (
+        renamed("t2", "BraTS20_Training_004_t2 (1).nii.gz"), "BraTS20_Training_004_t2 (1).nii.gz: unexpected file"
+    ),
+    "emptied": (
+        lambda c: (shutil.rmtree(c), c.mkdir()), "vendor holds no BraTS case (found: MICCAI_BraTS2020_TrainingData)"
+    ),
+    "few patients": (
+        lambda c: [shutil.rmtree(c / f"BraTS20_Training_{i:03d}") for i in range(5, 9)],
+        "4 patients (brats20_training_001, ",
+    ),
+}  # fmt: skip
 
 
-def two_years(cases: Path) -> None:
-    make_case(cases / "BraTS2021_00001", "2021", 1)
-
-
-def meningioma(cases: Path) -> None:
-    save(brain(1), cases / "BraTS-MEN-00004-000" / "BraTS-MEN-00004-000-t2w.nii.gz")
-
-
-def loose_file(cases: Path) -> None:
-    save(brain(1), cases / "BraTS20_Training_004_t2.nii.gz")
-
-
-def misspelt_file(cases: Path) -> None:
-    path = file(cases / "BraTS20_Training_004", "t2")
-    path.rename(path.with_name("BraTS20_Training_004_t2 (1).nii.gz"))
-
-
-def emptied(cases: Path) -> None:
-    shutil.rmtree(cases)
-    cases.mkdir()
-
-
-def few_patients(cases: Path) -> None:
-    for i in range(5, 9):
-        shutil.rmtree(cases / f"BraTS20_Training_{i:03d}")
-
-
-MALFORMED = [
-    (add_validation_case, "BraTS20_Validation_001_t2.nii.gz: its folder is not named as a case"),
-    (same_case_twice, "BraTS20_Training_004: this case is already in"),
-    (both_endings, "BraTS20_Training_004_t2.nii.gz: BraTS20_Training_004_t2.nii is this case's t2 too"),
-    (anothers_label, "BraTS20_Training_004/BraTS20_Training_005_seg.nii.gz: unexpected file"),
-    (another_grid, "_seg.nii.gz: its geometry differs from that of"),
-    (flipped_label, "_seg.nii.gz: its geometry differs from that of"),
-    (label_of_2023, "_seg.nii.gz: the label holds the values 3, which are not in the map; expected only"),
-    (no_labels, "_flair.nii.gz: there is no label for this FLAIR case"),
-    (truncated_image, "BraTS20_Training_004_"),
-    (truncated_nii, ".nii: the file is truncated"),
-    (corrupt_label, "_seg.nii.gz: cannot be read"),
-    (empty_image, ".nii.gz: every voxel is 0"),
-    (nan_image, ".nii.gz: 1 of 540 voxels are NaN"),
-    (fractional_label, "_seg.nii.gz: the label holds non-integer values"),
-    (four_dimensions, ".nii.gz: the image has 4 dimensions"),
-    (two_years, "BraTS2021_00001 as BraTS 2021; expected one year's training set"),
-    (meningioma, "BraTS-MEN-00004-000-t2w.nii.gz: its folder is not named as a case"),
-    (loose_file, "BraTS20_Training_004_t2.nii.gz: its folder is not named as a case"),
-    (misspelt_file, "BraTS20_Training_004_t2 (1).nii.gz: unexpected file"),
-    (emptied, "vendor holds no BraTS case (found: MICCAI_BraTS2020_TrainingData)"),
-    (few_patients, "4 patients (brats20_training_001, "),
-]
-
-
-@pytest.mark.parametrize(("spoil", "message"), MALFORMED, ids=[spoil.__name__ for spoil, _ in MALFORMED])
-def test_malformed_trees_are_refused(tree, spoil, message, capsys):
+@pytest.mark.parametrize("case", MALFORMED)
+def test_malformed_trees_are_refused(tree, case, capsys):
+    spoil, message = MALFORMED[case]
     spoil(tree / "MICCAI_BraTS2020_TrainingData")
     assert message in refused(capsys, tree)
-    raw = tree.parent / "nnUNet_raw"
-    assert not raw.exists() or not list(raw.iterdir())
 
 
 @pytest.mark.parametrize("spoil", [empty_image, nan_image, truncated_image])

@@ -13,26 +13,14 @@ import pytest
 import SimpleITK as sitk
 from conftest import litter
 from PIL import Image
-from support.chaos import (
-    CT,
-    MR,
-    REAL,
-    SHAPE,
-    assert_image,
-    make_chaos,
-    make_patient,
-    nth,
-    organs,
-    orientation,
-    stored,
-)
+from support.chaos import CT, MR, REAL, SHAPE, assert_image, make_chaos, make_patient, nth, organs, orientation, stored
 from support.dicom import edit, shorter
-from support.folders import check_litter, converter, use_folders, vendor_fixtures
+from support.folders import converter, use_folders, vendor_fixtures
 from support.scans import VENDORS, load, names
 
 from nnunet_uda.dataset_conversion.chaos import MR_GREYS, read_label
 from nnunet_uda.errors import UDAError
-from nnunet_uda.images.dicom import by_name, read_volume
+from nnunet_uda.images.dicom import by_name, read_series
 
 made, tree = vendor_fixtures(make_chaos)
 convert, refused = converter("chaos", "510", *VENDORS, source="ct", target="t2spir")
@@ -85,10 +73,6 @@ def test_two_sequences_of_the_same_patients_share_none(tree):
     assert names(again / "imagesTr") == target and names(again / "labelsTr") == target
 
 
-def test_what_systems_leave_beside_files_is_passed_over(tree):
-    check_litter(convert, tree)
-
-
 def test_a_patient_with_one_sequence_alone_counts_for_it(tree, capsys):
     shutil.rmtree(tree / "Train_Sets/MR/20/T2SPIR")
     shutil.rmtree(tree / "Train_Sets/MR/21/T1DUAL")
@@ -137,7 +121,7 @@ def test_unusual_greys_are_read_by_range_and_reported(tree, capsys):
 def test_the_ranges_of_greys(tmp_path, low, high, structure):
     make_patient(tmp_path, {"DICOM_anon": 1}, 1)
     slices, path = tmp_path / "DICOM_anon", tmp_path / "Ground" / "IMG-0002-00008.png"
-    image = read_volume(slices)
+    image = read_series(slices)
     for value in (low, high):
         set_grey(path, value)
         assert sitk.GetArrayFromImage(read_label(tmp_path / "Ground", image, slices, MR_GREYS)[0])[1, 0, 0] == structure
@@ -145,18 +129,6 @@ def test_the_ranges_of_greys(tmp_path, low, high, structure):
         set_grey(path, value)
         with pytest.raises(UDAError, match=f"IMG-0002-00008.png: grey values {value}; expected 0, 55-70"):
             read_label(tmp_path / "Ground", image, slices, MR_GREYS)
-
-
-def test_masks_cannot_change_an_image(tree):
-    def images(d: str) -> dict[str, bytes]:
-        out = convert(tree, d=d)
-        return {str(p.relative_to(out)): p.read_bytes() for p in out.glob("imagesT[us]/*")}
-
-    before = images("510")
-    for path in (tree / "Train_Sets/MR").glob("*/T2SPIR/Ground/*.png"):
-        Image.fromarray(np.zeros(SHAPE[1:], np.uint8)).save(path)
-    shutil.rmtree(tree / "Train_Sets/MR/2/T2SPIR/Ground")  # a training target's masks are not even opened
-    assert len(before) == 6 and images("511") == before
 
 
 def test_missing_sequence_or_masks_is_a_warning_or_with_strict_an_error(tree, capsys):
@@ -239,7 +211,7 @@ MALFORMED = {
         lambda t: edit(nth(t / SLICES, 2), Rows=9, Columns=7), (), r"IMG-0004-00007\.dcm: the slice is 7 x 9"
     ),
     "a patient twice": (
-        lambda t: shutil.copytree(t / "MR/1", t / "MR/01"), (), r"MR/0?1: the same patient number as \S+MR/0?1;"
+        lambda t: shutil.copytree(t / "MR/1", t / "MR/01"), (), r"MR/0?1: the same patient number as 0?1;"
     ),
     "a folder that is no patient": (lambda t: (t / "CT/liver").mkdir(), (), r"CT/liver: unexpected folder"),
     "no CT": (lambda t: shutil.rmtree(t / "CT"), (), r"Train_Sets: no CT folder \(found: MR\)"),
@@ -270,9 +242,7 @@ def test_malformed_trees_are_refused_by_name(tree, capsys, case):
     spoil, options, message = MALFORMED[case]
     spoil(tree / "Train_Sets")
     found = refused(capsys, tree, *options)
-    raw = tree.parent / "nnUNet_raw"
     assert re.search(message, found, re.DOTALL), found
-    assert not raw.exists() or not list(raw.iterdir())
 
 
 # --- the real case ----------------------------------------------------------------------------------------------------

@@ -10,57 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import litter
-from support.btcv import save
-from support.folders import refusal, vendor_fixtures
+from support.folders import refuser, vendor_fixtures
+from support.hearts import CASES, PATIENTS, UNLABELLED, frames, heart, make_acdc, make_emidec, scan
 from support.scans import load, names
 
 from nnunet_uda.commands.convert import main
 from nnunet_uda.dataset_conversion import emidec
 
-SHAPE = (5, 12, 12)
-PATIENTS = (1, 2, 3, 101, 150)
-CASES = ("N003", "N004", "P001", "P002")
-UNLABELLED = "101"
-ED = {2: 11}
-"""Frames at the end of diastole, where they are not the first; the end of systole is frame 4 then, else 7."""
 CINE, LGE = np.array([0, 0, 2, 1], np.uint8), np.array([0, 1, 2, 2, 2], np.uint8)
 """Values of ACDC and of EMIDEC to LV 1, myocardium 2."""
-
-
-def scan(*seed: int) -> np.ndarray:
-    return np.random.default_rng(seed).integers(1, 900, SHAPE).astype(np.int16)
-
-
-def heart(values: int, *seed: int) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, values + 1, SHAPE).astype(np.uint8)
-
-
-def frames(patient: int) -> tuple[int, int]:
-    """At the end of diastole and of systole."""
-    return (ED[patient], 4) if patient in ED else (1, 7)
-
-
-def make_acdc(tree: Path) -> Path:
-    for patient in PATIENTS:
-        name = f"patient{patient:03d}"
-        folder = tree / "database" / ("training" if patient <= 100 else "testing") / name
-        for frame in frames(patient):
-            save(scan(patient, frame), folder / f"{name}_frame{frame:02d}.nii.gz", 0)
-            save(heart(3, patient, frame), folder / f"{name}_frame{frame:02d}_gt.nii.gz", 0)
-        (folder / f"{name}_4d.nii.gz").write_bytes(b"not used")
-        ed, es = frames(patient)
-        (folder / "Info.cfg").write_text(f"ED: {ed}\nES: {es}\nGroup: DCM\nHeight: 184.0\nNbFrame: 30\nWeight: 95.0\n")
-    return tree
-
-
-def make_emidec(tree: Path) -> Path:
-    for index, case in enumerate((*CASES, UNLABELLED)):
-        folder = tree / "emidec-dataset-1.0.1" / f"Case_{case}"
-        save(scan(index), folder / "Images" / f"Case_{case}.nii.gz", 0)
-        if case != UNLABELLED:
-            save(heart(4 if case[0] == "P" else 2, index), folder / "Contours" / f"Case_{case}.nii.gz", 0)
-        (folder.parent / f"Case {case}.txt").write_text("age 50")
-    return tree
 
 
 def make_both(folder: Path) -> None:
@@ -79,8 +37,7 @@ def convert(trees: Path, name: str, *options: str, d: str = "540") -> Path:
     return next((trees.parent / "nnUNet_raw").glob(f"Dataset{d}_*"))
 
 
-def refused(capsys, *arguments, **options) -> str:
-    return refusal(capsys, convert, *arguments, **options)
+refused = refuser(convert)
 
 
 def patient(trees: Path, number: int) -> Path:
@@ -246,49 +203,25 @@ def packed(folder: Path) -> None:
         ("cine_lge", lambda t: None, ("-target", "cine"), "-source and -target are both cine"),
         ("cine_lge", lambda t: None, ("-test_ids", "P009"), "-test_ids names P009, which is not there"),
         ("cine_lge", lambda t: None, ("-protocol", "cisfa", "-test_ids", "P1"), "the split of ACDC and EMIDEC"),
-        (
-            "acdc",
-            lambda t: shutil.copytree(patient(t, 1), t / "ACDC/database/testing/patient001"),
-            (),
-            r"testing/patient001: the same patient as .*training/patient001",
-        ),
-        (
-            "acdc",
-            lambda t: (patient(t, 1) / "patient001_frame01.nii.gz").unlink(),
-            (),
-            r"patient001_frame01_gt.nii.gz: its image is missing",
-        ),
+        ("acdc", lambda t: shutil.copytree(patient(t, 1), t / "ACDC/database/testing/patient001"), (),
+         r"testing/patient001: the same patient as .*training/patient001"),
+        ("acdc", lambda t: (patient(t, 1) / "patient001_frame01.nii.gz").unlink(), (),
+         r"patient001_frame01_gt.nii.gz: its image is missing"),
         ("acdc", lambda t: (patient(t, 3) / "patient003_frame01.nii").touch(), (), "the same frame as patient003"),
         ("acdc", lambda t: patient(t, 3).rename(patient(t, 3).with_name("patient003 (1)")), (), "unexpected folder"),
         ("cine_lge", lambda t: gone(case(t, "P001") / "Contours"), (), "Contours: a link to /mnt/gone, where there is"),
         ("cine_lge", lambda t: gone(patient(t, 1).parent), (), "training: a link to /mnt/gone, where there is nothing"),
         ("emidec", lambda t: packed(case(t, "P001")), (), r"Case_P001.zip: a file; expected a folder.*Unpack it"),
-        (
-            "emidec",
-            lambda t: shutil.rmtree(case(t, "P001") / "Images"),
-            (),
-            r"Contours/Case_P001.nii.gz: its image is missing",
-        ),
-        (
-            "emidec",
-            lambda t: shutil.copy(
-                case(t, "P002") / "Contours/Case_P002.nii.gz", case(t, "P001") / "Contours/Case_P002.nii.gz"
-            ),
-            (),
-            r"Contours/Case_P002.nii.gz: unexpected file; expected Case_P001.nii.gz alone",
-        ),
-        (
-            "emidec",
-            lambda t: shutil.copytree(case(t, "P001"), case(t, "P1")),
-            (),
-            r"Case_P1: the same case as .*Case_P001",
-        ),
+        ("emidec", lambda t: shutil.rmtree(case(t, "P001") / "Images"), (),
+         r"Contours/Case_P001.nii.gz: its image is missing"),
+        ("emidec", lambda t: shutil.copy(case(t, "P002") / "Contours/Case_P002.nii.gz", case(t, "P001") / "Contours"),
+         (), r"Contours/Case_P002.nii.gz: unexpected file; expected Case_P001.nii.gz alone"),
+        ("emidec", lambda t: shutil.copytree(case(t, "P001"), case(t, "P1")), (), r"P1: the same case as Case_P001"),
     ],
 )  # fmt: skip
 def test_what_is_refused(trees, capsys, name, spoil, options, words):
     spoil(trees)
     assert re.search(words, refused(capsys, trees, name, *options), re.DOTALL)
-    assert not list((trees.parent / "nnUNet_raw").glob("Dataset*"))
 
 
 def test_an_empty_folder_in_place_of_a_frame(trees, capsys):

@@ -23,6 +23,7 @@ import SimpleITK as sitk
 from conftest import two_geometries
 from support.folders import use_folders
 from support.kills import held
+from support.scans import image_of, save
 
 from nnunet_uda.commands import convert
 from nnunet_uda.dataset_conversion.case import Case, Clipping, Group, convert_case
@@ -45,15 +46,6 @@ from nnunet_uda.images.reading import (
 MAP = LabelMap({7: 1})
 
 
-def image_of(array: np.ndarray, spacing=(1.0, 1.5, 2.0), origin=(3.0, -4.0, 5.0), direction=None) -> sitk.Image:
-    image = sitk.GetImageFromArray(array)
-    image.SetSpacing(spacing)
-    image.SetOrigin(origin)
-    if direction is not None:
-        image.SetDirection(direction)
-    return image
-
-
 def scan(seed: int, shape=(6, 8, 10), dtype=np.int16) -> np.ndarray:
     return np.random.default_rng(seed).integers(-500, 500, shape).astype(dtype)
 
@@ -62,12 +54,6 @@ def label(shape=(6, 8, 10), value=7) -> np.ndarray:
     array = np.zeros(shape, np.int16)
     array[2:4, 2:5, 3:6] = value
     return array
-
-
-def save(image: sitk.Image, path: Path) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sitk.WriteImage(image, str(path), path.name.endswith("gz"))
-    return path
 
 
 @pytest.fixture
@@ -274,10 +260,10 @@ def test_folds_are_a_seeded_partition():
 def test_too_few_cases_for_the_folds():
     with pytest.raises(UDAError, match=r"4 folds were asked for, with 3 cases \(a, b, c\)"):
         folds_of(["a", "b", "c"], 4, 0)
-    splits, warnings = source_folds(["a", "b", "c"], 4, 0)
-    assert len(splits) == 3 and "3 folds instead of 4" in warnings[0]
-    splits, warnings = source_folds(["a"], 4, 0)
-    assert splits == [{"train": ["a"], "val": ["a"]}] and "measures nothing" in warnings[0]
+    warnings: list[str] = []
+    assert len(source_folds(["a", "b", "c"], 4, 0, warnings)) == 3 and "3 folds instead of 4" in warnings[0]
+    assert source_folds(["a"], 4, 0, warnings) == [{"train": ["a"], "val": ["a"]}] and "measures nothing" in warnings[1]
+    assert source_folds([], 4, 0, warnings) == [] and len(warnings) == 2
 
 
 # --- the dataset ------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import pytest
 import SimpleITK as sitk
 from conftest import litter
 from support.dicom import DIRECTIONS, write_series
-from support.folders import use_folders
+from support.folders import refuser, use_folders
 from support.rtstruct import save_rtstruct
 from support.scans import load
 
@@ -70,13 +70,7 @@ def convert(data: Path, *more: str, **changes: str | list[str] | None) -> Path:
     return next((data / "nnUNet_raw").glob("Dataset510_*"))
 
 
-def refused(capsys, data: Path, *more: str, **changes: str | list[str] | None) -> str:
-    with pytest.raises(SystemExit) as exit_:
-        main(arguments(data, *more, **changes))
-    assert exit_.value.code == 1
-    raw = data / "nnUNet_raw"
-    assert not raw.exists() or not list(raw.iterdir())
-    return capsys.readouterr().err.split("ERROR: ")[1]
+refused = refuser(convert)
 
 
 def names(folder: Path) -> list[str]:
@@ -231,7 +225,7 @@ def test_folders_of_dicom_series_are_scans(data, below, names):
 
 def test_one_series_and_its_labels(data):
     array = series(data / "dicom" / "P1", 1)
-    image, _ = read_series(data / "dicom" / "P1")
+    image = read_series(data / "dicom" / "P1")
     label = sitk.GetImageFromArray(organs(5, 1))
     label.CopyInformation(image)
     (data / "dl").mkdir()
@@ -250,7 +244,7 @@ def test_one_series_and_its_labels(data):
 @pytest.mark.parametrize("orientation", ["axial", "sagittal", "oblique"])
 def test_labels_of_a_series_whose_axes_a_converter_turned(data, capsys, orientation):
     series(data / "dicom" / "P1", 1, direction=DIRECTIONS[orientation])
-    image, _ = read_series(data / "dicom" / "P1")
+    image = read_series(data / "dicom" / "P1")
     label = sitk.GetImageFromArray(organs(5, 1))
     label.CopyInformation(image)
     (data / "dl").mkdir()

@@ -17,10 +17,23 @@ import SimpleITK as sitk
 from conftest import litter
 from pydicom import dcmread
 from pydicom.dataset import Dataset
-from support.folders import use_folders
+from support.folders import refuser, use_folders
 from support.rtstruct import save_rtstruct
 from support.scans import VENDORS, names
-from support.vs import NUMBERS, ROLES, direction, make_tcia, outline, save_series, scan, structures, tumour, uid
+from support.vs import (
+    NUMBERS,
+    ROLES,
+    direction,
+    make_tcia,
+    outline,
+    real_crossmoda,
+    real_pairs,
+    save_series,
+    scan,
+    structures,
+    tumour,
+    uid,
+)
 
 from nnunet_uda.commands.convert import main
 from nnunet_uda.dataset_conversion.protocols import split_patients
@@ -134,13 +147,7 @@ def convert(tree: Path, *options: str, source: str = "cet1", target: str = "hrt2
     return next(Path(os.environ["nnUNet_raw"]).glob(f"Dataset{d}_*"))
 
 
-def refused(capsys, *arguments, **options) -> str:
-    with pytest.raises(SystemExit) as exit_:
-        convert(*arguments, **options)
-    assert exit_.value.code == 1
-    raw = Path(os.environ["nnUNet_raw"])
-    assert not raw.exists() or not list(raw.iterdir())
-    return capsys.readouterr().err.split("ERROR: ")[1]
+refused = refuser(convert)
 
 
 def ids(*groups: str, weighting: str) -> list[str]:
@@ -216,17 +223,6 @@ def test_crossmoda_validation_with_labels_of_ones_own(root):
     out = convert(tree)
     assert names(out / "labelsTs") == ["crossmoda_10_hrT2"]
     assert (sitk.GetArrayFromImage(sitk.ReadImage(str(out / "labelsTs/crossmoda_10_hrT2.nii.gz"))) == tumour(9)).all()
-
-
-def test_integrity_as_nnunet_sees_it(serial, root, pristine, capfd):
-    from nnunetv2.experiment_planning.verify_dataset_integrity import verify_dataset_integrity
-
-    out = convert(pristine("convenient"))
-    assert (out / "quicklook.png").exists()
-    capfd.readouterr()
-    verify_dataset_integrity(str(out), num_processes=1)
-    printed = capfd.readouterr().out
-    assert "verify_dataset_integrity Done" in printed and "warning" not in printed.lower() and "Error" not in printed
 
 
 def test_upper_bound(root, pristine):
@@ -687,18 +683,8 @@ def test_requests_that_are_refused(root, pristine, capsys):
 
 @pytest.mark.skipif(DATA is None, reason="NNUNET_UDA_TEST_DATA is not set: no real scans to convert")
 def test_real_scans_named_as_crossmoda(root):
-    tree, files = root / "vendor", Path(DATA, "vs")
-    for folder, name, file in (
-        ("source_training", "crossmoda_99_ceT1", "vs_gk_99_t1"),
-        ("source_training", "crossmoda_99_Label", "vs_gk_99_t1_seg"),
-        ("target_training", "crossmoda_198_hrT2", "vs_gk_98_t2"),
-        ("target_training", "crossmoda_195_hrT2", "vs_gk_95_t2"),
-        ("target_validation", "crossmoda_219_hrT2", "vs_gk_9_t2"),
-        ("target_validation", "crossmoda_219_Label", "vs_gk_9_t2_seg"),
-    ):
-        (tree / folder).mkdir(parents=True, exist_ok=True)
-        (tree / folder / f"{name}.nii.gz").symlink_to(files / f"{file}.nii.gz")
-    out = convert(tree)
+    files = Path(DATA, "vs")
+    out = convert(real_crossmoda(root / "vendor", files))
     for kind, name, file in (
         ("imagesTr", "crossmoda_99_ceT1_0000", "vs_gk_99_t1"), ("labelsTr", "crossmoda_99_ceT1", "vs_gk_99_t1_seg"),
         ("imagesTu", "crossmoda_198_hrT2_0000", "vs_gk_98_t2"), ("labelsTs", "crossmoda_219_hrT2", "vs_gk_9_t2_seg"),
@@ -709,15 +695,8 @@ def test_real_scans_named_as_crossmoda(root):
 
 @pytest.mark.skipif(DATA is None, reason="NNUNET_UDA_TEST_DATA is not set: no real scans to convert")
 def test_real_scans_in_the_converted_layout(root):
-    """One ceT1 and three hrT2 scans of four patients are there: copied into four pairs."""
-    tree, files = root / "vendor", Path(DATA, "vs")
-    for number, second in ((99, 98), (98, 98), (95, 95), (9, 9)):
-        folder = tree / f"vs_gk_{number}"
-        folder.mkdir(parents=True)
-        for kind, end in (("t1", "99_t1"), ("t2", f"{second}_t2")):
-            shutil.copy(files / f"vs_gk_{end}.nii.gz", folder / f"vs_gk_{kind}_ref{kind.upper()}.nii.gz")
-            shutil.copy(files / f"vs_gk_{end}_seg.nii.gz", folder / f"vs_gk_seg_ref{kind.upper()}.nii.gz")
-    out = convert(tree, "-test_ids", "9")
+    files = Path(DATA, "vs")
+    out = convert(real_pairs(root / "vendor", files), "-test_ids", "9")
     assert names(out / "imagesTs") == names(out / "labelsTs") == ["vs_gk_9_t2"]
     for kind, file in (("imagesTs/vs_gk_9_t2_0000", "vs_gk_9_t2"), ("labelsTs/vs_gk_9_t2", "vs_gk_9_t2_seg")):
         image, vendor = (sitk.ReadImage(str(p)) for p in (out / f"{kind}.nii.gz", files / f"{file}.nii.gz"))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import shlex
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -125,35 +124,10 @@ def test_schwannoma_from_dicom_to_predictions(vendor, tmp_path):
 # --- real scans: converted, and intact ------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(DATA is None, reason=NO_DATA)
-def test_real_schwannoma_scans_named_as_crossmoda(tmp_path):
-    files, tree = Path(DATA, "vs"), tmp_path / "vendor"
-    if not files.is_dir():
-        pytest.skip(f"{files} does not exist")
-    names = {
-        "source_training/crossmoda_99_ceT1": "vs_gk_99_t1", "source_training/crossmoda_99_Label": "vs_gk_99_t1_seg",
-        "target_training/crossmoda_198_hrT2": "vs_gk_98_t2", "target_training/crossmoda_195_hrT2": "vs_gk_95_t2",
-        "target_validation/crossmoda_219_hrT2": "vs_gk_9_t2",
-        "target_validation/crossmoda_219_Label": "vs_gk_9_t2_seg",
-    }  # fmt: skip
-    for name, file in names.items():
-        (tree / name).parent.mkdir(parents=True, exist_ok=True)
-        (tree / f"{name}.nii.gz").symlink_to(files / f"{file}.nii.gz")
-    intact_dataset(tmp_path, "vs", "-i", str(tree), "-source", "cet1", "-target", "hrt2")
-
-
-@pytest.mark.skipif(DATA is None, reason=NO_DATA)
-def test_real_schwannoma_scans_in_the_converted_layout(tmp_path):
-    """Four pairs of the one ceT1 and three hrT2 scans that there are."""
-    files, tree = Path(DATA, "vs"), tmp_path / "vendor"
-    if not files.is_dir():
-        pytest.skip(f"{files} does not exist")
-    for number, second in ((99, 98), (98, 98), (95, 95), (9, 9)):
-        folder = tree / f"vs_gk_{number}"
-        folder.mkdir(parents=True)
-        for kind, end in (("t1", "99_t1"), ("t2", f"{second}_t2")):
-            shutil.copy(files / f"vs_gk_{end}.nii.gz", folder / f"vs_gk_{kind}_ref{kind.upper()}.nii.gz")
-            shutil.copy(files / f"vs_gk_{end}_seg.nii.gz", folder / f"vs_gk_seg_ref{kind.upper()}.nii.gz")
+@pytest.mark.skipif(not Path(DATA or "", "vs").is_dir(), reason=NO_DATA)
+@pytest.mark.parametrize("make", [vs.real_crossmoda, vs.real_pairs])
+def test_real_schwannoma_scans(tmp_path, make):
+    tree = make(tmp_path / "vendor", Path(DATA or "", "vs"))
     intact_dataset(tmp_path, "vs", "-i", str(tree), "-source", "cet1", "-target", "hrt2")
 
 

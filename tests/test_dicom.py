@@ -13,12 +13,7 @@ import pytest
 import SimpleITK as sitk
 from conftest import litter
 from pydicom.encaps import encapsulate
-from pydicom.uid import (
-    DeflatedExplicitVRLittleEndian,
-    JPEGLosslessSV1,
-    RLELossless,
-    generate_uid,
-)
+from pydicom.uid import DeflatedExplicitVRLittleEndian, JPEGLosslessSV1, RLELossless, generate_uid
 from support.dicom import DIRECTIONS, edit, shorter, write_series
 
 from nnunet_uda.dataset_conversion.case import Case, convert_case
@@ -28,7 +23,6 @@ from nnunet_uda.images.dicom import (
     dicom_files,
     order_series,
     read_series,
-    read_volume,
     series_folders,
     series_remarks,
 )
@@ -49,7 +43,7 @@ def test_round_trip_of_voxels_and_geometry(tmp_path, orientation, order):
     ranks = {"by position": range(6), "reversed": range(5, -1, -1), "shuffled": [3, 0, 5, 1, 4, 2]}[order]
     array, direction = scan(), DIRECTIONS[orientation]
     files = write_series(tmp_path, array, direction=direction, names=[f"s{rank}.dcm" for rank in ranks])
-    image, series = read_series(tmp_path)
+    image, series = read_series(tmp_path), order_series(tmp_path)
     assert (sitk.GetArrayFromImage(image) == array).all() and image.GetPixelID() == sitk.sitkInt16
     assert series.files == files and series.size == image.GetSize() == (7, 5, 6)
     assert np.allclose(image.GetSpacing(), (0.75, 0.5, 2.0), atol=1e-5)  # SliceThickness says 9.5
@@ -71,7 +65,7 @@ def test_rescale_slope_and_intercept(tmp_path, slope, intercept, dtype):
 
     array = scan(dtype=np.uint16)
     write_series(tmp_path, array, change=rescaled)
-    voxels = sitk.GetArrayFromImage(read_series(tmp_path)[0])
+    voxels = sitk.GetArrayFromImage(read_series(tmp_path))
     assert voxels.dtype == dtype and (voxels == array * float(slope) + intercept).all()
 
 
@@ -81,7 +75,7 @@ def test_every_slice_has_its_own_slope(tmp_path):
 
     array = scan(dtype=np.uint16)
     write_series(tmp_path, array, change=rescaled)
-    voxels = sitk.GetArrayFromImage(read_series(tmp_path)[0])
+    voxels = sitk.GetArrayFromImage(read_series(tmp_path))
     assert voxels.dtype == np.float32 and (voxels == array * (1 + 0.5 * np.arange(6))[:, None, None]).all()
 
 
@@ -103,7 +97,7 @@ def test_empty_elements_count_as_missing(tmp_path, how):
         ds = pydicom.dcmread(path)
         change(ds, 0)
         ds.save_as(path)
-    image, _ = read_series(tmp_path)
+    image = read_series(tmp_path)
     assert (sitk.GetArrayFromImage(image) == scan()).all() and image.GetPixelID() == sitk.sitkInt16
     assert np.allclose(image.GetSpacing(), (0.75, 0.5, 2.0))
 
@@ -116,7 +110,7 @@ def test_float_pixels_keep_their_fractions(tmp_path):
         ds.FloatPixelData = (scan()[z] + 0.25).astype("<f4").tobytes()
 
     write_series(tmp_path, scan(), change=floats)
-    assert (sitk.GetArrayFromImage(read_series(tmp_path)[0]) == scan() + 0.25).all()
+    assert (sitk.GetArrayFromImage(read_series(tmp_path)) == scan() + 0.25).all()
 
 
 def test_deflated_files(tmp_path):
@@ -125,7 +119,7 @@ def test_deflated_files(tmp_path):
         ds = pydicom.dcmread(path)
         ds.file_meta.TransferSyntaxUID = DeflatedExplicitVRLittleEndian
         ds.save_as(path)
-    assert (sitk.GetArrayFromImage(read_series(tmp_path)[0]) == scan()).all()
+    assert (sitk.GetArrayFromImage(read_series(tmp_path)) == scan()).all()
     content = files[0].read_bytes()
     end = 144 + pydicom.dcmread(files[0]).file_meta.FileMetaInformationGroupLength
     zeros = zlib.compressobj(wbits=-zlib.MAX_WBITS)
@@ -140,7 +134,7 @@ def test_agrees_with_itk(tmp_path):
     files = write_series(tmp_path, array, direction=DIRECTIONS["oblique"], modality="CT")
     reader = sitk.ImageSeriesReader()
     reader.SetFileNames([str(path) for path in files])
-    other, image = reader.Execute(), read_series(tmp_path)[0]
+    other, image = reader.Execute(), read_series(tmp_path)
     assert (sitk.GetArrayFromImage(other) == sitk.GetArrayFromImage(image)).all()
     for get in ("GetSpacing", "GetOrigin", "GetDirection"):
         assert np.allclose(getattr(other, get)(), getattr(image, get)(), atol=1e-4)
@@ -152,7 +146,7 @@ def test_large_unsigned_values_and_rle(tmp_path):
         ds = pydicom.dcmread(path)
         ds.compress(RLELossless)
         ds.save_as(path)
-    voxels = sitk.GetArrayFromImage(read_series(tmp_path)[0])
+    voxels = sitk.GetArrayFromImage(read_series(tmp_path))
     assert voxels.dtype == np.int32 and (voxels == array).all()
 
 
@@ -162,7 +156,7 @@ def test_what_an_anonymiser_does_to_series_uids_is_accepted(tmp_path, uid):
         ds.SeriesInstanceUID = uid()
 
     write_series(tmp_path, scan(), change=own_series)
-    assert (sitk.GetArrayFromImage(read_series(tmp_path)[0]) == scan()).all()
+    assert (sitk.GetArrayFromImage(read_series(tmp_path)) == scan()).all()
 
 
 def test_unusual_intensities_of_a_series_are_warned_of(tmp_path):
@@ -173,7 +167,7 @@ def test_unusual_intensities_of_a_series_are_warned_of(tmp_path):
     write_series(tmp_path / "P1", scan(), change=padded)
     write_series(tmp_path / "P2", scan())
     (tmp_path / "masks").mkdir()
-    report = convert_case(Case("a", (tmp_path / "P1",), read_image=read_volume), tmp_path, None, 0)
+    report = convert_case(Case("a", (tmp_path / "P1",), read_image=read_series), tmp_path, None, 0)
     inverted, outside = report.warnings
     assert "P1: its slices are to be shown inverted (MONOCHROME1), and are taken as stored: compare" in inverted
     assert "P1: voxels of -2000 lie outside of the scan, and are taken as stored: compare the picture" in outside
@@ -185,7 +179,7 @@ def test_positions_rounded_to_a_tenth_of_a_millimetre_are_accepted(tmp_path):
         ds.ImagePositionPatient = [0, 0, round(0.75 * z, 1)]
 
     write_series(tmp_path, scan(), change=rounded)
-    assert np.allclose(read_series(tmp_path)[0].GetSpacing(), (0.75, 0.5, 0.76))  # 3.8 mm in five steps
+    assert np.allclose(read_series(tmp_path).GetSpacing(), (0.75, 0.5, 0.76))  # 3.8 mm in five steps
 
 
 def test_files_of_a_folder(tmp_path):
@@ -209,7 +203,7 @@ def test_any_ending_and_none(tmp_path, name):
     (tmp_path / "a" / "README").write_text("no DICOM")
     litter(tmp_path)
     assert series_folders(tmp_path) == [tmp_path / "a" / "b"]
-    assert (sitk.GetArrayFromImage(read_series(tmp_path / "a" / "b")[0]) == scan()).all()
+    assert (sitk.GetArrayFromImage(read_series(tmp_path / "a" / "b")) == scan()).all()
 
 
 def test_a_slice_without_an_ending_that_is_cut_short_is_not_missed(tmp_path):

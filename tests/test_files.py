@@ -227,10 +227,7 @@ def test_who_waited_for_a_folder_that_was_removed_holds_the_new_one(tmp_path):
 @pytest.mark.parametrize(
     ("error", "words"),
     [
-        (
-            PermissionError(errno.EACCES, "Permission denied", "/a"),
-            r"Permission denied: '/a'\. Give this user",
-        ),
+        (PermissionError(errno.EACCES, "Permission denied", "/a"), r"Permission denied: '/a'\. Give this user"),
         (OSError(errno.EROFS, "Read-only file system", "/a"), "Read-only file system: '/a'. Mount it for writing"),
         (OSError(errno.ENOSPC, "No space left on device"), r"No space left on device\. Make room"),
         (OSError(errno.ENAMETOOLONG, "File name too long", "/a"), "Choose a shorter name"),

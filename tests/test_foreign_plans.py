@@ -206,7 +206,7 @@ def test_prediction_builds_no_network_from_other_names(monkeypatch, watched, nam
     trainer = recursive_find_trainer_class_by_name(name)
     manager = PlansManager(changed("architecture", "network_class_name", value="os.system"))
     monkeypatch.setattr(sys, "excepthook", sys.__excepthook__)
-    with pytest.raises(UDAError, match="the network is 'os.system'"):
+    with pytest.raises(UDAError, match="'network_class_name' is 'os.system'"):
         trainer.build_network_architecture(manager, manager.get_configuration("2d"), 1, 2, False)
     assert sys.excepthook is print_without_traceback
 
@@ -259,6 +259,6 @@ def test_a_planner_that_nnunet_lacks_plans_no_plane(tmp_path, monkeypatch):
     (tmp_path / "Dataset501_Blobs").mkdir()
     (tmp_path / "Dataset501_Blobs" / "dataset.json").write_text("{}")
     content = plans() | {"image_reader_writer": "SimpleITKIOWithReorient", "experiment_planner_used": "MyOwnPlanner"}
-    with pytest.raises(UDAError, match="'MyOwnPlanner'; nnunetv2.experiment_planning has no such one"):
+    with pytest.raises(UDAError, match="'MyOwnPlanner'; expected a name in nnunetv2.experiment_planning"):
         replan_plane("Dataset501_Blobs", copy.deepcopy(content), "coronal", "Q")
     assert find_in_nnunet("label_manager", "LabelManager", Path("x")).__name__ == "LabelManager"

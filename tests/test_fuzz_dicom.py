@@ -21,7 +21,7 @@ from support.rtstruct import RTSTRUCT, grid, ring
 
 from nnunet_uda.dataset_conversion.chaos import read_png
 from nnunet_uda.errors import UDAError
-from nnunet_uda.images.dicom import read_series
+from nnunet_uda.images.dicom import order_series, read_series
 from nnunet_uda.images.rtstruct import Structures, rasterise, read_contours_json, read_rtstruct
 
 MANY = few_or_many(150, 2000)
@@ -190,7 +190,7 @@ def test_dicom_slices(tmp_path, count):
         (tmp_path / f"{z}.dcm").write_bytes(dicom_file(slice_elements(z), rng))
 
     def read() -> None:
-        image, series = read_series(tmp_path)
+        image, series = read_series(tmp_path), order_series(tmp_path)
         assert np.isfinite(sitk.GetArrayViewFromImage(image)).all()
         assert len(series.slices) == image.GetSize()[2] == 2 and np.isfinite(image.GetOrigin()).all()
 

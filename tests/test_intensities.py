@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 from conftest import litter, two_geometries
-from support.folders import use_folders
-from support.scans import body
+from support.folders import refuser, use_folders
+from support.scans import body, load, save
+from support.scans import image_of as make_image
 
 from nnunet_uda.commands.convert import main as convert
 from nnunet_uda.commands.intensities import clip, main
@@ -32,12 +33,7 @@ UUDS = Intensities((5, 95), (-1, 1))
 DIRECTION = (0.0, 0, 1.0, 1.0, 0, 0, 0, 1.0, 0)
 
 
-def image_of(array: np.ndarray) -> sitk.Image:
-    image = sitk.GetImageFromArray(array)
-    image.SetSpacing((1.0, 1.5, 2.0))
-    image.SetOrigin((3.0, -4.0, 5.0))
-    image.SetDirection(DIRECTION)
-    return image
+image_of = partial(make_image, direction=DIRECTION)
 
 
 def brain(seed: int = 0, dtype=np.int16) -> np.ndarray:
@@ -46,21 +42,7 @@ def brain(seed: int = 0, dtype=np.int16) -> np.ndarray:
     return array
 
 
-def save(image: sitk.Image, path: Path) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sitk.WriteImage(image, str(path), path.name.endswith("gz"))
-    return path
-
-
-def load(path: Path) -> np.ndarray:
-    return sitk.GetArrayFromImage(sitk.ReadImage(str(path)))
-
-
-def refused(capsys, *arguments: object) -> str:
-    with pytest.raises(SystemExit) as exit_:
-        main([str(argument) for argument in arguments])
-    assert exit_.value.code == 1
-    return capsys.readouterr().err.split("ERROR: ")[1]
+refused = refuser(lambda *arguments: main([str(argument) for argument in arguments]))
 
 
 # --- the function -----------------------------------------------------------------------------------------------------

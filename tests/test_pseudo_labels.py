@@ -348,7 +348,7 @@ def a_probability(dataset: Path) -> None:
     ("prepare", "options", "words"),
     [
         (an_extra, (), r"ct_Ts00.nii.gz: ct_Ts00 is no case of imagesTu"),
-        (lambda d: None, ("left=5", "right=3", "liver=5"), "the dataset has no structure 'liver'"),
+        (lambda d: None, ("left=5", "right=3", "liver=6"), "the dataset has no structure 'liver'"),
         (lambda d: None, ("left=5",), "-labels names nothing for right"),
         (lambda d: None, ("left=5", "right=5"), "5 is already left"),
         (lambda d: None, ("left=5", "right=right"), "values for all structures, or names of files for all"),

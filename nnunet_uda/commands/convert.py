@@ -5,22 +5,13 @@ from __future__ import annotations
 import argparse
 
 from nnunet_uda.dataset_conversion import abdomen, acdc, amos, brats, btcv, chaos, cine_lge, emidec, folders, mmwhs, vs
-from nnunet_uda.dataset_conversion.dataset import recover
-from nnunet_uda.dataset_conversion.options import check_arguments
+from nnunet_uda.dataset_conversion.options import add_common_arguments
+from nnunet_uda.dataset_conversion.options import run as check_and_convert
 from nnunet_uda.errors import UDAError, command
 
 CONVERTERS = {
-    "mmwhs": mmwhs,
-    "abdomen": abdomen,
-    "chaos": chaos,
-    "btcv": btcv,
-    "amos": amos,
-    "cine_lge": cine_lge,
-    "acdc": acdc,
-    "emidec": emidec,
-    "brats": brats,
-    "vs": vs,
-    "folders": folders,
+    module.__name__.rpartition(".")[2]: module
+    for module in (mmwhs, abdomen, chaos, btcv, amos, cine_lge, acdc, emidec, brats, vs, folders)
 }
 
 
@@ -34,14 +25,13 @@ def make_parser(converter: str) -> argparse.ArgumentParser:
         raise UDAError(f"there is no converter {converter!r}. There are: {', '.join(CONVERTERS)}")
     parser = argparse.ArgumentParser()
     CONVERTERS[converter].add_arguments(parser)
+    add_common_arguments(parser)
     return parser
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Convert, and say what comes next."""
-    check_arguments(arguments)
-    recover(arguments.d)
-    CONVERTERS[arguments.dataset].convert(arguments)
+    check_and_convert(CONVERTERS[arguments.dataset].convert, arguments)
     print(f"Next: nnUNetv2_plan_and_preprocess -d {arguments.d} -c 2d --verify_dataset_integrity")
     print(f"Then: nnUNetUDA_train {arguments.d} 2d 0 -tr CASTTrainer")
     print(f"      on a CPU before it: nnUNetUDA_configure -d {arguments.d} -p nnUNetPlansCPU -preset cpu")
@@ -67,6 +57,7 @@ def main(argv: list[str] | None = None) -> None:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         module.add_arguments(subparser)
+        add_common_arguments(subparser)
     run(parser.parse_args(argv))
 
 

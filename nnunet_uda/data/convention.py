@@ -156,26 +156,28 @@ def check_dataset_json(content: Any, where: Path | str) -> dict[str, Any]:
     """
     if not isinstance(content, dict) or nested_deeper(content, 20):
         raise UDAError(f"{where} must hold a JSON object with 'channel_names', 'labels', 'numTraining', 'file_ending'")
+
+    def require(fits: object, what: str, found: Any) -> None:
+        if not fits:
+            raise UDAError(f"{where}: {what}, found {shown(found)}")
+
     ending, channels, labels = (content.get(key) for key in ("file_ending", "channel_names", "labels"))
-    if not is_plain_name(ending) or not str(ending).startswith("."):
-        raise UDAError(f"{where}: 'file_ending' must be like .nii.gz, found {shown(ending)}")
-    if not isinstance(channels, dict) or not channels or set(channels) != {str(i) for i in range(len(channels))}:
-        raise UDAError(f'{where}: \'channel_names\' must be like {{"0": "intensity"}}, found {shown(channels)}')
-    if not isinstance(labels, dict) or labels.get("background") != 0 or isinstance(labels["background"], bool):
-        raise UDAError(f'{where}: \'labels\' must be like {{"background": 0, "liver": 1}}, found {shown(labels)}')
+    require(is_plain_name(ending) and ending.startswith("."), "'file_ending' must be like .nii.gz", ending)
+    counted = isinstance(channels, dict) and channels and set(channels) == {str(i) for i in range(len(channels))}
+    require(counted, '\'channel_names\' must be like {"0": "intensity"}', channels)
+    start = labels.get("background") if isinstance(labels, dict) else None
+    require(type(start) is int and start == 0, '\'labels\' must be like {"background": 0, "liver": 1}', labels)
     for key, names in (("channel_names", channels.values()), ("labels", labels)):
         for name in names:
             check_name(name, f"{where}, '{key}'")
     values = [value for value in labels.values() if not isinstance(value, list)]  # lists are nnU-Net's regions
-    if not all(isinstance(value, int) and not isinstance(value, bool) for value in values):
-        raise UDAError(f"{where}: the values of 'labels' must be integers, found {shown(labels)}")
-    if len(values) == len(labels) and sorted(values) != list(range(len(values))):
-        raise UDAError(f"{where}: the values of 'labels' must be 0, 1, 2, ... without gaps, found {shown(labels)}")
+    require(all(type(value) is int for value in values), "the values of 'labels' must be integers", labels)
+    gapless = len(values) < len(labels) or sorted(values) == list(range(len(values)))
+    require(gapless, "the values of 'labels' must be 0, 1, 2, ... without gaps", labels)
     if "dataset" in content:
         _check_listed(content["dataset"], where)
     number = content.get("numTraining")
-    if not isinstance(number, int) or isinstance(number, bool) or number < 0:
-        raise UDAError(f"{where}: 'numTraining' must be the number of labelled cases, found {shown(number)}")
+    require(type(number) is int and number >= 0, "'numTraining' must be the number of labelled cases", number)
     return content
 
 
@@ -251,11 +253,7 @@ class Domains:
 
 
 def read_domains(dataset_json: dict[str, Any], where: str = "dataset.json") -> Domains:
-    """The names of both domains.
-
-    Raises:
-        UDAError: if the ``uda`` key is missing or lacks a name.
-    """
+    """The names of both domains; ``UDAError`` if the ``uda`` key is missing or lacks a name."""
     uda = dataset_json.get("uda")
     example = '"uda": {"source_domain": "MR", "target_domain": "CT"}'
     if not isinstance(uda, dict) or not {"source_domain", "target_domain"} & set(uda):

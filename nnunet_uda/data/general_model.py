@@ -7,7 +7,6 @@ nnU-Net's own files, the names may end in ``_0000``.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +14,9 @@ from pathlib import Path
 import numpy as np
 import SimpleITK as sitk
 
-from nnunet_uda.errors import UDAError
-from nnunet_uda.images.listing import entries, files_in
-from nnunet_uda.images.reading import LabelMap, read_label
-
-ENDINGS = (".nii.gz", ".nii")
+from nnunet_uda.errors import UDAError, some
+from nnunet_uda.images.listing import NIFTI, entries, files_in
+from nnunet_uda.images.reading import LabelMap, parse_parts, read_label
 
 
 @dataclass(frozen=True)
@@ -42,27 +39,13 @@ def parse_map(words: Sequence[str], structures: Sequence[str]) -> StructureMap:
         UDAError: a word of another form, a structure that the dataset lacks or that is left out, a value or file for
             two structures, numbers and names at once.
     """
-    found: dict[str, tuple[str, ...]] = {}
-    owner: dict[str, str] = {}
-    for text in words:
-        name, separator, others = text.partition("=")
-        parts = tuple(part.strip() for part in others.split(","))
-        if not separator or not all(re.fullmatch(r"[A-Za-z0-9][\w.-]*", part) for part in parts):
-            raise UDAError(f"-labels {text}: expected structure=value or =file, as liver=5, or kidney=left,right.")
-        if name not in structures:
-            raise UDAError(
-                f"-labels {text}: the dataset has no structure {name!r}; expected {', '.join(structures)}, each with "
-                "what the predictions call it."
-            )
-        if name in found:
-            raise UDAError(f"-labels {text}: {name} is named twice; give all of it at once, as {name}=2,3.")
-        for part in parts:
-            if owner.setdefault(part, name) != name or part == "0":
-                raise UDAError(
-                    f"-labels {text}: {part} is already {owner[part] if part != '0' else 'the background'}; expected "
-                    "every value or file in one structure."
-                )
-        found[name] = parts
+    expected = "structure=value or =file, as liver=5, or kidney=left,right"
+    found = parse_parts(words, r"[A-Za-z0-9][\w.-]*", expected, str)
+    if other := next((name for name in found if name not in structures), None):
+        raise UDAError(
+            f"-labels: the dataset has no structure {other!r}; expected {', '.join(structures)}, each with what the "
+            "predictions call it."
+        )
     if missing := [name for name in structures if name not in found]:
         raise UDAError(
             f"-labels names nothing for {', '.join(missing)}; expected every structure of the dataset: where "
@@ -77,7 +60,7 @@ def parse_map(words: Sequence[str], structures: Sequence[str]) -> StructureMap:
 
 
 def find_predictions(
-    folder: Path, cases: Collection[str], optional: Collection[str] = (), file_ending: str = ENDINGS[0]
+    folder: Path, cases: Collection[str], optional: Collection[str] = (), file_ending: str = NIFTI[0]
 ) -> dict[str, Path]:
     """The file or folder of each case; those in ``optional`` need none. ``file_ending`` is that of the dataset.
 
@@ -88,7 +71,7 @@ def find_predictions(
     for path in entries(folder):
         name = path.name
         if not path.is_dir():
-            ending = next((ending for ending in (file_ending, *ENDINGS) if name.endswith(ending)), None)
+            ending = next((ending for ending in (file_ending, *NIFTI) if name.endswith(ending)), None)
             if ending is None:
                 continue  # what tools write beside: statistics, plans
             name = name.removesuffix(ending)
@@ -97,8 +80,8 @@ def find_predictions(
         case = name if name in cases else name.removesuffix("_0000")
         if case not in cases:
             raise UDAError(
-                f"{path}: {name} is no case of imagesTu ({', '.join(sorted(cases)[:5])}"
-                f"{' ...' if len(cases) > 5 else ''}); expected predictions of these. Rename it, or move it away."
+                f"{path}: {name} is no case of imagesTu ({some(sorted(cases))}); expected predictions of these. Rename "
+                "it, or move it away."
             )
         if case in found:
             raise UDAError(f"{path}: there is also {found[case]} for {case}; expected one. Move one of them away.")
@@ -106,8 +89,7 @@ def find_predictions(
     if missing := sorted(set(cases) - set(found) - set(optional)):
         raise UDAError(
             f"{folder / missing[0]}{file_ending} does not exist; expected a prediction of every case in imagesTu, as a "
-            f"file or a folder of one file a structure (missing: {', '.join(missing[:10])}"
-            f"{' ...' if len(missing) > 10 else ''})."
+            f"file or a folder of one file a structure (missing: {some(missing, 10)})."
         )
     return found
 
@@ -117,13 +99,13 @@ def _masks(folder: Path) -> dict[str, Path]:
     return {
         path.name.removesuffix(ending): path
         for path in files_in(folder)
-        for ending in ENDINGS
+        for ending in NIFTI
         if path.name.endswith(ending)
     }
 
 
 def read_prediction(
-    place: Path, scan: sitk.Image, image: Path, names: StructureMap | None, structures: Sequence[str]
+    place: Path, scan: sitk.Image, image: Path, names: StructureMap | None, structures: Sequence[str], own: LabelMap
 ) -> tuple[np.ndarray, list[str]]:
     """Classes ``(z, y, x)`` uint8 on the scan's grid, and notes on what was decided.
 
@@ -131,6 +113,7 @@ def read_prediction(
         place: a file of all structures, or a folder of one file a structure.
         image: the scan's file, for messages.
         names: what the predictions call the structures; None where they are called as in the dataset: files by name.
+        own: what a file may hold then.
 
     Raises:
         UDAError: for a file that cannot be read, lies on another grid or is no mask, and a structure without a file.
@@ -143,10 +126,12 @@ def read_prediction(
             return _join(place, masks, scan, image, names, structures)
     if names is not None and names.files:
         raise UDAError(f"{place}: one file of all structures; expected values in -labels, as {structures[0]}=5.")
-    wanted = names.values if names is not None else {name: (index,) for index, name in enumerate(structures, 1)}
-    values = {value: index for index, name in enumerate(structures, 1) for value in wanted[name]}
+    label_map = own
+    if names is not None:
+        values = {value: index for index, name in enumerate(structures, 1) for value in names.values[name]}
+        label_map = LabelMap(values, ignore_other=True)
     label, _ = read_label(place, scan, image)
-    return LabelMap(values, ignore_other=True).apply(label, place), []
+    return label_map.apply(label, place), []
 
 
 def _join(
@@ -159,7 +144,7 @@ def _join(
 ) -> tuple[np.ndarray, list[str]]:
     if names is not None and names.values:
         raise UDAError(
-            f"{folder}: one file a structure ({', '.join(sorted(masks)[:5])} ...); expected names of files in -labels, "
+            f"{folder}: one file a structure ({some(sorted(masks))}); expected names of files in -labels, "
             f"as {structures[0]}={sorted(masks)[0]}."
         )
     files = names.files if names is not None else {name: (name,) for name in structures}
@@ -169,9 +154,8 @@ def _join(
         for part in files[name]:
             if part not in masks:
                 raise UDAError(
-                    f"{folder} has no file {part}.nii.gz for the structure {name}; it has "
-                    f"{', '.join(sorted(masks)[:10])}{' ...' if len(masks) > 10 else ''}. Say with -labels which "
-                    "files are it."
+                    f"{folder} has no file {part}.nii.gz for the structure {name}; it has {some(sorted(masks), 10)}. "
+                    "Say with -labels which files are it."
                 )
             label, _ = read_label(masks[part], scan, image)
             array = sitk.GetArrayViewFromImage(label)

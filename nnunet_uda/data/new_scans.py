@@ -130,11 +130,7 @@ def treat_new_scans(configuration: ConfigurationManager, plans: PlansManager) ->
 
 
 def domain_of_new_scans() -> str:
-    """``target`` or ``source``, by the environment.
-
-    Raises:
-        UDAError: for any other value of the variable.
-    """
+    """``target`` or ``source``, by the environment; ``UDAError`` for any other value of the variable."""
     domain = os.environ.get(VARIABLE, "").strip().lower() or "target"
     if domain not in ("source", "target"):
         raise UDAError(f"{VARIABLE}={os.environ[VARIABLE]}: expected source or target (the domain of the new scans).")

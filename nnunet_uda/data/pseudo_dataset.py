@@ -24,6 +24,7 @@ from nnunet_uda.data.general_model import StructureMap, find_predictions, read_p
 from nnunet_uda.data.pseudo_labels import implausible_structures, keep_components, structure_volumes
 from nnunet_uda.errors import UDAError, shown
 from nnunet_uda.files import link, whole_folder, write_json
+from nnunet_uda.images.geometry import on_grid
 from nnunet_uda.images.reading import LabelMap, read_image, read_label, write_image
 from nnunet_uda.names import check_name
 
@@ -152,13 +153,7 @@ def _own_label(request: Request, path: Path, image: Path) -> tuple[sitk.Image, d
     label, _ = read_label(path, scan, image)
     values = {**request.label_map.values, **_ignored(request.dataset_json, keep=True)}
     label_map = replace(request.label_map, values=values)
-    return _on_grid(label_map.apply(label, path), scan), {"left_out": "", "notes": ["its own label"]}
-
-
-def _on_grid(classes: np.ndarray, scan: sitk.Image) -> sitk.Image:
-    label = sitk.GetImageFromArray(classes)
-    label.CopyInformation(scan)  # nnU-Net compares exactly
-    return label
+    return on_grid(label_map.apply(label, path), scan), {"left_out": "", "notes": ["its own label"]}
 
 
 def _pseudo_label(
@@ -167,12 +162,7 @@ def _pseudo_label(
     """The cleaned prediction of a case; why it is left out, empty where it is taken; volumes and what was removed."""
     scan = read_image(image)
     number = len(request.structures)
-    if request.names is None and not place.is_dir():  # of a model of this dataset: other values are a mistake
-        prediction, _ = read_label(place, scan, image)
-        classes = request.label_map.apply(prediction, place)
-        notes: list[str] = []
-    else:
-        classes, notes = read_prediction(place, scan, image, request.names, request.structures)
+    classes, notes = read_prediction(place, scan, image, request.names, request.structures, request.label_map)
     cleaned = keep_components(classes, number, request.share)
     before, volumes = (structure_volumes(one, number, scan.GetSpacing()) for one in (classes, cleaned))
     removed = {
@@ -195,7 +185,7 @@ def _pseudo_label(
         if not estimate >= request.least:
             wrong.append(f"its estimated Dice is {estimate:.2f}, below {request.least:g}")
     in_ml = dict(zip(request.structures, (round(float(volume) / 1000, 3) for volume in volumes), strict=True))
-    return _on_grid(cleaned, scan), {
+    return on_grid(cleaned, scan), {
         "left_out": "; ".join(wrong), "notes": notes, "volumes_ml": in_ml, "removed_ml": removed,
     }  # fmt: skip
 

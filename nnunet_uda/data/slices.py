@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from nnunet_uda.errors import UDAError
-from nnunet_uda.images.geometry import Grid
+from nnunet_uda.errors import UDAError, some
+from nnunet_uda.images.geometry import Grid, mm
 
 REORIENTED, FILE, MIXED = "reoriented", "file", "mixed"
 SAME_PLANE = 40.0
@@ -123,9 +123,9 @@ def refuse_mixed_slices(dataset_json: Mapping[str, Any], patch_size: Sequence[in
         patch_size: the configuration's; one of three numbers is 3D, which has no slices.
     """
     if len(patch_size) == 2 and order_of(dataset_json) == MIXED:
-        odd = [str(name) for name in dataset_json["uda"]["slices"].get("odd", [])]
+        odd = dataset_json["uda"]["slices"].get("odd", [])
         raise UDAError(
-            f"{where}: the thick slices of {', '.join(odd[:5])}{' ...' if len(odd) > 5 else ''} lie along another axis "
+            f"{where}: the thick slices of {some(odd)} lie along another axis "
             f"than those of the other scans, in the files' order and in the body's: no plane is the slices' in all, so "
             f"nothing can be trained in 2D. {REMEDY}"
         )
@@ -146,11 +146,8 @@ def elsewhere(
     expected = 0 if slices else thick_axis(trained_spacing)
     if thick is None or thick == expected:
         return None
-    found = " x ".join(f"{value:.3g}" for value in after)
-    usual = " x ".join(f"{value:.3g}" for value in trained_spacing)
-    return (
-        f"its spacing is {found} mm, where the scans in training had about {usual} mm: its thick slices lie elsewhere"
-    )
+    found, usual = mm(after), mm(trained_spacing)
+    return f"its spacing is {found}, where the scans in training had about {usual}: its thick slices lie elsewhere"
 
 
 def plane_warning(plans: dict[str, Any], configuration: str) -> str | None:

@@ -284,8 +284,8 @@ def order_series(source: Path | Sequence[Path]) -> Series:
     )
 
 
-def read_series(source: Path | Sequence[Path]) -> tuple[sitk.Image, Series]:
-    """The volume of one series (a folder, or its files), and its slices in the volume's order.
+def read_series(source: Path | Sequence[Path]) -> sitk.Image:
+    """The volume of one series (a folder, or its files).
 
     Rescale slope and intercept of each slice are applied. Pixel type: the smallest signed one that holds all values
     where slopes and intercepts are whole numbers, else float32.
@@ -297,12 +297,7 @@ def read_series(source: Path | Sequence[Path]) -> tuple[sitk.Image, Series]:
     planes = [_pixels(slice_) for slice_ in series.slices]
     kinds = {plane.dtype for plane in planes}
     dtype = np.float32 if np.dtype(np.float32) in kinds else np.result_type(*kinds)
-    return series.image(np.stack(planes, dtype=dtype)), series
-
-
-def read_volume(folder: Path) -> sitk.Image:
-    """The volume in a folder of slices."""
-    return read_series(folder)[0]
+    return series.image(np.stack(planes, dtype=dtype))
 
 
 def series_remarks(folder: Path) -> list[str]:

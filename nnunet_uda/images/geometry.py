@@ -85,6 +85,13 @@ def place(image: sitk.Image, spacing: Sequence[float], origin: Sequence[float], 
     image.SetDirection(direction)
 
 
+def on_grid(array: np.ndarray, image: sitk.Image) -> sitk.Image:
+    """An array ``(z, y, x)`` as an image on the grid of another one, number for number."""
+    made = sitk.GetImageFromArray(array)
+    made.CopyInformation(image)
+    return made
+
+
 def differences(grid: Grid, other: Grid, rotation: float = 0.0) -> list[str]:
     """What tells two grids apart, as ``spacing (1, 1, 3) and (1, 1, 5)``; nothing within the tolerance.
 

@@ -20,6 +20,7 @@ import numpy as np
 import SimpleITK as sitk
 
 from nnunet_uda.errors import UDAError, shown
+from nnunet_uda.images.geometry import on_grid
 from nnunet_uda.images.reading import check_image, read_image
 
 PRESETS = {
@@ -178,9 +179,7 @@ class Intensities:
         """``image`` as ``clip`` makes it, on the same grid; a volume that keeps its type is changed in place."""
         voxels = sitk.GetArrayViewFromImage(image)
         if self.scale is not None or voxels.ndim != 3:
-            clipped = sitk.GetImageFromArray(self.clip(voxels, path))
-            clipped.CopyInformation(image)
-            return clipped
+            return on_grid(self.clip(voxels, path), image)
         bounds, step = self._checked_bounds(voxels, path), max(1, SLAB // voxels[0].size)
         for first in range(0, len(voxels), step):
             part = self._clipped(sitk.GetArrayViewFromImage(image)[first : first + step], *bounds)

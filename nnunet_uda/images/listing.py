@@ -11,6 +11,7 @@ from nnunet_uda.errors import UDAError
 
 ENDINGS = (".nii.gz", ".gipl.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd", ".gipl", ".hdr")
 """Of images that are taken from a folder; a file named explicitly may have any ending that SimpleITK reads."""
+NIFTI = (".nii.gz", ".nii")
 ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".rar")
 LEFT_BY_SYSTEMS = frozenset(
     "__macosx,icon\r,thumbs.db,ehthumbs.db,desktop.ini,$recycle.bin,lost+found,@eadir,#recycle,#snapshot,"
@@ -43,6 +44,11 @@ def files_in(folder: Path) -> list[Path]:
     """Files of ``entries``. What reading will refuse by name counts, too: links that lead nowhere, and folders (as some
     programs unpack an image), pipes and devices that are called as an image."""
     return [path for path in entries(folder) if path.is_file() or not path.exists() or _called_as_an_image(path)]
+
+
+def nifti_files(folder: Path) -> list[Path]:
+    """NIfTI files of ``files_in``."""
+    return [path for path in files_in(folder) if path.name.lower().endswith(NIFTI)]
 
 
 def _called_as_an_image(path: Path) -> bool:

@@ -6,16 +6,16 @@ import locale
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import SimpleITK as sitk
 
-from nnunet_uda.errors import UDAError, printable
+from nnunet_uda.errors import UDAError, printable, some
 from nnunet_uda.files import cannot_write
 from nnunet_uda.images.geometry import Grid, check_possible, check_same_geometry, place, short
 from nnunet_uda.images.listing import ENDINGS
@@ -29,6 +29,7 @@ MOST = 1e10
 """Intensities are below: whole numbers of 32 bits are. Greater ones overflow when they are normalised."""
 LEAST_CONTRAST = 1e-6
 """Of a scan's intensities: nnU-Net divides by no deviation below 1e-8."""
+Part = TypeVar("Part", int, str)
 
 
 @contextmanager
@@ -299,11 +300,7 @@ def _not_finite(voxels: np.ndarray, path: Path) -> UDAError:
 
 
 def write_image(image: sitk.Image, path: Path) -> None:
-    """Write an image, compressed.
-
-    Raises:
-        UDAError: if it cannot be written whole.
-    """
+    """Write an image, compressed; ``UDAError`` if it cannot be written whole."""
     check_path(path)
     try:
         sitk.WriteImage(image, str(path), True)
@@ -364,34 +361,49 @@ class LabelMap:
         if unknown:
             known = ", ".join(f"{v}{f' ({self.names[v]})' if v in self.names else ''}" for v in sorted(values))
             raise UDAError(
-                f"{path}: the label holds the values {_some(sorted(unknown))}, which are not in the map; expected only "
-                f"{known}. {self.hint}"
+                f"{path}: the label holds the values {some(sorted(unknown), 20)}, which are not in the map; expected "
+                f"only {known}. {self.hint}"
             )
         return classes
 
 
-def _some(values: list[int], limit: int = 20) -> str:
-    return ", ".join(map(str, values[:limit])) + (f" and {len(values) - limit} more" if len(values) > limit else "")
+def parse_parts(
+    arguments: Sequence[str], pattern: str, expected: str, kind: Callable[[str], Part]
+) -> dict[str, tuple[Part, ...]]:
+    """What ``-labels name=part,part ...`` gives to each name, in order.
+
+    Args:
+        pattern: of one part.
+        expected: in words.
+        kind: of a part's text; 0 is the background.
+
+    Raises:
+        UDAError: for another form, a name twice, and a part of two names.
+    """
+    found: dict[str, tuple[Part, ...]] = {}
+    owner: dict[Part, str] = {kind("0"): "the background"}
+    for text in arguments:
+        name, _, words = (part.strip() for part in text.partition("="))
+        parts = [part.strip() for part in words.split(",")]
+        if not name or not all(re.fullmatch(pattern, part) for part in parts):
+            raise UDAError(f"-labels {text}: expected {expected}.")
+        check_name(name, "-labels")
+        if name in found:
+            raise UDAError(f"-labels {text}: {name} is named twice; give all of it at once, as {name}=2,3.")
+        found[name] = tuple(map(kind, parts))
+        for part in found[name]:
+            if owner.setdefault(part, name) != name:
+                raise UDAError(
+                    f"-labels {text}: value {part} is already {owner[part]}; expected every one in one structure, and "
+                    "0 in none."
+                )
+    return found
 
 
 def parse_labels(arguments: Sequence[str]) -> dict[str, tuple[int, ...]]:
     """``["liver=5", "kidneys=2,3"]`` -> values by name, in order."""
-    structures: dict[str, tuple[int, ...]] = {}
-    owner: dict[int, str] = {}
-    for text in arguments:
-        match = re.fullmatch(r"([^=]+)=(-?\d{1,6}(?:,-?\d{1,6})*)", text)
-        if not match:
-            raise UDAError(f"-labels {text}: expected name=value or name=value,value with whole numbers, as liver=5.")
-        name, values = check_name(match[1].strip(), "-labels"), tuple(int(v) for v in match[2].split(","))
-        if name in structures:
-            raise UDAError(f"-labels {text}: {name} is named twice; give all its values at once, as {name}=2,3.")
-        for value in values:
-            if value == 0 or owner.setdefault(value, name) != name:
-                raise UDAError(
-                    f"-labels {text}: value {value} is already {owner.get(value, 'the background')}; expected every "
-                    "value in one structure, and 0 in none."
-                )
-        structures[name] = values
+    expected = "name=value or name=value,value with whole numbers, as liver=5"
+    structures = parse_parts(arguments, r"-?\d{1,6}", expected, int)
     if len(structures) > 254:
         raise UDAError(f"-labels: {len(structures)} structures; expected at most 254.")
     return structures

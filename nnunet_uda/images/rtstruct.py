@@ -15,7 +15,7 @@ from skimage.draw import polygon
 
 from nnunet_uda.errors import UDAError, printable
 from nnunet_uda.images.dicom import Header, read_header
-from nnunet_uda.images.geometry import FARTHEST
+from nnunet_uda.images.geometry import FARTHEST, Grid
 from nnunet_uda.images.reading import readable
 
 SAME_PLANE = 0.1
@@ -120,8 +120,9 @@ def rasterise(contours: Sequence[Contour], image: sitk.Image, path: Path) -> tup
     Raises:
         UDAError: when a contour crosses slices or leaves the image: it was drawn on another one.
     """
-    size, spacing = np.array(image.GetSize()), np.array(image.GetSpacing())
-    to_index = np.linalg.inv(np.array(image.GetDirection()).reshape(3, 3) * spacing)
+    grid = Grid.of(image)
+    size, thickness = np.array(grid.size), grid.spacing[2]
+    to_index = np.linalg.inv(grid.affine[:3, :3])
     drawn: list[tuple[float, np.ndarray, bool]] = []
     for contour in contours:
         if not (np.abs(contour.points) <= FARTHEST).all():
@@ -131,7 +132,7 @@ def rasterise(contours: Sequence[Contour], image: sitk.Image, path: Path) -> tup
             )
         if len(contour.points) < 3:
             continue
-        index = (contour.points - image.GetOrigin()) @ to_index.T
+        index = (contour.points - grid.origin) @ to_index.T
         x, y, z = index.T
         if np.ptp(z) > 0.5:
             raise UDAError(
@@ -152,7 +153,7 @@ def rasterise(contours: Sequence[Contour], image: sitk.Image, path: Path) -> tup
     while at < len(drawn):
         end = bisect_right(heights, heights[at] + SAME_PLANE)
         z = round(sum(heights[at:end]) / (end - at))
-        off = max(off, *(abs(height - z) * spacing[2] for height in heights[at:end]))
+        off = max(off, *(abs(height - z) * thickness for height in heights[at:end]))
         filled, cut = _even_odd([outline for _, outline, xor in drawn[at:end] if not xor], mask.shape[1:])
         for _, outline, xor in drawn[at:end]:
             if xor:
@@ -160,7 +161,7 @@ def rasterise(contours: Sequence[Contour], image: sitk.Image, path: Path) -> tup
         mask[z] |= filled
         holes, at = holes + cut, end
     # a tenth of a slice is rounding, and changes no voxel
-    notes = [f"contours up to {off:.2f} mm off the slices, drawn on the nearest"] if off > 0.1 * spacing[2] else []
+    notes = [f"contours up to {off:.2f} mm off the slices, drawn on the nearest"] if off > 0.1 * thickness else []
     if holes:
         notes.append(f"{holes} contours inside others, cut out of them as holes")
     return mask, notes

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import litter
 
 from nnunet_uda.commands.convert import main
-from support.scans import names
 
 
 def use_folders(monkeypatch: pytest.MonkeyPatch, root: Path) -> None:
@@ -43,7 +42,7 @@ def vendor_fixtures(make: Callable[[Path], object]) -> tuple[Any, Any]:
 def converter(name: str, d: str, *usual: str, source: str = "", target: str = "") -> tuple[Callable, Callable]:
     """A converter's ``convert(tree, *options, source=, target=, d=)``, which returns the dataset's folder.
 
-    And ``refused(capsys, tree, ...)``, what it says where it refuses. ``usual`` options are given in all calls.
+    And its ``refuser``. ``usual`` options are given in all calls.
     """
 
     def convert(tree: Path, *options: str, source: str = source, target: str = target, d: str = d) -> Path:
@@ -51,24 +50,18 @@ def converter(name: str, d: str, *usual: str, source: str = "", target: str = ""
         main([name, "-i", str(tree), "-d", d, *directions, "-np", "1", *usual, *options])
         return next((tree.parent / "nnUNet_raw").glob(f"Dataset{d}_*"))
 
+    return convert, refuser(convert)
+
+
+def refuser(command: Callable[..., object]) -> Callable[..., str]:
+    """``refused(capsys, ...)``: what ``command(...)`` says behind ERROR; it leaves nothing in ``nnUNet_raw``."""
+
     def refused(capsys: pytest.CaptureFixture, *arguments, **options) -> str:
-        return refusal(capsys, convert, *arguments, **options)
+        raw = Path(os.environ["nnUNet_raw"])
+        before = sorted(raw.glob("*"))
+        with pytest.raises(SystemExit) as exit_:
+            command(*arguments, **options)
+        assert exit_.value.code == 1 and sorted(raw.glob("*")) == before
+        return capsys.readouterr().err.split("ERROR: ")[1]
 
-    return convert, refused
-
-
-def check_litter(convert: Callable[..., Path], tree: Path) -> None:
-    """What systems leave beside files is passed over by ``convert(tree, d=...)``."""
-    clean = convert(tree)
-    litter(tree)
-    littered = convert(tree, d="599")
-    for folder in [path for path in clean.iterdir() if path.is_dir()]:
-        assert names(littered / folder.name) == names(folder) != []
-
-
-def refusal(capsys: pytest.CaptureFixture, command: Callable[..., object], *arguments, **options) -> str:
-    """What ``command`` says behind ERROR when it ends with status 1."""
-    with pytest.raises(SystemExit) as exit_:
-        command(*arguments, **options)
-    assert exit_.value.code == 1
-    return capsys.readouterr().err.split("ERROR: ")[1]
+    return refused

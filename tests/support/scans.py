@@ -20,6 +20,22 @@ VENDORS = ("-source_intensities", "none", "-target_intensities", "none")
 """Options by which a conversion keeps the voxels."""
 
 
+def image_of(
+    array: np.ndarray, spacing=(1.0, 1.5, 2.0), origin=(3.0, -4.0, 5.0), direction=(1.0, 0, 0, 0, 1.0, 0, 0, 0, 1.0)
+) -> sitk.Image:
+    image = sitk.GetImageFromArray(array)
+    image.SetSpacing(spacing)
+    image.SetOrigin(origin)
+    image.SetDirection(direction)
+    return image
+
+
+def save(image: sitk.Image, path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sitk.WriteImage(image, str(path), path.name.endswith("gz"))
+    return path
+
+
 def load(path: Path) -> np.ndarray:
     return sitk.GetArrayFromImage(sitk.ReadImage(str(path)))
 

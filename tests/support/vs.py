@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -99,4 +100,28 @@ def make_tcia(tree: Path) -> Path:
             save_rtstruct(study / f"{weighting}-rt" / "1-1.dcm", contours, uid(number, weighting), **patient)
         for kind in ("RTPLAN", "RTDOSE"):
             save_rtstruct(study / kind / "1-1.dcm", [], Modality=kind, **patient)
+    return tree
+
+
+def real_crossmoda(tree: Path, files: Path) -> Path:
+    """Real scans named as crossMoDA's."""
+    for name, file in {
+        "source_training/crossmoda_99_ceT1": "vs_gk_99_t1", "source_training/crossmoda_99_Label": "vs_gk_99_t1_seg",
+        "target_training/crossmoda_198_hrT2": "vs_gk_98_t2", "target_training/crossmoda_195_hrT2": "vs_gk_95_t2",
+        "target_validation/crossmoda_219_hrT2": "vs_gk_9_t2",
+        "target_validation/crossmoda_219_Label": "vs_gk_9_t2_seg",
+    }.items():  # fmt: skip
+        (tree / name).parent.mkdir(parents=True, exist_ok=True)
+        (tree / f"{name}.nii.gz").symlink_to(files / f"{file}.nii.gz")
+    return tree
+
+
+def real_pairs(tree: Path, files: Path) -> Path:
+    """In the converted layout: four pairs of the one ceT1 and three hrT2 scans that there are."""
+    for number, second in ((99, 98), (98, 98), (95, 95), (9, 9)):
+        folder = tree / f"vs_gk_{number}"
+        folder.mkdir(parents=True)
+        for kind, end in (("t1", "99_t1"), ("t2", f"{second}_t2")):
+            shutil.copy(files / f"vs_gk_{end}.nii.gz", folder / f"vs_gk_{kind}_ref{kind.upper()}.nii.gz")
+            shutil.copy(files / f"vs_gk_{end}_seg.nii.gz", folder / f"vs_gk_seg_ref{kind.upper()}.nii.gz")
     return tree
