@@ -2,7 +2,7 @@
 
 One command on a machine with a CUDA device and this project installed:
 
-    python benchmarks/gpu.py -o gpu.json
+    python -m benchmarks.gpu -o gpu.json
 
 It makes a phantom beside the JSON, in the folder gpu_work, plans two networks for it (patch 256 and batch 12 with
 nnU-Net's default 2D features, patch 160 and batch 4 with CISFA's) and gives every trainer and variant a process of its
@@ -46,7 +46,9 @@ from typing import Any
 
 import torch
 from nnunetv2.training.nnUNetTrainer import nnUNetTrainer as nnunet
-from step_time import (
+
+from benchmarks.accuracy.tasks import TASKS, make_task
+from benchmarks.speed.step_time import (
     BATCHES,
     make_trainer,
     modules,
@@ -56,8 +58,6 @@ from step_time import (
     set_aside,
     synchronise,
 )
-from tasks import TASKS, make_task
-
 from nnunet_uda.data.convention import dataset_name, environment_folder, read_json
 from nnunet_uda.demo.road import Demo
 from nnunet_uda.errors import UDAError, command

@@ -17,8 +17,8 @@ from nnunet_uda.commands.convert import main as convert_main
 from nnunet_uda.errors import UDAError
 
 with pytest.MonkeyPatch.context() as patch:
-    patch.syspath_prepend(REPOSITORY / "benchmarks")
-    from brain import STRUCTURES, TISSUES, convert_command, main, make_brains, render
+    patch.syspath_prepend(REPOSITORY)
+    from benchmarks.accuracy.brain import STRUCTURES, TISSUES, convert_command, main, make_brains, render
 
 DATA = os.environ.get("NNUNET_UDA_TEST_DATA")
 SIZE = (48, 54, 50)

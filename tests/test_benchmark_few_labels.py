@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 import sys
 from itertools import pairwise
@@ -16,10 +17,10 @@ from nnunet_uda.experiments.compare import LOWER
 @pytest.fixture
 def few_labels(monkeypatch):
     """The script with its tasks registered, as it registers them when it is run."""
-    monkeypatch.syspath_prepend(str(REPOSITORY / "benchmarks"))
-    for name in ("few_labels", "table", "tasks", "calibrate"):
-        monkeypatch.delitem(sys.modules, name, raising=False)
-    import few_labels
+    monkeypatch.syspath_prepend(REPOSITORY)
+    for name in ("few_labels", "table", "tasks"):
+        monkeypatch.delitem(sys.modules, f"benchmarks.accuracy.{name}", raising=False)
+    few_labels = importlib.import_module("benchmarks.accuracy.few_labels")
 
     few_labels.TASKS.update(few_labels.FEW_TASKS)
     return few_labels
@@ -36,7 +37,7 @@ def test_a_smaller_number_of_labels_is_among_a_greater_and_no_bound_is_made_agai
             for index in range(number):
                 path = tmp_path / "cardiac_cine_to_lge" / f"{folder}_{kind}" / f"{folder}{index}.nii.gz"
                 write_volume(path, np.zeros((2, 4, 4), np.uint8))
-    import tasks
+    tasks = importlib.import_module("benchmarks.accuracy.tasks")
 
     chosen = []
     for number in few_labels.NUMBERS:
@@ -50,7 +51,7 @@ def test_a_smaller_number_of_labels_is_among_a_greater_and_no_bound_is_made_agai
 
 def test_bounds_are_those_of_the_task_without_labels_and_steps_are_timed_apart(few_labels):
     args = type("Arguments", (), {"seeds": [0], "equal": ["time"], "budget": 100})()
-    table = few_labels.table
+    table = importlib.import_module("benchmarks.accuracy.table")
     lines = [table.Line(LOWER, "SourceOnlyTrainer"), table.Line("CASTTrainer", "CASTTrainer")]
     runs = table.planned(["heart", "heart_few2"], lines, args)
     assert [(run.task, run.line.label) for run in runs] == [

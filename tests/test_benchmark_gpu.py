@@ -27,8 +27,8 @@ SMALL = ["-patch", "32", "-batch", "2", "-base_features", "4", "-max_features", 
 
 @pytest.fixture
 def gpu(monkeypatch):
-    monkeypatch.syspath_prepend(REPOSITORY / "benchmarks")
-    module = importlib.import_module("gpu")
+    monkeypatch.syspath_prepend(REPOSITORY)
+    module = importlib.import_module("benchmarks.gpu")
     for name in ("_do_i_compile", "get_training_transforms"):
         monkeypatch.setattr(module.nnunet.nnUNetTrainer, name, vars(module.nnunet.nnUNetTrainer)[name])
     monkeypatch.setattr(module.nnunet, "dummy_context", module.nnunet.dummy_context)
@@ -200,10 +200,10 @@ def test_without_a_cuda_device_it_says_so(gpu, monkeypatch, refused):
 
 @pytest.mark.slow
 def test_the_command_on_a_cpu(planned, tmp_path):
-    words = [sys.executable, str(REPOSITORY / "benchmarks" / "gpu.py"), "-o", str(tmp_path / "gpu.json"), "-d", "501",
+    words = [sys.executable, "-m", "benchmarks.gpu", "-o", str(tmp_path / "gpu.json"), "-d", "501",
              "-sizes", "cisfa", "-tr", "nnUNetTrainer", "-variants", "amp", "fp32+compile",
              *SMALL]  # fmt: skip
-    first = planned.run_apart(*words)
+    first = planned.run_apart(*words, PYTHONPATH=str(REPOSITORY))
     assert "nnUNetTrainer | fp32+compile" in first.stdout
-    again = planned.run_apart(*words)
+    again = planned.run_apart(*words, PYTHONPATH=str(REPOSITORY))
     assert "..." not in again.stdout and again.stdout == first.stdout[first.stdout.index("\n" + DATASET) :]

@@ -21,8 +21,8 @@ def with_target(planned):
 
 @pytest.fixture
 def benchmarks(with_target, in_workspace, monkeypatch):
-    """The scripts' folder as the first place of imports, and the preprocessed dataset."""
-    monkeypatch.syspath_prepend(REPOSITORY / "benchmarks")
+    """The repository as the first place of imports, and the preprocessed dataset."""
+    monkeypatch.syspath_prepend(REPOSITORY)
     return in_workspace.preprocessed / "Dataset501_Blobs"
 
 
@@ -32,7 +32,7 @@ def plans(benchmarks):
 
 
 def test_the_last_epoch_is_the_whole_method(benchmarks, plans, monkeypatch):
-    import step_time
+    from benchmarks.speed import step_time
 
     plans["uda"] |= {"cut": CUT}
     trainers = [step_time.make_trainer("CUTTrainer", benchmarks.name, plans, "2d", torch.device("cpu"), last)
@@ -41,7 +41,7 @@ def test_the_last_epoch_is_the_whole_method(benchmarks, plans, monkeypatch):
 
 
 def test_steps_are_timed_in_turn_and_weighed(benchmarks, tmp_path, capsys):
-    import step_time
+    from benchmarks.speed import step_time
 
     out = tmp_path / "figures.json"
     trainers = ["SourceOnlyTrainer", "CISFATrainer"]
@@ -54,8 +54,7 @@ def test_steps_are_timed_in_turn_and_weighed(benchmarks, tmp_path, capsys):
 
 
 def test_a_step_is_set_against_a_plain_network_s_over_the_whole_schedule(benchmarks, plans, monkeypatch):
-    import calibrate
-    import step_time
+    from benchmarks.speed import calibrate, step_time
 
     plans["uda"] |= {"num_epochs": 20, "cut": CUT}
     epochs, make = [], step_time.make_trainer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import os
@@ -23,17 +24,15 @@ STRUCTURES = {"left": 1, "right": 2}
 
 @pytest.fixture
 def table(monkeypatch):
-    monkeypatch.syspath_prepend(str(REPOSITORY / "benchmarks"))
-    for name in ("table", "tasks", "criteria", "calibrate", "step_time"):
-        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.syspath_prepend(REPOSITORY)
+    for name in ("table", "tasks"):
+        monkeypatch.delitem(sys.modules, f"benchmarks.accuracy.{name}", raising=False)
     for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results", "nnUNet_extTrainer"):
         monkeypatch.setenv(name, "")  # put back what the script sets
     for name in ("OMP_NUM_THREADS", "nnUNet_n_proc_DA"):
         monkeypatch.setenv(name, "1")
     monkeypatch.setenv("nnUNet_def_n_proc", "1")
-    import table
-
-    return table
+    return importlib.import_module("benchmarks.accuracy.table")
 
 
 @pytest.fixture
@@ -300,6 +299,19 @@ def test_code_is_recorded_and_only_on_demand_a_reason_to_train_again(trained, ta
     assert [one["trainer"] for one in trained.measured] == ["CASTTrainer"]  # its steps may take another time now
     trained.main(*words, "-again", "CASTTrainer")
     assert not trained.jobs and not trained.measured
+
+
+def test_of_two_runs_of_a_line_the_later_counts(trained):
+    words = ("-tasks", "heart", "-tr", "CASTTrainer", "-seeds", "0")
+    trained.main(*words)
+    (path,) = trained.folder.glob("runs/heart/CASTTrainer*/record.json")
+    for name, steps, age in (("A", 1, 0), ("Z", 2, 100)):  # Z is older than A and comes behind it by name
+        other = path.parents[1] / name / path.name
+        other.parent.mkdir()
+        write_json(json.loads(path.read_text()) | {"steps": steps}, other)
+        os.utime(other, (2e9 - age, 2e9 - age))
+    trained.main(*words, "--only_table")
+    assert [one["steps"] for one in trained.record() if one["label"] == "CASTTrainer"] == [1]
 
 
 def test_the_criteria_are_ranked_against_the_target_without_the_upper_bounds(trained):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
 import os
 import shutil
@@ -23,11 +23,9 @@ DATA = os.environ.get("NNUNET_UDA_TEST_DATA")
 
 @pytest.fixture
 def tasks(monkeypatch):
-    specification = importlib.util.spec_from_file_location("tasks", REPOSITORY / "benchmarks" / "tasks.py")
-    module = importlib.util.module_from_spec(specification)
-    monkeypatch.syspath_prepend(REPOSITORY / "benchmarks")
-    monkeypatch.setitem(sys.modules, "tasks", module)  # where dataclasses look for the module of a class
-    specification.loader.exec_module(module)
+    monkeypatch.syspath_prepend(REPOSITORY)
+    monkeypatch.delitem(sys.modules, "benchmarks.accuracy.tasks", raising=False)
+    module = importlib.import_module("benchmarks.accuracy.tasks")
     monkeypatch.delenv("NNUNET_UDA_TEST_DATA", raising=False)
     return module
 

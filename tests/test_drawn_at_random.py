@@ -7,7 +7,7 @@ import torch
 from conftest import batch
 from support.trainers import started
 
-from nnunet_uda.training.streams import drawn_at_random
+from nnunet_uda.training.translation import drawn_at_random
 
 TRAINERS = {
     "CISFATrainer": {"cisfa__segmenter_adversarial_weight": 1.0},

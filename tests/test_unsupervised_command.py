@@ -128,7 +128,7 @@ def test_errors_are_one_message_and_leave_nothing(models, tmp_path, refused, mor
 
 @pytest.fixture(scope="module")
 def benchmark():
-    path = REPOSITORY / "benchmarks" / "criteria.py"
+    path = REPOSITORY / "benchmarks" / "accuracy" / "criteria.py"
     spec = importlib.util.spec_from_file_location("benchmark_of_criteria", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

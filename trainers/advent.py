@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 from nnunet_uda.losses.entropy import domain_cross_entropy, weighted_self_information
 from nnunet_uda.settings import require
-from nnunet_uda.training.streams import drawn_at_random
-from nnunet_uda.training.translation import patch_discriminator
+from nnunet_uda.training.translation import drawn_at_random, patch_discriminator
 from nnunet_uda.training.uda_trainer import UDATrainer, frozen
 
 LEARNING_RATE = 1e-4

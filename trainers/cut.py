@@ -19,10 +19,10 @@ from nnunet_uda.errors import UDAError
 from nnunet_uda.losses.adversarial import lsgan_loss
 from nnunet_uda.losses.patch_nce import PatchNCELoss
 from nnunet_uda.settings import require
-from nnunet_uda.training.streams import drawn_at_random
 from nnunet_uda.training.translation import (
     BETA1,
     TranslationSettings,
+    drawn_at_random,
     patch_discriminator,
     translation_networks,
     translation_optimizers,

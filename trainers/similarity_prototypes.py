@@ -40,8 +40,7 @@ from nnunet_uda.training.embedding_picture import (
     write_embedding_picture,
 )
 from nnunet_uda.training.preview import whole_patch
-from nnunet_uda.training.streams import drawn_at_random
-from nnunet_uda.training.translation import BETA1, patch_discriminator
+from nnunet_uda.training.translation import BETA1, drawn_at_random, patch_discriminator
 from nnunet_uda.training.uda_trainer import UDATrainer, adam, frozen
 
 RATES = (1, 6, 12, 18)

@@ -31,7 +31,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 def check_model_options(arguments: argparse.Namespace) -> None:
     """Raise ``UDAError`` if an option that names trained models holds a bad name, or one twice."""
     for option in ("f", "chk", "tr", "p", "c"):
-        given = getattr(arguments, option)
+        given = getattr(arguments, option, None)  # a command need not have all of them
         names = given if isinstance(given, list) else [] if given is None else [given]
         for name in names:
             check_name(name, f"-{option}", file=True)

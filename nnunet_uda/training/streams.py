@@ -160,19 +160,6 @@ def next_target(trainer: UDATrainer) -> Tensor:
     return to_device(next(trainer.dataloader_target)["data"], trainer.device)
 
 
-def drawn_at_random(trainer: UDATrainer, of_source: Tensor) -> Tensor:
-    """The part of a source batch that is drawn as target patches are: at random, not on structures.
-
-    What tells the domains apart must not learn from the rest how often anatomy appears. nnU-Net puts patches on
-    structures last. Where every patch is on one, the batch is taken as it is.
-
-    Args:
-        of_source: source images, or what became of them, ``(B, ...)`` in the loader's order.
-    """
-    number = round(len(of_source) * (1 - trainer.oversample_foreground_percent))
-    return of_source[: number or None]
-
-
 def end_loaders(trainer: UDATrainer) -> None:
     """End the processes of all streams."""
     further = (trainer.dataloader_target, trainer.dataloader_labelled)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from nnunet_uda.networks.patch_discriminator import PatchDiscriminator
 from nnunet_uda.networks.patch_projector import PatchProjector
@@ -42,6 +42,19 @@ def patch_discriminator(trainer: UDATrainer, channels: int) -> PatchDiscriminato
     """For maps of the trainer's patches; ``discriminator_width`` is its own setting."""
     patch_size = trainer.configuration_manager.patch_size
     return PatchDiscriminator(channels, len(patch_size), patch_size, trainer.own_settings.discriminator_width)
+
+
+def drawn_at_random(trainer: UDATrainer, of_source: Tensor) -> Tensor:
+    """The part of a source batch that is drawn as target patches are: at random, not on structures.
+
+    What tells the domains apart must not learn from the rest how often anatomy appears. nnU-Net puts patches on
+    structures last. Where every patch is on one, the batch is taken as it is.
+
+    Args:
+        of_source: source images, or what became of them, ``(B, ...)`` in the loader's order.
+    """
+    number = round(len(of_source) * (1 - trainer.oversample_foreground_percent))
+    return of_source[: number or None]
 
 
 def translation_networks(trainer: UDATrainer, patch_features: int) -> dict[str, nn.Module]:

@@ -15,7 +15,6 @@ import pytest
 from conftest import REPOSITORY
 
 COMMAND = re.compile(r"nnUNet(v2|UDA)_\w+$")
-BENCHMARKS = REPOSITORY / "benchmarks"
 
 
 class Parsed(BaseException):
@@ -52,7 +51,7 @@ def parser_of(words: list[str]) -> tuple[argparse.ArgumentParser, list[str]]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [words[0], *arguments])
-        patch.syspath_prepend(BENCHMARKS)
+        patch.syspath_prepend(REPOSITORY)
         patch.setattr(argparse.ArgumentParser, "parse_known_args", take)
         try:
             main()

@@ -14,7 +14,7 @@ checkpoints; and the regret, the Dice of the best kept checkpoint less that of t
 criteria.csv, criteria.md and criteria.png; a second start goes on where the first one stopped. ``-with`` puts the rows
 of other outputs into the tables: other datasets, or seeds with scans of their own.
 
-    python benchmarks/criteria.py -d 501 -tr CISFATrainer -p Seed0 Seed1 Seed2 -device cpu -o criteria/
+    python -m benchmarks.accuracy.criteria -d 501 -tr CISFATrainer -p Seed0 Seed1 Seed2 -device cpu -o criteria/
 """
 
 from __future__ import annotations

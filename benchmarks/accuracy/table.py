@@ -1,6 +1,7 @@
 """The yardstick: every trainer on every task, at equal time or at equal iterations, in tables and one plot.
 
-    python benchmarks/table.py -o FOLDER -data $NNUNET_UDA_TEST_DATA -device cpu -jobs 2 -with docs/real_tasks.json
+    python -m benchmarks.accuracy.table -o FOLDER -data $NNUNET_UDA_TEST_DATA -device cpu -jobs 2 \\
+        -with docs/real_tasks.json
 
 makes the real tasks (``tasks.py``), trains, tests, and writes table.md, table.csv, table.json, table.png into FOLDER.
 The same command goes on where it was stopped, and may name other ``-tasks``, ``-tr`` and ``-seeds``; ``--only_table``
@@ -41,10 +42,10 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from calibrate import PLAIN, step_seconds
-from tasks import PLANS, TASKS, add_task_arguments, chosen_tasks, make_task
 
 import nnunet_uda
+from benchmarks.accuracy.tasks import PLANS, TASKS, add_task_arguments, chosen_tasks, make_task
+from benchmarks.speed.calibrate import PLAIN, step_seconds
 from nnunet_uda import dataset_conversion
 from nnunet_uda.data.convention import environment_folder, is_plain_name, read_json
 from nnunet_uda.demo.road import Demo
@@ -601,7 +602,8 @@ def main(argv: list[str] | None = None) -> None:
     for name, value in (("OMP_NUM_THREADS", "1"), ("nnUNet_n_proc_DA", "0")):
         os.environ.setdefault(name, value)
     lines = chosen_lines(args)
-    own = [read_json(path) for path in sorted(folder.glob("runs/*/*/record.json"))]
+    finished_runs = sorted(folder.glob("runs/*/*/record.json"), key=lambda path: path.stat().st_mtime_ns)
+    own = [read_json(path) for path in finished_runs]
     shown = {line.label: line for line in [*(Line(name, name) for name in TRAINERS), *lines]}
     records = Records(list(shown.values()), [*(one for path in args.recorded for one in read_records(path)), *own])
 

@@ -23,7 +23,8 @@ def step_seconds(run: dict[str, Any]) -> tuple[float, float]:
         run: ``trainer``, ``dataset``, ``plans`` (their content), ``configuration``, ``fold`` and ``device``.
     """
     import torch
-    from step_time import make_trainer, set_aside, synchronise
+
+    from benchmarks.speed.step_time import make_trainer, set_aside, synchronise
 
     device = torch.device(run["device"])
     clock = time.process_time if device.type == "cpu" else time.perf_counter

@@ -1,6 +1,6 @@
 """What a few labelled target scans are worth: Dice over their number, with adaptation and without.
 
-    python benchmarks/few_labels.py -o FOLDER -data $NNUNET_UDA_TEST_DATA -device cpu -budget 1000 [-jobs 2]
+    python -m benchmarks.accuracy.few_labels -o FOLDER -data $NNUNET_UDA_TEST_DATA -device cpu -budget 1000 [-jobs 2]
 
 On the heart task: CAST and random styles with 0, 1, 2, 4 and 8 labelled target scans, and training on these alone;
 those of a smaller number are among those of a greater. The bounds are those of the task without labels. Everything is
@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import table
-from tasks import TASKS
 
+from benchmarks.accuracy.table import figures_of, read_records
+from benchmarks.accuracy.table import main as make_table
+from benchmarks.accuracy.tasks import TASKS
 from nnunet_uda.errors import UDAError, command
 from nnunet_uda.evaluation.report import markdown_table
 from nnunet_uda.experiments.compare import LOWER, UPPER
@@ -37,7 +38,7 @@ FEW_TASKS = {
 
 def curves(records: list[dict[str, Any]]) -> pd.DataFrame:
     """Mean Dice by trainer (rows) and number of labelled scans (columns), with the bounds' rows; NaN where missing."""
-    figures = pd.DataFrame([table.figures_of(record) for record in records])
+    figures = pd.DataFrame([figures_of(record) for record in records])
     found = figures[figures.task.isin(NAMES.values())].copy()
     found["number"] = found.task.map({name: number for number, name in NAMES.items()})
     whole = found.pivot_table(values="dice", index="label", columns="number", aggfunc="mean")
@@ -87,9 +88,9 @@ def main(argv: list[str] | None = None) -> None:
     ]
     words += ["-data", args.data] if args.data else []
     if not args.only_table:
-        table.main([*words, "-tasks", "heart", "-tr", *ADAPTING])
-        table.main([*words, "-tasks", *(NAMES[number] for number in NUMBERS), "-tr", *ADAPTING, ALONE])
-    whole = curves(table.read_records(args.o / "table.json"))
+        make_table([*words, "-tasks", "heart", "-tr", *ADAPTING])
+        make_table([*words, "-tasks", *(NAMES[number] for number in NUMBERS), "-tr", *ADAPTING, ALONE])
+    whole = curves(read_records(args.o / "table.json"))
     if not len(whole):
         raise UDAError(f"{args.o / 'table.json'} holds no finished run of the heart task yet")
     rows = [[WORDS.get(label, label.replace("_", " ")), *("–" if pd.isna(dice) else f"{dice:.3f}" for dice in row)]

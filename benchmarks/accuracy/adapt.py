@@ -1,6 +1,6 @@
 """What ``nnUNetUDA_adapt`` makes of trained models: Dice before and after, and the share of scans that it made worse.
 
-    python benchmarks/adapt.py -o FOLDER -task heart -i imagesTs/ -r labelsTs/ -device cpu \\
+    python -m benchmarks.accuracy.adapt -o FOLDER -task heart -i imagesTs/ -r labelsTs/ -device cpu \\
         -models source_only=.../SourceOnlyTrainer__PLANS__2d random_style=.../RandomStyleTrainer__PLANS__2d
 
 A task and some models a call; FOLDER/adapt.md and adapt.json hold all calls. Options behind ``--`` are the command's,

@@ -4,7 +4,7 @@ The dataset must be planned and preprocessed, and the plans written by ``nnUNetU
 batches drawn beforehand, in rounds that take the trainers in turn, so that a slow moment of the machine meets all of
 them. Nothing is written into nnU-Net's folders.
 
-    python benchmarks/step_time.py -d 501 -p nnUNetPlansDemo -tr nnUNetTrainer SourceOnlyTrainer CISFATrainer
+    python -m benchmarks.speed.step_time -d 501 -p nnUNetPlansDemo -tr nnUNetTrainer SourceOnlyTrainer CISFATrainer
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ models, the rank correlation with the mean Dice of the mean estimate, and of agr
 styles, no target label): what ``PRIOR`` in ``quality/calibration.py`` is made of. A second start goes on where the
 first one stopped.
 
-    python benchmarks/quality.py -m nnUNet_results/Dataset541_Heart/* -o quality_benchmark/
+    python -m benchmarks.accuracy.quality -m nnUNet_results/Dataset541_Heart/* -o quality_benchmark/
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Make, convert, plan and preprocess the tasks that trainers are compared on, each with its upper bound's dataset(s).
 
-    python benchmarks/tasks.py -o FOLDER -data $NNUNET_UDA_TEST_DATA -tasks heart brain cord_t1w
+    python -m benchmarks.accuracy.tasks -o FOLDER -data $NNUNET_UDA_TEST_DATA -tasks heart brain cord_t1w
 
 FOLDER holds nnU-Net's three folders. Tasks are real scans, read where they lie in ``-data``; those called phantom_* are
 made: a phantom, and brains rendered from label maps. Every dataset gets the plans ``nnUNetPlansSmall``, whose network
@@ -26,8 +26,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from brain import convert_command
 
+from benchmarks.accuracy.brain import convert_command
 from nnunet_uda.data.convention import read_json
 from nnunet_uda.demo.road import Demo
 from nnunet_uda.errors import UDAError, command

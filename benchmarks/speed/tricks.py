@@ -4,8 +4,8 @@ The networks are nnU-Net's 2D U-Net (6 stages, 32 to 512 features, deep supervis
 9 blocks), the losses are plain means. Processor time of one thread, so that other programs on the machine count
 little; memory is the most that tensors hold, weights left out.
 
-    python benchmarks/tricks.py                        # all, patch 160, batch 4
-    python benchmarks/tricks.py -patch 256 -only generator parts
+    python -m benchmarks.speed.tricks                        # all, patch 160, batch 4
+    python -m benchmarks.speed.tricks -patch 256 -only generator parts
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from collections.abc import Callable
 
 import torch
 from dynamic_network_architectures.architectures.unet import PlainConvUNet
-from step_time import most_held, print_table
 from torch import Tensor, nn
 
+from benchmarks.speed.step_time import most_held, print_table
 from nnunet_uda.networks.resnet_generator import ResnetGenerator
 from nnunet_uda.training.updates import adam
 
