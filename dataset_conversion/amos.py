@@ -20,7 +20,8 @@ is left out with a warning; --strict refuses it.
 Protocols:
   (none)  the vendor's split. Source: its scans in imagesTr, in 4 seeded folds. Target: its scans in imagesVa are the
           test set, to imagesTs and labelsTs; those in imagesTr go to imagesTu without labels, used in every fold. With
-          -test_ids these target scans are the test set instead, and the source is used whole, imagesVa included.
+          -test_ids these target scans are the test set instead, and the source is used whole, imagesVa included;
+          -protocol cisfa takes both folders together.
 """
 
 from __future__ import annotations

@@ -55,17 +55,8 @@ def base_environment(tmp_path_factory):
 
 
 def install(python: Path, *source: str) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "--python",
-        str(python),
-        "install",
-        "--no-deps",
-        "--no-build-isolation",
-        "-q",
-    ]
+    options = ["--no-deps", "--no-build-isolation", "-q"]
+    command = [sys.executable, "-m", "pip", "--python", str(python), "install", *options]
     done = subprocess.run([*command, *source], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
 

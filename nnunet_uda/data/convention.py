@@ -161,7 +161,8 @@ def check_dataset_json(content: Any, where: Path | str) -> dict[str, Any]:
         if not fits:
             raise UDAError(f"{where}: {what}, found {shown(found)}")
 
-    ending, channels, labels = (content.get(key) for key in ("file_ending", "channel_names", "labels"))
+    fields: list[Any] = [content.get(key) for key in ("file_ending", "channel_names", "labels", "numTraining")]
+    ending, channels, labels, number = fields
     require(is_plain_name(ending) and ending.startswith("."), "'file_ending' must be like .nii.gz", ending)
     counted = isinstance(channels, dict) and channels and set(channels) == {str(i) for i in range(len(channels))}
     require(counted, '\'channel_names\' must be like {"0": "intensity"}', channels)
@@ -176,7 +177,6 @@ def check_dataset_json(content: Any, where: Path | str) -> dict[str, Any]:
     require(gapless, "the values of 'labels' must be 0, 1, 2, ... without gaps", labels)
     if "dataset" in content:
         _check_listed(content["dataset"], where)
-    number = content.get("numTraining")
     require(type(number) is int and number >= 0, "'numTraining' must be the number of labelled cases", number)
     return content
 
