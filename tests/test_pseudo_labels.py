@@ -121,6 +121,7 @@ def test_the_dataset_is_source_and_filtered_predictions(dataset, capsys):
     assert cleaned.GetSpacing() == image.GetSpacing() and cleaned.GetDirection() == image.GetDirection()
     printed = capsys.readouterr().out
     assert "ct_Tu01: left out, left has 0.0 ml (source" in printed and "3 of 4 target case(s)" in printed
+    assert "Next: nnUNetv2_plan_and_preprocess -d 601 -c 2d" in printed
 
 
 def test_pseudo_labels_are_trained_on_in_every_fold_and_never_tested(dataset):
@@ -167,6 +168,7 @@ def half_a_source_label(dataset: Path) -> None:
         (lambda d: change(d, "ct_Tu00", lambda x: x[1:]), (), "ct_Tu00"),
         (everything_wrong, (), "no prediction in .* is plausible"),
         (lambda d: (d.parent / "Dataset601_Other").mkdir(), (), "Dataset601_Other exists"),
+        (lambda d: None, ("-pred", "nowhere"), r"nowhere \(-pred\) is no folder"),
         (lambda d: None, ("-volume_factor", "0.5"), "-volume_factor must be at least 1"),
         (lambda d: None, ("-component_share", "2"), "-component_share must be between 0 and 1"),
     ],

@@ -55,6 +55,9 @@ def main(argv: list[str] | None = None) -> None:
     lines, source, target, kept = write_pseudo_labelled(request, final)
     print("\n".join(lines))
     print(f"{final}: {source} source case(s) and {kept} of {target} target case(s) with pseudo labels")
+    number = final.name.removeprefix("Dataset")[:3]
+    print(f"Next: nnUNetv2_plan_and_preprocess -d {number} -c 2d --verify_dataset_integrity")
+    print(f"Then: nnUNetUDA_train {number} 2d 0 -tr SupervisedTrainer")
 
 
 def _request(args: argparse.Namespace, raw: Path) -> Request:
@@ -63,7 +66,7 @@ def _request(args: argparse.Namespace, raw: Path) -> Request:
     if not args.volume_factor >= 1:
         raise UDAError(f"-volume_factor must be at least 1, found {args.volume_factor}")
     if not args.i.is_dir():
-        raise UDAError(f"{args.i} (-i) is no folder; expected the output of nnUNetv2_predict on imagesTu")
+        raise UDAError(f"{args.i} (-pred) is no folder; expected the output of nnUNetv2_predict on imagesTu")
     dataset_json = read_json(raw / "dataset.json")
     check_dataset_json(dataset_json, raw / "dataset.json")
     read_domains(dataset_json, str(raw / "dataset.json"))
