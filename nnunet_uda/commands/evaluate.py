@@ -151,6 +151,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     elif arguments.splits:
         raise UDAError("-splits is of use with -f only: add the folds to score, as in -f 0 1 2 3")
     volumes = choose_volumes(runs, reference, labels.file_ending, fold_cases)
+    cases = sorted({case for _, case in volumes})
 
     images: dict[str, Path] = {}
     n_slices = max(1, min(arguments.slices, MAX_PANELS // (len(volumes) * (len(runs) + 2))))
@@ -161,7 +162,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         note = "No overlays were drawn: without a dataset (-d) they need the images' folder (-i)."
         print(note)
     else:
-        images = find_images(sorted({case for _, case in volumes}), folders, labels.file_ending)
+        images = find_images(cases, folders, labels.file_ending)
         note = (
             "Axial slices as seen from the feet, all others with the head up. Chosen slices lie evenly over the "
             "reference's extent; one is the slice where the runs together have the most wrong voxels. These "
@@ -170,7 +171,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         )
 
     evaluation = Evaluation(runs, volumes, reference, labels, arguments.np)
-    reading = read_references(arguments, dataset_json, labels, sorted({case for _, case in volumes}), reference, raw)
+    reading = read_references(arguments, dataset_json, labels, cases, reference, raw)
     about = {"dataset": raw.name if raw else None, "scored_folds": None if fold_cases is None else list(fold_cases)}
     text = evaluation.write(
         arguments.o, reading, lower, upper, about, images, note, n_slices=n_slices, plane=arguments.plane

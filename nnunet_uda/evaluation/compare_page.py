@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from nnunet_uda.evaluation.overlays import MAX_PIXELS, OverlayTask, draw_cases
+from nnunet_uda.evaluation.overlays import OverlayTask, draw_cases
 from nnunet_uda.evaluation.report import summary_tables, write_html
 from nnunet_uda.evaluation.runs import Labels
 from nnunet_uda.evaluation.tables import Volume, compare_runs, spread
@@ -75,22 +75,14 @@ def write_compare_page(
     comparison = compare_runs(scores, lower, upper)
     folder = path.with_name(f"{path.stem}_overlays")
     folder.mkdir(exist_ok=True)
-    ending = labels.file_ending
     tasks = {}
     for case in cases:
-        predictions = {label: methods[label].predictions[case] for label in scores}
-        tasks[case] = OverlayTask(
-            case, images[case], {"reference": reference / f"{case}{ending}"} | predictions, labels.structures, folder,
-            SLICES, pixels=MAX_PIXELS // len(cases),
-        )  # fmt: skip
+        segmentations = {"reference": reference / f"{case}{labels.file_ending}"}
+        segmentations |= {label: methods[label].predictions[case] for label in scores}
+        tasks[case] = OverlayTask(case, images[case], segmentations, labels.structures, folder, SLICES)
     overlays = draw_cases(tasks, num_processes)
-    setup = {
-        "dataset": test,
-        "reference": reference,
-        "runs": dict.fromkeys(scores, ""),
-        "scored_folds": None,
-        "notes": [NOTE],
-    }
+    runs = dict.fromkeys(scores, "")
+    setup = {"dataset": test, "reference": reference, "runs": runs, "scored_folds": None, "notes": [NOTE]}
     note = (
         f"The chosen slices ({SLICES} of a volume at most) lie as pictures in {folder.name}, and are printed of the "
         "volume that is shown."

@@ -81,18 +81,20 @@ class OverlayTask:
     plane: str | None = None
     label_map: LabelMap | None = None
     """The reference's values to those of ``labels``, where they differ."""
-    pixels: int = 10**7
-    """Of the volume on the page, at most."""
 
 
 def draw_cases(tasks: dict[str, OverlayTask], num_processes: int) -> list[dict[str, Any]]:
     """Call ``draw_case`` for each volume and add its name, a key of ``tasks``, under ``volume``."""
-    drawn = parallel(draw_case, [(task,) for task in tasks.values()], num_processes, "Overlays")
+    share = MAX_PIXELS // max(1, len(tasks))
+    drawn = parallel(draw_case, [(task, share) for task in tasks.values()], num_processes, "Overlays")
     return [{"volume": name, **shown} for name, shown in zip(tasks, drawn, strict=True)]
 
 
-def draw_case(task: OverlayTask) -> dict[str, Any]:
+def draw_case(task: OverlayTask, pixels: int = 10**7) -> dict[str, Any]:
     """Write ``NAME_PLANE_INDEX.png`` for the chosen slices of one volume, and make its sheets for the page.
+
+    Args:
+        pixels: of the volume on the page, at most.
 
     Returns:
         ``plane``, ``depth`` (number of slices), ``chosen``: ``{"index", "title", "file"}`` of each chosen slice, and
@@ -135,7 +137,7 @@ def draw_case(task: OverlayTask) -> dict[str, Any]:
         _save_figure(task.folder / file, f"{task.name}, {title}", panels, task.labels, colours)
         chosen.append({"index": index, "title": title, "file": file})
     kept = [part["index"] for part in chosen]
-    stack = make_stack(images, cuts, list(colours), in_plane, window, task.pixels, kept)
+    stack = make_stack(images, cuts, list(colours), in_plane, window, pixels, kept)
     return {"plane": plane, "depth": len(images), "chosen": chosen, "stack": stack}
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from nnunet_uda.evaluation.metrics import evaluate_case, parallel
 from nnunet_uda.evaluation.output import REPORT, whole_folder
-from nnunet_uda.evaluation.overlays import MAX_PIXELS, OverlayTask, draw_cases
+from nnunet_uda.evaluation.overlays import OverlayTask, draw_cases
 from nnunet_uda.evaluation.reference_values import Reading, exchanged
 from nnunet_uda.evaluation.report import (
     markdown_table,
@@ -82,7 +82,7 @@ class Evaluation:
             shown, name = (case, case) if fold is None else (f"{case} (fold {fold})", f"fold_{fold}_{case}")
             tasks[shown] = OverlayTask(
                 name, images[case], segmentations, self.labels.structures, folder, n_slices, plane,
-                reading.maps.get(case), MAX_PIXELS // len(self.volumes),
+                reading.maps.get(case),
             )  # fmt: skip
         return draw_cases(tasks, self.num_processes)
 
