@@ -114,22 +114,15 @@ def draw_quicklook(rows: Sequence[tuple[str, Path, Path | None]], structures: Se
                 axes = figure.add_axes(box)
                 axes.imshow(panel, interpolation="nearest", aspect="auto")
                 axes.axis("off")
+                in_pixels = {"xycoords": "axes fraction", "textcoords": "offset pixels"}
                 for letter, (x, v, dx, dy) in zip(
                     EDGES[plane], ((0.5, 1, 0, 7), (0.5, 0, 0, -8), (0, 0.5, -8, 0), (1, 0.5, 8, 0)), strict=True
                 ):
                     axes.annotate(
-                        letter, (x, v), (dx, dy), xycoords="axes fraction", textcoords="offset pixels", ha="center",
-                        va="center", fontsize=9, fontweight="bold", color="#c01818", annotation_clip=False,
+                        letter, (x, v), (dx, dy), ha="center", va="center", fontsize=9, fontweight="bold",
+                        color="#c01818", annotation_clip=False, **in_pixels,
                     )  # fmt: skip
-                axes.annotate(
-                    plane,
-                    (0, 1),
-                    (0, 4),
-                    xycoords="axes fraction",
-                    textcoords="offset pixels",
-                    fontsize=8,
-                    color="#444",
-                )
+                axes.annotate(plane, (0, 1), (0, 4), fontsize=8, color="#444", **in_pixels)
             y -= row
         patches = [
             Patch(color=[part / 255 for part in colours[value]], label=legend_label(name))

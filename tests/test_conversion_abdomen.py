@@ -100,17 +100,17 @@ def test_structures_sequence_and_test_ids(trees):
     assert (load(out / "labelsTs/ct_0009.nii.gz") == expected).all()
 
 
-def test_a_missing_sequence_is_a_warning_or_with_strict_an_error(trees, capsys):
+def test_a_missing_sequence_is_a_warning_or_with_strict_an_error(trees, refused, capsys):
     shutil.rmtree(trees / "CHAOS/Train_Sets/MR/2/T2SPIR")
     assert names(convert(trees) / "imagesTu") == mr_ids(3, 20)
     assert "MR/2: T2SPIR/DICOM_anon is missing or empty: this case is left out" in capsys.readouterr().out
-    assert "MR/2: T2SPIR/DICOM_anon is missing" in refused(capsys, trees, "--strict", d="505")
+    assert "MR/2: T2SPIR/DICOM_anon is missing" in refused(trees, "--strict", d="505")
 
 
-def test_the_fixed_test_set_is_incomplete(trees, capsys):
+def test_the_fixed_test_set_is_incomplete(trees, refused, capsys):
     convert(trees)
     assert "holds only 1, 13, 38 of the fixed test set 1, 13, 32, 38" in capsys.readouterr().out
-    assert "holds only 1, 9, 30 of" in refused(capsys, trees, "--strict", source="mr", target="ct", d="505")
+    assert "holds only 1, 9, 30 of" in refused(trees, "--strict", source="mr", target="ct", d="505")
 
 
 MALFORMED = {
@@ -126,14 +126,14 @@ MALFORMED = {
 
 
 @pytest.mark.parametrize("case", MALFORMED)
-def test_requests_that_are_refused(trees, capsys, case):
+def test_requests_that_are_refused(trees, refused, case):
     changes, options, message = MALFORMED[case]
-    found = refused(capsys, trees, *options, **changes)
+    found = refused(trees, *options, **changes)
     assert re.search(message, found), found
     assert not (trees.parent / "nnUNet_raw").exists()
 
 
-def test_faults_of_both_trees_are_listed_together(trees, capsys):
+def test_faults_of_both_trees_are_listed_together(trees, refused):
     for path in (
         trees / "BTCV/RawData/Training/img/img0002.nii.gz",
         trees / "BTCV/RawData/Training/img/img0021.nii.gz",
@@ -141,15 +141,15 @@ def test_faults_of_both_trees_are_listed_together(trees, capsys):
         shorter(path, 0.8)
     chaos.nth(trees / "CHAOS/Train_Sets/MR/1/T2SPIR/Ground", 2).unlink()
     chaos.nth(trees / "CHAOS/Train_Sets/MR/3/T2SPIR/DICOM_anon", 2).unlink()
-    found = refused(capsys, trees)
+    found = refused(trees)
     for message in ("4 cases cannot be converted", "img0002.nii.gz", "img0021.nii.gz", "MR/1/T2SPIR/Ground: 4 PNG"):
         assert message in found
     assert "MR/3/T2SPIR/DICOM_anon/IMG-0004-00004.dcm: 4.000 mm" in found
 
 
-def test_renumbered_btcv(trees, capsys):
+def test_renumbered_btcv(trees, refused):
     btcv.renumbered(trees / "BTCV/RawData/Training")
-    assert "img0011.nii.gz: BTCV has no training scan 11" in refused(capsys, trees)
+    assert "img0011.nii.gz: BTCV has no training scan 11" in refused(trees)
 
 
 def test_help_shows_trees_licences_and_pages(capsys):

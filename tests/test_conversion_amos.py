@@ -49,7 +49,7 @@ def test_ct_to_mr_by_the_vendors_split(tree, capsys):
     assert "imagesTs: 1 MR case(s), 1 with labels in labelsTs" in capsys.readouterr().out
 
 
-def test_mr_to_ct_with_a_choice_of_organs(tree, capsys):
+def test_mr_to_ct_with_a_choice_of_organs(tree, refused, capsys):
     out = convert(tree, "-structures", "liver", "duodenum", source="mr", target="ct")
     assert names(out / "imagesTr") == ids("mr", 507, 510, 600) and names(out / "imagesTs") == ids("ct", 8, 499)
     assert "2 duodenum: mean" in (said := capsys.readouterr().out) and "in 2 of 3 cases" in said
@@ -60,7 +60,7 @@ def test_mr_to_ct_with_a_choice_of_organs(tree, capsys):
     assert (load(out / "labelsTs/ct_0499.nii.gz") == expected[organs(499)]).all()
     whole = convert(tree, "-structures", "all", d="531")
     assert list(json.loads((whole / "dataset.json").read_text())["labels"]) == ["background", *STRUCTURES]
-    message = refused(capsys, tree, "-structures", "all", source="mr", target="ct", d="532")
+    message = refused(tree, "-structures", "all", source="mr", target="ct", d="532")
     assert "holds the structure 'bladder'" in message
 
 
@@ -70,9 +70,9 @@ def test_test_ids(tree):
     assert names(out / "imagesTu") == ids("mr", 508, 600) and names(out / "imagesTs") == ids("mr", 507, 510)
 
 
-def test_a_scan_without_a_label(tree, capsys):
+def test_a_scan_without_a_label(tree, refused, capsys):
     (tree / "labelsTr" / "amos_0004.nii.gz").unlink()
-    assert "amos_0004.nii.gz: there is no label for this scan" in refused(capsys, tree, "--strict")
+    assert "amos_0004.nii.gz: there is no label for this scan" in refused(tree, "--strict")
     out = convert(tree)
     assert names(out / "imagesTr") == ids("ct", 1, 21)
     assert "WARNING: " in (said := capsys.readouterr().out) and "amos_0004.nii.gz: there is no label" in said
@@ -120,11 +120,11 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_is_refused(tree, capsys, case):
+def test_what_is_refused(tree, refused, case):
     spoil, options, words = REFUSED[case]
     spoil(tree)
-    assert re.search(words, refused(capsys, tree, *options), re.DOTALL)
+    assert re.search(words, refused(tree, *options), re.DOTALL)
 
 
-def test_a_folder_that_is_not_there(tree, capsys):
-    assert "nowhere: no imagesTr and labelsTr folder (found: no such folder)" in refused(capsys, tree / "nowhere")
+def test_a_folder_that_is_not_there(tree, refused):
+    assert "nowhere: no imagesTr and labelsTr folder (found: no such folder)" in refused(tree / "nowhere")

@@ -161,7 +161,7 @@ def test_warnings_are_printed_where_an_error_stops(tree, capsys):
     assert f"ERROR: {tree}: none of its cases of BraTS 2020 has both scans; expected CASE_flair.nii[.gz] and" in printed
 
 
-def test_case_355_is_found_and_noted(raw, tmp_path, capsys):
+def test_case_355_is_found_and_noted(raw, tmp_path, refused, capsys):
     vendor = tmp_path / "vendor"
     for i in range(351, 357):
         make_case(case_folder(vendor, "2020", i), "2020", i, ".nii")
@@ -173,18 +173,18 @@ def test_case_355_is_found_and_noted(raw, tmp_path, capsys):
     text = capsys.readouterr().out
     assert f"{folder.name}_t2: W39_1998.09.19_Segm.nii: misnamed, taken as the segmentation of {folder.name}" in text
     shutil.copy(misnamed, file(folder, "seg", ".nii"))
-    assert "is this case's seg too" in refused(capsys, vendor, d="506")
+    assert "is this case's seg too" in refused(vendor, d="506")
     file(folder, "seg", ".nii").unlink()
     misnamed.rename(case_folder(vendor, "2020", 354) / misnamed.name)
-    assert "W39_1998.09.19_Segm.nii: unexpected file" in refused(capsys, vendor, d="506")
+    assert "W39_1998.09.19_Segm.nii: unexpected file" in refused(vendor, d="506")
 
 
-def test_test_ids(tree, capsys):
+def test_test_ids(tree, refused, capsys):
     out = convert(tree, "-test_ids", "BraTS20_Training_002", "BraTS20_Training_003")
     assert names(out / "imagesTs") == ["BraTS20_Training_002_t2", "BraTS20_Training_003_t2"]
     everyone = [f"BraTS20_Training_{i:03d}" for i in range(1, 9)]
     assert "8 patients, 2 of them for testing" in capsys.readouterr().out
-    text = refused(capsys, tree, "-test_ids", *everyone[:5], d="506")
+    text = refused(tree, "-test_ids", *everyone[:5], d="506")
     assert "3 patients (brats20_training_006, " in text and "expected at least one in each" in text
 
 
@@ -263,14 +263,14 @@ def test_intensities_of_both_domains(tree, options, intensities, channel):
         assert (load(path) == sitk.GetArrayFromImage(expected)).all()
 
 
-def test_intensity_options_that_contradict(tree, capsys):
+def test_intensity_options_that_contradict(tree, refused, capsys):
     for options, message in (
         (("-protocol", "uuds", "-clip", "5", "95"), "-protocol uuds clips at 5 95"),
         (("-range", "-1", "1"), "-range scales what -clip leaves"),
         (("-clip", "95", "5"), "percentiles 95 5: expected 0 <= low < high <= 100"),
         (("-clip", "5", "95", "-range", "1", "1"), "range 1 1: expected two numbers"),
     ):
-        assert message in refused(capsys, tree, *options)
+        assert message in refused(tree, *options)
     convert(tree, "-protocol", "uuds", "-channel", "T2")
     assert "WARNING: -channel T2: nnU-Net normalises the scaled intensities again" in capsys.readouterr().out
 
@@ -382,57 +382,57 @@ MALFORMED = {
 
 
 @pytest.mark.parametrize("case", MALFORMED)
-def test_malformed_trees_are_refused(tree, case, capsys):
+def test_malformed_trees_are_refused(tree, case, refused):
     spoil, message = MALFORMED[case]
     spoil(tree / "MICCAI_BraTS2020_TrainingData")
-    assert message in refused(capsys, tree)
+    assert message in refused(tree)
 
 
 @pytest.mark.parametrize("spoil", [empty_image, nan_image, truncated_image])
-def test_bad_images_are_refused_when_clipping_too(tree, spoil, capsys):
+def test_bad_images_are_refused_when_clipping_too(tree, spoil, refused):
     spoil(tree / "MICCAI_BraTS2020_TrainingData")
-    assert "BraTS20_Training_004_" in refused(capsys, tree, "-protocol", "uuds")
+    assert "BraTS20_Training_004_" in refused(tree, "-protocol", "uuds")
 
 
-def test_value_4_in_2023_is_unknown(raw, tmp_path, capsys):
+def test_value_4_in_2023_is_unknown(raw, tmp_path, refused):
     vendor = make_tree(tmp_path / "vendor", "2023", 5, kinds=("t2", "flair"))
     for i in range(1, 6):
         save(tumour("2020"), file(case_folder(vendor, "2023", i), "seg"))
-    text = refused(capsys, vendor)
+    text = refused(vendor)
     assert "-seg.nii.gz: the label holds the values 4" in text and "3 (enhancing tumour)" in text
     assert "labels of BraTS 2023" in text
 
 
-def test_missing_modality_is_skipped_or_refused(tree, capsys):
+def test_missing_modality_is_skipped_or_refused(tree, refused, capsys):
     folder = tree / "MICCAI_BraTS2020_TrainingData" / "BraTS20_Training_004"
     file(folder, "t2").unlink()
     fact = f"{folder}: there is no BraTS20_Training_004_t2.nii[.gz]"
-    assert f"{fact}. Complete the input" in refused(capsys, tree, "--strict")
+    assert f"{fact}. Complete the input" in refused(tree, "--strict")
     out = convert(tree)
     assert f"WARNING: {fact}: this case is left out" in capsys.readouterr().out
     assert len(list(out.glob("images*/*"))) == 7 and not list(out.glob("images*/*004*"))
     shutil.rmtree(folder)
     folder.mkdir()
-    assert "_flair.nii[.gz] and BraTS20_Training_004_t2.nii[.gz]" in refused(capsys, tree, "--strict", d="506")
+    assert "_flair.nii[.gz] and BraTS20_Training_004_t2.nii[.gz]" in refused(tree, "--strict", d="506")
 
 
-def test_missing_test_label_is_warned_of_or_refused(tree, capsys):
+def test_missing_test_label_is_warned_of_or_refused(tree, refused, capsys):
     file(tree / "MICCAI_BraTS2020_TrainingData" / "BraTS20_Training_004", "seg").unlink()
     options = ("-test_ids", "BraTS20_Training_004")
-    assert "have no label (BraTS20_Training_004_t2)" in refused(capsys, tree, *options, "--strict")
+    assert "have no label (BraTS20_Training_004_t2)" in refused(tree, *options, "--strict")
     assert not (convert(tree, *options) / "labelsTs").exists()
     assert "cannot be evaluated" in capsys.readouterr().out
 
 
-def test_other_requests_that_are_refused(tree, capsys):
-    assert "-source and -target are both t2" in refused(capsys, tree, source="t2")
+def test_other_requests_that_are_refused(tree, refused):
+    assert "-source and -target are both t2" in refused(tree, source="t2")
     assert "-test_ids names BraTS20_Training_099, which is not there" in refused(
-        capsys, tree, "-test_ids", "BraTS20_Training_099"
+        tree, "-test_ids", "BraTS20_Training_099"
     )
-    assert "no such folder" in refused(capsys, tree / "absent")
+    assert "no such folder" in refused(tree / "absent")
     convert(tree)
-    assert "this dataset exists already. Use --overwrite" in refused(capsys, tree)
-    assert "dataset id 505 is already taken" in refused(capsys, tree, source="t2", target="flair")
+    assert "this dataset exists already. Use --overwrite" in refused(tree)
+    assert "dataset id 505 is already taken" in refused(tree, source="t2", target="flair")
     convert(tree, "--overwrite")
 
 

@@ -58,12 +58,12 @@ def test_the_tree_may_be_given_from_within(tree, inside):
     assert len(names(tree.parent / "nnUNet_raw" / "Dataset520_BTCV" / "imagesTr")) == 6
 
 
-def test_a_scan_without_label_is_a_warning_or_with_strict_an_error(tree, capsys):
+def test_a_scan_without_label_is_a_warning_or_with_strict_an_error(tree, refused, capsys):
     (tree / "RawData/Training/label/label0002.nii.gz").unlink()
     out = convert(tree)
     assert "ct_0002" not in names(out / "imagesTr")
     assert "img0002.nii.gz: there is no label for this scan: this case is left out" in capsys.readouterr().out
-    assert "img0002.nii.gz: there is no label for this scan. Complete" in refused(capsys, tree, "--strict", d="521")
+    assert "img0002.nii.gz: there is no label for this scan. Complete" in refused(tree, "--strict", d="521")
 
 
 def another_patient(training: Path) -> None:
@@ -122,10 +122,10 @@ MALFORMED = {
 
 
 @pytest.mark.parametrize("case", MALFORMED)
-def test_malformed_trees_are_refused_by_name(tree, capsys, case):
+def test_malformed_trees_are_refused_by_name(tree, refused, case):
     spoil, options, message = MALFORMED[case]
     spoil(tree / "RawData" / "Training")
-    found = refused(capsys, tree, *options)
+    found = refused(tree, *options)
     assert re.search(message, found, re.DOTALL), found
 
 

@@ -92,12 +92,12 @@ def test_cisfa_folds(tree):
         assert len(splits) == 4 and sorted(i for s in splits for i in s["val"]) == names(out / folder)
 
 
-def test_slices_of_another_modality_are_refused(tree, capsys):
+def test_slices_of_another_modality_are_refused(tree, refused):
     for path in (tree / "Train_Sets/CT/5/DICOM_anon").iterdir():
         edit(path, Modality="")
     convert(tree)  # an anonymiser's work; the class says CT
     edit(path, Modality="MR")
-    said = refused(capsys, tree, "--overwrite")
+    said = refused(tree, "--overwrite")
     assert f"{path}: its Modality is MR; expected CT in this folder" in said
 
 
@@ -131,7 +131,7 @@ def test_the_ranges_of_greys(tmp_path, low, high, structure):
             read_label(tmp_path / "Ground", image, slices, MR_GREYS)
 
 
-def test_missing_sequence_or_masks_is_a_warning_or_with_strict_an_error(tree, capsys):
+def test_missing_sequence_or_masks_is_a_warning_or_with_strict_an_error(tree, refused, capsys):
     shutil.rmtree(tree / "Train_Sets/MR/2/T2SPIR/DICOM_anon")
     shutil.rmtree(tree / "Train_Sets/CT/5/Ground")
     out = convert(tree)
@@ -140,8 +140,8 @@ def test_missing_sequence_or_masks_is_a_warning_or_with_strict_an_error(tree, ca
     assert "CT/5/DICOM_anon: there is no label for this scan: this case is left out" in text
     assert names(out / "imagesTr") == ["ct_02", "ct_13"] and "t2spir_02" not in names(out / "imagesTu")
     options = ("--strict", "-test_ids", "1")
-    assert "MR/2: T2SPIR/DICOM_anon is missing or empty. Complete the input" in refused(capsys, tree, *options, d="511")
-    message = refused(capsys, tree, *options, target="t1in", d="511")
+    assert "MR/2: T2SPIR/DICOM_anon is missing or empty. Complete the input" in refused(tree, *options, d="511")
+    message = refused(tree, *options, target="t1in", d="511")
     assert "CT/5/DICOM_anon: there is no label for this scan. Complete the input" in message
 
 
@@ -238,10 +238,10 @@ def test_warnings_are_printed_where_an_error_stops(tree, capsys):
 
 
 @pytest.mark.parametrize("case", MALFORMED)
-def test_malformed_trees_are_refused_by_name(tree, capsys, case):
+def test_malformed_trees_are_refused_by_name(tree, refused, case):
     spoil, options, message = MALFORMED[case]
     spoil(tree / "Train_Sets")
-    found = refused(capsys, tree, *options)
+    found = refused(tree, *options)
     assert re.search(message, found, re.DOTALL), found
 
 

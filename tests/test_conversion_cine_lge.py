@@ -155,13 +155,13 @@ def test_a_frame_that_was_unpacked_as_a_folder(trees):
     assert (load(out / "labelsTr/cine_001.nii.gz") == heart(3, 1, 1)).all()
 
 
-def test_without_info_the_first_or_last_frame_is_taken_and_said(trees, capsys):
+def test_without_info_the_first_or_last_frame_is_taken_and_said(trees, refused, capsys):
     (patient(trees, 1) / "Info.cfg").unlink()
     (patient(trees, 3) / "Info.cfg").write_bytes(b"ED one\xff\nES: \n")
     (patient(trees, 2) / "Info.cfg").write_text("ED: 11\nES: 4\nED: 4\n")
     patient(trees, 2).rename(patient(trees, 2).with_name("Patient002"))  # the files keep their names
     assert re.search(r"patient001/Info\.cfg is missing, or does not say which frame is ED\. Complete the input",
-                     refused(capsys, trees, "acdc", "--strict"))  # fmt: skip
+                     refused(trees, "acdc", "--strict"))  # fmt: skip
     out = convert(trees, "acdc")
     said = capsys.readouterr().out
     assert "patient001/Info.cfg is missing" in said and "the first frame of the folder, 1, is taken" in said
@@ -219,16 +219,16 @@ def packed(folder: Path) -> None:
         ("emidec", lambda t: shutil.copytree(case(t, "P001"), case(t, "P1")), (), r"P1: the same case as Case_P001"),
     ],
 )  # fmt: skip
-def test_what_is_refused(trees, capsys, name, spoil, options, words):
+def test_what_is_refused(trees, refused, name, spoil, options, words):
     spoil(trees)
-    assert re.search(words, refused(capsys, trees, name, *options), re.DOTALL)
+    assert re.search(words, refused(trees, name, *options), re.DOTALL)
 
 
-def test_an_empty_folder_in_place_of_a_frame(trees, capsys):
+def test_an_empty_folder_in_place_of_a_frame(trees, refused):
     path = patient(trees, 1) / "patient001_frame01.nii.gz"
     path.unlink()
     path.mkdir()
-    assert "patient001_frame01.nii.gz: a folder with 0 NIfTI files" in refused(capsys, trees, "acdc")
+    assert "patient001_frame01.nii.gz: a folder with 0 NIfTI files" in refused(trees, "acdc")
 
 
 def test_what_is_no_number_of_a_case(trees, capsys):

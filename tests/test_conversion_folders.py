@@ -94,9 +94,9 @@ def test_formats_names_and_labels(data):
     assert len(json.loads((out / "splits_final.json").read_text())) == 3
 
 
-def test_several_values_to_one_name_and_other_labels(data, capsys):
+def test_several_values_to_one_name_and_other_labels(data, refused):
     save(data / "sl" / "a0.nrrd", array=organs(5, 1, 9, 200))
-    text = refused(capsys, data)
+    text = refused(data)
     assert "a0.nrrd: the label holds the values 9, 200" in text and "--ignore_other_labels" in text
     out = convert(data, "--ignore_other_labels", labels=["both=1,5", "nine=9"])
     assert load(out / "labelsTr/CT_a0.nii.gz")[2, 3, :8].tolist() == [1, 0, 1, 0, 2, 0, 0, 0]
@@ -113,23 +113,23 @@ def test_several_values_to_one_name_and_other_labels(data, capsys):
         (["liver=5", "background=1"], "'background'"),
     ],
 )
-def test_label_arguments_that_are_refused(data, capsys, labels, message):
-    assert message in refused(capsys, data, labels=labels)
+def test_label_arguments_that_are_refused(data, refused, labels, message):
+    assert message in refused(data, labels=labels)
 
 
-def test_wrong_value_for_a_structure_is_refused(data, capsys):
-    text = refused(capsys, data, "--ignore_other_labels", labels=["liver=50", "spleen=1"])
+def test_wrong_value_for_a_structure_is_refused(data, refused):
+    text = refused(data, "--ignore_other_labels", labels=["liver=50", "spleen=1"])
     assert "the structure 'liver'" in text
 
 
-def test_channels(data, capsys):
+def test_channels(data, refused):
     for i in range(2):
         for c in range(2):
             save(data / "sm" / f"a{i}_{c:04d}.nii.gz", 30 + 2 * i + c)
             save(data / "tm" / f"a{i}_{c:04d}.nii.gz", 40 + 2 * i + c)
     (data / "sl" / "a2.nrrd").unlink()
     many = {"source_images": str(data / "sm"), "target_images": str(data / "tm")}
-    text = refused(capsys, data, source_images=many["source_images"])
+    text = refused(data, source_images=many["source_images"])
     assert "ti/a0.mha: this case has 1 channel(s), that of" in text and "has 2, since" in text
     out = convert(data, **many)
     assert names(out / "imagesTu") == ["MR_a0_0000", "MR_a0_0001", "MR_a1_0000", "MR_a1_0001"]
@@ -138,17 +138,17 @@ def test_channels(data, capsys):
     assert content["channel_names"] == {"0": "intensity_0", "1": "intensity_1"}
 
 
-def test_channel_gaps_and_numbers_that_are_no_channels(data, capsys):
+def test_channel_gaps_and_numbers_that_are_no_channels(data, refused):
     save(data / "tm" / "a_0000.nii.gz", 1)
     save(data / "tm" / "a_0002.nii.gz", 2)
-    text = refused(capsys, data, target_images=str(data / "tm"))
+    text = refused(data, target_images=str(data / "tm"))
     assert "a_0002.nii.gz: case a has the channels 0000, 0002" in text and "--single_channel" in text
     out = convert(data, "--single_channel", target_images=str(data / "tm"))
     assert names(out / "imagesTu") == ["MR_a_0000_0000", "MR_a_0002_0000"]
 
 
 @pytest.mark.parametrize("upper", [False, True])
-def test_cases_numbered_like_channels_name_the_option(data, capsys, upper):
+def test_cases_numbered_like_channels_name_the_option(data, refused, upper):
     """patient_0000, patient_0001: two cases for who wrote them, two channels of one by the convention."""
     for i in range(2):
         save(data / "ni" / f"patient_{i:04d}.nii.gz", i)
@@ -156,10 +156,10 @@ def test_cases_numbered_like_channels_name_the_option(data, capsys, upper):
     numbered = {"source_images": str(data / "ni"), "source_labels": str(data / "nl")}
     if upper:
         numbered = {"target_images": str(data / "ni"), "target_labels": str(data / "nl")}
-    text = refused(capsys, data, *(["--upper_bound"] if upper else []), **numbered)
+    text = refused(data, *(["--upper_bound"] if upper else []), **numbered)
     assert "nl/patient_0001.nii.gz: its image of the same name was read as a channel of the case patient" in text
     assert "--single_channel" in text
-    text = refused(capsys, data, target_images=str(data / "ni"))
+    text = refused(data, target_images=str(data / "ni"))
     assert "this case has 1 channel(s), that of" in text and "patient_0000.nii.gz has 2" in text
     assert "--single_channel" in text
     out = convert(data, "--single_channel", **numbered)
@@ -254,10 +254,10 @@ def test_labels_of_a_series_whose_axes_a_converter_turned(data, capsys, orientat
     assert "P1.nii.gz: axes turned to those of the slices" in capsys.readouterr().out
 
 
-def test_a_pattern_chooses_among_series(data, capsys):
+def test_a_pattern_chooses_among_series(data, refused):
     for name in ("P1", "P2"):
         study(data / "dicom" / name / "exam", "loc", "t2")
-    text = refused(capsys, data, target_images=str(data / "dicom"))
+    text = refused(data, target_images=str(data / "dicom"))
     assert "dicom/P1 (-target_images): 2 series in the folder of one case (exam/loc, exam/t2); expected one" in text
     assert f"quoted pattern, as '{data}/dicom/*/exam/loc'" in text
     out = convert(data, target_images=str(data / "dicom" / "*" / "exam" / "t2"))
@@ -277,23 +277,23 @@ def test_series_of_one_study_are_warned_of(data, capsys):
     assert "dicom/t1 and" in (printed := capsys.readouterr().out) and "are series of one study" in printed
 
 
-def test_dicom_that_is_no_folder_of_slices_is_refused(data, capsys):
+def test_dicom_that_is_no_folder_of_slices_is_refused(data, refused):
     folder = data / "dicom" / "P1"
     series(folder, 1, names=[f"1.2.{z}" for z in range(6)])
     for given in (str(folder / "1.2.3"), str(data / "dicom" / "*" / "*"), str(folder / "1.*")):
-        text = refused(capsys, data, target_images=given)
+        text = refused(data, target_images=given)
         assert "1.2." in text and "(-target_images): a DICOM file, which is one slice of a series" in text
         assert f"Give {folder}, or the folder that holds such folders" in text
     save(folder / "b.nii.gz", 1)
-    text = refused(capsys, data, target_images=str(folder))
+    text = refused(data, target_images=str(folder))
     assert "P1 (-target_images) holds images, as b.nii.gz, and DICOM files, as 1.2.0; expected one kind" in text
     (folder / "b.nii.gz").unlink()
     series(folder / "old", 2)
-    text = refused(capsys, data, target_images=str(folder))
+    text = refused(data, target_images=str(folder))
     assert "P1 (-target_images) holds DICOM slices, and so does" in text and "P1/old below it" in text
     shutil.rmtree(folder / "old")
     series(folder, 3, names=[f"2.2.{z}" for z in range(6)])
-    text = refused(capsys, data, target_images=str(data / "dicom"))
+    text = refused(data, target_images=str(data / "dicom"))
     assert "2 series in one folder, of 6, 6 slices; expected one" in text
 
 
@@ -311,7 +311,7 @@ def test_folders_beside_images_that_are_not_taken_are_warned_of(tmp_path):
         shutil.rmtree(tmp_path / beside)
 
 
-def test_multi_frame_dicom_and_structures_as_labels_are_refused(data, capsys):
+def test_multi_frame_dicom_and_structures_as_labels_are_refused(data, refused):
     folder = data / "dicom" / "P1"
     series(folder, 1)
     for path in sorted(folder.iterdir())[1:]:
@@ -319,16 +319,16 @@ def test_multi_frame_dicom_and_structures_as_labels_are_refused(data, capsys):
     ds = pydicom.dcmread(folder / "IMG-0001.dcm")
     ds.NumberOfFrames = 6
     ds.save_as(folder / "IMG-0001.dcm")
-    text = refused(capsys, data, target_images=str(data / "dicom"))
+    text = refused(data, target_images=str(data / "dicom"))
     assert "IMG-0001.dcm: a multi-frame DICOM of 6 frames" in text and "dcm2niix" in text
     save_rtstruct(data / "rt" / "a0.dcm", [])
-    text = refused(capsys, data, source_labels=str(data / "rt"))
+    text = refused(data, source_labels=str(data / "rt"))
     assert "a0.dcm (-source_labels): a DICOM file of modality RTSTRUCT; expected label files" in text
 
 
-def test_an_image_with_and_one_without_a_channel_number_are_not_one_case(data, capsys):
+def test_an_image_with_and_one_without_a_channel_number_are_not_one_case(data, refused):
     save(data / "ti" / "a0_0000.mha", 50)
-    assert "a0_0000.mha: its case id a0 is already that of" in refused(capsys, data)
+    assert "a0_0000.mha: its case id a0 is already that of" in refused(data)
 
 
 def test_what_systems_leave_beside_files_is_passed_over(data):
@@ -339,22 +339,22 @@ def test_what_systems_leave_beside_files_is_passed_over(data):
 
 
 @pytest.mark.parametrize("inside", [(), ("a1.mha",)])
-def test_a_folder_in_place_of_a_file_is_refused(data, capsys, inside):
+def test_a_folder_in_place_of_a_file_is_refused(data, refused, inside):
     held = (data / "ti" / "a1.mha").rename(data / "held")
     (data / "ti" / "a1.mha").mkdir()
     for name in inside:
         shutil.copy(held, data / "ti" / "a1.mha" / name)
-    assert "ti/a1.mha: a folder; expected an image file" in refused(capsys, data)
+    assert "ti/a1.mha: a folder; expected an image file" in refused(data)
 
 
-def test_links_that_lead_nowhere_are_refused_by_name(data, capsys):
+def test_links_that_lead_nowhere_are_refused_by_name(data, refused):
     (data / "ti" / "z.nii").symlink_to(data / "ti" / "z.nii")
     (data / "ti" / "y.nii").symlink_to(data / "gone.nii")
-    said = refused(capsys, data)
+    said = refused(data)
     assert "ti/z.nii: a link to" in said and "ti/y.nii: a link to" in said
 
 
-def test_a_header_without_geometry_is_warned_of_and_a_sheared_one_refused(data, capsys):
+def test_a_header_without_geometry_is_warned_of_and_a_sheared_one_refused(data, refused, capsys):
     path = data / "ti" / "a0.mha"
     whole = path.read_bytes()
     path.write_bytes(whole.replace(b"TransformMatrix = 1 0 0 0 1 0 0 0 1\n", b""))
@@ -362,7 +362,7 @@ def test_a_header_without_geometry_is_warned_of_and_a_sheared_one_refused(data, 
     assert "WARNING: MR_a0: a0.mha: its header holds no orientation" in capsys.readouterr().out
     shutil.rmtree(data / "nnUNet_raw")
     path.write_bytes(whole.replace(b"TransformMatrix = 1 0 0 0 1", b"TransformMatrix = 1 0.2 0 0 1"))
-    assert "a0.mha: its axes are not at right angles" in refused(capsys, data)
+    assert "a0.mha: its axes are not at right angles" in refused(data)
 
 
 def test_warnings_are_printed_where_an_error_stops(data, capsys):
@@ -392,8 +392,8 @@ def test_target_folds_for_own_data(data):
     assert len(json.loads((out / "splits_final.json").read_text())) == 2
 
 
-def test_the_upper_bound_learns_from_target_labels_alone(data, capsys):
-    assert "expected -target_labels to train on" in refused(capsys, data, "--upper_bound")
+def test_the_upper_bound_learns_from_target_labels_alone(data, refused):
+    assert "expected -target_labels to train on" in refused(data, "--upper_bound")
     for i in range(3):
         save(data / "tl" / f"a{i}.nii.gz", array=organs(1, 5))
     test = {"target_test_images": str(data / "xi"), "target_test_labels": str(data / "xl")}
@@ -405,20 +405,20 @@ def test_the_upper_bound_learns_from_target_labels_alone(data, capsys):
     assert sorted(i for s in splits for i in s["val"]) == names(out / "labelsTr")
 
 
-def test_a_few_target_scans_are_labelled_for_training(data, capsys):
+def test_a_few_target_scans_are_labelled_for_training(data, refused, capsys):
     for i in range(3):
         save(data / "tl" / f"a{i}.nii.gz", array=organs(1, 5))
     save(data / "fl" / "a1.nii.gz", array=organs(5, 1))
-    assert "without -target_labels" in refused(capsys, data, few="1")
-    both = refused(capsys, data, few="1", target_few_labels=str(data / "fl"), target_labels=str(data / "tl"))
+    assert "without -target_labels" in refused(data, few="1")
+    both = refused(data, few="1", target_few_labels=str(data / "fl"), target_labels=str(data / "tl"))
     assert "expected one" in both
     asked = {"target_labels": str(data / "tl"), "target_folds": "3"}
-    assert "MR_a9 is no MR training scan" in refused(capsys, data, few="MR_a9", **asked)
-    assert "3 of the 3 MR training scans have a label" in refused(capsys, data, few="4", **asked)
-    all_tests = refused(capsys, data, few="1", **asked)
+    assert "MR_a9 is no MR training scan" in refused(data, few="MR_a9", **asked)
+    assert "3 of the 3 MR training scans have a label" in refused(data, few="4", **asked)
+    all_tests = refused(data, few="1", **asked)
     assert "all test scans of the target's fold" in all_tests
     save(data / "fl" / "a7.nii.gz", array=organs(5, 1))
-    assert "no image belongs to this label" in refused(capsys, data, target_few_labels=str(data / "fl"))
+    assert "no image belongs to this label" in refused(data, target_few_labels=str(data / "fl"))
     (data / "fl" / "a7.nii.gz").unlink()
 
     out = convert(data, target_labels=str(data / "tl"), target_few_labels=str(data / "fl"))
@@ -449,41 +449,41 @@ def test_channel_called_ct(data, capsys):
     assert "nnU-Net will clip and normalise every image" in capsys.readouterr().out
 
 
-def test_inputs_that_are_refused(data, capsys):
+def test_inputs_that_are_refused(data, refused):
     empty = data / "empty"
     empty.mkdir()
     (empty / "notes.txt").write_text("x")
-    assert "(-target_images) holds no image (found: notes.txt)" in refused(capsys, data, target_images=str(empty))
-    assert "no such folder or file" in refused(capsys, data, target_images=str(data / "nowhere"))
-    assert "4 folds were asked for, with 3 cases" in refused(capsys, data, folds="4")
-    assert "without -target_test_images" in refused(capsys, data, target_test_labels=str(data / "xl"))
-    assert "without -target_labels" in refused(capsys, data, target_folds="2")
-    assert "-channel a b: 2 name(s)" in refused(capsys, data, channel=["a", "b"])
-    assert "the same file is used" in refused(capsys, data, target_images=str(data / "si"))
-    assert "is already that of" in refused(capsys, data, target_test_images=str(data / "ti"))
+    assert "(-target_images) holds no image (found: notes.txt)" in refused(data, target_images=str(empty))
+    assert "no such folder or file" in refused(data, target_images=str(data / "nowhere"))
+    assert "4 folds were asked for, with 3 cases" in refused(data, folds="4")
+    assert "without -target_test_images" in refused(data, target_test_labels=str(data / "xl"))
+    assert "without -target_labels" in refused(data, target_folds="2")
+    assert "-channel a b: 2 name(s)" in refused(data, channel=["a", "b"])
+    assert "the same file is used" in refused(data, target_images=str(data / "si"))
+    assert "is already that of" in refused(data, target_test_images=str(data / "ti"))
     save(data / "dup" / "a-b.nii.gz", 1)
     save(data / "dup" / "a-b.nrrd", 2)
-    assert "a-b.nrrd: its case id a-b is already that of" in refused(capsys, data, target_images=str(data / "dup"))
+    assert "a-b.nrrd: its case id a-b is already that of" in refused(data, target_images=str(data / "dup"))
     save(data / "dup2" / "a b.nii.gz", 1)
     save(data / "dup2" / "a_b.nii.gz", 2)
-    assert "case id MR_a_b is already that of" in refused(capsys, data, target_images=str(data / "dup2"))
+    assert "case id MR_a_b is already that of" in refused(data, target_images=str(data / "dup2"))
     (data / "sl" / "a1.nrrd").rename(data / "sl" / "c1.nrrd")
-    assert "c1.nrrd: no image belongs to this label" in refused(capsys, data)
+    assert "c1.nrrd: no image belongs to this label" in refused(data)
     (data / "sl" / "c1.nrrd").unlink()
-    assert "a1.nii.gz: there is no label for this CT case" in refused(capsys, data)
+    assert "a1.nii.gz: there is no label for this CT case" in refused(data)
 
 
-def test_bad_voxels_are_refused(data, capsys):
+def test_bad_voxels_are_refused(data, refused):
     target = data / "ti" / "a0.mha"
     bad = np.random.default_rng(0).normal(size=SHAPE).astype(np.float32)
     bad[0, 0, 0] = np.nan
     save(target, array=bad)
-    assert "a0.mha: 1 of 480 voxels are NaN" in refused(capsys, data)
+    assert "a0.mha: 1 of 480 voxels are NaN" in refused(data)
     save(target, array=np.zeros(SHAPE, np.int16))
-    assert "a0.mha: every voxel is 0" in refused(capsys, data)
+    assert "a0.mha: every voxel is 0" in refused(data)
     volume = sitk.GetImageFromArray(np.zeros(SHAPE, np.int16))
     sitk.WriteImage(sitk.JoinSeries([volume, volume]), str(target))
-    assert "a0.mha: the image has 4 dimensions" in refused(capsys, data)
+    assert "a0.mha: the image has 4 dimensions" in refused(data)
 
 
 def test_real_ct_to_mr(tmp_path, monkeypatch, capsys):

@@ -131,30 +131,30 @@ def test_given_intensities(data):
     assert recorded(out, "source") is None and recorded(out, "target") == Intensities((0.5, 99.5))
 
 
-def test_ct_that_is_not_in_hounsfield_units_is_refused(data, capsys):
+def test_ct_that_is_not_in_hounsfield_units_is_refused(data, refused):
     save(data / "ct" / "a1.nii.gz", (body(1) + 1024).astype(np.uint16))
-    text = refused(capsys, data, "CT", "MR", "organ")
+    text = refused(data, "CT", "MR", "organ")
     assert "ct/a1.nii.gz: its values are" in text and "perhaps 1024" in text and "-source_intensities" in text
     assert "a0" not in text and "Traceback" not in text
-    assert "a1.nii.gz: its values are" in refused(capsys, data, "CT", "MR", "organ", "-source_intensities", "abdomen")
+    assert "a1.nii.gz: its values are" in refused(data, "CT", "MR", "organ", "-source_intensities", "abdomen")
     own_units = convert(data, "CT", "MR", "organ", "-source_intensities", "-160", "1200")
     assert load(own_units / "imagesTr/CT_a1_0000.nii.gz").max() == 1200
     kept = convert(data, "CT", "MR", "organ", "-source_intensities", "none")
     assert load(kept / "imagesTr/CT_a1_0000.nii.gz").max() > 1900
 
 
-def test_a_target_called_ct_that_was_scaled_is_refused(data, capsys):
+def test_a_target_called_ct_that_was_scaled_is_refused(data, refused):
     save(data / "ct" / "a0.nii.gz", (body(0) / 1000).astype(np.float32))
-    text = refused(capsys, data, "MR", "CT", "organ_mr")
+    text = refused(data, "MR", "CT", "organ_mr")
     assert "a0.nii.gz: its values are -1.0" in text and "as of a scan that was scaled" in text
 
 
-def test_a_window_without_the_structure_is_refused(data, capsys):
-    text = refused(capsys, data, "CT", "MR", "organ", "-source_intensities", "400", "1200")
+def test_a_window_without_the_structure_is_refused(data, refused):
+    text = refused(data, "CT", "MR", "organ", "-source_intensities", "400", "1200")
     assert "100% of the voxels of 'organ' lie outside of the window 400 to 1200 HU in all 2 labelled CT case(s)" in text
-    text = refused(capsys, data, "CT", "MR", "organ", "-source_intensities", "2000", "3000")
+    text = refused(data, "CT", "MR", "organ", "-source_intensities", "2000", "3000")
     assert "all outside of the window 2000 to 3000 HU" in text and "a0.nii.gz" in text and "a1.nii.gz" in text
-    text = refused(capsys, data, "CT", "MR", "organ", "-source_intensities", "275", "-125")
+    text = refused(data, "CT", "MR", "organ", "-source_intensities", "275", "-125")
     assert "-source_intensities: window 275 -125: expected two whole numbers in HU, the lower one first" in text
 
 
@@ -165,16 +165,16 @@ def test_percentiles_that_hide_a_structure_are_said(data, capsys):
     assert "WARNING: at least 100% of the voxels of 'organ' lie outside of the percentiles" in capsys.readouterr().out
 
 
-def test_a_preset_that_hides_an_upper_bounds_structure_is_said(data, capsys):
+def test_a_preset_that_hides_an_upper_bounds_structure_is_said(data, refused, capsys):
     """It must not depend on the target's labels what the scans look like."""
     words = ("MR", "CT", "organ_mr", "-target_labels", str(data / "bone"), "--upper_bound")
     convert(data, *words)
     assert "lie outside of the window -160 to 240 HU in all 2 labelled CT case(s)" in capsys.readouterr().out
-    said = refused(capsys, data, *words, "-target_intensities", "abdomen")
+    said = refused(data, *words, "-target_intensities", "abdomen")
     assert "expected a window that shows every structure" in said
 
 
-def test_a_scan_of_one_value_but_for_few_voxels_is_kept_unless_asked(data, capsys):
+def test_a_scan_of_one_value_but_for_few_voxels_is_kept_unless_asked(data, refused, capsys):
     flat = np.zeros(SHAPE, np.int16)
     flat[2:6] = 7
     flat[3, 3, 3] = 9
@@ -184,7 +184,7 @@ def test_a_scan_of_one_value_but_for_few_voxels_is_kept_unless_asked(data, capsy
         capsys.readouterr().out
     )
     assert (load(out / "imagesTu/MR_b0_0000.nii.gz") == flat).all()
-    said = refused(capsys, data, "CT", "MR", "organ", "-target_intensities", "percentiles")
+    said = refused(data, "CT", "MR", "organ", "-target_intensities", "percentiles")
     assert "expected an image with contrast" in said
 
 

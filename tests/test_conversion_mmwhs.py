@@ -126,26 +126,24 @@ def test_border_rule_by_hand():
     assert not border_pieces(np.zeros((3, 4, 5), bool)).any()
 
 
-def test_test_ids(tree, capsys):
+def test_test_ids(tree, refused):
     out = convert(tree, "-test_ids", "1001", "1011")
     assert names(out / "imagesTs") == ["ct_1001", "ct_1011"] and len(names(out / "imagesTr")) == 6
-    assert "-test_ids names 1999, which is not there" in refused(capsys, tree, "-test_ids", "1999", d="503")
-    assert "none is left to train" in refused(capsys, tree, "-test_ids", *map(str, IDS["ct"]), d="503")
+    assert "-test_ids names 1999, which is not there" in refused(tree, "-test_ids", "1999", d="503")
+    assert "none is left to train" in refused(tree, "-test_ids", *map(str, IDS["ct"]), d="503")
     for number in (1003, 1008):
         for kind in ("image", "label"):
             (tree / "ct_train" / f"ct_train_{number}_{kind}.nii.gz").unlink()
-    assert "Name the test scans with -test_ids" in refused(capsys, tree, d="503")
-    assert "-test_ids goes with -protocol sifa" in refused(
-        capsys, tree, "-protocol", "cisfa", "-test_ids", "1001", d="503"
-    )
+    assert "Name the test scans with -test_ids" in refused(tree, d="503")
+    assert "-test_ids goes with -protocol sifa" in refused(tree, "-protocol", "cisfa", "-test_ids", "1001", d="503")
 
 
-def test_trees_that_are_refused(tree, capsys):
+def test_trees_that_are_refused(tree, refused):
     mr, ct = tree / "mr_train", tree / "ct_train"
     first = mr / "mr_train_1001_label.nii.gz"
 
     def check(message: str, *options: str) -> None:
-        assert message in refused(capsys, tree, *options)
+        assert message in refused(tree, *options)
 
     whole = first.read_bytes()
     first.unlink()
@@ -176,19 +174,19 @@ def test_trees_that_are_refused(tree, capsys):
     check("ct_train holds no image")
     ct.rmdir()
     check("ct_train is missing")
-    assert "-source and -target are both mr" in refused(capsys, tree, target="mr")
+    assert "-source and -target are both mr" in refused(tree, target="mr")
 
 
-def test_too_few_cases_for_cisfa(tree, capsys):
+def test_too_few_cases_for_cisfa(tree, refused):
     for number in IDS["ct"][:3]:
         for kind in ("image", "label"):
             (tree / "ct_train" / f"ct_train_{number}_{kind}.nii.gz").unlink()
-    assert "4 folds were asked for, with 3 cases" in refused(capsys, tree, "-protocol", "cisfa")
+    assert "4 folds were asked for, with 3 cases" in refused(tree, "-protocol", "cisfa")
 
 
-def test_upper_bound_needs_target_labels(tree, capsys):
+def test_upper_bound_needs_target_labels(tree, refused):
     (tree / "ct_train" / "ct_train_1001_label.nii.gz").unlink()
-    assert "ct_train_1001_image.nii.gz: there is no label for this CT case" in refused(capsys, tree, "--upper_bound")
+    assert "ct_train_1001_image.nii.gz: there is no label for this CT case" in refused(tree, "--upper_bound")
 
 
 def test_runs_as_a_script_and_in_parallel(tree):

@@ -340,21 +340,21 @@ def test_split_of_the_paper():
         split_patients([5, 6, 7], PATIENTS, 0)
 
 
-def test_chosen_test_patients_and_excluded_ones(root, pristine, capsys):
+def test_chosen_test_patients_and_excluded_ones(root, pristine, refused):
     tree = pristine("converted")
     out = convert(tree, "-test_ids", "1", "38", "-exclude", "40")
     assert names(out / "imagesTs") == ["vs_gk_1_t2", "vs_gk_38_t2"]
     assert not [p for p in out.rglob("*_40_*")] and len(list(out.glob("images*/*"))) == 5
     shutil.rmtree(out)
-    assert "-test_ids names 39, which is not there" in refused(capsys, tree, "-test_ids", "39")
-    assert "-exclude names 97, which is not there" in refused(capsys, tree, "-exclude", "97")
+    assert "-test_ids names 39, which is not there" in refused(tree, "-test_ids", "39")
+    assert "-exclude names 97, which is not there" in refused(tree, "-exclude", "97")
 
 
-def test_a_missing_modality_is_skipped_or_refused(root, capsys):
+def test_a_missing_modality_is_skipped_or_refused(root, refused, capsys):
     tree = make_converted(root / "vendor")
     (tree / "vs_gk_3" / "vs_gk_t2_refT2.nii.gz").unlink()
     message = "vs_gk_3/vs_gk_t1_refT1.nii.gz: patient 3 has no hrT2 scan"
-    assert message in refused(capsys, tree, "--strict")
+    assert message in refused(tree, "--strict")
     out = convert(tree)
     assert f"{message}: this patient is left out" in capsys.readouterr().out
     assert not list(out.rglob("*_3_*")) and len(list(out.glob("images*/*"))) == 5
@@ -642,11 +642,11 @@ BAD: dict[str, tuple[str, Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize("what", BAD)
-def test_trees_that_are_refused(root, pristine, capsys, what):
+def test_trees_that_are_refused(root, pristine, refused, what):
     layout, damage, message = BAD[what]
     tree = Path(shutil.copytree(pristine(layout), root / "vendor"))
     damage(tree)
-    text = refused(capsys, tree)
+    text = refused(tree)
     assert re.search(message.replace(".dcm", r"\.dcm").replace(".nii.gz", r"\.nii\.gz"), text), text
 
 
@@ -664,7 +664,7 @@ def test_warnings_are_printed_where_an_error_stops(root, pristine, capsys, layou
     assert printed.index("WARNING: ") < printed.index("ERROR: ") and printed.count("WARNING: ") == len(NUMBERS)
 
 
-def test_requests_that_are_refused(root, pristine, capsys):
+def test_requests_that_are_refused(root, pristine, refused):
     vs_seg, crossmoda = pristine("converted"), pristine("crossmoda 2021")
     for tree, options, modalities, message in (
         (vs_seg, (), {"target": "cet1"}, "-source and -target are both cet1"),
@@ -675,7 +675,7 @@ def test_requests_that_are_refused(root, pristine, capsys):
         (crossmoda, ("--upper_bound",), {}, "crossMoDA has labels of ceT1 alone"),
         (crossmoda, ("-test_ids", "3"), {}, "-test_ids go with -protocol uuds"),
     ):
-        assert message in refused(capsys, tree, *options, **modalities)
+        assert message in refused(tree, *options, **modalities)
 
 
 # --- real files -------------------------------------------------------------------------------------------------------

@@ -348,11 +348,11 @@ def test_explicit_parameters(scans, tmp_path, capsys):
     assert load(empty / "new0_0000.nii.gz").max() == np.percentile(values, 95, method="higher")
 
 
-def test_a_scan_with_two_geometries_is_refused_or_read_by_the_chosen_one(scans, tmp_path, capsys):
+def test_a_scan_with_two_geometries_is_refused_or_read_by_the_chosen_one(scans, tmp_path, refused):
     words = ["-i", str(scans), "-o", str(tmp_path / "out"), "-percentiles", "5", "95"]
     expected = sitk.ReadImage(str(scans / "new1_0000.nii.gz")).GetOrigin()
     two_geometries(scans / "new1_0000.nii.gz")
-    assert "new1_0000.nii.gz: its header holds two geometries" in refused(capsys, *words)
+    assert "new1_0000.nii.gz: its header holds two geometries" in refused(*words)
     for choice, mirrored in (("qform", False), ("sform", True)):
         main([*words[:3], str(tmp_path / choice), *words[4:], "-nifti_geometry", choice])
         written = sitk.ReadImage(str(tmp_path / choice / "new1_0000.nii.gz"))
@@ -378,62 +378,60 @@ def test_windows_domains_and_the_former_name(scans, tmp_path, capsys):
     assert load(tmp_path / "e" / "new0_0000.nii.gz").max() == 60
 
 
-def test_options_that_are_refused(scans, tmp_path, capsys):
+def test_options_that_are_refused(scans, tmp_path, refused):
     out = tmp_path / "out"
     folders = ("-i", scans, "-o", out)
-    assert "give either -d DATASET" in refused(capsys, *folders)
-    assert "give either -d DATASET" in refused(capsys, *folders, "-d", 505, "-percentiles", 5, 95)
-    assert "-range goes with -percentiles" in refused(capsys, *folders, "-d", 505, "-range", 0, 1)
-    assert "expected 0 <= low < high <= 100" in refused(capsys, *folders, "-percentiles", 95, 5)
+    assert "give either -d DATASET" in refused(*folders)
+    assert "give either -d DATASET" in refused(*folders, "-d", 505, "-percentiles", 5, 95)
+    assert "-range goes with -percentiles" in refused(*folders, "-d", 505, "-range", 0, 1)
+    assert "expected 0 <= low < high <= 100" in refused(*folders, "-percentiles", 95, 5)
     dataset = tmp_path / "nnUNet_raw" / "Dataset505_Plain"
     dataset.mkdir(parents=True)
-    assert "dataset.json does not exist" in refused(capsys, *folders, "-d", 505)
+    assert "dataset.json does not exist" in refused(*folders, "-d", 505)
     (dataset / "dataset.json").write_text(json.dumps({"uda": {"source_domain": "T2", "target_domain": "FLAIR"}}))
-    text = refused(capsys, *folders, "-d", 505)
+    text = refused(*folders, "-d", 505)
     assert "dataset.json holds no uda.intensities of the target" in text and "predicted as they are" in text
-    assert "expected two whole numbers in HU, the lower one first" in refused(capsys, *folders, "-window", 275, -125)
-    assert "expected two numbers, or one of abdomen" in refused(capsys, *folders, "-window", "none")
+    assert "expected two whole numbers in HU, the lower one first" in refused(*folders, "-window", 275, -125)
+    assert "expected two numbers, or one of abdomen" in refused(*folders, "-window", "none")
     (dataset.parent / "Dataset077_One").mkdir()
-    assert "no dataset has the id 078 in nnUNet_raw=" in (said := refused(capsys, *folders, "-d", 78))
+    assert "no dataset has the id 078 in nnUNet_raw=" in (said := refused(*folders, "-d", 78))
     assert "There are: Dataset077_One, Dataset505_Plain" in said
     (dataset.parent / "Dataset077_Two").mkdir()
-    assert "several datasets have the id 077" in (said := refused(capsys, *folders, "-d", 77))
+    assert "several datasets have the id 077" in (said := refused(*folders, "-d", 77))
     assert "There are: Dataset077_One, Dataset077_Two. Give one by its id, or by its full name" in said
     assert leftovers(out) == []
 
 
-def test_folders_that_are_refused(scans, tmp_path, capsys):
+def test_folders_that_are_refused(scans, tmp_path, refused):
     out, clip = tmp_path / "out", ("-percentiles", 5, 95)
-    assert "absent (-i) is no folder" in refused(capsys, "-i", tmp_path / "absent", "-o", out, *clip)
-    assert "scans exists and is not an empty folder" in refused(capsys, "-i", scans, "-o", scans, *clip)
+    assert "absent (-i) is no folder" in refused("-i", tmp_path / "absent", "-o", out, *clip)
+    assert "scans exists and is not an empty folder" in refused("-i", scans, "-o", scans, *clip)
     (tmp_path / "nothing").mkdir()
-    assert "nothing (-i) holds no scan" in refused(capsys, "-i", tmp_path / "nothing", "-o", out, *clip)
+    assert "nothing (-i) holds no scan" in refused("-i", tmp_path / "nothing", "-o", out, *clip)
     (tmp_path / "nothing").rmdir()
     (tmp_path / "mine.txt").write_text("kept")
-    assert "mine.txt exists and is not an empty folder" in refused(
-        capsys, "-i", scans, "-o", tmp_path / "mine.txt", *clip
-    )
+    assert "mine.txt exists and is not an empty folder" in refused("-i", scans, "-o", tmp_path / "mine.txt", *clip)
     assert (tmp_path / "mine.txt").read_text() == "kept" and len(list(scans.iterdir())) == 3
     odd = save(image_of(brain()), scans / "new9.nii.gz")
-    assert "new9.nii.gz: expected a name like CASE_0000.nii.gz" in refused(capsys, "-i", scans, "-o", out, *clip)
+    assert "new9.nii.gz: expected a name like CASE_0000.nii.gz" in refused("-i", scans, "-o", out, *clip)
     odd.unlink()
     save(image_of(brain()), scans / "new1_0000.nii")
-    assert "new1_0000.nii: there is also new1_0000.nii.gz" in refused(capsys, "-i", scans, "-o", out, *clip)
+    assert "new1_0000.nii: there is also new1_0000.nii.gz" in refused("-i", scans, "-o", out, *clip)
     (scans / "new1_0000.nii").unlink()
     save(image_of(brain()), scans / "new1_0000.mha")  # another image, and not to be passed over
-    assert "new1_0000.mha: there is also new1_0000.nii.gz" in refused(capsys, "-i", scans, "-o", out, *clip)
+    assert "new1_0000.mha: there is also new1_0000.nii.gz" in refused("-i", scans, "-o", out, *clip)
     assert leftovers(out) == ["mine.txt"]
 
 
-def test_every_bad_file_is_listed_and_nothing_is_written(scans, tmp_path, capsys):
+def test_every_bad_file_is_listed_and_nothing_is_written(scans, tmp_path, refused):
     out = tmp_path / "out"
     whole = (scans / "new0_0000.nii.gz").read_bytes()
     (scans / "new0_0000.nii.gz").write_bytes(whole[:-40])
     save(image_of(np.full((6, 8, 10), 3, np.int16)), scans / "new1_0000.nii.gz")
-    text = refused(capsys, "-i", scans, "-o", out, "-percentiles", 5, 95)
+    text = refused("-i", scans, "-o", out, "-percentiles", 5, 95)
     assert "new0_0000.nii.gz: " in text and "new1_0000.nii.gz: every voxel is 3" in text and "new2" not in text
     assert leftovers(out) == []
     (scans / "new1_0000.nii.gz").unlink()
     (scans / "new0_0000.nii.gz").write_bytes(b"no image")
-    assert "new0_0000.nii.gz: cannot be read" in refused(capsys, "-i", scans, "-o", out, "-percentiles", 5, 95)
+    assert "new0_0000.nii.gz: cannot be read" in refused("-i", scans, "-o", out, "-percentiles", 5, 95)
     assert leftovers(out) == []

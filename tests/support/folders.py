@@ -39,7 +39,7 @@ def vendor_fixtures(make: Callable[[Path], object]) -> tuple[Any, Any]:
     return made, tree
 
 
-def converter(name: str, d: str, *usual: str, source: str = "", target: str = "") -> tuple[Callable, Callable]:
+def converter(name: str, d: str, *usual: str, source: str = "", target: str = "") -> tuple[Callable, Any]:
     """A converter's ``convert(tree, *options, source=, target=, d=)``, which returns the dataset's folder.
 
     And its ``refuser``. ``usual`` options are given in all calls.
@@ -53,15 +53,18 @@ def converter(name: str, d: str, *usual: str, source: str = "", target: str = ""
     return convert, refuser(convert)
 
 
-def refuser(command: Callable[..., object]) -> Callable[..., str]:
-    """``refused(capsys, ...)``: what ``command(...)`` says behind ERROR; it leaves nothing in ``nnUNet_raw``."""
+def refuser(command: Callable[..., object]) -> Any:
+    """The fixture ``refused(...)``: what ``command(...)`` says behind ERROR; it leaves nothing in ``nnUNet_raw``."""
 
-    def refused(capsys: pytest.CaptureFixture, *arguments, **options) -> str:
-        raw = Path(os.environ["nnUNet_raw"])
-        before = sorted(raw.glob("*"))
-        with pytest.raises(SystemExit) as exit_:
-            command(*arguments, **options)
-        assert exit_.value.code == 1 and sorted(raw.glob("*")) == before
-        return capsys.readouterr().err.split("ERROR: ")[1]
+    @pytest.fixture
+    def refused(refused: Callable[..., str]) -> Callable[..., str]:
+        def message(*arguments, **options) -> str:
+            raw = Path(os.environ["nnUNet_raw"])
+            before = sorted(raw.glob("*"))
+            error = refused(lambda _: command(*arguments, **options), ())
+            assert sorted(raw.glob("*")) == before
+            return error.split("ERROR: ")[1]
+
+        return message
 
     return refused
