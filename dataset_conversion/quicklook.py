@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import SimpleITK as sitk
@@ -114,7 +115,7 @@ def draw_quicklook(rows: Sequence[tuple[str, Path, Path | None]], structures: Se
                 axes = figure.add_axes(box)
                 axes.imshow(panel, interpolation="nearest", aspect="auto")
                 axes.axis("off")
-                in_pixels = {"xycoords": "axes fraction", "textcoords": "offset pixels"}
+                in_pixels: dict[str, Any] = {"xycoords": "axes fraction", "textcoords": "offset pixels"}
                 for letter, (x, v, dx, dy) in zip(
                     EDGES[plane], ((0.5, 1, 0, 7), (0.5, 0, 0, -8), (0, 0.5, -8, 0), (1, 0.5, 8, 0)), strict=True
                 ):
