@@ -156,9 +156,23 @@ def test_statistics_stay_the_lowest_stays_the_lowest_and_masked_channels_stay_0(
     assert (view[:, 1][images[:, 1] == 0] == 0).all() and (view[:, 1] != 0).any()
 
 
-def test_constant_images_stay_finite():
-    images = torch.ones(2, 1, 8, 8)
-    search = ContrastSearch(2, [False])
+def test_what_is_outside_of_the_mask_does_not_count():
+    images, _ = domain([0.3, 1.0, -1.3], (24, 24))
+    images[:, :, :6] = -3.0  # air
+    padded = torch.nn.functional.pad(images, (30, 30))
+    curve = torch.rand(1, len(SHARES), generator=torch.Generator().manual_seed(0))
+    alone, within = (ContrastSearch(1, [True]) for _ in range(2))
+    alone._set_places([images])
+    within._set_places([padded])
+    torch.testing.assert_close(within.places, alone.places)
+    torch.testing.assert_close(within._along(curve, padded)[..., 30:-30], alone._along(curve, images))
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0])
+@pytest.mark.parametrize("masked", [False, True])
+def test_constant_images_stay_finite(value, masked):
+    images = torch.full((2, 1, 8, 8), value)
+    search = ContrastSearch(2, [masked])
     search.search(knows_one_contrast, [images], 10)
     assert all(torch.isfinite(view).all() for view in search(images))
     assert torch.isfinite(search._along(torch.rand(1, len(SHARES)), images)).all()

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from nnunet_uda.collectives import global_mean, global_sum
 from nnunet_uda.data.cluster_contrast import lowest_positions
 from nnunet_uda.data.random_style import quantiles, with_statistics_of
-from nnunet_uda.training.background import restore_background
 from nnunet_uda.training.later_buffers import LaterBuffers
 
 SHARES = (0.005, 0.1, 0.25, 0.4, 0.55, 0.7, 0.85, 0.95, 0.995)
@@ -53,7 +52,7 @@ class ContrastSearch(LaterBuffers):
     Args:
         kept: curves to keep, at most; where it is 0 there is nothing to search.
         masked: for each of the C channels whether it is 0 outside of nnU-Net's mask, ``use_mask_for_norm`` in the
-            plans: that stays 0.
+            plans: that stays 0 and does not count.
     """
 
     places: Tensor
@@ -121,23 +120,34 @@ class ContrastSearch(LaterBuffers):
         return [self._along(curve, images) for curve in self.curves[: max(0, int(self.number))]]
 
     def _set_places(self, batches: Sequence[Tensor]) -> None:
-        for channel, places in enumerate(self.places):
-            values = [image[channel] for batch in batches for image in batch]
-            values = [value[~lowest_positions(value)] for value in values]
-            found = torch.tensor(quantiles(torch.cat(values), SHARES), device=places.device)
+        for index, places in enumerate(self.places):
+            channels = [image[index] for batch in batches for image in batch]
+            values = [channel[self._inside(channel, index)] for channel in channels]
+            values = [value[~lowest_positions(value)] for value in values if len(value) > 0]
+            found = torch.tensor(quantiles(torch.cat(values or channels), SHARES), device=places.device)
             places.copy_(global_mean(found, torch.ones_like(found)))
+
+    def _inside(self, channel: Tensor, index: int) -> Tensor:
+        """Where a channel is not outside of the mask, ``(*S)`` bool."""
+        return channel != 0 if self.masked[index] else torch.ones_like(channel, dtype=torch.bool)
 
     def _along(self, curve: Tensor, images: Tensor) -> Tensor:
         """``images`` ``(B, C, *S)`` along ``curve`` ``(C, NODES)``."""
-        results = []
-        for image in images.float():
-            channels = []
-            for channel, nodes, places in zip(image, curve.to(image.device), self.places, strict=True):
-                changed, lowest = look_up_between(nodes, places, channel), lowest_positions(channel)
-                floor = changed[~lowest].min() - MARGIN_OF_LOWEST * (nodes.max() - nodes.min())
-                channels.append(torch.where(lowest, floor, changed))
-            results.append(with_statistics_of(image, torch.stack(channels)))
-        return restore_background(torch.stack(results).to(images.dtype), images, self.masked)
+        results = images.float().clone()
+        curve, places = curve.to(images.device), self.places.to(images.device)
+        for image in results:
+            for index, channel in enumerate(image):
+                inside = self._inside(channel, index)
+                if inside.any():
+                    channel[inside] = _changed(channel[inside], curve[index], places[index])
+        return results.to(images.dtype)
+
+
+def _changed(values: Tensor, nodes: Tensor, places: Tensor) -> Tensor:
+    """Values ``(N,)`` along a curve, with their mean and deviation; those that are the lowest stay so."""
+    changed, lowest = look_up_between(nodes, places, values), lowest_positions(values)
+    floor = changed[~lowest].min() - MARGIN_OF_LOWEST * (nodes.max() - nodes.min())
+    return with_statistics_of(values[None], torch.where(lowest, floor, changed)[None])[0]
 
 
 def number_of_evaluations(steps: int) -> int:
