@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
-from conftest import make_trainer, written_model
+from conftest import make_trainer, sampled, written_model
 from matplotlib.image import imread
 from support.pages import read_csv, read_page
 
@@ -150,7 +150,7 @@ def test_several_folds_are_asked_and_how_far_they_agree_counts(model, in_workspa
 # -- a training --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["CASTTrainer", "CISFATrainer"])
+@sampled("name", ["CASTTrainer", "CISFATrainer"], "CASTTrainer")
 def test_a_training_writes_its_calibration_and_says_what_to_expect(in_workspace, name):
     trainer = make_trainer(name, quality_volumes=1, num_epochs=1)
     trainer.run_training()
