@@ -216,7 +216,8 @@ def refused(capsys: pytest.CaptureFixture) -> Callable[..., str]:
         with pytest.raises(SystemExit) as stopped:
             main([str(word) for word in words])
         error = capsys.readouterr().err
-        assert stopped.value.code == 1 and error.count("ERROR: ") == 1 and "Traceback" not in error, error
+        messages = [line for line in error.splitlines() if line.startswith("ERROR: ")]
+        assert stopped.value.code == 1 and len(messages) == 1 and "Traceback" not in error, error
         return error
 
     return message
