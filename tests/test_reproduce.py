@@ -1,4 +1,5 @@
-"""docs/reproduce.md: every command that it gives is taken out of it, checked, and (slow) run on made vendor trees."""
+"""docs/reproduce.md: every command that it gives is taken out of it, checked, and (slow) run on made vendor trees; what is
+trained again on data of the same vendor is only set up there."""
 
 from __future__ import annotations
 
@@ -142,6 +143,27 @@ def test_settings_named_in_the_text_exist():
         check_uda(merge_uda({}, dict([parse_assignment(name)])), name)
 
 
+SETTING_UP = ("nnUNetUDA_convert", "nnUNetv2_plan_and_preprocess", "nnUNetUDA_configure", "nnUNetv2_preprocess")
+
+
+def without_repeats(commands: list[list[str]]) -> list[list[str]]:
+    """Commands up to each evaluation; where they train nothing new for this converter, those that set datasets up."""
+    converters: dict[str, str] = {}
+    trained: dict[str, set[str]] = {}
+    kept, block = [], []
+    for words in commands:
+        block.append(words)
+        if words[0] == "nnUNetUDA_convert":
+            converters[words[words.index("-d") + 1]] = words[1]
+        elif words[0] == "nnUNetUDA_evaluate":
+            before = trained.setdefault(converters[words[words.index("-d") + 1]], set())
+            trainers = {other[other.index("-tr") + 1] for other in block if other[0] == "nnUNetv2_train"}
+            kept += [other for other in block if not trainers <= before or other[0] in SETTING_UP]
+            before |= trainers
+            block = []
+    return kept + block
+
+
 # --- running them ---------------------------------------------------------------------------------------------------
 
 
@@ -157,6 +179,7 @@ def vendor(tmp_path_factory) -> dict[str, str]:
 @pytest.mark.parametrize("paper", PAPERS)
 def test_commands_run(vendor, tmp_path, paper):
     variables = {"nnUNet_raw": str(tmp_path / "nnUNet_raw"), **TINY, **vendor}
-    run_commands(unroll(script(paper), tmp_path / "recorded", **variables), tmp_path, **variables)
+    commands = without_repeats(unroll(script(paper), tmp_path / "recorded", **variables))
+    run_commands(commands, tmp_path, **variables)
     tested = {path.parent.name for path in tmp_path.glob("evaluation/*/evaluation.json")}
     assert tested and tested == {path.name for path in tmp_path.glob("predictions/*")}
