@@ -1,5 +1,5 @@
-"""docs/reproduce.md: every command that it gives is taken out of it, checked, and (slow) run on made vendor trees; what is
-trained again on data of the same vendor is only set up there."""
+"""docs/reproduce.md: every command that it gives is taken out of it, checked, and (slow) run on made vendor trees; what
+is trained again on data of the same vendor is only set up there."""
 
 from __future__ import annotations
 
