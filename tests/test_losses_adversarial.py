@@ -30,3 +30,12 @@ def test_half_precision_logits_do_not_overflow() -> None:
     logits = torch.full((4,), 300.0, dtype=torch.float16)  # 300^2 exceeds float16
     loss = lsgan_loss(logits, False)
     assert loss.dtype == torch.float32 and loss.item() == 90000
+
+
+@pytest.mark.parametrize("is_real", [True, False])
+def test_weights_multiply_the_images_losses(is_real):
+    logits = torch.arange(2 * 3 * 4.0).view(2, 1, 3, 4)
+    each = [lsgan_loss(image, is_real) for image in logits]
+    weighted = lsgan_loss(logits, is_real, torch.tensor([0.5, 1.5]))
+    assert weighted.item() == pytest.approx(float(0.5 * each[0] + 1.5 * each[1]) / 2)
+    assert torch.equal(lsgan_loss(logits, is_real, torch.tensor([2.0, 0.0])), each[0])

@@ -79,3 +79,10 @@ def test_float32_inside_autocast() -> None:
     assert all(loss.dtype == torch.float32 for loss in losses)
     assert losses == (entropy_loss(logits), domain_cross_entropy(logits, True))
     assert entropy_loss(logits.half()).dtype == torch.float32
+
+
+def test_weights_multiply_the_images_losses_of_a_domain_classifier():
+    logits = torch.tensor([[[[0.5, -1.0]]], [[[2.0, 3.0]]]])
+    each = [domain_cross_entropy(image, True) for image in logits]
+    weighted = domain_cross_entropy(logits, True, torch.tensor([0.5, 1.5]))
+    assert weighted.item() == pytest.approx(float(0.5 * each[0] + 1.5 * each[1]) / 2)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from nnunet_uda.losses.entropy import domain_cross_entropy, weighted_self_information
 from nnunet_uda.settings import require
-from nnunet_uda.training.translation import drawn_at_random, patch_discriminator
+from nnunet_uda.training.translation import patch_discriminator, random_patch_weights
 from nnunet_uda.training.uda_trainer import UDATrainer, frozen
 
 LEARNING_RATE = 1e-4
@@ -64,12 +64,13 @@ class ADVENTTrainer(UDATrainer[ADVENTSettings]):
         with self.autocast(), frozen(discriminator):
             of_source = self.segment(source)
             terms = {"segmentation": self.loss(of_source, label)}
-            source_maps = weighted_self_information(drawn_at_random(self, self.finest(of_source)).detach())
+            source_maps = weighted_self_information(self.finest(of_source).detach())
             target_maps = weighted_self_information(self.finest(self.segment(target)))
             loss = domain_cross_entropy(discriminator(target_maps), is_source=True)  # eq. 6
             terms["segmenter_adversarial"] = self.own_settings.adversarial_weight * loss
         self.update("segmenter", terms, max_norm=12)
         with self.autocast():
-            loss = domain_cross_entropy(discriminator(source_maps), is_source=True)  # eq. 5, on the maps seen above
+            weights = random_patch_weights(self, source)
+            loss = domain_cross_entropy(discriminator(source_maps), True, weights)  # eq. 5, on the maps seen above
             loss = loss + domain_cross_entropy(discriminator(target_maps.detach()), is_source=False)
         self.update("discriminator", {"discriminator": 0.5 * loss})

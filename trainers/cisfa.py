@@ -22,8 +22,8 @@ from nnunet_uda.settings import require
 from nnunet_uda.training.translation import (
     BETA1,
     TranslationSettings,
-    drawn_at_random,
     patch_discriminator,
+    random_patch_weights,
     translation_networks,
     translation_optimizers,
 )
@@ -167,17 +167,17 @@ class CISFATrainer(UDATrainer[CISFASettings]):
 
     def update_discriminators(self, translated: Tensor, target: Tensor) -> None:
         """Eqs 1 and 7, on outputs of the new weights. D_s takes segmentations of real target images for real."""
-        translated = drawn_at_random(self, translated)
+        weights = random_patch_weights(self, translated)
         with self.autocast():
             image = self.networks["image_discriminator"]
-            loss = lsgan_loss(image(target), is_real=True) + lsgan_loss(image(translated), is_real=False)
+            loss = lsgan_loss(image(target), is_real=True) + lsgan_loss(image(translated), False, weights)
         self.update("image_discriminator", {"image_discriminator": 0.5 * loss})
         if self.own_settings.segmenter_adversarial_weight > 0:
             with torch.no_grad(), self.autocast():
                 of_target, of_translated = (self.segmentation_maps(self.segment(x)) for x in (target, translated))
             with self.autocast():
                 maps = self.networks["segmentation_discriminator"]
-                loss = lsgan_loss(maps(of_target), is_real=True) + lsgan_loss(maps(of_translated), is_real=False)
+                loss = lsgan_loss(maps(of_target), is_real=True) + lsgan_loss(maps(of_translated), False, weights)
             self.update("segmentation_discriminator", {"segmentation_discriminator": 0.5 * loss})
 
     def patch_contrastive_loss(self, features: list[Tensor], of_translated: list[Tensor], label: Tensor) -> Tensor:

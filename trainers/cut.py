@@ -22,8 +22,8 @@ from nnunet_uda.settings import require
 from nnunet_uda.training.translation import (
     BETA1,
     TranslationSettings,
-    drawn_at_random,
     patch_discriminator,
+    random_patch_weights,
     translation_networks,
     translation_optimizers,
 )
@@ -138,7 +138,8 @@ class CUTTrainer(UDATrainer[CUTSettings]):
             outputs = self.restore_background(outputs, images)
             translated = outputs[:number]
             loss = lsgan_loss(discriminator(target), is_real=True)
-            loss = loss + lsgan_loss(discriminator(drawn_at_random(self, translated).detach()), is_real=False)
+            weights = random_patch_weights(self, source)
+            loss = loss + lsgan_loss(discriminator(translated.detach()), False, weights)
         self.update("discriminator", {"discriminator": 0.5 * loss})  # eq. 1
         with self.autocast(), frozen(discriminator):
             loss = lsgan_loss(discriminator(translated), is_real=True)

@@ -40,7 +40,7 @@ from nnunet_uda.training.embedding_picture import (
     write_embedding_picture,
 )
 from nnunet_uda.training.preview import whole_patch
-from nnunet_uda.training.translation import BETA1, drawn_at_random, patch_discriminator
+from nnunet_uda.training.translation import BETA1, patch_discriminator, random_patch_weights
 from nnunet_uda.training.uda_trainer import UDATrainer, adam, frozen
 
 RATES = (1, 6, 12, 18)
@@ -312,12 +312,15 @@ class SimilarityPrototypesTrainer(UDATrainer[SimilarityPrototypesSettings]):
         )
 
     def update_image_discriminators(self, source: Tensor, target: Tensor, passes: Passes) -> None:
+        weights = random_patch_weights(self, source)
+        of_target, of_source = (self.networks[f"{domain}_image_discriminator"] for domain in ("target", "source"))
         with self.autocast():
-            losses = []
-            translated, source = drawn_at_random(self, passes.source.image), drawn_at_random(self, source)
-            for domain, real, fake in (("target", target, translated), ("source", source, passes.target.image)):
-                network = self.networks[f"{domain}_image_discriminator"]
-                losses += [lsgan_loss(network(real), is_real=True), lsgan_loss(network(fake.detach()), False)]
+            losses = [
+                lsgan_loss(of_target(target), is_real=True),
+                lsgan_loss(of_target(passes.source.image.detach()), False, weights),
+                lsgan_loss(of_source(source), True, weights),
+                lsgan_loss(of_source(passes.target.image.detach()), is_real=False),
+            ]
         self.update("image_discriminators", {"image_discriminators": 0.5 * torch.stack(losses).sum()})
 
     def update_segmentation_discriminators(self, passes: Passes) -> None:
@@ -328,9 +331,9 @@ class SimilarityPrototypesTrainer(UDATrainer[SimilarityPrototypesSettings]):
                 ("target", passes.source_to_target, passes.target),
                 ("source", passes.source, passes.target_to_source),
             ):
-                network = self.networks[f"{domain}_segmentation_discriminator"]
-                of_real = drawn_at_random(self, self.probabilities(real).detach())
-                losses.append(lsgan_loss(network(of_real), is_real=True))
+                network, of_real = self.networks[f"{domain}_segmentation_discriminator"], self.probabilities(real)
+                weights = random_patch_weights(self, of_real)
+                losses.append(lsgan_loss(network(of_real.detach()), True, weights))
                 losses.append(lsgan_loss(network(self.probabilities(fake).detach()), is_real=False))
         self.update("segmentation_discriminators", {"segmentation_discriminators": 0.5 * torch.stack(losses).sum()})
 

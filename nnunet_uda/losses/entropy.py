@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from nnunet_uda.losses.adversarial import mean_of_images
+
 
 def weighted_self_information(logits: Tensor) -> Tensor:
     r"""Weighted self-information maps (section 3.2), divided by log C.
@@ -38,7 +40,7 @@ def entropy_loss(logits: Tensor) -> Tensor:
     return weighted_self_information(logits).sum(1).mean()
 
 
-def domain_cross_entropy(logits: Tensor, is_source: bool) -> Tensor:
+def domain_cross_entropy(logits: Tensor, is_source: bool, weights: Tensor | None = None) -> Tensor:
     """Binary cross-entropy of a domain classifier (eqs 5 and 6), whose high logits mean the source.
 
     - discriminator: ``domain_cross_entropy(D(I_s), True) + domain_cross_entropy(D(I_t), False)``, on detached maps
@@ -47,8 +49,9 @@ def domain_cross_entropy(logits: Tensor, is_source: bool) -> Tensor:
     Args:
         logits: output of a discriminator without a final activation, any shape, floating point.
         is_source: the domain that the discriminator is asked to give, or that its opponent wants from it.
+        weights: of the images, ``(B,)``, which the mean is multiplied by; None: 1 each.
 
     Returns:
         Scalar, float32; log 2 at logits of 0.
     """
-    return torch.nn.functional.softplus(-logits.float() if is_source else logits.float()).mean()
+    return mean_of_images(torch.nn.functional.softplus(-logits.float() if is_source else logits.float()), weights)

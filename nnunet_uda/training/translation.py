@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from nnunet_uda.collectives import global_sum
 from nnunet_uda.networks.patch_discriminator import PatchDiscriminator
 from nnunet_uda.networks.patch_projector import PatchProjector
 from nnunet_uda.networks.resnet_generator import ResnetGenerator
@@ -44,17 +45,24 @@ def patch_discriminator(trainer: UDATrainer, channels: int) -> PatchDiscriminato
     return PatchDiscriminator(channels, len(patch_size), patch_size, trainer.own_settings.discriminator_width)
 
 
-def drawn_at_random(trainer: UDATrainer, of_source: Tensor) -> Tensor:
-    """The part of a source batch that is drawn as target patches are: at random, not on structures.
+def random_patch_weights(trainer: UDATrainer, source: Tensor) -> Tensor:
+    """For losses of what tells the domains apart: weights of source patches, by which only those drawn at random count.
 
-    What tells the domains apart must not learn from the rest how often anatomy appears. nnU-Net puts patches on
-    structures last. Where every patch is on one, the batch is taken as it is.
+    nnU-Net puts the last patches of a batch on structures, and target patches cannot be put there: from these a
+    discriminator would learn how often anatomy appears. They weigh 0, the others so much that the mean over the batches
+    of all processes is the mean over them. Where all are on structures, all weigh 1.
 
     Args:
-        of_source: source images, or what became of them, ``(B, ...)`` in the loader's order.
+        source: images in the loader's order, or what became of them, ``(B, ...)``.
+
+    Returns:
+        ``(B,)`` float32 on the same device.
     """
-    number = round(len(of_source) * (1 - trainer.oversample_foreground_percent))
-    return of_source[: number or None]
+    size = len(source)
+    drawn = torch.zeros(size, device=source.device)
+    drawn[: round(size * (1 - trainer.oversample_foreground_percent))] = 1
+    counts = global_sum(torch.stack((drawn.sum(), torch.full_like(drawn[0], size))))
+    return drawn * counts[1] / counts[0] if counts[0] > 0 else torch.ones_like(drawn)
 
 
 def translation_networks(trainer: UDATrainer, patch_features: int) -> dict[str, nn.Module]:
