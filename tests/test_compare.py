@@ -449,7 +449,7 @@ def test_a_job_waits_for_the_training_that_still_holds_its_fold(tmp_path, capfd)
 
 def test_a_missing_device_is_said_before_anything_is_started(in_workspace, tmp_path, monkeypatch, refused):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert "-device cuda is not available" in refused(main, [*WORDS, "-o", tmp_path / "out"])
+    assert "-device cuda is not available" in refused(main, [*WORDS, "-device", "cuda", "-o", tmp_path / "out"])
     assert not (tmp_path / "out").exists()
 
 
