@@ -21,6 +21,7 @@ from nnunet_uda.adaptation import folder as folder_mode
 from nnunet_uda.adaptation import views
 from nnunet_uda.adaptation.folder import (
     FolderSettings,
+    WholeScans,
     adapt_to_folder,
     distrusted,
     known_volumes,
@@ -28,7 +29,7 @@ from nnunet_uda.adaptation.folder import (
     moving_transforms,
 )
 from nnunet_uda.adaptation.model import Model, open_model
-from nnunet_uda.adaptation.patches import Patches
+from nnunet_uda.adaptation.patches import Patches, Scan
 from nnunet_uda.adaptation.scan import learning
 from nnunet_uda.commands import adapt
 from nnunet_uda.errors import UDAError
@@ -212,8 +213,9 @@ def test_a_network_knows_styles_where_it_labels_restyled_patches_as_the_plain_on
     assert "a Dice of 1.00: the teacher sees both" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("knows", "held"), [(True, 0), (False, 10)])
 def test_a_folders_teacher_sees_the_contrasts_that_the_network_is_surer_of_until_it_needs_them_no_more(
-    model, monkeypatch, capsys
+    model, monkeypatch, knows, held
 ):
     opened = open_model(model, None, "checkpoint_final.pth", CPU)
     volume = np.random.default_rng(0).normal(size=(1, 4, 40, 40)).astype(np.float32)
@@ -233,7 +235,7 @@ def test_a_folders_teacher_sees_the_contrasts_that_the_network_is_surer_of_until
 
     reviewed = []
     monkeypatch.setattr(folder_mode, "search_contrasts", found)
-    monkeypatch.setattr(folder_mode, "knows_styles", lambda network, batches: True)
+    monkeypatch.setattr(folder_mode, "knows_styles", lambda network, batches: knows)
     monkeypatch.setattr(
         ContrastSearch,
         "review",
@@ -241,20 +243,57 @@ def test_a_folders_teacher_sees_the_contrasts_that_the_network_is_surer_of_until
             reviewed.append((patches[0], network(patches[0]))), contrasts.number.fill_(int(len(reviewed) < 3))
         ),
     )  # fmt: skip
-    nothing = np.zeros(volume.shape[1:], np.int16)
-    adapt_to_folder(
-        opened, opened.weights[0], [volume], [nothing], [nothing], [[]], FolderSettings(steps=20, teacher_views=2)
-    )  # fmt: skip
+    scan = Scan("a", volume, np.zeros(volume.shape[1:], np.int16), {"spacing": [1.0, 1.0, 1.0]})
+    adapt_to_folder(opened, opened.weights[0], [scan], None, FolderSettings(steps=20, teacher_views=2))
     expected = ContrastSearch(2, [True])
     found(expected, None, None)
-    assert len(seen) == 20 and all(len(views) == 2 for _, views in seen)
-    along = [torch.equal(views[0], expected(images)[0]) for images, views in seen]
-    assert along == [step < 4 for step in range(20)]  # reviewed at 0, 2 and 4 of 20 steps, then let go
+    until = held + 4  # reviewed thrice, then let go
+    assert [len(views) for _, views in seen] == [2 if knows else int(step < until) for step in range(20)]
+    along = [len(views) > 0 and torch.equal(views[0], expected(images)[0]) for images, views in seen]
+    assert along == [step < until for step in range(20)]
     assert len(reviewed) == 3
-    patch, logits = reviewed[0]  # the teacher's, which begins as the model
-    opened.network.load_state_dict(opened.weights[0])
-    with torch.no_grad():
-        torch.testing.assert_close(logits, opened.network.eval()(patch))
+    if held == 0:
+        patch, logits = reviewed[0]  # the teacher's, which begins as the model
+        opened.network.load_state_dict(opened.weights[0])
+        with torch.no_grad():
+            torch.testing.assert_close(logits, opened.network.eval()(patch))
+
+
+def test_whole_scans_say_where_a_structure_of_one_piece_is_not(model, monkeypatch, capsys):
+    opened = open_model(model, None, "checkpoint_final.pth", CPU)
+    opened.predictor.plans_manager.plans["single_components"] = [[1, 2], [1]]
+    volume, mask = np.zeros((1, 2, 30, 30), np.float32), np.zeros((2, 30, 30), np.int16)
+    volume[0, :, 4:14, 4:14], volume[0, :, 22:25, 22:25], mask[:, :, 29] = 1, 1, -1
+    asked = []
+
+    def logits(opened, view, weights, mirror):
+        """Class 1 where a voxel is over a half."""
+        asked.append(view)
+        return torch.stack((0.5 - view[0], view[0] - 0.5, torch.full_like(view[0], -9)))
+
+    monkeypatch.setattr(Model, "logits", logits)
+    scan, contrasts = Scan("a", volume, mask, {"spacing": [1.0, 1.0, 1.0]}), ContrastSearch(2, [False])
+    whole = WholeScans(opened, [scan], None, (8, 8), 0)
+    whole.label({}, contrasts)
+    assert whole.left_out == [[]] and len(asked) == 1
+    far = whole.patches.masks[0]
+    assert (far[:, 4:14, 4:14] == 0).all() and (far[:, 8, 1:17] == 0).all(), "the larger piece, and near it"
+    assert (far[:, 20:, 20:29] == 1).all() and (far[:, :, 29] == -1).all()
+    places = whole.patches.places[0]
+    assert len(places) == 1 and places[0].max() < 14, "patches are drawn around that piece"
+    opinion = torch.tensor([0.1, 0.7, 0.2]).view(1, 3, 1, 1).repeat(1, 1, 30, 30)
+    believed = whole.believable(opinion, torch.from_numpy(far[:1]))
+    assert believed[0, :, 8, 8].tolist() == opinion[0, :, 8, 8].tolist() == believed[0, :, 8, 29].tolist()
+    assert believed[0, :, 23, 23].tolist() == pytest.approx([1, 0, 0], abs=1e-6)
+    contrasts.places.copy_(torch.linspace(0, 1, len(SHARES)))
+    contrasts.curves[0], contrasts.number = torch.linspace(0, 1, len(SHARES)), torch.tensor(1)
+    whole.label({}, contrasts)
+    assert len(asked) == 3, "the scan, and along the contrast"
+    known = WholeScans(opened, [scan], np.array([[1e4, 1.0]]), (8, 8), 0)
+    known.label({}, ContrastSearch(0, [False]))
+    known.say_what_is_left_out()
+    assert known.left_out == [[1, 2]] and known.patches.masks[0] is mask, "what is no heart says nothing of others"
+    assert "a: labels of left, right are not learned there" in capsys.readouterr().out
 
 
 def test_norms_alone_learn_where_that_is_asked(model):

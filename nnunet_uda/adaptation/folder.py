@@ -1,7 +1,8 @@
 """A network adapted to a folder of scans: CAST's self-training, without a source beside it.
 
-What holds the place of the source's labels is the start: the teacher begins as the model, and the sizes of structures
-that the model's validation knows say which of its labels are not to be believed.
+What holds the place of the source's labels is the start and what is known of anatomy: the teacher begins as the model,
+and whole scans, labelled at the start, say which of its labels of patches are not to be believed: by the sizes of
+structures that the model's validation knows, and by the pieces that they are in.
 """
 
 from __future__ import annotations
@@ -18,17 +19,20 @@ import numpy as np
 import torch
 from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from scipy import ndimage
 from torch import Tensor, nn
 
 from nnunet_uda.adaptation.model import Model, Weights
-from nnunet_uda.adaptation.patches import Patches
+from nnunet_uda.adaptation.patches import Patches, Scan
 from nnunet_uda.adaptation.scan import autocast
+from nnunet_uda.data.components import keep_largest_components
 from nnunet_uda.data.convention import read_json
 from nnunet_uda.data.pseudo_labels import implausible_structures
 from nnunet_uda.data.random_style import StyleAugmentationSettings, show_views, style_transforms
 from nnunet_uda.errors import UDAError
 from nnunet_uda.losses.prototypes import IGNORED
 from nnunet_uda.losses.pseudo_label import pseudo_label_loss
+from nnunet_uda.quality.asked import network_spacing
 from nnunet_uda.settings import require
 from nnunet_uda.training.checkpoint import seed_everything
 from nnunet_uda.training.contrast_search import EVALUATIONS, PATCHES, ContrastSearch
@@ -42,6 +46,12 @@ ASKED = 16
 """Patches that say so."""
 REVIEWS = 10
 """Times that contrasts are asked whether they are still needed."""
+LABELLED_ALONG = 2
+"""Contrasts along which whole scans are labelled, at most."""
+HELD = 0.5
+"""Share of the steps for which a network that does not know styles keeps its contrasts."""
+MARGIN = 3
+"""Voxels around a piece that is kept in which its structures may lie, too."""
 MOMENTUM, WEIGHT_DECAY = 0.99, 3e-5
 """nnU-Net's."""
 SIZE_FACTOR = 2.0
@@ -132,68 +142,134 @@ def distrusted(
     return found
 
 
+class WholeScans:
+    """Scans as a network labels them whole, and what follows from that for patches of them.
+
+    Args:
+        known: of ``known_volumes``.
+        size: of the patches that are drawn.
+
+    Attributes (of the last ``label``):
+        patches: draws them.
+        left_out: for each scan the classes whose labels are not learned there (``distrusted``).
+    """
+
+    def __init__(
+        self, model: Model, scans: Sequence[Scan], known: np.ndarray | None, size: Sequence[int], seed: int
+    ) -> None:
+        self.model, self.scans, self.known, self.size, self.seed = model, scans, known, size, seed
+        self.spacings = [network_spacing(model.predictor, scan.properties) for scan in scans]
+        self.pieces = sorted({value for group in model.single_components for value in group})
+
+    def label(self, weights: Weights, contrasts: ContrastSearch) -> None:
+        """Label the scans by the mean over them as they are and along ``contrasts``; draw patches around these labels.
+
+        In the patches' masks is 1 what is far from the one piece that a structure is.
+        """
+        found = [self._labels(scan, weights, contrasts) for scan in self.scans]
+        self.left_out = distrusted(found, self.spacings, self.known, len(self.model.structures))
+        masks = [scan.mask if classes else off_limits(scan.mask, labels, self.pieces)
+                 for scan, labels, classes in zip(self.scans, found, self.left_out, strict=True)]  # fmt: skip
+        self.patches = Patches([scan.volume for scan in self.scans], masks, found, self.size, self.seed)
+        self.seed += 1
+
+    def say_what_is_left_out(self) -> None:
+        for scan, classes in zip(self.scans, self.left_out, strict=True):
+            if classes:
+                names = ", ".join(self.model.structures[value - 1] for value in classes)
+                print(f"{scan.case}: labels of {names} are not learned there: not the size of any labelled scan's")
+
+    def _labels(self, scan: Scan, weights: Weights, contrasts: ContrastSearch) -> np.ndarray:
+        model = self.model
+        volume = torch.from_numpy(np.array(scan.volume)).to(model.predictor.device)
+        views = [volume, *(view[0] for view in contrasts(volume[None])[:LABELLED_ALONG])]
+        scores = sum(model.logits(view, [weights], mirror=False).softmax(0) for view in views)
+        return keep_largest_components(scores, model.single_components).argmax(0).numpy().astype(np.int16)
+
+    def believable(self, opinion: Tensor, masks: Tensor) -> Tensor:
+        """``opinion`` ``(B, K, *patch)`` without structures where ``masks`` ``(B, *patch)`` of patches are 1."""
+        far = (masks == 1)[:, None]
+        index = torch.tensor(self.pieces, dtype=torch.long, device=opinion.device)
+        moved = opinion.index_select(1, index) * far
+        opinion = opinion.index_add(1, index, moved, alpha=-1)
+        opinion[:, :1] += moved.sum(1, keepdim=True)
+        return opinion
+
+
+def off_limits(mask: np.ndarray, labels: np.ndarray, pieces: Sequence[int]) -> np.ndarray:
+    """``mask`` ``(Z, Y, X)``, with 1 inside of it where none of ``pieces`` is near; unchanged where there are none."""
+    kept = np.isin(labels, pieces)
+    if not kept.any():
+        return mask
+    return np.where(mask < 0, mask, ~ndimage.binary_dilation(kept, iterations=MARGIN)).astype(mask.dtype)
+
+
 def adapt_to_folder(
     model: Model,
     weights: Weights,
-    volumes: Sequence[np.ndarray],
-    masks: Sequence[np.ndarray],
-    segmentations: Sequence[np.ndarray],
-    left_out: Sequence[Sequence[int]],
+    scans: Sequence[Scan],
+    known: np.ndarray | None,
     settings: FolderSettings,
     said: Callable[[int, float], None] = lambda step, loss: None,
 ) -> Weights:
     """The teacher's weights after all steps, from ``weights``.
 
     Args:
-        volumes: ``(C, Z, Y, X)`` preprocessed scans.
-        masks: ``(Z, Y, X)``, -1 outside of nnU-Net's nonzero mask.
-        segmentations: ``(Z, Y, X)``, the model's own.
-        left_out: for each scan the classes whose labels are not learned there (``distrusted``).
+        known: of ``known_volumes``.
         said: called with the step and its loss.
     """
     seed_everything(settings.seed)
-    device, channels = model.predictor.device, volumes[0].shape[0]
+    device, channels = model.predictor.device, scans[0].volume.shape[0]
     transforms, size = moving_transforms(model, settings)
-    patches = Patches(volumes, masks, segmentations, size, settings.seed)
     teacher = copy.deepcopy(model.network).to(device).eval().requires_grad_(False)
     teacher.load_state_dict(weights)
     student = copy.deepcopy(teacher).requires_grad_(True)
-
-    def views(number: int) -> tuple[list[Tensor], list[int]]:
-        """The views of ``show_views``, ``(number, C, *patch)`` each, and which scan each patch is of."""
-        images, outside, scans = zip(*patches.draw(number), strict=True)
-        moved = [transforms(image=image, segmentation=mask)["image"]
-                 for image, mask in zip(images, outside, strict=True)]  # fmt: skip
-        return list(torch.stack(moved).to(device).split(channels, dim=1)), list(scans)
-
-    if settings.teacher_views and not knows_styles(teacher, [views(1)[0] for _ in range(ASKED)]):
-        transforms, _ = moving_transforms(model, replace(settings, teacher_views=0))
     contrasts = ContrastSearch(settings.teacher_views, [True] * channels).to(device)  # 0: padded, or outside of a mask
-    asked = [views(1)[0][0] for _ in range(PATCHES)] if settings.teacher_views else []
-    if asked:
+    whole = WholeScans(model, scans, known, size, settings.seed)
+    whole.label(weights, contrasts)
+
+    def views(number: int) -> tuple[list[Tensor], Tensor, list[int]]:
+        """The views of ``show_views``, ``(number, C, *patch)`` each, their masks and which scan each patch is of."""
+        images, masks, of = zip(*whole.patches.draw(number), strict=True)
+        moved = [transforms(image=image, segmentation=mask) for image, mask in zip(images, masks, strict=True)]
+        seen, where = (torch.stack([each[key] for each in moved]).to(device) for key in ("image", "segmentation"))
+        return list(seen.split(channels, dim=1)), where[:, 0], list(of)
+
+    held, asked = 0, []
+    if settings.teacher_views:
+        if not knows_styles(teacher, [views(1)[0] for _ in range(ASKED)]):
+            transforms, _ = moving_transforms(model, replace(settings, teacher_views=0))
+            held = round(HELD * settings.steps)
+        asked = [views(1)[0][0] for _ in range(PATCHES)]
         search_contrasts(contrasts, teacher, asked)
+        if contrasts.number > 0:
+            whole.label(weights, contrasts)
+    whole.say_what_is_left_out()
     average = Average(max(0.9, 1 - 10 / settings.steps)).to(device)
     average.steps += 10_000  # the teacher begins as the model, not as noise: its start is not to be forgotten
     trust = SelfTraining(model.num_classes, settings.confidence).to(device)
     intensities = None
     if settings.intensity_labels:
         intensities = IntensityPosterior(model.num_classes, channels).to(device)
-        intensities.set_range(volumes)
+        intensities.set_range([scan.volume for scan in scans])
     optimizer = torch.optim.SGD(
         student.parameters(), settings.learning_rate, MOMENTUM, weight_decay=WEIGHT_DECAY, nesterov=True
     )
     for step in range(settings.steps):
         for group in optimizer.param_groups:
             group["lr"] = settings.learning_rate * (1 - step / settings.steps) ** 0.9
-        if contrasts.number > 0 and step % max(1, settings.steps // REVIEWS) == 0:
+        if contrasts.number > 0 and step >= held and step % max(1, settings.steps // REVIEWS) == 0:
             contrasts.review(teacher, asked)
-        (plain, seen, *restyled), scans = views(min(settings.patches, model.batch_size))
+        (plain, seen, *restyled), masks, of = views(min(settings.patches, model.batch_size))
         with autocast(device):
             found = contrasts(plain)
-            opinion = teachers_opinion(teacher, plain, [*found, *restyled[len(found) :]], intensities)
+            opinion = teachers_opinion(teacher, plain, [*found, *restyled[len(found) :]], None)
+        opinion = whole.believable(opinion, masks)
+        if intensities is not None:
+            opinion = intensities(opinion, plain)
         labels = trusted_labels(opinion, plain, trust, intensities)
-        for index, scan in enumerate(scans):
-            for value in left_out[scan]:
+        for index, scan in enumerate(of):
+            for value in whole.left_out[scan]:
                 labels[index][labels[index] == value] = IGNORED
         with autocast(device):
             logits = student(seen)

@@ -22,6 +22,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import Tensor, nn
 
 from nnunet_uda.data.case import preprocess_case
+from nnunet_uda.data.components import KEY
 from nnunet_uda.data.convention import check_dataset_json, check_results_folder, read_json
 from nnunet_uda.data.new_scans import treat_new_scans
 from nnunet_uda.errors import UDAError
@@ -90,6 +91,11 @@ class Model:
         return self.predictor.label_manager.num_segmentation_heads
 
     @property
+    def single_components(self) -> list[list[int]]:
+        """Groups of classes that are one piece (``data.components``)."""
+        return self.predictor.plans_manager.plans.get(KEY, [])
+
+    @property
     def structures(self) -> list[str]:
         """Names of the classes from 1."""
         return structure_names(self.dataset_json)
@@ -106,7 +112,7 @@ class Model:
     def logits(self, volume: np.ndarray | Tensor, weights: Sequence[Weights], mirror: bool = True) -> Tensor:
         """``(K, Z, Y, X)`` on the CPU, mean over ``weights``, as nnU-Net predicts; ``mirror`` as it was trained."""
         self.predictor.use_mirroring, self.predictor.tile_step_size = mirror, TILE_STEP
-        volume = torch.as_tensor(np.asarray(volume))
+        volume = torch.as_tensor(volume).cpu()
         total: Tensor | None = None
         for one in weights:
             self.network.load_state_dict(one)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,12 +17,22 @@ MOST_PLACES = 5000
 """Places that are remembered of a structure."""
 
 
+@dataclass(frozen=True)
+class Scan:
+    """A preprocessed scan: ``(C, Z, Y, X)`` volume, ``(Z, Y, X)`` mask (-1 outside), nnU-Net's properties."""
+
+    case: str
+    volume: np.ndarray
+    mask: np.ndarray
+    properties: dict[str, Any]
+
+
 class Patches:
     """Draws patches of some scans.
 
     Args:
         volumes: ``(C, Z, Y, X)`` arrays, in memory or mapped.
-        masks: ``(Z, Y, X)`` int16, -1 outside of nnU-Net's nonzero mask, else 0.
+        masks: ``(Z, Y, X)`` int16, -1 outside of nnU-Net's nonzero mask, else from 0.
         segmentations: ``(Z, Y, X)`` integer classes, what the network finds there.
         patch_size: 2 or 3 numbers; two are a slice along the first axis.
     """

@@ -13,13 +13,13 @@ import numpy as np
 from torch import Tensor
 from tqdm import tqdm
 
-from nnunet_uda.adaptation.folder import FolderSettings, adapt_to_folder, distrusted, known_volumes
+from nnunet_uda.adaptation.folder import LABELLED_ALONG, FolderSettings, adapt_to_folder, known_volumes
 from nnunet_uda.adaptation.model import Model, Weights
+from nnunet_uda.adaptation.patches import Scan
 from nnunet_uda.adaptation.scan import ScanSettings, adapt_to_scan
 from nnunet_uda.data.convention import read_json
 from nnunet_uda.errors import UDAError
 from nnunet_uda.files import is_free, write_json
-from nnunet_uda.quality.asked import network_spacing
 from nnunet_uda.training.checkpoint import FINAL, read_checkpoint
 
 STATE = "adapt.json"
@@ -58,16 +58,6 @@ def _is_state(content: Any) -> bool:
         and scan.get("kept") in ("adapted", "unadapted")
         for scan in scans.values()
     )
-
-
-@dataclass(frozen=True)
-class Scan:
-    """A preprocessed scan: ``(C, Z, Y, X)`` volume, ``(Z, Y, X)`` mask (-1 outside), nnU-Net's properties."""
-
-    case: str
-    volume: np.ndarray
-    mask: np.ndarray
-    properties: dict[str, Any]
 
 
 @dataclass
@@ -118,7 +108,8 @@ class Adaptation:
             print("The model's folder does not say how large its structures are (validation/summary.json, "
                   "dataset_fingerprint.json): sizes are not looked at")  # fmt: skip
         with self._preprocessed() as scans:
-            passes = len(model.weights) * 2 * (model.mirrored_passes + ESTIMATE_PASSES)
+            views = 2 + min(LABELLED_ALONG, settings.teacher_views)
+            passes = len(model.weights) * (model.mirrored_passes + 2 * ESTIMATE_PASSES + views)
             seconds = sum(model.seconds(scan.volume.shape[1:], passes, 0) for scan in scans)
             steps = (1 + settings.teacher_views // 2) * settings.steps * len(model.weights)  # views take a pass each
             self._say_time(seconds + model.seconds(scans[0].volume.shape[1:], 0, steps), len(self.cases))
@@ -192,31 +183,17 @@ class Adaptation:
         """The weights of each fold, adapted now unless an earlier start has done it."""
         model = self.model
         adapted: list[Weights] = []
-        segmentations: list[np.ndarray] | None = None
-        left_out: Sequence[Sequence[int]] = ()
         for fold, weights in zip(model.folds, model.weights, strict=True):
             if self._adapted(fold).exists():
                 adapted.append(read_checkpoint(self._adapted(fold))["network_weights"])
                 continue
-            if segmentations is None:
-                segmentations = [model.logits(np.array(s.volume), model.weights).argmax(0).numpy().astype(np.int16)
-                                 for s in tqdm(scans, desc="First labels", unit="scan")]  # fmt: skip
-                spacings = [network_spacing(model.predictor, scan.properties) for scan in scans]
-                left_out = distrusted(segmentations, spacings, known, len(model.structures))
-                for scan, classes in zip(scans, left_out, strict=True):
-                    if classes:
-                        names = ", ".join(model.structures[value - 1] for value in classes)
-                        print(
-                            f"{scan.case}: labels of {names} are not learned there: not the size of any labelled scan's"
-                        )
             with tqdm(total=settings.steps, desc=f"Fold {fold}", unit="step") as progress:
 
                 def said(step: int, loss: float, progress: Any = progress) -> None:
                     progress.set_postfix(loss=f"{loss:.3f}", refresh=False)
                     progress.update()
 
-                volumes, masks = [scan.volume for scan in scans], [scan.mask for scan in scans]
-                new = adapt_to_folder(model, weights, volumes, masks, segmentations, left_out, settings, said)
+                new = adapt_to_folder(model, weights, scans, known, settings, said)
             model.write_fold(
                 self.out, fold, new, {key: self.state[key] for key in ("model", "settings", "checkpoints")}
             )
