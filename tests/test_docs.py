@@ -132,8 +132,7 @@ def test_what_runs_elsewhere_calls_what_is_here():
     assert commands == [".ci/run"] and os.access(REPOSITORY / ".ci" / "run", os.X_OK)
     subprocess.run(["bash", "-n", REPOSITORY / ".ci" / "run"], check=True)
     script = (REPOSITORY / ".ci" / "run").read_text()
-    assert {"lint", "test", "docs", "test-slow"} == set(re.findall("^make ([a-z-]+)", script, flags=re.M))
-    assert int(re.search(r"^MINUTES=(\d+)$", script, flags=re.M)[1]) <= job["timeout-minutes"] - 10
+    assert {"lint", "test", "docs"} == set(re.findall("^make ([a-z-]+)", script, flags=re.M))
     project = (REPOSITORY / "pyproject.toml").read_text()
     wanted = SpecifierSet(re.search(r'^requires-python = "(.*)"', project, flags=re.M)[1])
     container = (REPOSITORY / "Dockerfile").read_text()
